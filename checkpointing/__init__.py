@@ -1,0 +1,1 @@
+"""Capture, keep, persist and recover training state."""

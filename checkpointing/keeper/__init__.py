@@ -1,0 +1,1 @@
+"""The node agent that outlives workers and owns their checkpoint memory."""

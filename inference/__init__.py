@@ -1,0 +1,1 @@
+"""The offloaded runtime: experts in host memory, a budget of them resident."""

@@ -1,0 +1,1 @@
+"""MoE-LoRA: adapter banks on experts and linear layers."""

@@ -1,0 +1,1 @@
+"""What an expert is, where it lives, and how tokens reach it."""
