@@ -1,0 +1,38 @@
+"""What the gate and experts seams cannot carry: facts about the batch that the training loop knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BatchContext:
+    """Set by the loop around a forward pass.
+
+    Attributes:
+        aux_scale: what auxiliary losses injected in this pass are multiplied by. They bypass the main loss, so the
+            loop puts ``1 / gradient_accumulation_steps`` here.
+        balance: whether auxiliary losses and routing statistics are wanted (off in evaluation).
+    """
+
+    aux_scale: float = 1.0
+    balance: bool = True
+
+
+_current: ContextVar[BatchContext] = ContextVar("batch_context", default=BatchContext(balance=False))
+
+
+def current() -> BatchContext:
+    return _current.get()
+
+
+@contextmanager
+def batch_context(context: BatchContext) -> Iterator[None]:
+    token = _current.set(context)
+    try:
+        yield
+    finally:
+        _current.reset(token)

@@ -1,0 +1,99 @@
+"""Swap a transformers model's seams for ours: expert-parallel experts and an observed, balanced gate.
+
+>>> # model = transformers.AutoModelForCausalLM.from_config(config)
+>>> # blocks = convert(model, Layout(world=2, ep=2), rank=0)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moe.balance import inject, switch_loss
+from moe.context import current
+from moe.experts import Experts
+from moe.families import FamilyError, MoEBlock, find_moe_blocks
+from moe.layout import Layout
+from moe.refs import TensorAddress
+from moe.stats import RoutingMeter
+
+
+def convert(model: nn.Module, layout: Layout | None = None, rank: int = 0) -> list[MoEBlock]:
+    """Replace every MoE block's experts by :class:`~moe.experts.Experts` holding this rank's share, and address all parameters.
+
+    With one expert-parallel rank the Parameter objects are reused: nothing is copied.
+
+    Returns the blocks with their new experts. Raises FamilyError if the model has no MoE block we can handle, ValueError if
+    ``layout.ep`` does not divide the number of experts.
+    """
+    layout = layout or Layout()
+    blocks = []
+    for block in find_moe_blocks(model):
+        experts = _local_experts(block, layout, rank)
+        block.module.experts = experts
+        blocks.append(MoEBlock(block.layer, block.path, block.module, block.gate, experts))
+    assign_addresses(model)
+    return blocks
+
+
+def _local_experts(block: MoEBlock, layout: Layout, rank: int) -> Experts:
+    source = block.experts
+    where = f"{block.path}.experts ({type(source).__name__})"
+    gate_up, down = getattr(source, "gate_up_proj", None), getattr(source, "down_proj", None)
+    if not isinstance(gate_up, nn.Parameter) or not isinstance(down, nn.Parameter) or gate_up.dim() != 3:
+        raise FamilyError(f"{where}: looked for stacked gate_up_proj and down_proj parameters, found {_names(source)}")
+    if getattr(source, "is_transposed", False) or getattr(source, "has_bias", False):
+        raise FamilyError(f"{where}: transposed or biased expert weights are not supported yet")
+    if not getattr(source, "is_concatenated", True) or gate_up.shape[1] != 2 * down.shape[2]:
+        raise FamilyError(
+            f"{where}: expected gate rows first, then up rows, in gate_up_proj [E,2I,H]; found {gate_up.shape}"
+        )
+    mine = layout.local_experts(rank, gate_up.shape[0])
+    if layout.ep > 1:
+        gate_up, down = (
+            nn.Parameter(p.detach()[mine.start : mine.stop].clone(), requires_grad=p.requires_grad)
+            for p in (gate_up, down)
+        )
+    act = getattr(source, "act_fn", nn.functional.silu)
+    return Experts(gate_up, down, act, layer=block.layer, first_expert=mine.start, num_experts=layout.ep * len(mine))
+
+
+def _names(module: nn.Module) -> str:
+    return ", ".join(f"{name} {tuple(p.shape)}" for name, p in module.named_parameters()) or "no parameters"
+
+
+def assign_addresses(model: nn.Module) -> None:
+    """Give every parameter that has none an ``address`` (:class:`~moe.refs.TensorAddress`)."""
+    experts_at = {path: m for path, m in model.named_modules() if isinstance(m, Experts)}
+    for path, parameter in model.named_parameters():
+        if getattr(parameter, "address", None) is not None:
+            continue
+        parent, _, tensor = path.rpartition(".")
+        experts = experts_at.get(parent)
+        if experts is None:
+            parameter.address = TensorAddress(path, tuple(parameter.shape))
+        else:
+            parameter.address = TensorAddress(
+                path, tuple(parameter.shape), experts.layer, tensor, experts.first_expert, experts.num_experts
+            )
+
+
+def observe_gates(blocks: list[MoEBlock], meter: RoutingMeter, balance_coef: float) -> None:
+    """Count routed tokens into ``meter`` and, if ``balance_coef`` > 0, inject the Switch balance loss of each micro-batch.
+
+    Acts only inside a :func:`~moe.context.batch_context` with ``balance`` set, so evaluation is left alone.
+    """
+    for block in blocks:
+        num_experts = block.experts.num_experts
+
+        def hook(_gate: nn.Module, _args: tuple, output: tuple[Tensor, ...], layer=block.layer, num=num_experts):
+            if not current().balance:
+                return output
+            logits_TE, scores_TK, index_TK = output
+            meter.add(layer, index_TK.detach(), num)
+            if balance_coef > 0 and torch.is_grad_enabled():
+                loss = balance_coef * switch_loss(logits_TE.float().softmax(-1), index_TK)
+                scores_TK = inject(scores_TK, loss)
+            return logits_TE, scores_TK, index_TK
+
+        block.gate.register_forward_hook(hook)

@@ -1,0 +1,1 @@
+"""Expert computation: a naive oracle and the fast paths that are tested against it."""
