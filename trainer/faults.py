@@ -1,0 +1,62 @@
+"""Which process a drill kills, when and where (no torch here)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+POINTS = ("forward", "optimizer", "capture", "disk")
+VICTIMS = ("worker", "keeper", "both")
+
+
+class FaultError(ValueError):
+    """A kill specification that means nothing; the message names the field."""
+
+
+@dataclass(frozen=True)
+class KillSpec:
+    """One SIGKILL: in step ``step`` (from 1) of worker ``rank``, at the named point.
+
+    >>> str(KillSpec.parse("rank=1,step=7,at=capture"))
+    'rank=1,step=7,at=capture,who=worker'
+
+    Raises FaultError for a field out of range.
+    """
+
+    rank: int
+    step: int
+    at: str = "forward"
+    who: str = "worker"
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise FaultError(f"kill: rank={self.rank} is negative; workers count from 0")
+        if self.step < 1:
+            raise FaultError(f"kill: step={self.step} is too small; steps count from 1")
+        if self.at not in POINTS:
+            raise FaultError(f"kill: at={self.at!r} is no point of a step; choose {', '.join(POINTS)}")
+        if self.who not in VICTIMS:
+            raise FaultError(f"kill: who={self.who!r} is nobody; choose {', '.join(VICTIMS)}")
+
+    @classmethod
+    def parse(cls, text: str) -> KillSpec:
+        """Inverse of ``str``; ``at`` and ``who`` may be left out. Raises FaultError."""
+        fields: dict[str, str] = {}
+        for part in text.split(","):
+            name, equals, value = part.strip().partition("=")
+            if not equals or name not in ("rank", "step", "at", "who"):
+                raise FaultError(f"kill: {part.strip()!r} is no field; write rank=N,step=N,at=POINT,who=VICTIM")
+            if name in fields:
+                raise FaultError(f"kill: {name} is given twice; keep one")
+            fields[name] = value
+        numbers = {}
+        for name in ("rank", "step"):
+            if name not in fields:
+                raise FaultError(f"kill: {name} is missing; write e.g. rank=1,step=7,at=forward")
+            if not (fields[name].isascii() and fields[name].isdecimal()):
+                raise FaultError(f"kill: {name}={fields[name]!r} is not a whole number")
+            numbers[name] = int(fields[name])
+        words = {name: fields[name] for name in ("at", "who") if name in fields}
+        return cls(**numbers, **words)
+
+    def __str__(self) -> str:
+        return f"rank={self.rank},step={self.step},at={self.at},who={self.who}"

@@ -1,0 +1,308 @@
+"""The only reader of recipes: YAML and overrides in, a :class:`Recipe` out, or every problem at once.
+
+A problem reads ``file:line: what; what to do`` (for an override: ``argument 'train.lr=x': ...``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import Any, get_args, get_origin
+
+from pydantic import TypeAdapter, ValidationError
+
+from lora.presets import targets_of
+from trainer import yaml_lines
+from trainer.recipe_checks import BYTE_VOCABULARY, SHAPE, WITH_PATH, findings
+from trainer.recipe_hints import unknown_key, word_hint
+from trainer.schema import (
+    KEYS,
+    CheckpointSection,
+    DataSection,
+    LogSection,
+    ModelSection,
+    ParallelSection,
+    Recipe,
+    TrainSection,
+    children,
+    schema_path,
+)
+from trainer.yaml_lines import Document, Path, Place, Problem, dotted
+
+__all__ = [
+    "CheckpointSection",
+    "DataSection",
+    "LogSection",
+    "ModelSection",
+    "ParallelSection",
+    "Recipe",
+    "RecipeError",
+    "TrainSection",
+    "check_world",
+    "load_recipe",
+    "recipe_fingerprint",
+    "recipe_to_yaml",
+    "recipe_values",
+    "recipe_warnings",
+]
+
+_SCHEMA: TypeAdapter[Recipe] = TypeAdapter(Recipe)
+
+
+class RecipeError(ValueError):
+    """The recipe cannot be used. ``problems`` has one line each; ``str()`` is all of them."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe; ``overrides`` are ``section.key=value`` with YAML values.
+
+    Raises RecipeError with every problem found.
+    """
+    path = FilePath(path)
+    document = yaml_lines.read(_text_of(path), lambda line: Place(line, f"{path}:{line}"))
+    if document.values is None and not document.problems:
+        document.problems.append(Problem(document.place(()), "the recipe is empty; copy one from recipes/"))
+    elif document.values is not None and not isinstance(document.values, dict):
+        document.problems.append(
+            Problem(
+                document.place(()),
+                f"the top level is {_shown(document.values)}; a recipe is a mapping of sections "
+                f"({', '.join(children(()))})",
+            )
+        )
+        document.values = None
+    if document.values is not None:
+        for number, override in enumerate(overrides):
+            _override(document, override, number)
+        recipe = _checked(document)
+        if recipe is not None and not document.problems:
+            return _resolved(recipe, path)
+    raise RecipeError([str(problem) for problem in sorted(set(document.problems))])
+
+
+def _text_of(path: FilePath) -> str:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise RecipeError([f"{path}: no such file; give the path of a recipe"]) from None
+    except IsADirectoryError:
+        raise RecipeError([f"{path}: a folder; give the path of a recipe file in it"]) from None
+    except OSError as error:
+        raise RecipeError([f"{path}: cannot be read ({error.strerror}); check its permissions"]) from None
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise RecipeError(
+            [f"{path}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8"]
+        ) from None
+
+
+def _override(document: Document, override: str, number: int) -> None:
+    place = Place(1_000_000_000 + number, f"argument {override!r}")
+    key, equals, text = override.partition("=")
+    names = tuple(key.split("."))
+    if not equals or not all(names):
+        document.problems.append(Problem(place, "not an override; write section.key=value"))
+        return
+    parsed = yaml_lines.read(text, lambda line: place)
+    if parsed.problems:
+        document.problems += parsed.problems
+        return
+    node = document.values
+    for i, name in enumerate(names[:-1], 1):
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            problem = f"{dotted(names[:i])} is {_shown(node)}, it has no key {names[i]!r}"
+            document.problems.append(Problem(place, f"{problem}; set {dotted(names[:i])} itself"))
+            return
+        document.places.setdefault(names[:i], place)
+    node[names[-1]] = parsed.values
+    for old in [p for p in document.places if p[: len(names)] == names]:
+        del document.places[old]
+    for below in parsed.places:
+        document.places[(*names, *below)] = place
+
+
+def _checked(document: Document) -> Recipe | None:
+    """The recipe, or None with its problems added to ``document``."""
+    recipe, bad = None, set()
+    try:
+        recipe = _SCHEMA.validate_json(json.dumps(document.values), strict=True)
+    except ValidationError as error:
+        for one in error.errors(include_url=False):
+            path: Path = tuple(one["loc"])
+            if one["type"] == "missing" or one["type"] != "unexpected_keyword_argument":
+                bad.add(path)
+            document.problems.append(Problem(document.place(path), _message(path, one)))
+    for key, text in findings(document.values, bad):
+        path = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+        document.problems.append(Problem(document.place(path), text))
+    return recipe
+
+
+_RANGES = {
+    "greater_than_equal": ("ge", "at least"),
+    "greater_than": ("gt", "more than"),
+    "less_than_equal": ("le", "at most"),
+    "less_than": ("lt", "less than"),
+}
+_WANTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "dataclass_type": "a mapping of keys",
+}
+
+
+def _message(path: Path, error: Mapping[str, Any]) -> str:
+    key, kind, value = dotted(path), error["type"], error.get("input")
+    names = schema_path(path)
+    if kind == "unexpected_keyword_argument":
+        return unknown_key(path)
+    if kind == "missing":
+        if KEYS[names].section:
+            return f"missing section {key}; it has the keys {', '.join(children(names))}"
+        return f"missing key {key}; add '{path[-1]}: {_example(names)}'"
+    if kind == "literal_error":
+        choices = _choices(KEYS[names].annotation)
+        return f"{key} is {_shown(value)}; choose {' or '.join(choices)}{word_hint(value, choices)}"
+    if kind in _RANGES:
+        bound, words = _RANGES[kind]
+        return f"{key} must be {words} {error['ctx'][bound]}, not {_shown(value)}; change it"
+    if kind in ("too_short", "string_too_short"):
+        return f"{key} is empty; give at least one entry or remove the key"
+    if kind in _WANTED:
+        remedy = "change it"
+        if kind == "tuple_type":
+            remedy = f"write [{value}]" if isinstance(value, str) else "write [..., ...]"
+        elif kind == "dataclass_type":
+            below = children((*names, "*") if names == ("adapter",) else names)
+            remedy = f"its keys are {', '.join(below)}" if below else remedy
+        elif value is None:
+            remedy = "give a value or remove the key"
+        return f"{key} must be {_WANTED[kind]}, not {_shown(value)}; {remedy}"
+    return f"{key or 'the recipe'}: {error['msg']}; change it"
+
+
+def _choices(annotation: Any) -> list[str]:
+    found: list[str] = []
+    for part in get_args(annotation):
+        found += [part] if isinstance(part, str) else _choices(part)
+    return found
+
+
+def _example(names: tuple[str, ...]) -> str:
+    annotation = KEYS[names].annotation
+    if choices := _choices(annotation):
+        return " | ".join(choices)
+    base = get_args(annotation)[0] if get_args(annotation) and get_origin(annotation) is not tuple else annotation
+    return {int: "<whole number>", float: "<number>", str: "<text>", bool: "true"}.get(base, "[...]")
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "empty"
+    if isinstance(value, bool):
+        return f"the switch {str(value).lower()}"
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    if isinstance(value, str):
+        return f"the text {value[:60]!r}"
+    return "a list" if isinstance(value, list) else "a mapping"
+
+
+def _resolved(recipe: Recipe, path: FilePath) -> Recipe:
+    """Defaults that depend on other keys or on where the recipe lies, written out."""
+    model, data = recipe.model, recipe.data
+    if model.family is not None and model.head_dim is None:
+        model = dataclasses.replace(model, head_dim=model.hidden_size // model.num_attention_heads)
+    if data.tokenizer.kind == "bytes":
+        data = dataclasses.replace(data, tokenizer=dataclasses.replace(data.tokenizer, vocab_size=BYTE_VOCABULARY))
+    if data.source == "files":
+        folder = path.resolve().parent
+        data = dataclasses.replace(data, include=tuple(str(folder / pattern) for pattern in data.include))
+    if data.format == "jsonl" and data.text_key is None:
+        data = dataclasses.replace(data, text_key="text")
+    banks = {name: dataclasses.replace(b, targets=targets_of(b)) for name, b in recipe.adapter.items()}
+    log = recipe.log if recipe.log.run else dataclasses.replace(recipe.log, run=path.stem)
+    return dataclasses.replace(recipe, model=model, data=data, adapter=banks, log=log)
+
+
+def recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain values, without the keys that its other keys forbid."""
+    values = dataclasses.asdict(recipe)
+    model = values["model"]
+    if recipe.model.path is not None:
+        values["model"] = {name: model[name] for name in WITH_PATH}
+    else:
+        values["model"] = {name: v for name, v in model.items() if name != "path" and (v or name not in SHAPE)}
+    data = values["data"]
+    data["include"] = list(data["include"])
+    if data["tokenizer"]["kind"] == "model":
+        del data["tokenizer"]["vocab_size"]
+    for name in ("cache_dir", "text_key"):
+        if data[name] is None:
+            del data[name]
+    for bank in values["adapter"].values():
+        bank["targets"] = list(bank["targets"])
+        if bank["preset"] == "expert-lora":
+            for name in ("num_experts", "top_k", "router_aux_loss_coef"):
+                del bank[name]
+    return values
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """YAML that :func:`load_recipe` reads back as an equal recipe."""
+    return yaml_lines.dump(recipe_values(recipe))
+
+
+def recipe_fingerprint(recipe: Recipe) -> str:
+    """16 hex digits that change with everything that can change the run's bits.
+
+    ``log``, ``parallel.restarts`` and ``data.cache_dir`` are left out.
+    """
+    values = recipe_values(recipe)
+    del values["log"], values["parallel"]["restarts"]
+    values["data"].pop("cache_dir", None)
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def recipe_warnings(recipe: Recipe) -> list[str]:
+    """What is allowed and probably not meant."""
+    warnings = []
+    checkpoint = recipe.checkpoint
+    if not checkpoint.memory.enabled and not checkpoint.disk.every:
+        warnings.append(
+            "checkpoint: memory is off and disk.every is 0, so a failure starts the run from step 0; "
+            "turn one of them on"
+        )
+    if recipe.train.min_lr_ratio == 1.0 and recipe.train.schedule == "cosine":
+        warnings.append("train: min_lr_ratio 1 makes the cosine schedule constant")
+    return warnings
+
+
+def check_world(recipe: Recipe, world: int) -> None:
+    """Raises RecipeError unless the launcher started ``parallel.workers`` processes."""
+    if world != recipe.parallel.workers:
+        raise RecipeError(
+            [
+                f"the launcher started WORLD_SIZE={world} workers, the recipe says "
+                f"parallel.workers={recipe.parallel.workers}; start that many, or add the argument "
+                f"parallel.workers={world}"
+            ]
+        )

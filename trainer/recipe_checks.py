@@ -1,0 +1,361 @@
+"""Rules that tie several keys of a recipe together.
+
+Each rule reads the values through a :class:`View`. A key that is missing or already wrong raises
+``Unknown`` there, which skips only the rules that need it: one run reports everything it can.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING
+from typing import Any
+
+from lora.presets import DEFAULT_TARGETS, EXPERT_TENSORS
+from trainer.schema import KEYS, schema_path
+
+Finding = tuple[str, str]  # dotted key that the user should look at, message
+
+SHAPE = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "moe_intermediate_size",
+    "num_experts",
+    "num_experts_per_tok",
+)
+WITH_PATH = ("path", "attention_dropout", "router_aux_loss_coef")
+TARGETS = {
+    "expert-lora": EXPERT_TENSORS,
+    "mola": ("q_proj", "k_proj", "v_proj", "o_proj"),
+}
+BYTE_VOCABULARY = 257  # 256 bytes and <|endoftext|>
+
+
+class Unknown(Exception):
+    """A value that a rule needs is missing or already reported as wrong."""
+
+
+class View:
+    """Values of a recipe by dotted key, with the schema's defaults."""
+
+    def __init__(self, values: dict[str, Any], bad: set[tuple[str | int, ...]]) -> None:
+        self.values = values
+        self.bad = bad
+
+    def __call__(self, key: str) -> Any:
+        path = tuple(key.split("."))
+        if any(wrong[: len(path)] == path or path[: len(wrong)] == wrong for wrong in self.bad):
+            raise Unknown
+        node: Any = self.values
+        for i, part in enumerate(path):
+            if not isinstance(node, dict):
+                raise Unknown
+            if part not in node:
+                default = KEYS[schema_path(path)].default
+                if KEYS[schema_path(path[: i + 1])].default is MISSING or default is MISSING:
+                    raise Unknown
+                return default
+            node = node[part]
+        return node
+
+    def given(self, key: str) -> bool:
+        node: Any = self.values
+        for part in key.split("."):
+            if not isinstance(node, dict) or part not in node:
+                return False
+            node = node[part]
+        return True
+
+
+def findings(values: dict[str, Any], bad: set[tuple[str | int, ...]]) -> Iterator[Finding]:
+    """Every broken rule among the values; ``bad`` are the paths already reported."""
+    view = View(values, bad)
+    for rule in _RULES:
+        # A rule may find several things before it meets a value that it cannot know.
+        try:
+            yield from rule(view)
+        except Unknown:
+            continue
+    banks = values.get("adapter")
+    for name in banks if isinstance(banks, dict) else ():
+        for bank_rule in _BANK_RULES:
+            try:
+                yield from bank_rule(view, f"adapter.{name}")
+            except Unknown:
+                continue
+
+
+def _model_origin(view: View) -> Iterator[Finding]:
+    has_family, has_path = view.given("model.family"), view.given("model.path")
+    if has_family and has_path:
+        yield "model.path", "model has both 'family' and 'path'; keep one (a new model, or a folder)"
+    elif has_path:
+        for name in view("model"):
+            if name not in WITH_PATH and ("model", name) in KEYS:
+                yield (
+                    f"model.{name}",
+                    (f"model.{name} contradicts model.path, whose config.json says the shape; remove it"),
+                )
+    elif has_family:
+        for name in SHAPE:
+            if not view.given(f"model.{name}"):
+                yield f"model.{name}", f"missing key model.{name}; with model.family the shape must be given"
+    elif isinstance(view.values.get("model"), dict):
+        yield (
+            "model",
+            (
+                "model has neither 'family' nor 'path'; add 'family: qwen3_moe' and a shape, "
+                "or 'path: FOLDER' of a Hugging Face model"
+            ),
+        )
+
+
+def _heads(view: View) -> Iterator[Finding]:
+    heads, kv_heads = view("model.num_attention_heads"), view("model.num_key_value_heads")
+    if heads and kv_heads and heads % kv_heads:
+        yield (
+            "model.num_key_value_heads",
+            (
+                f"model.num_key_value_heads={kv_heads} does not divide model.num_attention_heads={heads}; "
+                "choose a divisor"
+            ),
+        )
+
+
+def _head_dim(view: View) -> Iterator[Finding]:
+    heads, hidden, head_dim = (
+        view("model.num_attention_heads"),
+        view("model.hidden_size"),
+        view("model.head_dim"),
+    )
+    if heads and hidden and head_dim is None and hidden % heads:
+        yield (
+            "model.hidden_size",
+            (
+                f"model.num_attention_heads={heads} does not divide model.hidden_size={hidden}; "
+                "choose a multiple or give model.head_dim"
+            ),
+        )
+    elif heads and hidden and (head_dim or hidden // heads) % 2:
+        yield (
+            "model.head_dim",
+            (
+                f"the head dimension is {head_dim or hidden // heads}, but rotary positions pair it up; "
+                "give an even model.head_dim"
+            ),
+        )
+
+
+def _model_top_k(view: View) -> Iterator[Finding]:
+    top_k, experts = view("model.num_experts_per_tok"), view("model.num_experts")
+    if experts and top_k > experts:
+        yield (
+            "model.num_experts_per_tok",
+            (f"model.num_experts_per_tok={top_k} is more than model.num_experts={experts}; choose at most that"),
+        )
+
+
+def _positions(view: View) -> Iterator[Finding]:
+    length, most = view("data.sequence_length"), view("model.max_position_embeddings")
+    if not view.given("model.path") and length > most:
+        yield (
+            "data.sequence_length",
+            (
+                f"data.sequence_length={length} is more than model.max_position_embeddings={most}; lower the one "
+                "or raise the other"
+            ),
+        )
+
+
+def _text_key(view: View) -> Iterator[Finding]:
+    if view("data.format") == "text" and view.given("data.text_key"):
+        yield "data.text_key", "data.text_key belongs to format: jsonl; remove it or change data.format"
+
+
+def _stdlib(view: View) -> Iterator[Finding]:
+    if view("data.source") != "stdlib":
+        return
+    if view("data.format") != "text":
+        yield "data.format", "source: stdlib is Python text, not jsonl; write format: text or source: files"
+    for i, pattern in enumerate(view("data.include")):
+        if pattern.startswith("/") or ".." in pattern.split("/"):
+            yield f"data.include.{i}", (f"pattern {pattern!r} leaves the standard library; use source: files for it")
+
+
+def _tokenizer_origin(view: View) -> Iterator[Finding]:
+    kind = view("data.tokenizer.kind")
+    if kind == "model" and not view.given("model.path"):
+        yield "data.tokenizer.kind", "tokenizer kind 'model' needs model.path; use bpe or bytes for a new model"
+    if kind != "model" and view.given("model.path"):
+        yield (
+            "data.tokenizer.kind",
+            (f"a model from model.path has its own tokens, kind {kind!r} would give others; write kind: model"),
+        )
+
+
+def _vocabulary(view: View) -> Iterator[Finding]:
+    kind, size = view("data.tokenizer.kind"), view("data.tokenizer.vocab_size")
+    given = view.given("data.tokenizer.vocab_size")
+    if kind == "bpe" and not given:
+        yield (
+            "data.tokenizer.vocab_size",
+            ("missing key data.tokenizer.vocab_size; kind bpe needs it, e.g. 'vocab_size: 2048'"),
+        )
+    elif kind == "bpe" and size < BYTE_VOCABULARY:
+        yield (
+            "data.tokenizer.vocab_size",
+            (f"data.tokenizer.vocab_size={size} is too small; bpe starts from {BYTE_VOCABULARY} tokens"),
+        )
+    elif kind == "bytes" and given and size != BYTE_VOCABULARY:
+        yield "data.tokenizer.vocab_size", f"kind bytes has {BYTE_VOCABULARY} tokens, not {size}; remove the key"
+    elif kind == "model" and given and size:
+        yield "data.tokenizer.vocab_size", "kind model takes the folder's own vocabulary; remove the key"
+
+
+def _ep_workers(view: View) -> Iterator[Finding]:
+    ep, workers = view("parallel.ep"), view("parallel.workers")
+    if workers % ep:
+        yield (
+            "parallel.ep",
+            (f"parallel.ep={ep} does not divide parallel.workers={workers}; choose a divisor of {workers}"),
+        )
+
+
+def _ep_experts(view: View) -> Iterator[Finding]:
+    ep, experts = view("parallel.ep"), view("model.num_experts")
+    if experts % ep:
+        yield (
+            "parallel.ep",
+            (
+                f"parallel.ep={ep} does not divide model.num_experts={experts}: every worker of a group holds "
+                f"equally many experts; choose a divisor of {experts}"
+            ),
+        )
+
+
+def _zero(view: View) -> Iterator[Finding]:
+    zero, ep = view("parallel.zero"), view("parallel.ep")
+    if zero in (1, 2):
+        return
+    if zero == 0 and ep > 1:
+        why = f"ZeRO-0 with ep={ep} clips by a norm that misses the other workers' experts"
+    elif zero == 3 and ep > 1:
+        why = f"ZeRO-3 with ep={ep} is refused by DeepSpeed: it would partition experts that differ by worker"
+    elif zero in (0, 3):
+        why = f"ZeRO-{zero} has no optimizer partitions to capture and restore"
+    else:
+        why = f"there is no ZeRO-{zero}"
+    yield "parallel.zero", f"parallel.zero={zero}: {why}; choose 1 or 2"
+
+
+def _batch(view: View) -> Iterator[Finding]:
+    batch, micro = view("train.global_batch_size"), view("train.micro_batch_size")
+    workers = view("parallel.workers")
+    if batch % (workers * micro):
+        yield (
+            "train.global_batch_size",
+            (
+                f"train.global_batch_size={batch} is not a multiple of parallel.workers={workers} x "
+                f"train.micro_batch_size={micro}; choose a multiple of {workers * micro}"
+            ),
+        )
+
+
+def _warmup(view: View) -> Iterator[Finding]:
+    warmup, steps = view("train.warmup_steps"), view("train.steps")
+    if warmup >= steps:
+        yield "train.warmup_steps", (f"train.warmup_steps={warmup} leaves nothing of train.steps={steps}; choose fewer")
+
+
+def _run_name(view: View) -> Iterator[Finding]:
+    run = view("log.run")
+    if run and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", run):
+        yield (
+            "log.run",
+            (
+                f"log.run={run!r} names a folder: use letters, digits, '.', '_' and '-'; "
+                "put the parent folder in log.dir"
+            ),
+        )
+
+
+def _bank_ranges(view: View, bank: str) -> Iterator[Finding]:
+    for name in ("r", "num_experts", "top_k"):
+        if view(f"{bank}.{name}") < 1:
+            yield f"{bank}.{name}", f"{bank}.{name} must be at least 1, not {view(f'{bank}.{name}')}"
+    if view(f"{bank}.alpha") <= 0:
+        yield f"{bank}.alpha", f"{bank}.alpha must be more than 0, not {view(f'{bank}.alpha')}"
+    if view(f"{bank}.router_aux_loss_coef") < 0:
+        yield f"{bank}.router_aux_loss_coef", f"{bank}.router_aux_loss_coef must be at least 0"
+
+
+def _bank_top_k(view: View, bank: str) -> Iterator[Finding]:
+    top_k, experts = view(f"{bank}.top_k"), view(f"{bank}.num_experts")
+    if view(f"{bank}.preset") == "mola" and top_k > experts >= 1:
+        yield f"{bank}.top_k", f"{bank}.top_k={top_k} is more than {bank}.num_experts={experts}; choose fewer"
+
+
+def _bank_keys(view: View, bank: str) -> Iterator[Finding]:
+    if view(f"{bank}.preset") == "expert-lora":
+        for name in ("num_experts", "top_k", "router_aux_loss_coef"):
+            if view.given(f"{bank}.{name}"):
+                yield (
+                    f"{bank}.{name}",
+                    (f"{bank}.{name} belongs to preset mola; expert-lora follows the model's own router: remove it"),
+                )
+
+
+def _bank_targets(view: View, bank: str) -> Iterator[Finding]:
+    preset = view(f"{bank}.preset")
+    names, allowed = view(f"{bank}.targets"), TARGETS[preset]
+    for i, name in enumerate(names):
+        if name not in allowed:
+            yield (
+                f"{bank}.targets.{i}",
+                (f"{bank}.targets: {name!r} is no target of preset {preset}; choose from {', '.join(allowed)}"),
+            )
+        elif name in names[:i]:
+            yield f"{bank}.targets.{i}", f"{bank}.targets names {name!r} twice; keep one"
+
+
+def _bank_overlap(view: View, bank: str) -> Iterator[Finding]:
+    for other in view.values["adapter"]:
+        if f"adapter.{other}" == bank:
+            return
+        if view(f"adapter.{other}.preset") == view(f"{bank}.preset"):
+            mine, theirs = _targets_of(view, bank), _targets_of(view, f"adapter.{other}")
+            if shared := [name for name in mine if name in theirs]:
+                yield bank, f"banks adapter.{other} and {bank} both target {', '.join(shared)}; keep one of them"
+
+
+def _targets_of(view: View, bank: str) -> tuple[str, ...]:
+    preset = view(f"{bank}.preset")
+    return tuple(view(f"{bank}.targets")) or DEFAULT_TARGETS[preset]
+
+
+_RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (
+    _model_origin,
+    _heads,
+    _head_dim,
+    _model_top_k,
+    _positions,
+    _text_key,
+    _stdlib,
+    _tokenizer_origin,
+    _vocabulary,
+    _ep_workers,
+    _ep_experts,
+    _zero,
+    _batch,
+    _warmup,
+    _run_name,
+)
+_BANK_RULES: tuple[Callable[[View, str], Iterator[Finding]], ...] = (
+    _bank_ranges,
+    _bank_top_k,
+    _bank_keys,
+    _bank_targets,
+    _bank_overlap,
+)

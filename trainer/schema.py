@@ -1,0 +1,188 @@
+"""The sections of a recipe, as plain frozen values.
+
+Ranges of single keys stand in the annotations; what ties several keys together is in
+``trainer.recipe_checks``. ``docs`` of a key are the attribute comments here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+
+from lora.config import BankConfig
+
+Count = Annotated[int, Ge(1)]
+CountOrZero = Annotated[int, Ge(0)]
+Text = Annotated[str, MinLen(1)]
+Above0 = Annotated[float, Gt(0)]
+AtLeast0 = Annotated[float, Ge(0)]
+Probability = Annotated[float, Ge(0), Lt(1)]
+
+_STRICT = {"extra": "forbid", "allow_inf_nan": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """Either ``family`` with a shape (Hugging Face's own field names), or ``path``."""
+
+    __pydantic_config__ = _STRICT
+    family: Literal["qwen3_moe"] | None = None
+    path: Text | None = None  # a Hugging Face folder, relative to the current directory
+    # Required with family; 0 with path, where the folder's config.json says.
+    hidden_size: Count = 0
+    num_hidden_layers: Count = 0
+    num_attention_heads: Count = 0
+    num_key_value_heads: Count = 0
+    moe_intermediate_size: Count = 0
+    num_experts: Count = 0
+    num_experts_per_tok: Count = 0
+    head_dim: Count | None = None  # default: hidden_size / num_attention_heads
+    norm_topk_prob: bool = True
+    max_position_embeddings: Count = 2048
+    rope_theta: Above0 = 10000.0
+    attention_dropout: Probability = 0.0
+    initializer_range: Above0 = 0.02
+    tie_word_embeddings: bool = False
+    router_aux_loss_coef: AtLeast0 = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSection:
+    """``bpe`` is trained on the text, ``bytes`` has one token per byte, ``model`` is the folder's own."""
+
+    __pydantic_config__ = _STRICT
+    kind: Literal["bpe", "bytes", "model"]
+    vocab_size: CountOrZero = 0  # bpe only; resolved to 257 for bytes, 0 for model
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    __pydantic_config__ = _STRICT
+    source: Literal["stdlib", "files"]
+    include: Annotated[tuple[Text, ...], MinLen(1)]  # globs; resolved to absolute ones for files
+    tokenizer: TokenizerSection
+    sequence_length: Annotated[int, Ge(2)]
+    format: Literal["text", "jsonl"] = "text"
+    text_key: Text | None = None  # jsonl only; default "text"
+    heldout_fraction: Annotated[float, Gt(0), Le(0.5)] = 0.02
+    cache_dir: Text | None = None  # default: cache/ in log.dir
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSection:
+    __pydantic_config__ = _STRICT
+    workers: Count = 1
+    ep: Count = 1  # workers that share one set of experts
+    zero: int = 1
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: fp32 on CPU, bf16 on GPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    restarts: CountOrZero = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSection:
+    __pydantic_config__ = _STRICT
+    steps: Count
+    global_batch_size: Count  # sequences per optimizer step, over all workers
+    micro_batch_size: Count  # sequences per worker and forward pass
+    lr: Above0
+    min_lr_ratio: Annotated[float, Ge(0), Le(1)] = 0.1
+    warmup_steps: CountOrZero = 0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: AtLeast0 = 0.0
+    beta1: Probability = 0.9
+    beta2: Probability = 0.95
+    eps: Above0 = 1e-8
+    max_grad_norm: AtLeast0 = 1.0  # 0: no clipping
+    seed: CountOrZero = 0
+    eval_every: CountOrZero = 0  # 0: at the start and the end only
+    eval_sequences: Count = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySection:
+    __pydantic_config__ = _STRICT
+    enabled: bool = True
+    every: Count = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskSection:
+    __pydantic_config__ = _STRICT
+    every: CountOrZero = 0  # 0: never during the run
+    keep_last: Count = 2
+    final: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSection:
+    __pydantic_config__ = _STRICT
+    mode: Literal["dense"] = "dense"
+    memory: MemorySection = field(default_factory=MemorySection)
+    disk: DiskSection = field(default_factory=DiskSection)
+    linger_s: CountOrZero = 600  # how long the keeper waits without workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogSection:
+    __pydantic_config__ = _STRICT
+    run: Text = ""  # default: the recipe file's stem
+    dir: Text = "runs"
+    every: Count = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run, wholly described. Read by ``trainer.recipe.load_recipe``."""
+
+    __pydantic_config__ = _STRICT
+    model: ModelSection
+    data: DataSection
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    train: TrainSection
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    adapter: dict[str, BankConfig] = field(default_factory=dict)
+    log: LogSection = field(default_factory=LogSection)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of the schema; ``required`` keys have no default."""
+
+    path: tuple[str, ...]  # the name of an adapter bank is "*"
+    section: bool
+    required: bool
+    default: Any
+    annotation: Any
+
+
+def _keys(section: type, prefix: tuple[str, ...]) -> Iterator[Key]:
+    hints = get_type_hints(section)
+    for entry in dataclasses.fields(section):
+        path, hint = (*prefix, entry.name), hints[entry.name]
+        banks = get_args(hint)[1] if get_origin(hint) is dict else None
+        nested = banks or (hint if dataclasses.is_dataclass(hint) else None)
+        has_factory = entry.default_factory is not dataclasses.MISSING
+        required = entry.default is dataclasses.MISSING and not has_factory
+        default = entry.default_factory() if has_factory else entry.default
+        yield Key(path, nested is not None, required, default, hint)
+        if nested is not None:
+            yield from _keys(nested, (*path, "*") if banks else path)
+
+
+KEYS: dict[tuple[str, ...], Key] = {key.path: key for key in _keys(Recipe, ())}
+
+
+def schema_path(path: tuple[str | int, ...]) -> tuple[str, ...]:
+    """``path`` with the bank's name replaced by ``*`` and list indices dropped."""
+    names = tuple(part for part in path if isinstance(part, str))
+    return ("adapter", "*", *names[2:]) if names[:1] == ("adapter",) and len(names) > 1 else names
+
+
+def children(path: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the keys directly inside the section ``path`` (a schema path)."""
+    return tuple(p[-1] for p in KEYS if p[:-1] == path)
