@@ -1,0 +1,107 @@
+"""A transformers model with everything but its routed experts: those never exist as parameters here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from inference.cache import ExpertCache
+from inference.experts import OffloadedExperts
+from inference.store import ExpertShape, InferenceError, TensorFiles, stored_names
+from moe.families import FamilyError, MoEBlock, find_moe_blocks
+
+
+def build_skeleton(folder: Path, dtype: torch.dtype | None) -> tuple[nn.Module, list[MoEBlock]]:
+    """The model of ``folder/config.json`` with all parameters on the meta device, and its MoE blocks.
+
+    ``dtype`` None takes the folder's own. Raises InferenceError if the config cannot be read or is not a MoE.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InferenceError(f"{folder}: transformers cannot read config.json here: {error}") from error
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    with init_empty_weights():
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        except ValueError as error:
+            raise InferenceError(f"{folder}: not a language model transformers can build: {error}") from error
+    try:
+        return model.eval(), find_moe_blocks(model)
+    except FamilyError as error:
+        raise InferenceError(f"{folder}: {error}") from error
+
+
+def expert_shape(folder: Path, blocks: list[MoEBlock]) -> ExpertShape:
+    """The sizes all experts share. Raises InferenceError for layouts that the offloaded experts do not compute."""
+    shapes = set()
+    for block in blocks:
+        experts = block.experts
+        where = f"{folder}: {block.path}.experts ({type(experts).__name__})"
+        gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
+        if not isinstance(gate_up, nn.Parameter) or not isinstance(down, nn.Parameter) or gate_up.dim() != 3:
+            raise InferenceError(f"{where}: expected stacked gate_up_proj and down_proj; this family is not served yet")
+        gate = getattr(type(experts), "_apply_gate", None)
+        plain = gate is None or gate.__module__.startswith("transformers.integrations.")
+        if getattr(experts, "is_transposed", False) or getattr(experts, "has_bias", False) or not plain:
+            raise InferenceError(f"{where}: transposed, biased or specially gated experts are not served yet")
+        num_experts, hidden, intermediate = down.shape
+        if gate_up.shape != (num_experts, 2 * intermediate, hidden):
+            raise InferenceError(f"{where}: expected gate rows, then up rows, in gate_up_proj; found {gate_up.shape}")
+        shapes.add(ExpertShape(num_experts, hidden, intermediate))
+    if len(shapes) != 1:
+        raise InferenceError(
+            f"{folder}: layers with experts of different sizes are not served yet: {sorted(map(str, shapes))}"
+        )
+    return shapes.pop()
+
+
+def offload_experts(blocks: list[MoEBlock], cache: ExpertCache) -> None:
+    """Puts experts that borrow from ``cache`` in place of the skeleton's own."""
+    for block in blocks:
+        act = getattr(block.experts, "act_fn", nn.functional.silu)
+        block.module.experts = OffloadedExperts(cache, block.layer, act)
+
+
+def load_dense(model: nn.Module, files: TensorFiles, device: torch.device) -> None:
+    """Loads every parameter and persistent buffer that is left, each in the skeleton's own dtype.
+
+    Raises InferenceError naming the tensors that are missing or misshapen, and the file.
+    """
+    missing = []
+    for name, empty in model.state_dict(keep_vars=True).items():
+        stored = next((n for n in stored_names(name) if n in files), None)
+        if stored is None:
+            missing.append(name)
+            continue
+        shape, _ = files.describe(stored)
+        if shape != tuple(empty.shape):
+            raise InferenceError(
+                f"tensor {stored} in {files.file(stored)} has shape {list(shape)}, but config.json asks for "
+                f"{list(empty.shape)}; the folder mixes two models: export it again"
+            )
+        _replace(model, name, files.view(stored).to(device=device, dtype=empty.dtype, copy=True))
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.tie_word_embeddings and head is not None:
+        head.weight = embeddings.weight
+    still_empty = {name for name, parameter in model.named_parameters() if parameter.is_meta}
+    absent = [name for name in missing if name in still_empty or name in dict(model.named_buffers())]
+    if absent:
+        raise InferenceError(
+            f"{files.folder}: {len(absent)} tensors are missing, the first is {absent[0]}; the copy is incomplete: "
+            "export it again"
+        )
+    model.to(device)
+
+
+def _replace(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+    else:
+        setattr(module, leaf, tensor)

@@ -1,0 +1,217 @@
+"""Expert weights where they lie: in the safetensors files of a model folder, memory-mapped.
+
+Nothing is read until an expert is asked for, and then only its own bytes. Shapes: E experts, I intermediate, H hidden.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moe.refs import ExpertRef
+
+# How families call (gate, up, down) when every expert has its own tensors.
+SPLIT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+FLOAT_DTYPES = {"F32": 4, "BF16": 2, "F16": 2}
+
+
+class InferenceError(ValueError):
+    """A model folder, prompt or setting that the runtime cannot serve: what, where, and what to do."""
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """Sizes of the routed experts; the same in every layer."""
+
+    num_experts: int
+    hidden: int
+    intermediate: int
+
+    @property
+    def elements(self) -> int:
+        """Weights of one expert: gate, up and down."""
+        return 3 * self.hidden * self.intermediate
+
+
+def stored_names(name: str) -> tuple[str, ...]:
+    """The names a file may use for the model's tensor ``name``, most usual first (Mixtral's files say otherwise)."""
+    return (name, name.replace(".mlp.", ".block_sparse_moe."))
+
+
+class TensorFiles:
+    """All tensors of a model folder by name, as views of the mapped files.
+
+    Raises InferenceError if the folder has no safetensors, lacks a shard, or holds a damaged file.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise InferenceError(f"{self.folder}: no such folder; give the folder that `planaria export` wrote")
+        self._handles = {}
+        self._home: dict[str, str] = {}
+        for file in self._files():
+            handle = self._open(file)
+            self._handles[file] = handle
+            self._home |= dict.fromkeys(handle.keys(), file)
+
+    def _files(self) -> list[str]:
+        index = self.folder / "model.safetensors.index.json"
+        if not index.exists():
+            if (self.folder / "model.safetensors").exists():
+                return ["model.safetensors"]
+            raise InferenceError(
+                f"{self.folder}: no model.safetensors and no model.safetensors.index.json; the runtime reads "
+                "safetensors only: export the model again, or save it with `save_pretrained`"
+            )
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InferenceError(f"{index}: not a safetensors index ({error!r}); copy the folder again") from error
+        for file in files:
+            if not (self.folder / file).exists():
+                raise InferenceError(f"{self.folder / file}: listed in {index.name} but missing; copy the folder again")
+        return files
+
+    def _open(self, file: str):
+        try:
+            return safe_open(self.folder / file, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise InferenceError(
+                f"{self.folder / file}: damaged or cut short ({error}); copy the folder again"
+            ) from error
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._home
+
+    def file(self, name: str) -> Path:
+        return self.folder / self._home[name]
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and safetensors dtype of a tensor, from the header alone."""
+        part = self._handles[self._home[name]].get_slice(name)
+        return tuple(part.get_shape()), part.get_dtype()
+
+    def view(self, name: str) -> Tensor:
+        """The tensor as a view of the mapped file. Read it, never write to it."""
+        return self._handles[self._home[name]].get_tensor(name)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Where one layer's experts are: under ``prefix``, fused (``names`` is None) or three tensors per expert."""
+
+    prefix: str
+    names: tuple[str, str, str] | None
+
+
+class ExpertStore:
+    """Hands out the weights of expert (layer, e) from a model folder.
+
+    Args:
+        files: the opened folder.
+        paths: module path of each MoE layer's experts, ``{3: "model.layers.3.mlp.experts"}``.
+        shape: sizes every expert must have.
+
+    Raises:
+        InferenceError: a tensor is missing, misshapen or not in a float format; names layer, expert, tensor and file.
+    """
+
+    def __init__(self, files: TensorFiles, paths: Mapping[int, str], shape: ExpertShape) -> None:
+        self.files = files
+        self.shape = shape
+        self._layers = {layer: self._locate(layer, path) for layer, path in sorted(paths.items())}
+        itemsizes = {self._check(layer) for layer in self._layers}
+        if len(itemsizes) != 1:
+            raise InferenceError(f"{files.folder}: experts of different precision; save the model in one dtype")
+        self.bytes_per_expert = shape.elements * itemsizes.pop()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(self._layers)
+
+    @property
+    def total(self) -> int:
+        """Routed experts in the whole model."""
+        return len(self._layers) * self.shape.num_experts
+
+    def views(self, layer: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        """gate [I,H], up [I,H] and down [H,I] of one expert, views of the mapped file."""
+        where = self._layers[layer]
+        if where.names is None:
+            gate_up_2IH = self.files.view(f"{where.prefix}.gate_up_proj")[expert]
+            gate_IH, up_IH = gate_up_2IH.chunk(2)
+            return gate_IH, up_IH, self.files.view(f"{where.prefix}.down_proj")[expert]
+        gate, up, down = (self.files.view(f"{where.prefix}.{expert}.{name}.weight") for name in where.names)
+        return gate, up, down
+
+    def copy_into(self, layer: int, expert: int, gate_up_2IH: Tensor, down_HI: Tensor) -> int:
+        """Copies one expert into a slot, whatever the slot's device and dtype. Returns the bytes read."""
+        gate_IH, up_IH, down = self.views(layer, expert)
+        gate_up_2IH[: self.shape.intermediate].copy_(gate_IH)
+        gate_up_2IH[self.shape.intermediate :].copy_(up_IH)
+        down_HI.copy_(down)
+        return self.bytes_per_expert
+
+    def _locate(self, layer: int, path: str) -> _Layer:
+        for prefix in stored_names(path):
+            fused = (f"{prefix}.gate_up_proj", f"{prefix}.down_proj")
+            if any(name in self.files for name in fused):
+                return _Layer(prefix, None)
+            for names in SPLIT_NAMES:
+                if any(
+                    f"{prefix}.{expert}.{name}.weight" in self.files
+                    for expert in range(self.shape.num_experts)
+                    for name in names
+                ):
+                    return _Layer(prefix, names)
+        raise InferenceError(
+            f"{self.files.folder}: layer {layer} has no expert tensors; looked for {path}.gate_up_proj and "
+            f"{path}.<expert>.{{{','.join(SPLIT_NAMES[0])}}}.weight; export the model again"
+        )
+
+    def _check(self, layer: int) -> int:
+        """Checks every tensor of a layer against the headers. Returns the bytes per element."""
+        where, shape = self._layers[layer], self.shape
+        sizes = set()
+        if where.names is None:
+            stacked = {
+                "gate_up_proj": (shape.num_experts, 2 * shape.intermediate, shape.hidden),
+                "down_proj": (shape.num_experts, shape.hidden, shape.intermediate),
+            }
+            for tensor, expected in stacked.items():
+                sizes.add(self._check_tensor(f"layer {layer}, {tensor}", f"{where.prefix}.{tensor}", expected))
+        else:
+            inward, outward = (shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)
+            for expert in range(shape.num_experts):
+                for name, expected in zip(where.names, (inward, inward, outward), strict=True):
+                    stored = f"{where.prefix}.{expert}.{name}.weight"
+                    sizes.add(self._check_tensor(f"{ExpertRef(layer, expert)}.{name}", stored, expected))
+        if len(sizes) != 1:
+            raise InferenceError(
+                f"{self.files.folder}: layer {layer}: experts of different precision; save the model in one dtype"
+            )
+        return sizes.pop()
+
+    def _check_tensor(self, what: str, name: str, expected: tuple[int, ...]) -> int:
+        if name not in self.files:
+            raise InferenceError(
+                f"{what}: tensor {name} is missing from {self.files.folder}; the copy is incomplete: export it again"
+            )
+        shape, dtype = self.files.describe(name)
+        if shape != expected:
+            raise InferenceError(
+                f"{what}: tensor {name} in {self.files.file(name)} has shape {list(shape)}, but config.json "
+                f"asks for {list(expected)}; the folder mixes two models: export it again"
+            )
+        if dtype not in FLOAT_DTYPES:
+            raise InferenceError(
+                f"{what}: tensor {name} in {self.files.file(name)} is {dtype}; only {', '.join(FLOAT_DTYPES)} "
+                "are served: save the model unquantised"
+            )
+        return FLOAT_DTYPES[dtype]

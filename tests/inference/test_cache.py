@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from inference.cache import ExpertCache
+from inference.store import ExpertShape, ExpertStore, TensorFiles
+from moe.refs import ExpertRef
+
+CALLS = st.lists(
+    st.tuples(st.integers(0, 3), st.lists(st.integers(0, 15), min_size=1, max_size=9, unique=True)), max_size=25
+)
+
+
+@pytest.fixture(scope="module")
+def store(model_folder):
+    paths = {layer: f"model.layers.{layer}.mlp.experts" for layer in range(4)}
+    return ExpertStore(TensorFiles(model_folder), paths, ExpertShape(16, 64, 32))
+
+
+def simulate(calls, slots):
+    """Hits and misses of an LRU that sees each call's resident experts first."""
+    resident, hits, misses = OrderedDict(), 0, 0
+    for layer, experts in calls:
+        keys = [(layer, e) for e in experts]
+        for key in sorted(keys, key=lambda k: k not in resident):
+            hits += key in resident
+            misses += key not in resident
+            resident[key] = None
+            resident.move_to_end(key)
+            while len(resident) > slots:
+                resident.popitem(last=False)
+    return hits, misses, list(resident)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(calls=CALLS, slots=st.integers(0, 12))
+def test_lends_the_right_weights_and_counts_as_a_simulated_lru(store, calls, slots):
+    cache = ExpertCache(store, slots, poison=True)
+    for layer, experts in calls:
+        lent = []
+        for group in cache.lend(layer, experts):
+            assert len(group) <= max(slots, 1)
+            for loan in group:
+                gate, up, down = store.views(layer, loan.expert)
+                assert torch.equal(loan.gate_up_2IH, torch.cat([gate, up]))
+                assert torch.equal(loan.down_HI, down)
+                lent.append(loan.expert)
+        assert sorted(lent) == sorted(experts)
+    hits, misses, resident = simulate(calls, slots)
+    assert (cache.counts.hits, cache.counts.misses) == (hits, misses)
+    assert cache.counts.bytes_fetched == misses * store.bytes_per_expert
+    assert cache.resident == tuple(sorted(ExpertRef(*key) for key in resident))
+
+
+def test_slots_are_one_allocation_of_the_budget(store):
+    cache = ExpertCache(store, 6)
+    before = (cache.gate_up_C2IH.data_ptr(), cache.down_CHI.data_ptr())
+    assert cache.resident_bytes == 6 * store.bytes_per_expert
+    for layer in range(4):
+        for _ in cache.lend(layer, range(16)):
+            pass
+    assert before == (cache.gate_up_C2IH.data_ptr(), cache.down_CHI.data_ptr())
+    assert cache.resident_bytes == 6 * store.bytes_per_expert
+    assert len(cache.resident) == 6
+
+
+def test_given_up_slots_hold_nan(store):
+    cache = ExpertCache(store, 0, poison=True)
+    for (loan,) in cache.lend(1, [3, 4]):
+        assert loan.down_HI.isfinite().all()
+    assert cache.resident == ()
+    assert cache.gate_up_C2IH.isnan().all()
+    assert cache.down_CHI.isnan().all()
+
+
+def test_an_expert_of_the_current_group_is_never_evicted(store):
+    cache = ExpertCache(store, 3, poison=True)
+    list(cache.lend(0, [0, 1, 2]))
+    # Expert 0 is now the least recent; it is wanted again together with two that must be fetched.
+    (group,) = cache.lend(0, [0, 8, 9])
+    assert {loan.expert for loan in group} == {0, 8, 9}
+    assert all(loan.gate_up_2IH.isfinite().all() for loan in group)
+    assert (cache.counts.hits, cache.counts.misses) == (1, 5)
+
+
+def test_a_failed_read_leaves_no_half_filled_expert(store, monkeypatch):
+    cache = ExpertCache(store, 2)
+    list(cache.lend(0, [0, 1]))
+
+    def torn(layer, expert, gate_up_2IH, down_HI):
+        gate_up_2IH.zero_()
+        raise OSError("the disk went away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "copy_into", torn)
+        with pytest.raises(OSError, match="went away"):
+            list(cache.lend(0, [2]))
+    assert cache.resident == (ExpertRef(0, 1),)
+    ((loan,),) = cache.lend(0, [2])
+    assert torch.equal(loan.down_HI, store.views(0, 2)[2])
+
+
+@pytest.mark.parametrize("hidden", [5, 64])
+def test_every_slot_is_aligned(store, hidden):
+    from inference.cache import _allocate
+
+    slots = _allocate(3, 7, hidden, "cpu", torch.float32)
+    assert slots.shape == (3, 7, hidden)
+    for slot in slots:
+        assert slot.is_contiguous()
+        assert slot.data_ptr() % 64 == 0

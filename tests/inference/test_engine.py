@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+from inference.engine import LLM
+from inference.store import InferenceError
+from trainer import generate
+
+BUDGETS = [0.0, 0.1, 1.0]
+TOTAL = 64  # 4 layers of 16 experts
+
+
+@pytest.fixture(scope="module")
+def expected(model_folder, prompts, huggingface_tokens):
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    tokens = huggingface_tokens(model, prompts, 64)
+    assert len({t for row in tokens for t in row}) > 100, "the reference must not be a constant text"
+    return tokens
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_greedy_tokens_equal_those_of_transformers(model_folder, prompts, expected, budget):
+    llm = LLM(model_folder, expert_budget=budget, device="cpu", poison=True)
+    assert [g.token_ids for g in llm.generate(prompts, 64)] == expected
+
+
+def test_logits_have_the_same_bits_at_every_budget(model_folder, prompts):
+    runs = []
+    for budget in BUDGETS:
+        llm = LLM(model_folder, expert_budget=budget, device="cpu", poison=True)
+        runs.append([llm.logits(prompt) for prompt in prompts])
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def test_logits_have_the_bits_of_the_eager_model(model_folder, prompts):
+    model = AutoModelForCausalLM.from_pretrained(model_folder, experts_implementation="eager")
+    llm = LLM(model_folder, expert_budget=0.1, device="cpu")
+    for prompt in prompts[:4]:
+        with torch.no_grad():
+            theirs = model(input_ids=torch.tensor([prompt])).logits[0]
+        assert torch.equal(llm.logits(prompt), theirs)
+
+
+def test_no_expert_is_a_parameter_and_the_budget_is_all_that_is_resident(model_folder, prompts):
+    llm = LLM(model_folder, expert_budget=0.1, device="cpu")
+    per_expert = 3 * 64 * 32 * 4
+    assert llm.cache.resident_bytes == 6 * per_expert
+    llm.generate(prompts[:2], 8)
+    assert llm.cache.resident_bytes == 6 * per_expert
+    tensors = [*llm.model.named_parameters(), *llm.model.named_buffers()]
+    assert not any("experts" in name for name, _ in tensors)
+    assert not any(tensor.is_meta for _, tensor in tensors)
+    dense = sum(tensor.nbytes for _, tensor in llm.model.named_parameters())
+    whole = sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(model_folder).parameters())
+    assert dense == whole - TOTAL * per_expert
+
+
+def test_stats_account_for_every_expert_of_every_layer_call(model_folder, prompts):
+    llm = LLM(model_folder, expert_budget=1.0, device="cpu")
+    llm.generate([prompts[0]], 10)
+    first = llm.stats()
+    assert first.misses == first.resident == first.bytes_fetched // (3 * 64 * 32 * 4)
+    assert first.slots == first.total_experts == TOTAL
+    assert first.new_tokens == 10
+    assert first.seconds > 0
+    # All that a repetition needs is resident, and one new token asks each of 4 layers for 4 experts.
+    llm.generate([prompts[0]], 10)
+    again = llm.stats()
+    assert again.misses == first.misses
+    assert again.hits - first.hits == first.hits + first.misses
+    assert 4 * 4 * 9 < again.hits - first.hits <= 4 * (4 * 9 + 4 * len(prompts[0]))
+    line = str(again)
+    for part in (f"{again.hits} hits", f"{again.misses} misses", f"{again.resident}/64 resident", "20 tokens in"):
+        assert part in line
+
+
+def test_text_goes_in_and_comes_out(model_folder):
+    llm = LLM(model_folder, expert_budget=0.5, device="cpu")
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    (generation,) = llm.generate(["The gate scores"], 12)
+    assert generation.prompt_ids == tuple(tokenizer("The gate scores")["input_ids"])
+    assert generation.text == tokenizer.decode(generation.token_ids, skip_special_tokens=True)
+    assert generation.finish == "length"
+    assert len(generation.token_ids) == 12
+
+
+def test_stops_at_the_end_of_sequence_token(model_folder, prompts, expected, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "copy")
+    end = expected[0][20]
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": [{end}]}}')
+    (generation,) = LLM(folder, device="cpu").generate([prompts[0]], 64)
+    assert generation.finish == "eos"
+    assert generation.token_ids == expected[0][: expected[0].index(end) + 1]
+
+
+def test_sampling_repeats_with_its_seed(model_folder, prompts):
+    llm = LLM(model_folder, expert_budget=0.1, device="cpu")
+
+    def sample(seed):
+        return [g.token_ids for g in llm.generate([prompts[0], prompts[0]], 16, temperature=1.0, seed=seed)]
+
+    assert sample(5) == sample(5)
+    assert sample(5)[1] == sample(6)[0], "prompt i draws from stream seed + i"
+    assert sample(5)[0] != sample(5)[1]
+
+
+def test_another_family_and_tied_embeddings(tmp_path, huggingface_tokens):
+    torch.manual_seed(1)
+    config = MixtralConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=96,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+    )
+    model = MixtralForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    llm = LLM(tmp_path, expert_budget=0.5, device="cpu", poison=True)
+    llm.eos = frozenset()
+    prompts = [[5, 6, 7], [80, 3]]
+    assert [g.token_ids for g in llm.generate(prompts, 24)] == huggingface_tokens(model, prompts, 24)
+    with pytest.raises(InferenceError, match="has no tokenizer"):
+        llm.generate(["text"], 4)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "empty prompt"),
+        ("", "empty prompt"),
+        ([512], "token 512 is outside"),
+        ([1] * 250, "exceed the model's 256"),
+    ],
+)
+def test_bad_prompts_are_refused(model_folder, prompt, message):
+    with pytest.raises(InferenceError, match=message):
+        LLM(model_folder, expert_budget=0.0, device="cpu").generate([[1], prompt], 16)
+
+
+def test_bad_settings_are_refused(model_folder):
+    with pytest.raises(InferenceError, match="out of range"):
+        LLM(model_folder, expert_budget=25)
+    llm = LLM(model_folder, expert_budget=0.0, device="cpu")
+    with pytest.raises(InferenceError, match="give a list"):
+        llm.generate("one string", 4)
+    with pytest.raises(InferenceError, match="at least 1"):
+        llm.generate([[1]], 0)
+
+
+def test_the_command_prints_text_and_figures(model_folder, capsys):
+    assert generate.main(str(model_folder), "The gate", None, 8, 0.25) == 0
+    *text, line = capsys.readouterr().out.rstrip("\n").split("\n")
+    (generation,) = LLM(model_folder).generate(["The gate"], 8)
+    assert "\n".join(text) == generation.text
+    assert line.startswith("experts: ")
+    assert "/64 resident; 8 tokens in" in line
+    assert generate.main(str(model_folder / "nowhere"), "The gate", None, 8, 0.25) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_greedy_tokens_on_a_gpu(model_folder, prompts, huggingface_tokens, budget):
+    model = AutoModelForCausalLM.from_pretrained(model_folder, experts_implementation="eager").cuda()
+    llm = LLM(model_folder, expert_budget=budget, poison=True)
+    assert llm.device.type == "cuda"
+    assert llm.cache.gate_up_C2IH.is_cuda
+    tokens = huggingface_tokens(model, prompts[:4], 32)
+    assert [g.token_ids for g in llm.generate(prompts[:4], 32)] == tokens

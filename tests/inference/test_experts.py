@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import silu
+
+from inference.cache import ExpertCache
+from inference.experts import OffloadedExperts
+from inference.store import ExpertShape, ExpertStore, TensorFiles
+
+LAYER = 2
+
+
+@pytest.fixture(scope="module")
+def store(model_folder):
+    paths = {layer: f"model.layers.{layer}.mlp.experts" for layer in range(4)}
+    return ExpertStore(TensorFiles(model_folder), paths, ExpertShape(16, 64, 32))
+
+
+@pytest.fixture(scope="module")
+def weights(model_folder):
+    tensors = load_file(model_folder / "model.safetensors")
+    prefix = f"model.layers.{LAYER}.mlp.experts"
+    return [
+        [tensors[f"{prefix}.{e}.{name}.weight"] for name in ("gate_proj", "up_proj", "down_proj")] for e in range(16)
+    ]
+
+
+def batch(tokens, seed=0, experts=16, top_k=4):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, 64, generator=generator)
+    index = torch.rand(tokens, experts, generator=generator).argsort(dim=1)[:, :top_k]
+    return x, index, torch.rand(tokens, top_k, generator=generator)
+
+
+def naive(weights, x, index, scores, delta=None):
+    """One token and one expert at a time in fp64; ``delta[e]`` is (gate_up [2I,H], down [H,I]), dense."""
+    out = torch.zeros_like(x, dtype=torch.float64)
+    for t in range(x.shape[0]):
+        for e, score in zip(index[t].tolist(), scores[t], strict=True):
+            gate, up, down = (w.double() for w in weights[e])
+            if delta is not None:
+                gate, up, down = gate + delta[e][0][:32], up + delta[e][0][32:], down + delta[e][1]
+            v = x[t].double()
+            out[t] += score.double() * (down @ (silu(gate @ v) * (up @ v)))
+    return out
+
+
+def offloaded(store, slots):
+    return OffloadedExperts(ExpertCache(store, slots, poison=True), LAYER, silu)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 33])
+@pytest.mark.parametrize("slots", [0, 1, 5, 64])
+def test_equals_a_naive_reference(store, weights, tokens, slots):
+    x, index, scores = batch(tokens)
+    got = offloaded(store, slots)(x, index, scores)
+    torch.testing.assert_close(got.double(), naive(weights, x, index, scores), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_bits_do_not_depend_on_residency(store, tokens):
+    calls = [batch(tokens, seed) for seed in range(4)]
+    runs = []
+    for slots in (0, 1, 6, 64):
+        experts = offloaded(store, slots)
+        runs.append([experts(*call) for call in calls])
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_bits_equal_the_eager_loop_of_transformers(store, model_folder, tokens):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder, experts_implementation="eager")
+    x, index, scores = batch(tokens)
+    with torch.no_grad():
+        theirs = model.model.layers[LAYER].mlp.experts(x, index, scores)
+    assert torch.equal(offloaded(store, 6)(x, index, scores), theirs)
+
+
+class DenseDelta(torch.nn.Module):
+    """An adapter as the seam defines it, from dense per-expert deltas."""
+
+    def __init__(self, generator):
+        super().__init__()
+        self.gate_up = torch.randn(16, 64, 64, generator=generator) * 0.1
+        self.down = torch.randn(16, 64, 32, generator=generator) * 0.1
+
+    def _apply_rows(self, stack, x, counts):
+        parts = [part @ stack[e].T for e, part in enumerate(x.split(counts.tolist()))]
+        return torch.cat(parts)
+
+    def gate_up_delta(self, x_NH, counts_L):
+        return self._apply_rows(self.gate_up, x_NH, counts_L)
+
+    def down_delta(self, a_NI, counts_L):
+        return self._apply_rows(self.down, a_NI, counts_L)
+
+
+@pytest.mark.parametrize("slots", [0, 5, 64])
+def test_an_adapter_adds_its_deltas(store, weights, slots):
+    experts = offloaded(store, slots)
+    experts.adapter = DenseDelta(torch.Generator().manual_seed(3))
+    x, index, scores = batch(21)
+    delta = list(zip(experts.adapter.gate_up.double(), experts.adapter.down.double(), strict=True))
+    expected = naive(weights, x, index, scores, delta)
+    torch.testing.assert_close(experts(x, index, scores).double(), expected, rtol=1e-5, atol=1e-4)
+    assert not torch.allclose(naive(weights, x, index, scores), expected, atol=1e-1)
+
+
+def test_holds_no_parameters(store):
+    assert list(offloaded(store, 6).parameters()) == []

@@ -1,0 +1,22 @@
+"""``planaria generate``: continue a prompt with the offloaded runtime."""
+
+from __future__ import annotations
+
+import sys
+
+from inference.engine import LLM
+from inference.store import InferenceError
+from lora.errors import AdapterError
+
+
+def main(model_dir: str, prompt: str, adapter: str | None, max_new_tokens: int, expert_budget: float) -> int:
+    """Prints the prompt's continuation, then one line of figures. Returns 0, or 2 for a user's mistake."""
+    try:
+        llm = LLM(model_dir, expert_budget=expert_budget, adapter=adapter)
+        (generation,) = llm.generate([prompt], max_new_tokens)
+    except (InferenceError, AdapterError) as error:
+        print(f"planaria generate: {error}", file=sys.stderr)
+        return 2
+    print(generation.text)
+    print(llm.stats())
+    return 0
