@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora.attach import attach, format_table
+from lora.config import BankConfig
+from lora.errors import AdapterError
+from lora.linear import RoutedLinear
+from moe.convert import convert
+from moe.families import find_moe_blocks
+from moe.layout import Layout
+
+EXPERT = BankConfig("expert-lora", r=4, alpha=8.0)
+MOLA = BankConfig("mola", r=2, alpha=4.0, num_experts=4, top_k=2)
+
+
+def test_only_adapters_train_and_the_report_counts_them(tiny_moe):
+    model = tiny_moe()
+    base = sum(p.numel() for p in model.parameters())
+    names = {name for name, _ in model.named_parameters()}
+    report = attach(model, {"e": EXPERT, "a": MOLA}, convert(model))
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(".adapter." in name for name in trainable)
+    assert {name for name, _ in model.named_parameters()} == names | set(trainable)
+    assert all(p.address.param == name for name, p in model.named_parameters())
+    assert report.frozen == base
+    assert report.trainable == {
+        "expert adapters": 2 * 8 * 4 * (32 + 32 + 16 + 32),
+        "linear banks": 2 * 4 * 2 * ((32 + 32) + (32 + 16)),
+        "bank routers": 2 * 2 * 4 * 32,
+    }
+    assert sum(report.trainable.values()) == sum(p.numel() for p in trainable.values())
+    assert sum(m.parameters for m in report.matches) == sum(report.trainable.values())
+    table = format_table(report)
+    assert "model.layers.0.self_attn.q_proj" in table
+    assert f"frozen {base:,}" in table
+
+
+def test_outputs_are_unchanged_while_b_is_zero(tiny_moe):
+    model = tiny_moe().eval()
+    tokens = torch.arange(12).view(2, 6)
+    blocks = convert(model)
+    with torch.no_grad():
+        before = model(tokens).logits
+        attach(model, {"e": EXPERT, "a": MOLA}, blocks)
+        assert torch.equal(model(tokens).logits, before)
+
+
+def test_counts_do_not_depend_on_the_expert_parallel_degree(tiny_moe):
+    reports = []
+    for ep in (1, 4):
+        model = tiny_moe()
+        reports.append(attach(model, {"e": EXPERT}, convert(model, Layout(ep, ep), ep - 1), layout_ep=ep))
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize(
+    ("banks", "parts"),
+    [
+        ({"a": BankConfig("mola", targets=["q_prj"])}, ["adapter.a", "q_prj", "k_proj", "o_proj", "q_proj"]),
+        ({"e": BankConfig("expert-lora", targets=["w1"])}, ["adapter.e", "w1", "gate_up_proj"]),
+        ({"e": EXPERT, "f": BankConfig("expert-lora", targets=["down_proj"])}, ["adapter.f", "down_proj", "adapter.e"]),
+        ({"a": BankConfig("mola", top_k=5)}, ["adapter.a", "top_k=5", "num_experts=4"]),
+        ({"a": BankConfig("mola", r=0)}, ["adapter.a", "r=0"]),
+        ({"a": BankConfig("lora", r=1)}, ["adapter.a", "'lora'", "mola"]),
+        ({"a": MOLA, "b": BankConfig("mola", targets=["self_attn.q_proj"])}, ["adapter.b", "q_proj", "already"]),
+    ],
+)
+def test_banks_that_cannot_be_attached_are_named(tiny_moe, banks, parts):
+    model = tiny_moe()
+    with pytest.raises(AdapterError) as caught:
+        attach(model, banks, convert(model))
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_two_expert_banks_may_share_the_experts(tiny_moe):
+    model = tiny_moe()
+    up, down = BankConfig("expert-lora", ["gate_up_proj"], r=2), BankConfig("expert-lora", ["down_proj"], r=5)
+    blocks = convert(model)
+    attach(model, {"up": up, "down": down}, blocks)
+    adapter = blocks[0].experts.adapter
+    assert (adapter.gate_up_proj.A.shape[1], adapter.down_proj.A.shape[1]) == (2, 5)
+
+
+def test_never_wraps_a_gate_and_refuses_unconverted_or_adapted_experts(tiny_moe):
+    model = tiny_moe()
+    with pytest.raises(AdapterError, match=r"model\.layers\.0\.mlp\.experts .Qwen3MoeExperts.*convert"):
+        attach(model, {"e": EXPERT}, find_moe_blocks(model))
+    blocks = convert(model)
+    attach(model, {"e": EXPERT, "a": MOLA}, blocks)
+    assert not any(isinstance(block.gate, RoutedLinear) for block in blocks)
+    with pytest.raises(AdapterError, match="already has an adapter"):
+        attach(model, {"e": EXPERT}, blocks)
+    model = tiny_moe()
+    with pytest.raises(AdapterError, match=r"ep=2.*ep=1"):
+        attach(model, {"e": EXPERT}, convert(model, Layout(2, 2)), layout_ep=1)

@@ -1,0 +1,215 @@
+"""The watch must catch every way an adapter can silently stay untrained, and nothing else."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora.attach import attach
+from lora.config import BankConfig
+from lora.errors import AdapterError
+from lora.experts import ExpertLoRA
+from lora.watch import AdapterWatch
+from moe.convert import convert
+from moe.layout import Layout
+
+BANKS = {
+    "e": BankConfig("expert-lora", r=4, alpha=8.0),
+    "a": BankConfig("mola", r=2, alpha=4.0, num_experts=4, top_k=2),
+}
+TOKENS = torch.arange(64).view(2, 32)
+
+
+def built(tiny_moe):
+    model = tiny_moe()
+    blocks = convert(model)
+    attach(model, BANKS, blocks)
+    return model, blocks
+
+
+def step(model, tokens: Tensor = TOKENS, labels: Tensor | None = None) -> None:
+    model(tokens, labels=tokens if labels is None else labels).loss.backward()
+
+
+def number_of_hooks(model) -> int:
+    return sum(len(m._forward_hooks) for m in model.modules()) + sum(
+        len(p._backward_hooks or {}) for p in model.parameters()
+    )
+
+
+def test_passes_at_the_first_step_then_costs_nothing(tiny_moe):
+    model, _ = built(tiny_moe)
+    hooks = number_of_hooks(model)
+    watch = AdapterWatch(model)
+    assert number_of_hooks(model) > hooks
+    step(model)
+    pending = watch.check()
+    while pending:
+        step(model, torch.randint(64, (2, 32)))
+        pending = watch.check()
+    assert watch.done
+    assert number_of_hooks(model) == hooks
+    model.zero_grad()
+    assert watch.check(reduce=lambda _: pytest.fail("a watch that is done must not communicate")) == []
+
+
+def test_hooks_suffice_when_gradients_are_taken_away_during_backward(tiny_moe):
+    model, _ = built(tiny_moe)
+    watch = AdapterWatch(model)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # as ZeRO-1/2 do
+    step(model)
+    assert all(p.grad is None for p in model.parameters())
+    watch.check()
+
+
+def _detached(tensor: str):
+    original = getattr(ExpertLoRA, f"{tensor}_delta")
+    return lambda self, x, counts: original(self, x, counts).detach()
+
+
+@pytest.mark.parametrize(("method", "name"), [("down", "down_proj"), ("gate_up", "gate_up_proj")])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_detached_expert_adapter_is_named(tiny_moe, monkeypatch, layer, method, name):
+    model, blocks = built(tiny_moe)
+    adapter = blocks[layer].experts.adapter
+    monkeypatch.setattr(adapter, f"{method}_delta", partial(_detached(method), adapter))
+    watch = AdapterWatch(model)
+    step(model)
+    with pytest.raises(AdapterError) as caught:
+        watch.check()
+    other = {"down_proj": "gate_up_proj", "gate_up_proj": "down_proj"}[name]
+    assert f"L0{layer}.E00" in str(caught.value)
+    assert f".adapter.{name}.B" in str(caught.value)
+    assert f"adapter.{other}" not in str(caught.value)
+    assert f"L0{1 - layer}.E" not in str(caught.value)
+
+
+def test_one_expert_out_of_many_is_named(tiny_moe, monkeypatch):
+    model, blocks = built(tiny_moe)
+    adapter = blocks[1].experts.adapter
+    original = adapter.down_delta
+
+    def loses_expert_5(a, counts):
+        keep = torch.arange(8).repeat_interleave(counts) != 5
+        return original(a, counts) * keep.unsqueeze(-1)
+
+    monkeypatch.setattr(adapter, "down_delta", loses_expert_5)
+    watch = AdapterWatch(model)
+    step(model)
+    with pytest.raises(AdapterError, match=r"^no gradient reached L01\.E005\.adapter\.down_proj\.B, although"):
+        watch.check()
+
+
+def test_an_adapter_that_is_never_called_is_named(tiny_moe, monkeypatch):
+    model, blocks = built(tiny_moe)
+    experts = blocks[0].experts
+    watch = AdapterWatch(model)
+
+    def without_adapter(x, counts, compute=experts.compute):
+        adapter, experts.adapter = experts.adapter, None
+        try:
+            return compute(x, counts)
+        finally:
+            experts.adapter = adapter
+
+    monkeypatch.setattr(experts, "compute", without_adapter)
+    step(model)
+    with pytest.raises(AdapterError, match=r"L00\.E00\d\.adapter\.gate_up_proj\.B"):
+        watch.check()
+
+
+def test_output_with_no_graph_at_all_is_named(tiny_moe, monkeypatch):
+    """Layer 0 fully cut off: nothing below requires a gradient any more, so autograd never gets there."""
+    model = tiny_moe()
+    blocks = convert(model)
+    attach(model, {"e": BANKS["e"]}, blocks)
+    for method in ("gate_up", "down"):
+        adapter = blocks[0].experts.adapter
+        monkeypatch.setattr(adapter, f"{method}_delta", partial(_detached(method), adapter))
+    watch = AdapterWatch(model)
+    step(model)
+    with pytest.raises(AdapterError, match=r"L00\.E00\d\.adapter\.gate_up_proj\.B.*L00"):
+        watch.check()
+
+
+def test_frozen_adapter_and_detached_linear_bank_are_named(tiny_moe, monkeypatch):
+    model, blocks = built(tiny_moe)
+    blocks[1].experts.adapter.down_proj.B.requires_grad_(False)
+    watch = AdapterWatch(model)
+    step(model)
+    with pytest.raises(AdapterError, match=r"L01\.E00\d\.adapter\.down_proj\.B"):
+        watch.check()
+
+    model, blocks = built(tiny_moe)
+    bank = model.model.layers[1].self_attn.v_proj.adapter
+    monkeypatch.setattr(bank, "forward", lambda x, f=bank.forward: f(x).detach())
+    watch = AdapterWatch(model)
+    step(model)
+    with pytest.raises(AdapterError, match=r"reached model\.layers\.1\.self_attn\.v_proj\.adapter\.B, although"):
+        watch.check()
+
+
+def test_tokens_without_loss_evaluation_and_unrouted_experts_raise_no_alarm(tiny_moe):
+    model, _ = built(tiny_moe)
+    watch = AdapterWatch(model)
+    with torch.no_grad():
+        model(TOKENS)
+    labels = torch.full((1, 6), -100)
+    labels[0, 1] = 3  # only position 0 carries loss: in the last layer the other tokens get no gradient
+    step(model, TOKENS[:1, :6], labels)
+    pending = watch.check()
+    last_layer = [name for name in pending if name.startswith("L01") and "down_proj" in name]
+    assert len(last_layer) == 8 - 2
+    assert not watch.done
+
+
+def test_an_expert_first_routed_later_is_checked_then(tiny_moe, monkeypatch):
+    model, blocks = built(tiny_moe)
+    watch = AdapterWatch(model)
+    step(model, TOKENS[:1, :2])
+    pending = watch.check()
+    late = next(name for name in pending if name.startswith("L01") and "down_proj" in name)
+    adapter = blocks[1].experts.adapter
+    monkeypatch.setattr(adapter, "down_delta", partial(_detached("down"), adapter))
+    step(model)
+    with pytest.raises(AdapterError) as caught:
+        watch.check()
+    assert late in str(caught.value)
+
+
+def test_gradients_may_be_read_from_elsewhere(tiny_moe):
+    model, blocks = built(tiny_moe)
+    lost = blocks[0].experts.adapter.gate_up_proj.B
+    watch = AdapterWatch(model)
+    step(model)
+    with pytest.raises(AdapterError, match=r"L00\.E00\d\.adapter\.gate_up_proj\.B"):
+        watch.check(grads=lambda p: None if p is lost else p.grad)
+    model, _ = built(tiny_moe)
+    watch = AdapterWatch(model)
+    step(model)
+    watch.check(grads=lambda p: p.grad)
+
+
+def test_ranks_are_judged_together(tiny_moe):
+    """Rank 1 holds experts that only rank 0's tokens chose: the sum over ranks tells, on both ranks."""
+    model, _ = built(tiny_moe)
+    whole = AdapterWatch(model)
+    step(model)
+    gathered = []
+    whole.check(reduce=lambda flags: gathered.append(flags.clone()) or flags)
+    elsewhere = gathered[0]
+
+    part = tiny_moe()
+    attach(part, BANKS, convert(part, Layout(2, 2), 1), layout_ep=2)
+    watch = AdapterWatch(part)
+    pending = watch.check(reduce=lambda flags: flags)
+    assert len(pending) == elsewhere.shape[1]  # every rank reports all global experts
+    seen_there = elsewhere * torch.tensor([[1.0], [0.0]])
+    with pytest.raises(AdapterError, match=r"L00\.E00\d\.adapter\.gate_up_proj\.B"):
+        watch.check(reduce=lambda flags: flags + seen_there)
+    assert len(watch.check(reduce=lambda flags: flags + elsewhere)) == int((elsewhere[0] == 0).sum())
