@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from lora.presets import targets_of
 from trainer import yaml_lines
 from trainer.recipe_checks import BYTE_VOCABULARY, SHAPE, WITH_PATH, findings
-from trainer.recipe_hints import unknown_key, word_hint
+from trainer.recipe_hints import meant, unknown_key, word_hint
 from trainer.schema import (
     KEYS,
     CheckpointSection,
@@ -140,13 +140,20 @@ def _checked(document: Document) -> Recipe | None:
     except ValidationError as error:
         for one in error.errors(include_url=False):
             path: Path = tuple(one["loc"])
-            if one["type"] == "missing" or one["type"] != "unexpected_keyword_argument":
+            if one["type"] == "unexpected_keyword_argument":
+                # The key that was meant has a value that we do not know, not its default.
+                bad.update(_with_bank(names, path) for names in meant(path))
+            else:
                 bad.add(path)
             document.problems.append(Problem(document.place(path), _message(path, one)))
     for key, text in findings(document.values, bad):
         path = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
         document.problems.append(Problem(document.place(path), text))
     return recipe
+
+
+def _with_bank(names: tuple[str, ...], path: Path) -> Path:
+    return tuple(path[1] if part == "*" and len(path) > 2 else part for part in names)
 
 
 _RANGES = {

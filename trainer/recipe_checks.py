@@ -284,11 +284,11 @@ def _run_name(view: View) -> Iterator[Finding]:
 def _bank_ranges(view: View, bank: str) -> Iterator[Finding]:
     for name in ("r", "num_experts", "top_k"):
         if view(f"{bank}.{name}") < 1:
-            yield f"{bank}.{name}", f"{bank}.{name} must be at least 1, not {view(f'{bank}.{name}')}"
+            yield f"{bank}.{name}", f"{bank}.{name} must be at least 1, not {view(f'{bank}.{name}')}; change it"
     if view(f"{bank}.alpha") <= 0:
-        yield f"{bank}.alpha", f"{bank}.alpha must be more than 0, not {view(f'{bank}.alpha')}"
+        yield f"{bank}.alpha", f"{bank}.alpha must be more than 0, not {view(f'{bank}.alpha')}; change it"
     if view(f"{bank}.router_aux_loss_coef") < 0:
-        yield f"{bank}.router_aux_loss_coef", f"{bank}.router_aux_loss_coef must be at least 0"
+        yield f"{bank}.router_aux_loss_coef", f"{bank}.router_aux_loss_coef must be at least 0; change it"
 
 
 def _bank_top_k(view: View, bank: str) -> Iterator[Finding]:

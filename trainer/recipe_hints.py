@@ -43,22 +43,22 @@ _ELSEWHERE = {
 
 def unknown_key(path: Path) -> str:
     """The whole message for a key that the schema does not have."""
-    names = schema_path(path)
-    parent, name = names[:-1], str(path[-1])
-    found = _meant(parent, name)
+    parent, found = schema_path(path)[:-1], meant(path)
     message = f"unknown key {dotted(path)}"
     if not found:
         known = ", ".join(children(parent))
         return f"{message}; {dotted(path[:-1]) or 'a recipe'} has the keys {known}"
     message += f"; did you mean {' or '.join(_written(path, other) for other in found)}?"
     other = found[0][:-1]
-    if other != parent:
+    if other != parent and all(path[:-1] == other for path in found):
         where = f"under {_written(path, other)!r}" if other else "at the top level"
         message += f" (that key lives {where})"
     return message
 
 
-def _meant(parent: tuple[str, ...], name: str) -> list[tuple[str, ...]]:
+def meant(path: Path) -> list[tuple[str, ...]]:
+    """Schema paths that the unknown ``path`` most likely stands for, best first."""
+    parent, name = schema_path(path)[:-1], str(path[-1])
     plain = name.lower().replace("-", "_")
     here = {p[-1]: p for p in KEYS if p[:-1] == parent}
     if plain in here:
