@@ -40,7 +40,7 @@ __all__ = [
     "batch_ids",
     "cache_root",
     "load",
-    "load_for",
+    "load_section",
     "sample_order",
 ]
 
@@ -94,11 +94,20 @@ def cache_root(recipe: Recipe) -> Path:
     return Path(recipe.data.cache_dir) if recipe.data.cache_dir else Path(recipe.log.dir) / "cache"
 
 
-def load_for(recipe: Recipe) -> DataBundle:
-    return load(recipe.data, cache_root=cache_root(recipe), model_path=recipe.model.path)
+def load(recipe: Recipe, rank: int = 0) -> DataBundle:
+    """What the recipe reads; rank 0 prints a line about it. Raises DataError."""
+    bundle = load_section(recipe.data, cache_root=cache_root(recipe), model_path=recipe.model.path)
+    if rank == 0:
+        print(
+            f"data: {bundle.train_documents} documents train, {bundle.heldout_documents} held out; "
+            f"{len(bundle.train)} and {len(bundle.heldout)} sequences of {recipe.data.sequence_length} tokens "
+            f"from a vocabulary of {bundle.vocab_size}",
+            flush=True,
+        )
+    return bundle
 
 
-def load(data: DataSection, *, cache_root: Path, model_path: str | None = None) -> DataBundle:
+def load_section(data: DataSection, *, cache_root: Path, model_path: str | None = None) -> DataBundle:
     """Open the cache of ``data``, building it first if it is not there or not whole.
 
     Any number of processes may call this at once: one builds, the others wait for it. Raises DataError.

@@ -1,0 +1,162 @@
+"""The ``planaria`` command. Nothing heavy is imported before a verb needs it.
+
+Exit status: 0 done, 1 failed, 2 the user's mistake (said on stderr, without a traceback), 75 stopped but
+resumable by the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+USER_MISTAKE = 2
+_OURS = ("trainer", "moe", "lora", "checkpointing", "inference")
+_OVERRIDES = "section.key=value, put over the recipe's own"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status. Raises SystemExit for arguments that argparse refuses."""
+    arguments = _parse(sys.argv[1:] if argv is None else argv)
+    verb: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return verb(arguments)
+    except ValueError as error:
+        # Our own errors are written for the user; any other ValueError is our fault and keeps its traceback.
+        if type(error).__module__.partition(".")[0] not in _OURS:
+            raise
+        print(error, file=sys.stderr)
+        return USER_MISTAKE
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse stops collecting overrides at the first option behind the recipe; take the later ones too.
+    unknown = [text for text in rest if text.startswith("-") or not hasattr(arguments, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="planaria",
+        description="Train mixture-of-experts models that survive any failure, bit for bit.",
+        allow_abbrev=False,
+    )
+    # The deepspeed launcher puts this before the verb; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+        sub.set_defaults(run=run)
+        return sub
+
+    train = verb("train", _train, "train, or go on with, the run that a recipe describes")
+    validate = verb("validate", _validate, "check a recipe and print what it would train, without training")
+    drill = verb("drill", _drill, "kill a worker mid-run and compare the end with an undisturbed run")
+    for sub in (train, validate, drill):
+        sub.add_argument("recipe", help="path of a YAML recipe")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+    drill.add_argument(
+        "--kill",
+        metavar="SPEC",
+        help="rank=N,step=N,at=forward|optimizer|capture|disk[,who=worker|keeper|both]",
+    )
+    drill.add_argument("--json", metavar="FILE", help="write the verdict here, too")
+
+    export = verb("export", _export, "write a run's model as a Hugging Face folder")
+    export.add_argument("run_dir", metavar="RUN", help="run folder, e.g. runs/quickstart")
+    export.add_argument("out_dir", metavar="OUT", help="folder to make")
+
+    generate = verb("generate", _generate, "generate text with experts kept outside of the compute memory")
+    generate.add_argument("model_dir", metavar="DIR", help="Hugging Face folder of a MoE model")
+    generate.add_argument("--adapter", metavar="DIR", help="adapter folder")
+    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--max-new-tokens", type=_count, default=64, metavar="N")
+    generate.add_argument(
+        "--expert-budget",
+        type=_fraction,
+        default=1.0,
+        metavar="F",
+        help="part of the experts that may be resident, 0 to 1",
+    )
+    return parser
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
+def under_launcher() -> bool:
+    """Whether torchrun or deepspeed started this process as one of its workers."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    if under_launcher():
+        from trainer import worker
+
+        return worker.main(arguments.recipe, arguments.overrides)
+    from trainer import launch
+
+    return launch.train(arguments.recipe, arguments.overrides)
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from trainer.documents import matching_files
+    from trainer.plan import card
+    from trainer.recipe import check_world, load_recipe, recipe_warnings
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if under_launcher():
+        world = os.environ["WORLD_SIZE"]
+        check_world(recipe, int(world) if world.isdecimal() else 0)
+    files = matching_files(recipe.data)
+    print(card(recipe, num_files=len(files), num_bytes=sum(path.stat().st_size for _, path in files)))
+    for warning in recipe_warnings(recipe):
+        print(f"warning: {warning}", file=sys.stderr)
+    return 0
+
+
+def _drill(arguments: argparse.Namespace) -> int:
+    from trainer import drill
+    from trainer.faults import KillSpec
+
+    kill = KillSpec.parse(arguments.kill) if arguments.kill is not None else None
+    return drill.main(arguments.recipe, kill, arguments.json, arguments.overrides)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from trainer import export
+
+    return export.main(arguments.run_dir, arguments.out_dir)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from trainer import generate
+
+    return generate.main(
+        arguments.model_dir,
+        arguments.prompt,
+        arguments.adapter,
+        arguments.max_new_tokens,
+        arguments.expert_budget,
+    )

@@ -1,0 +1,285 @@
+"""What a recipe will train and how much memory that takes, before anything runs (no torch here).
+
+Counts come from tensor shapes: of a new model by the family's own formulas, of a folder from the headers of
+its safetensors files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from lora.config import BankConfig
+from lora.presets import targets_of
+from trainer.schema import ModelSection, Recipe
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+KINDS = ("embeddings", "attention", "norms", "router", "shared experts", "experts", "dense", "other")
+_EXPERT = re.compile(r"\.experts\.")
+_SLOT_GENERATIONS = 3  # two sealed records and one being written
+_MOMENTS_AND_MASTER = 12  # bytes: fp32 weight and two fp32 AdamW moments
+
+
+class PlanError(ValueError):
+    """The model folder does not fit the recipe; the message names file and key."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Figures of one run.
+
+    Attributes:
+        total: parameters of the model by kind, whole, without adapters.
+        trained: parameters that train by kind (adapters, when there are any).
+        active: parameters that one token uses.
+        weight_bytes, gradient_bytes, optimizer_bytes: per worker.
+        snapshot_bytes: memory tier per worker: 12 bytes per parameter of the partition and generation.
+    """
+
+    total: Mapping[str, int]
+    trained: Mapping[str, int]
+    active: int
+    experts_per_worker: int
+    num_layers: int
+    tokens_per_step: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    snapshot_bytes: int
+    generations: int
+
+
+def family_shapes(model: ModelSection, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Parameter names and shapes of transformers' Qwen3-MoE with this shape, stacked experts."""
+    hidden, inner, experts = model.hidden_size, model.moe_intermediate_size, model.num_experts
+    head = model.head_dim or hidden // model.num_attention_heads
+    query, key = model.num_attention_heads * head, model.num_key_value_heads * head
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab_size, hidden)}
+    for n in range(model.num_hidden_layers):
+        layer = f"model.layers.{n}"
+        shapes |= {
+            f"{layer}.self_attn.q_proj.weight": (query, hidden),
+            f"{layer}.self_attn.k_proj.weight": (key, hidden),
+            f"{layer}.self_attn.v_proj.weight": (key, hidden),
+            f"{layer}.self_attn.o_proj.weight": (hidden, query),
+            f"{layer}.self_attn.q_norm.weight": (head,),
+            f"{layer}.self_attn.k_norm.weight": (head,),
+            f"{layer}.mlp.gate.weight": (experts, hidden),
+            f"{layer}.mlp.experts.gate_up_proj": (experts, 2 * inner, hidden),
+            f"{layer}.mlp.experts.down_proj": (experts, hidden, inner),
+            f"{layer}.input_layernorm.weight": (hidden,),
+            f"{layer}.post_attention_layernorm.weight": (hidden,),
+        }
+    shapes["model.norm.weight"] = (hidden,)
+    if not model.tie_word_embeddings:
+        shapes["lm_head.weight"] = (vocab_size, hidden)
+    return shapes
+
+
+def folder_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor names and shapes in a Hugging Face folder, from safetensors headers alone. Raises PlanError."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise PlanError(f"model.path: {folder} holds no *.safetensors file; export a model there first")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                if size > path.stat().st_size:
+                    raise ValueError("its header is cut short")
+                header = json.loads(file.read(size))
+            shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PlanError(f"model.path: {path} is not a safetensors file ({error}); export it again") from error
+    return shapes
+
+
+def kind_of(name: str) -> str:
+    """The kind of parameter that a Hugging Face path names, one of KINDS."""
+    for kind, pattern in _KIND_PATTERNS:
+        if re.search(pattern, name):
+            return kind
+    return "other"
+
+
+_KIND_PATTERNS = (
+    ("experts", r"\.experts\."),
+    ("shared experts", r"\.shared_experts?[._]"),
+    ("norms", r"norm"),
+    ("router", r"\.(gate|router)\.[a-z_]+$|\.(gate|router)\.weight$"),
+    ("embeddings", r"embed_tokens|lm_head"),
+    ("attention", r"\.(self_attn|attention|attn)\."),
+    ("dense", r"\.mlp\."),
+)
+
+
+def count_by_kind(shapes: Shapes) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for name, shape in shapes.items():
+        counts[kind_of(name)] += prod(shape)
+    return {kind: counts[kind] for kind in KINDS if counts[kind]}
+
+
+def bank_parameters(bank: BankConfig, shapes: Shapes) -> int:
+    """Trainable parameters of one bank on a model with these tensors, all experts counted."""
+    total = 0
+    for target in targets_of(bank):
+        for name, (out_features, in_features) in _sites(target, shapes):
+            total += bank.r * (in_features + out_features) * (1 if kind_of(name) == "experts" else bank.num_experts)
+            if bank.preset == "mola":
+                total += bank.num_experts * in_features
+    return total
+
+
+def _sites(target: str, shapes: Shapes) -> list[tuple[str, tuple[int, int]]]:
+    """(name, (out, in)) of every matrix that ``target`` names: linears, or one entry per expert."""
+    sites = []
+    for name, shape in shapes.items():
+        if not _EXPERT.search(name):
+            if name.endswith(f".{target}.weight"):
+                sites.append((name, (shape[0], shape[1])))
+        elif len(shape) == 3 and name.removesuffix(".weight").endswith(f".{target}"):
+            sites += [(name, (shape[1], shape[2]))] * shape[0]
+        elif len(shape) == 2 and target == "gate_up_proj" and name.endswith(".gate_proj.weight"):
+            sites.append((name, (2 * shape[0], shape[1])))
+        elif len(shape) == 2 and name.endswith(f".{target}.weight"):
+            sites.append((name, (shape[0], shape[1])))
+    return sites
+
+
+def plan_run(recipe: Recipe) -> Plan:
+    """Raises PlanError if ``model.path`` cannot be read or does not fit the recipe."""
+    shapes, experts, top_k = _model(recipe)
+    total = count_by_kind(shapes)
+    layers = len({match[0] for name in shapes if (match := re.match(r".*layers\.\d+\.", name))})
+    banks = {name: bank_parameters(bank, shapes) for name, bank in recipe.adapter.items()}
+    for name, count in banks.items():
+        if not count:
+            targets = ", ".join(targets_of(recipe.adapter[name]))
+            raise PlanError(f"adapter.{name}: the model has no {targets}; choose targets that it has")
+    trained = {f"adapter.{name}": count for name, count in banks.items()} or total
+    expert_total = total.get("experts", 0)
+    expert_trained = (
+        sum(banks[name] for name, bank in recipe.adapter.items() if bank.preset == "expert-lora")
+        if banks
+        else expert_total
+    )
+    workers, ep = recipe.parallel.workers, recipe.parallel.ep
+    width = 2 if recipe.parallel.dtype == "bf16" or _auto_bf16(recipe) else 4
+    everything, training = sum(total.values()), sum(trained.values())
+    added = training if banks else 0
+    local_weights = everything - expert_total + added - (expert_trained if banks else 0)
+    local_weights += (expert_total + (expert_trained if banks else 0)) // ep
+    local_trained = training - expert_trained + expert_trained // ep
+    # Dense parameters are partitioned over all workers, experts over the workers that hold the same ones:
+    # of ep=2 and 4 workers each holds 1/2 of the experts, cut in 4/2 parts. Both come to 1/workers.
+    partition = -(-training // workers)
+    generations = _SLOT_GENERATIONS + (1 if recipe.checkpoint.disk.every else 0)
+    return Plan(
+        total=total,
+        trained=trained,
+        active=everything - expert_total + (expert_total * top_k // experts if experts else 0),
+        experts_per_worker=experts // ep,
+        num_layers=layers,
+        tokens_per_step=recipe.train.global_batch_size * recipe.data.sequence_length,
+        weight_bytes=local_weights * width,
+        gradient_bytes=(local_trained if recipe.parallel.zero == 1 else partition) * width,
+        optimizer_bytes=partition * _MOMENTS_AND_MASTER,
+        snapshot_bytes=partition * _MOMENTS_AND_MASTER * generations if recipe.checkpoint.memory.enabled else 0,
+        generations=generations,
+    )
+
+
+def _auto_bf16(recipe: Recipe) -> bool:
+    return recipe.parallel.dtype == "auto" and recipe.parallel.device == "cuda"
+
+
+def _model(recipe: Recipe) -> tuple[Shapes, int, int]:
+    """Shapes, routed experts per layer and experts per token."""
+    model = recipe.model
+    if model.path is None:
+        return (
+            family_shapes(model, recipe.data.tokenizer.vocab_size),
+            model.num_experts,
+            model.num_experts_per_tok,
+        )
+    folder = Path(model.path)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise PlanError(
+            f"model.path: no {folder / 'config.json'}; make that folder first (planaria export RUN OUT) or "
+            "start where the path begins"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise PlanError(f"model.path: {folder / 'config.json'} cannot be read ({error}); export again") from error
+    config = config.get("text_config", config) if isinstance(config, dict) else {}
+
+    def number(*names: str) -> int:
+        return next((config[name] for name in names if isinstance(config.get(name), int)), 0)
+
+    experts = number("num_experts", "num_local_experts", "n_routed_experts")
+    if not experts:
+        raise PlanError(f"model.path: {folder / 'config.json'} names no experts; planaria trains MoE models")
+    if experts % recipe.parallel.ep:
+        raise PlanError(
+            f"parallel.ep={recipe.parallel.ep} does not divide the {experts} experts of {folder}; choose a divisor"
+        )
+    positions = number("max_position_embeddings")
+    if positions and recipe.data.sequence_length > positions:
+        raise PlanError(
+            f"data.sequence_length={recipe.data.sequence_length} is more than the {positions} positions of "
+            f"{folder}; lower it"
+        )
+    return folder_shapes(folder), experts, number("num_experts_per_tok", "moe_topk", "top_k")
+
+
+def card(recipe: Recipe, *, num_files: int, num_bytes: int) -> str:
+    """The plan as text for a person. Raises PlanError."""
+    plan, parallel, disk = plan_run(recipe), recipe.parallel, recipe.checkpoint.disk
+    dtype = parallel.dtype
+    if dtype == "auto":
+        dtype = "auto, counted as bf16" if _auto_bf16(recipe) else "auto, counted as fp32"
+    memory = recipe.checkpoint.memory
+    rows = [
+        ("run", f"{recipe.log.dir}/{recipe.log.run}"),
+        ("model", recipe.model.path or f"new {recipe.model.family}"),
+        ("layout", f"{parallel.workers} workers, ep {parallel.ep}, ZeRO-{parallel.zero}, {dtype}"),
+        ("experts", f"{plan.experts_per_worker} a layer on each worker, {plan.num_layers} layers"),
+        ("text", f"{num_files} files, {_bytes(num_bytes)}"),
+        ("step", f"{plan.tokens_per_step:,} tokens; {recipe.train.steps:,} steps"),
+        *_parameters("parameters", plan.total),
+        ("", f"{sum(plan.total.values()):>14,}  in all, {plan.active:,} used by a token"),
+        *(_parameters("trained", plan.trained) if recipe.adapter else [("trained", "all of them")]),
+        (
+            "per worker",
+            f"weights {_bytes(plan.weight_bytes)}, gradients {_bytes(plan.gradient_bytes)}, "
+            f"optimizer {_bytes(plan.optimizer_bytes)}",
+        ),
+        (
+            "memory tier",
+            f"every {memory.every} steps, {plan.generations} generations, {_bytes(plan.snapshot_bytes)} per worker"
+            if memory.enabled
+            else "off",
+        ),
+        ("disk tier", f"every {disk.every} steps, the last {disk.keep_last}" if disk.every else "not during the run"),
+    ]
+    return "\n".join(f"{name:<12} {text}" for name, text in rows)
+
+
+def _parameters(title: str, counts: Mapping[str, int]) -> list[tuple[str, str]]:
+    return [(title if i == 0 else "", f"{count:>14,}  {kind}") for i, (kind, count) in enumerate(counts.items())]
+
+
+def _bytes(count: int) -> str:
+    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.0f} {units[0]}" if size >= 100 or units[0] == "B" else f"{size:.1f} {units[0]}"
