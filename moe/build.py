@@ -10,33 +10,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from moe.families import FamilyError
+
+
+def new_config(family: str, fields: Mapping[str, Any], *, vocab_size: int) -> PreTrainedConfig:
+    """A configuration of ``family`` with transformers' own field names; fields that are None keep the family's default.
+
+    Raises FamilyError for a field the family does not have: transformers would ignore it silently.
+    """
+    fields = {name: value for name, value in fields.items() if value is not None}
+    rope_theta = fields.pop("rope_theta", None)
+    known = AutoConfig.for_model(family)
+    # Some families read head_dim from a configuration that does not declare it.
+    unknown = [name for name in fields if not hasattr(known, name) and name != "head_dim"]
+    if unknown:
+        raise FamilyError(f"{family} has no field {', '.join(unknown)}; see transformers' {type(known).__name__}")
+    if rope_theta is not None:
+        fields["rope_parameters"] = {"rope_type": "default", "rope_theta": rope_theta}
+    # A family's default special tokens belong to its own vocabulary, not to ours.
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return AutoConfig.for_model(family, vocab_size=vocab_size, **tokens, **fields)
 
 
 def new_model(
     family: str, fields: Mapping[str, Any], *, vocab_size: int, seed: int, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """A freshly initialised model of ``family`` with transformers' own field names.
-
-    Raises FamilyError for a field that the family's configuration does not have, since transformers would ignore it silently.
-    """
-    known = AutoConfig.for_model(family)
-    unknown = [name for name in fields if not hasattr(known, name) and name not in {"rope_theta", "head_dim"}]
-    if unknown:
-        raise FamilyError(
-            f"{family} has no configuration field {', '.join(unknown)}; see transformers' {type(known).__name__}"
-        )
-    fields = dict(fields)
-    rope_theta = fields.pop("rope_theta", None)
-    if rope_theta is not None:
-        fields["rope_parameters"] = {"rope_type": "default", "rope_theta": rope_theta}
-    config = AutoConfig.for_model(family, vocab_size=vocab_size, **fields)
-    config.dtype = dtype
+    """A freshly initialised model; see :func:`new_config`. The seed alone decides the weights, on every rank."""
+    config = new_config(family, fields, vocab_size=vocab_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    model.config.dtype = dtype
     return model.to(dtype)
 
 

@@ -1,0 +1,43 @@
+"""The small state that is not weights or moments: random streams, as bytes that restore them exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+
+import numpy as np
+import torch
+
+
+def capture_rng() -> dict[str, bytes]:
+    """The state of every generator a training step may draw from on this rank."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    extras = {
+        "rng.torch": torch.get_rng_state().numpy().tobytes(),
+        "rng.python": json.dumps([version, list(words), gauss]).encode(),
+        "rng.numpy": json.dumps([name, keys.tolist(), position, has_gauss, cached]).encode(),
+    }
+    if torch.cuda.is_available():
+        extras["rng.cuda"] = torch.cuda.get_rng_state().numpy().tobytes()
+    return extras
+
+
+def restore_rng(extras: dict[str, bytes]) -> None:
+    """Inverse of :func:`capture_rng`. A stream that is missing raises KeyError: silence would change the run."""
+    torch.set_rng_state(torch.frombuffer(bytearray(extras["rng.torch"]), dtype=torch.uint8))
+    version, words, gauss = json.loads(extras["rng.python"])
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(tuple(json.loads(extras["rng.numpy"])))
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.frombuffer(bytearray(extras["rng.cuda"]), dtype=torch.uint8))
+
+
+def seed_streams(seed: int, purpose: str, coordinate: int) -> None:
+    """Start this rank's streams, keyed by purpose and logical data-parallel coordinate, not by launcher rank."""
+    mixed = int.from_bytes(hashlib.sha256(f"{seed}/{purpose}/{coordinate}".encode()).digest()[:8], "little") & (2**63 - 1)
+    torch.manual_seed(mixed)
+    random.seed(mixed)
+    np.random.seed(mixed % 2**32)
+

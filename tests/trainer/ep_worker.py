@@ -1,0 +1,98 @@
+"""Started by torchrun: trains a tiny model for 20 steps at a given EP degree and writes what a test compares.
+
+Arguments: output file, ep, zero stage.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from checkpointing.state.hash import state_hash
+from checkpointing.state.zero import after_restore, optimizer_steps, zero_buffers
+from moe.build import new_model
+from moe.convert import convert
+from moe.deepspeed_ep import bind_expert_parallel
+from moe.layout import Layout
+from trainer.engine import create_engine, prepare_deepspeed
+from trainer.recipe import load_recipe
+from trainer.rendezvous import join
+
+FIELDS = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+    "moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True,
+}  # fmt: skip
+GLOBAL_BATCH, SEQUENCE, VOCAB, STEPS = 8, 24, 61, 20
+
+
+def train(engine, process, batches_SBT, first, last):
+    losses = []
+    per_rank = GLOBAL_BATCH // process.world
+    for step in range(first, last):
+        mine = batches_SBT[step, process.rank * per_rank : (process.rank + 1) * per_rank]
+        loss = engine(input_ids=mine, labels=mine, use_cache=False).loss
+        engine.backward(loss)
+        engine.step()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        losses.append(float(mean) / process.world)
+    return losses
+
+
+def main(out, ep, zero):
+    torch.set_num_threads(1)
+    process = join("cpu")
+    recipe = load_recipe(
+        Path(__file__).parent / "ep_recipe.yaml",
+        [f"parallel.workers={process.world}", f"parallel.ep={ep}", f"parallel.zero={zero}",
+         f"train.micro_batch_size={GLOBAL_BATCH // process.world}"],
+    )  # fmt: skip
+    prepare_deepspeed()
+    model = new_model("qwen3_moe", FIELDS, vocab_size=VOCAB, seed=5, dtype=torch.float32)
+    blocks = convert(model, Layout(process.world, ep), process.rank)
+    for block in blocks:
+        bind_expert_parallel(block.experts)
+    engine = create_engine(model, recipe, torch.float32, accumulation=1)
+    buffers = zero_buffers(engine.optimizer)
+    generator = torch.Generator().manual_seed(9)
+    # Squared, so that some tokens are frequent and there is something to learn.
+    batches = torch.randint(0, VOCAB, (STEPS, GLOBAL_BATCH, SEQUENCE), generator=generator) ** 2 // VOCAB
+
+    losses = train(engine, process, batches, 0, 10)
+    saved = [buffer.tensor.clone() for buffer in buffers]
+    steps = optimizer_steps(engine.optimizer)
+    losses += train(engine, process, batches, 10, STEPS)
+    final = state_hash(buffers, {}, process.coordinate)
+    norm = float(engine.get_global_grad_norm())
+
+    # Going back ten steps and forward again must give the very same bits.
+    for buffer, tensor in zip(buffers, saved, strict=True):
+        buffer.tensor.copy_(tensor)
+    after_restore(engine.optimizer, steps)
+    again = train(engine, process, batches, 10, STEPS)
+    replayed = state_hash(buffers, {}, process.coordinate)
+
+    ranges = [str(span.range) for buffer in buffers for span in buffer.spans]
+    gathered = [None] * process.world
+    dist.all_gather_object(gathered, ranges)
+    before_flip = replayed
+    if process.rank == process.world - 1:
+        last = buffers[-1]
+        last.tensor[last.spans[-1].offset].view(torch.int32).bitwise_xor_(1)
+    flipped = state_hash(buffers, {}, process.coordinate)
+    if process.rank == 0:
+        units = {span.unit: span.stop - span.start for p in model.parameters() for span in p.address.units()}
+        report = {
+            "losses": losses, "again": again, "norm": norm, "final": final, "replayed": before_flip, "flipped": flipped,
+            "ranges": gathered, "local_units": units,
+        }  # fmt: skip
+        Path(out).write_text(json.dumps(report))
+    dist.barrier()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,187 @@
+"""Recovery drills: the same recipe undisturbed and with a real SIGKILL in the middle, and what the two ended with.
+
+A drill passes when both runs end with the same state hash, the killed one resumed from a checkpoint, lost at most one step,
+and saw every training sample exactly once in the steps that count.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.events import read_events
+from trainer.failpoints import KILL_VARIABLE
+from trainer.faults import KillSpec
+from trainer.launch import worker_environment
+from trainer.recipe import RecipeError, load_recipe
+from trainer.runfolder import run_folder
+from trainer.schema import Recipe
+
+RUN_TIMEOUT_S = 3600
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Where the time of a recovery went, from the kill to the step that was in flight being done again."""
+
+    detect: float
+    restart: float
+    load: float
+    redo: float
+
+    @property
+    def total(self) -> float:
+        return self.detect + self.restart + self.load + self.redo
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `planaria drill` writes to verdict.json."""
+
+    passed: bool
+    kill: str
+    tier: str
+    killed_step: int
+    resumed_step: int
+    steps_lost: int
+    optimizer_steps: int
+    steps: int
+    seconds: Seconds
+    state_hash_undisturbed: str
+    state_hash_killed: str
+    problems: tuple[str, ...]
+
+    def to_json(self) -> str:
+        return json.dumps({"pass": self.passed, **asdict(self), "total_s": self.seconds.total}, indent=1)
+
+
+def main(recipe_path: str, kill: KillSpec | None, json_path: str | None, overrides: Sequence[str]) -> int:
+    """Run the drill and print its verdict. Returns 0 for PASS, 1 for FAIL."""
+    recipe = load_recipe(recipe_path, overrides)
+    kill = kill or KillSpec(rank=recipe.parallel.workers - 1, step=max(2, recipe.train.steps // 2))
+    check_kill(recipe, kill)
+    base = Path(recipe.log.dir) / f"{recipe.log.run}-drill"
+    shutil.rmtree(base, ignore_errors=True)
+    hashes = {}
+    for name, strike in (("undisturbed", None), ("killed", kill)):
+        print(f"drill: {name} run" + (f", SIGKILL at {strike}" if strike else ""), flush=True)
+        status = run_once(recipe_path, [*overrides, f"log.dir={base}", f"log.run={name}"], strike)
+        if status != 0:
+            print(f"FAIL: the {name} run exited with status {status}; see {base / name / 'events.jsonl'}", file=sys.stderr)
+            return 1
+        hashes[name] = read_events(base / name)
+    verdict = judge(recipe, kill, hashes["undisturbed"], hashes["killed"])
+    for target in filter(None, [base / "killed" / "verdict.json", json_path]):
+        Path(target).write_text(verdict.to_json() + "\n")
+    print(format_verdict(verdict))
+    return 0 if verdict.passed else 1
+
+
+def check_kill(recipe: Recipe, kill: KillSpec) -> None:
+    """Refuse a kill that cannot happen under this recipe. Raises RecipeError."""
+    problems = []
+    if not 0 <= kill.rank < recipe.parallel.workers:
+        problems.append(f"--kill: rank={kill.rank} does not exist; the recipe has {recipe.parallel.workers} workers")
+    if not 1 <= kill.step <= recipe.train.steps:
+        problems.append(f"--kill: step={kill.step} is outside the recipe's 1..{recipe.train.steps}")
+    every = recipe.checkpoint.disk.every
+    if kill.at == "disk" and not (every and every <= recipe.train.steps):
+        problems.append("--kill: at=disk needs checkpoints on disk; set checkpoint.disk.every")
+    if recipe.parallel.restarts == 0:
+        problems.append("--kill: parallel.restarts is 0, so nobody would restart the workers")
+    if problems:
+        raise RecipeError(problems)
+
+
+def run_once(recipe_path: str, overrides: Sequence[str], kill: KillSpec | None) -> int:
+    """One whole training job in its own process tree."""
+    environment = worker_environment(1)
+    environment.pop("OMP_NUM_THREADS")
+    if kill is not None:
+        environment[KILL_VARIABLE] = str(kill)
+    command = [sys.executable, "-m", "trainer", "train", recipe_path, *overrides]
+    return subprocess.run(command, env=environment, timeout=RUN_TIMEOUT_S, check=False).returncode
+
+
+def judge(recipe: Recipe, kill: KillSpec, calm: list[dict[str, Any]], killed: list[dict[str, Any]]) -> Verdict:
+    """Compare the two runs' events. Pure: the same rows give the same verdict."""
+    problems = []
+    calm_done, killed_done = _last(calm, "done"), _last(killed, "done")
+    strike = _first(killed, "kill") or _first(killed, "keeper_kill")
+    plan = _last(killed, "recovery_plan")
+    steps = recipe.train.steps
+    if strike is None:
+        problems.append("the kill never happened")
+    if calm_done is None or killed_done is None:
+        problems.append("a run did not finish")
+    hashes = [row["state_hash"] if row else "" for row in (calm_done, killed_done)]
+    if hashes[0] != hashes[1]:
+        problems.append("the state hashes differ")
+    worker_died = kill.who != "keeper"
+    if worker_died and (plan is None or plan["tier"] == "fresh"):
+        problems.append("the killed run did not resume from a checkpoint")
+    executed = sum(1 for row in killed if row["kind"] == "optimizer" and row["rank"] == 0)
+    reached = max((r["step"] for r in killed if r["kind"] == "optimizer" and r["attempt"] == 0), default=0)
+    resumed = plan["step"] if plan and worker_died else reached
+    problems += _sample_problems(recipe, killed)
+    return Verdict(
+        passed=not problems,
+        kill=str(kill),
+        tier=plan["tier"] if plan and worker_died else "none",
+        killed_step=strike["step"] if strike else -1,
+        resumed_step=resumed,
+        steps_lost=max(0, reached - resumed),
+        optimizer_steps=executed,
+        steps=steps,
+        seconds=_seconds(killed, strike, reached) if worker_died and strike else Seconds(0, 0, 0, 0),
+        state_hash_undisturbed=hashes[0],
+        state_hash_killed=hashes[1],
+        problems=tuple(problems),
+    )
+
+
+def _sample_problems(recipe: Recipe, rows: list[dict[str, Any]]) -> list[str]:
+    """The steps that count, each by its last execution, must cover the samples once and in order."""
+    cursor = {row["step"]: row["samples"] for row in rows if row["kind"] == "step"}
+    batch = recipe.train.global_batch_size
+    wrong = [step for step in range(1, recipe.train.steps + 1) if cursor.get(step) != step * batch]
+    return [f"steps {wrong} did not consume their samples exactly once"] if wrong else []
+
+
+def _seconds(rows: list[dict[str, Any]], strike: dict[str, Any], reached: int) -> Seconds:
+    """Split the recovery: kill, last worker gone, new workers ready, state loaded, the lost step done again."""
+    after = [row for row in rows if row["time"] >= strike["time"]]
+    starts = [row["time"] for row in after if row["kind"] == "recover_begin"]
+    began = min(starts, default=strike["time"])
+    gone = max((r["time"] for r in after if r["kind"] == "worker_gone" and r["time"] < began), default=strike["time"])
+    loaded = max((r["time"] for r in after if r["kind"] == "recovered"), default=began)
+    redone = min((r["time"] for r in after if r["kind"] == "step" and r["step"] >= reached), default=loaded)
+    return Seconds(gone - strike["time"], began - gone, loaded - began, max(0.0, redone - loaded))
+
+
+def _first(rows: list[dict[str, Any]], kind: str) -> dict[str, Any] | None:
+    return next((row for row in rows if row["kind"] == kind), None)
+
+
+def _last(rows: list[dict[str, Any]], kind: str) -> dict[str, Any] | None:
+    return next((row for row in reversed(rows) if row["kind"] == kind), None)
+
+
+def format_verdict(verdict: Verdict) -> str:
+    s = verdict.seconds
+    lines = [
+        f"{'PASS' if verdict.passed else 'FAIL'}: killed at {verdict.kill}, resumed from {verdict.tier} "
+        f"at step {verdict.resumed_step}, {verdict.steps_lost} step(s) lost",
+        f"  optimizer steps over all attempts: {verdict.optimizer_steps} for {verdict.steps}",
+        f"  recovery {s.total:.1f} s = detect {s.detect:.1f} + restart {s.restart:.1f} + load {s.load:.2f} + redo {s.redo:.1f}",
+        f"  state hash undisturbed {verdict.state_hash_undisturbed}",
+        f"  state hash killed      {verdict.state_hash_killed}",
+        *(f"  problem: {problem}" for problem in verdict.problems),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,84 @@
+"""DeepSpeed around a converted model: parameter groups, the inner optimizer, the ZeRO configuration."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
+from deepspeed.ops import __compatible_ops__
+from deepspeed.utils import logger as deepspeed_logger
+
+from trainer.schema import Recipe
+
+
+def prepare_deepspeed() -> None:
+    """Adopt the existing process group, without DeepSpeed's just-in-time build.
+
+    On CPU DeepSpeed would compile a shared-memory all-reduce at every first start, behind a lock file that a killed worker
+    leaves behind; all later starts then hang. gloo does the same work.
+    """
+    deepspeed_logger.setLevel(logging.WARNING)
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), dist_init_required=False)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """What trains, split into decayed matrices, undecayed vectors, and expert-parallel parameters."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"name": "matrices", "params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
+        {"name": "vectors", "params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if any(is_moe_param(p) for p in trained):
+        groups = split_params_into_different_moe_groups_for_optimizer(groups)
+    return [group for group in groups if group["params"]]
+
+
+def deepspeed_config(recipe: Recipe, dtype: torch.dtype, accumulation: int) -> dict[str, Any]:
+    train = recipe.train
+    return {
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": train.max_grad_norm,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {
+            "stage": recipe.parallel.zero,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "overlap_comm": False,
+        },
+        # Our AdamW is torch's own class; DeepSpeed only asks for this flag when a subclass is used.
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+def create_engine(model: nn.Module, recipe: Recipe, dtype: torch.dtype, accumulation: int) -> deepspeed.DeepSpeedEngine:
+    """DeepSpeed engine with torch's fused AdamW on ZeRO's flat partitions."""
+    train = recipe.train
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, train.weight_decay),
+        lr=train.lr,
+        betas=(train.beta1, train.beta2),
+        eps=train.eps,
+        fused=True,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=deepspeed_config(recipe, dtype, accumulation), dist_init_required=False
+    )
+    return engine
+
+
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,143 @@
+"""`planaria export RUN OUT`: a run's newest verified checkpoint as a Hugging Face folder, the adapter beside it.
+
+A trained model is written with transformers' own ``save_pretrained``, so any tool that reads its family reads it. An adapter
+run's base is copied as it is, byte for byte, and the adapter goes to ``OUT/adapter``.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from checkpointing.recovery import RecoveryError
+from checkpointing.store import Checkpoint, list_checkpoints
+from lora.format import save_adapter
+from moe.build import new_config
+from moe.fingerprint import fingerprint
+from trainer.recipe import RecipeError, load_recipe
+from trainer.schema import Recipe
+from trainer.worker import shape_fields
+
+
+class ExportError(ValueError):
+    """The run cannot be exported; the message says what is missing and where."""
+
+
+def main(run_dir: str, out_dir: str) -> int:
+    run, out = Path(run_dir), Path(out_dir)
+    recipe, checkpoint = open_run(run)
+    if out.exists() and any(out.iterdir()):
+        raise ExportError(f"{out} exists and is not empty; give another folder or remove it")
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    tensors = trained_tensors(checkpoint)
+    if recipe.adapter:
+        _copy_base(recipe, temporary)
+        _write_adapter(recipe, tensors, temporary / "adapter")
+    else:
+        _write_model(recipe, run, tensors, temporary)
+        _copy_tokenizer(run, temporary)
+    if out.exists():
+        out.rmdir()
+    temporary.rename(out)
+    what = "base model and adapter" if recipe.adapter else "model"
+    print(f"exported {what} of step {checkpoint.step} to {out}")
+    return 0
+
+
+def open_run(run: Path) -> tuple[Recipe, Checkpoint]:
+    """A run's recipe and its newest checkpoint whose every byte verifies. Raises ExportError if there is none."""
+    if not (run / "recipe.yaml").is_file():
+        raise ExportError(f"{run} is not a run folder: it has no recipe.yaml")
+    try:
+        recipe = load_recipe(run / "recipe.yaml")
+    except RecipeError as error:
+        raise ExportError(f"{run}: its recipe does not load: {error}") from error
+    reasons = []
+    for folder in reversed(list_checkpoints(run / "checkpoints")):
+        try:
+            return recipe, Checkpoint.open(folder)
+        except RecoveryError as error:
+            reasons.append(str(error))
+    found = "; ".join(reasons) or "none was written; set checkpoint.disk.final=true and run again"
+    raise ExportError(f"{run}/checkpoints has no usable checkpoint: {found}")
+
+
+def trained_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Every trained parameter, whole, by its path: fp32 masters cast to the dtype the model trained in.
+
+    Raises RecoveryError naming layer, expert and tensor if any byte is missing or held twice.
+    """
+    parts: dict[str, dict[int | None, Tensor]] = defaultdict(dict)
+    facts: dict[str, dict[str, Any]] = {}
+    for unit, fact in checkpoint.tensors.items():
+        parts[fact["param"]][fact["expert"]] = torch.from_numpy(checkpoint.assemble(unit, "master").copy())
+        facts[fact["param"]] = fact
+    whole = {}
+    for param, pieces in parts.items():
+        shape = facts[param]["shape"]
+        if None in pieces:
+            flat = pieces[None]
+        else:
+            missing = [e for e in range(shape[0]) if e not in pieces]
+            if missing:
+                raise RecoveryError(f"{param}: experts {missing} are missing from the checkpoint")
+            flat = torch.cat([pieces[e] for e in range(shape[0])])
+        if flat.numel() != math.prod(shape):
+            raise RecoveryError(f"{param}: {flat.numel()} elements in the checkpoint, {math.prod(shape)} expected")
+        whole[param] = flat.view(*shape).to(getattr(torch, facts[param]["dtype"]))
+    return whole
+
+
+def _write_model(recipe: Recipe, run: Path, tensors: dict[str, Tensor], out: Path) -> None:
+    if recipe.model.path is not None:
+        config = AutoConfig.from_pretrained(recipe.model.path)
+    else:
+        vocab_size = tensors["model.embed_tokens.weight"].shape[0]
+        config = new_config(recipe.model.family, shape_fields(recipe), vocab_size=vocab_size)
+    dtype = tensors["model.embed_tokens.weight"].dtype
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if config.tie_word_embeddings:
+        tensors = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
+    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    if missing or unexpected:
+        raise ExportError(f"the checkpoint and the model disagree: missing {missing}, not in the model {unexpected}")
+    # Dropout is a property of the training run, not of the exported model.
+    model.config.attention_dropout = 0.0
+    model.config.use_cache = True
+    model.config.dtype = dtype
+    model.generation_config.eos_token_id = model.config.eos_token_id = _end_token(run)
+    model.save_pretrained(out)
+
+
+def _end_token(run: Path) -> int | None:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(run / "tokenizer").eos_token_id
+
+
+def _copy_tokenizer(run: Path, out: Path) -> None:
+    for file in (run / "tokenizer").iterdir():
+        shutil.copy2(file, out / file.name)
+
+
+def _copy_base(recipe: Recipe, out: Path) -> None:
+    base = Path(recipe.model.path or "")
+    if not base.is_dir():
+        raise ExportError(f"the base model {base} is gone; put it back where the recipe's model.path points")
+    for file in base.iterdir():
+        if file.is_file():
+            shutil.copy2(file, out / file.name)
+
+
+def _write_adapter(recipe: Recipe, tensors: dict[str, Tensor], out: Path) -> None:
+    save_adapter(out, tensors, recipe.adapter, fingerprint(recipe.model.path))

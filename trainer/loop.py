@@ -1,0 +1,195 @@
+"""The training loop. One optimizer step is :func:`train_step`; the order of things around it is in :func:`fit`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lora.attach import AdapterWatch
+from moe.context import BatchContext, batch_context
+from moe.stats import RoutingMeter
+from trainer.data import DataBundle, batch_ids, sample_order
+from trainer.engine import set_learning_rate
+from trainer.events import EventLog
+from trainer.failpoints import Failpoints
+from trainer.progress import Progress
+from trainer.rendezvous import Process
+from trainer.schedules import learning_rate
+from trainer.schema import Recipe
+from trainer.snapshots import Snapshots
+
+
+@dataclass
+class Run:
+    """Everything one worker trains with."""
+
+    recipe: Recipe
+    process: Process
+    run_dir: Path
+    data: DataBundle
+    engine: Any
+    snapshots: Snapshots
+    events: EventLog
+    failpoints: Failpoints
+    meter: RoutingMeter
+    watch: AdapterWatch | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def accumulation(self) -> int:
+        train = self.recipe.train
+        return train.global_batch_size // (train.micro_batch_size * self.process.world)
+
+
+def fit(run: Run) -> None:
+    """Train from ``run.progress`` to the recipe's last step, evaluating on held-out text at both ends."""
+    train = run.recipe.train
+    if run.progress.step == 0:
+        _report_heldout(run, 0)
+    for step in range(run.progress.step + 1, train.steps + 1):
+        started = time.monotonic()
+        loss = train_step(run, step)
+        mean_loss, committed = _exchange(run, loss)
+        run.snapshots.after_step(step, run.progress, committed)
+        if run.watch is not None:
+            run.watch = _check_adapters(run, run.watch)
+        _report_step(run, step, mean_loss, time.monotonic() - started)
+        if step == train.steps or (train.eval_every and step % train.eval_every == 0):
+            _report_heldout(run, step)
+
+
+def train_step(run: Run, step: int) -> torch.Tensor:
+    """Forward and backward over this rank's share of the global batch, then one optimizer step. Returns the mean loss."""
+    train, engine = run.recipe.train, run.engine
+    rate = learning_rate(
+        step,
+        peak=train.lr,
+        steps=train.steps,
+        warmup_steps=train.warmup_steps,
+        min_lr_ratio=train.min_lr_ratio,
+        schedule=train.schedule,
+    )
+    set_learning_rate(engine, rate)
+    total = torch.zeros((), device=run.process.device)
+    for micro in range(run.accumulation):
+        ids_BS = next_batch(run, step, micro)
+        with batch_context(BatchContext(aux_scale=1 / run.accumulation)):
+            loss = engine(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss
+        engine.backward(loss)
+        total += loss.detach().float() / run.accumulation
+        if micro == run.accumulation - 1:
+            run.snapshots.before_optimizer()
+            run.events.write("optimizer", step=step)
+        engine.step()
+    run.progress.step = step
+    run.progress.samples = step * train.global_batch_size
+    return total
+
+
+def next_batch(run: Run, step: int, micro: int) -> torch.Tensor:
+    """The samples this rank trains on in one micro-step, [B,S]; a function of the step, never of what came before."""
+    train, dataset = run.recipe.train, run.data.train
+    global_ids = batch_ids(
+        step, micro, run.process.rank, run.process.world, train.global_batch_size, train.micro_batch_size
+    )
+    rows = [dataset[sample_order(i, len(dataset), train.seed)] for i in global_ids]
+    ids_BS = torch.stack([torch.from_numpy(row) for row in rows])
+    run.progress.consume(global_ids, ids_BS.numpy().tobytes())
+    return ids_BS.to(run.process.device)
+
+
+def _exchange(run: Run, loss: torch.Tensor) -> tuple[float, int]:
+    """The step's one small collective: every rank's loss and newest sealed step -> (mean loss, committed step)."""
+    mine = torch.tensor([float(loss), float(run.snapshots.sealed_step())], dtype=torch.float64)
+    mine = mine.to(run.process.device)
+    everyone = [torch.empty_like(mine) for _ in range(run.process.world)]
+    dist.all_gather(everyone, mine)
+    losses_R, sealed_R = torch.stack(everyone).cpu().unbind(1)
+    mean = float(losses_R.mean())
+    if mean != mean:
+        raise FloatingPointError(
+            f"step {run.progress.step}: the loss is NaN; lower train.lr or raise train.warmup_steps. "
+            "Checkpoints of earlier steps are intact."
+        )
+    return mean, int(sealed_R.min())
+
+
+def _check_adapters(run: Run, watch: AdapterWatch) -> AdapterWatch | None:
+    """Fail loudly if an adapter whose site saw tokens has no gradient; returns None once all have been seen to train."""
+
+    def total(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.to(run.process.device)
+        dist.all_reduce(tensor)
+        return tensor
+
+    waiting = watch.check(reduce=total)
+    if run.process.rank == 0 and waiting and run.progress.step == 1:
+        print(f"not yet routed, checked when they are: {', '.join(waiting)}", flush=True)
+    return watch if waiting else None
+
+
+def _report_step(run: Run, step: int, loss: float, seconds: float) -> None:
+    if run.process.rank != 0:
+        return
+    train, stall = run.recipe.train, run.snapshots.stall
+    tokens = train.global_batch_size * run.recipe.data.sequence_length
+    run.events.write(
+        "step",
+        step=step,
+        loss=loss,
+        lr=run.engine.optimizer.param_groups[0]["lr"],
+        grad_norm=_grad_norm(run.engine),
+        seconds=seconds,
+        tokens_per_s=tokens / seconds,
+        samples=run.progress.samples,
+        committed=run.snapshots.committed,
+        stall_copied_s=stall.copied_s,
+        stall_sealed_s=stall.sealed_s,
+    )
+    if step % run.recipe.log.every == 0 or step == train.steps or step == 1:
+        routing = run.meter.take()
+        load = f"  busiest expert {routing.max_load:.1f}x" if routing else ""
+        age = step - run.snapshots.committed if run.snapshots.committed > 0 else "-"
+        print(
+            f"step {step}/{train.steps}  loss {loss:.4f}  grad norm {_grad_norm(run.engine):.3f}  "
+            f"{tokens / seconds:,.0f} tok/s  snapshot age {age}{load}",
+            flush=True,
+        )
+
+
+def _grad_norm(engine: Any) -> float:
+    norm = engine.get_global_grad_norm()
+    return float(norm) if norm is not None else 0.0
+
+
+def heldout_loss(run: Run) -> float:
+    """Mean next-token loss in nats over ``train.eval_sequences`` held-out samples, spread over all ranks."""
+    wanted = min(run.recipe.train.eval_sequences, len(run.data.heldout))
+    rank, world = run.process.rank, run.process.world
+    # Every rank makes the same number of forward passes: experts exchange tokens in each. Surplus passes count nothing.
+    rounds = -(-wanted // world)
+    module = run.engine.module
+    module.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=run.process.device)
+    with torch.no_grad():
+        for i in range(rounds):
+            index = i * world + rank
+            row = torch.from_numpy(run.data.heldout[index % wanted])[None].to(run.process.device)
+            loss = module(input_ids=row, labels=row, use_cache=False).loss.double()
+            total += torch.stack([loss, torch.ones_like(loss)]) * (index < wanted)
+    module.train()
+    dist.all_reduce(total)
+    return float(total[0] / total[1])
+
+
+def _report_heldout(run: Run, step: int) -> None:
+    loss = heldout_loss(run)
+    if run.process.rank == 0:
+        entropy = run.data.unigram_entropy_nats
+        run.events.write("heldout", step=step, loss=loss, unigram_entropy=entropy)
+        print(f"held-out loss at step {step}: {loss:.4f} nats (unigram entropy {entropy:.4f})", flush=True)

@@ -1,0 +1,66 @@
+"""How the workers of one attempt find each other.
+
+torchrun restarts workers against a store that may still hold the addresses of the dead attempt. So the process group is made
+here, before DeepSpeed would make one, over a store whose keys carry the attempt.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Process:
+    """This worker's place in the job. ``attempt`` counts torchrun's restarts; other launchers always start at 0."""
+
+    rank: int
+    world: int
+    local_rank: int
+    attempt: int
+    device: torch.device
+
+    @property
+    def coordinate(self) -> str:
+        """Logical name of this worker's share of the state; all parallelism here is data x expert, ordered by rank."""
+        return f"dp{self.rank:04d}"
+
+
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """``auto`` is CUDA if there is one. Raises ValueError when CUDA is wanted and absent."""
+    if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
+        if not torch.cuda.is_available():
+            raise ValueError("parallel.device is cuda, but torch sees no GPU; use parallel.device=cpu")
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
+
+
+def join(device_wanted: str, timeout: timedelta = timedelta(minutes=30)) -> Process:
+    """Create the default process group from the launcher's environment: gloo on CPU, NCCL on GPU."""
+    environment = os.environ
+    rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    local_rank = int(environment.get("LOCAL_RANK", rank))
+    attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0))
+    device = choose_device(device_wanted, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    agent_hosts_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        environment["MASTER_ADDR"],
+        int(environment["MASTER_PORT"]),
+        world,
+        is_master=rank == 0 and not agent_hosts_store,
+        timeout=timedelta(minutes=5),
+    )
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"attempt-{attempt}", store),
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
+    )
+    return Process(rank, world, local_rank, attempt, device)

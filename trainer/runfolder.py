@@ -1,0 +1,43 @@
+"""A run's folder: which recipe it belongs to, and how often it was started."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+from trainer.events import read_events
+from trainer.recipe import RecipeError, load_recipe, recipe_fingerprint, recipe_to_yaml
+from trainer.schema import Recipe
+
+
+def run_folder(recipe: Recipe) -> Path:
+    return Path(recipe.log.dir) / recipe.log.run
+
+
+def claim(recipe: Recipe) -> Path:
+    """Make the run's folder, or check that it was made for this very recipe.
+
+    Raises RecipeError with a diff if the folder belongs to another recipe: resuming it would silently change the run.
+    """
+    folder = run_folder(recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = folder / "recipe.yaml"
+    text = recipe_to_yaml(recipe)
+    if written.exists():
+        before = written.read_text()
+        if recipe_fingerprint(load_recipe(written)) != recipe_fingerprint(recipe):
+            diff = "\n".join(difflib.unified_diff(before.splitlines(), text.splitlines(), str(written), "now", lineterm=""))
+            raise RecipeError(
+                [f"{written}: this run folder belongs to another recipe; give log.run=NAME or remove it\n{diff}"]
+            )
+        return folder
+    temporary = folder / f".recipe.{os.getpid()}"
+    temporary.write_text(text)
+    temporary.rename(written)
+    return folder
+
+
+def next_attempt(folder: Path) -> int:
+    """How many times rank 0 has started in this folder; the number of the attempt that is starting now."""
+    return sum(1 for row in read_events(folder) if row["kind"] == "start" and row["rank"] == 0)

@@ -1,0 +1,193 @@
+"""The run's checkpoints as the training loop sees them: recover at the start, capture after every step, finish.
+
+The order within step t, on every rank:
+
+1. before the optimizer changes the state, the copy of step t-1 must be complete;
+2. before the step's own collective, step t-1 must be sealed, so that what the collective carries is t-1 on every rank;
+3. after it, the capture of step t starts. It may overwrite only records older than the committed step, so at every
+   instant one complete step lies in memory on all ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from checkpointing.capture import Capturer
+from checkpointing.keeper.client import KeeperClient
+from checkpointing.recover import Recovery
+from checkpointing.recovery import RecoveryPlan, plan_recovery
+from checkpointing.state.buffers import StateBuffer
+from checkpointing.state.extras import capture_rng, restore_rng
+from checkpointing.state.hash import state_hash
+from checkpointing.state.zero import after_restore, optimizer_steps, zero_buffers
+from trainer.events import EventLog
+from trainer.failpoints import Failpoints
+from trainer.progress import Progress
+from trainer.recipe import recipe_fingerprint
+from trainer.rendezvous import Process
+from trainer.schema import Recipe
+
+
+@dataclass
+class Stall:
+    """Seconds the training thread waited for checkpointing in the current step."""
+
+    copied_s: float = 0.0
+    sealed_s: float = 0.0
+
+
+@dataclass
+class Snapshots:
+    """Connects one worker's live state to its node's keeper. Made by :func:`open_snapshots`."""
+
+    recipe: Recipe
+    process: Process
+    run_dir: Path
+    zero_optimizer: Any
+    buffers: list[StateBuffer]
+    client: KeeperClient | None
+    capturer: Capturer | None
+    events: EventLog
+    committed: int = -1
+    stall: Stall = field(default_factory=Stall)
+    _captured: int = -1
+
+    # -- recovery ------------------------------------------------------------------------------------------------
+
+    def recover(self, progress: Progress) -> RecoveryPlan:
+        """Agree with all ranks on the newest complete step, restore it, and bring ``progress`` to it. A collective."""
+        self.events.write("recover_begin")
+        recovery = Recovery(self.client, self.run_dir, self.process.coordinate, self.buffers)
+        report = recovery.report()
+        if not self.recipe.checkpoint.memory.enabled:
+            report = {**report, "memory": []}
+        reports: list[dict[str, list[int]]] = [{} for _ in range(self.process.world)]
+        dist.all_gather_object(reports, report)
+        plan = plan_recovery(reports)
+        if self.process.rank == 0:
+            print(f"recovery: {plan.reason}", flush=True)
+            self.events.write("recovery_plan", step=plan.step, tier=plan.tier, reason=plan.reason)
+        if plan.tier != "fresh":
+            extras = recovery.apply(plan)
+            progress.load(extras["progress"])
+            after_restore(self.zero_optimizer, progress.optimizer_steps)
+            restore_rng(extras)
+        if self.client is not None:
+            self.client.discard(after_step=plan.step)
+        self.committed = self._captured = plan.step
+        self.events.write("recovered", step=plan.step, tier=plan.tier)
+        return plan
+
+    # -- the training step ---------------------------------------------------------------------------------------
+
+    def before_optimizer(self) -> None:
+        """Wait until the running copy is complete; afterwards the state may change."""
+        self.stall = Stall()
+        if self.capturer is not None:
+            self.stall.copied_s = self.capturer.wait_copied()
+
+    def sealed_step(self) -> int:
+        """This rank's newest sealed step, waiting for the last capture to be sealed. Travels with the step's collective."""
+        if self.capturer is None or self._captured <= 0:
+            return self.committed
+        self.stall.sealed_s = self.capturer.wait_sealed(self._captured)
+        return self._captured
+
+    def after_step(self, step: int, progress: Progress, committed: int) -> None:
+        """Start the capture of ``step`` in the background, if it is due. ``committed``: the least sealed step of all ranks."""
+        self.committed = committed
+        if self.capturer is not None and self._due(step):
+            self.capturer.start(step, self.extras(progress), committed)
+            self._captured = step
+
+    def _due(self, step: int) -> bool:
+        memory, disk = self.recipe.checkpoint.memory, self.recipe.checkpoint.disk
+        last = step == self.recipe.train.steps
+        return (memory.enabled and step % memory.every == 0) or (disk.every > 0 and step % disk.every == 0) or last
+
+    def extras(self, progress: Progress) -> dict[str, bytes]:
+        progress.optimizer_steps = optimizer_steps(self.zero_optimizer)
+        return {"progress": progress.dump(), **capture_rng()}
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def state_hash(self, progress: Progress) -> str:
+        """See :mod:`checkpointing.state.hash`. A collective."""
+        return state_hash(self.buffers, self.extras(progress), self.process.coordinate)
+
+    def finish(self) -> None:
+        """Persist the last step, if the recipe wants it on disk, and let the keeper go."""
+        if self.capturer is None or self.client is None:
+            return
+        self.capturer.wait_copied()
+        self.capturer.wait_sealed(self._captured)
+        dist.barrier()
+        self.client.finish(persist=self.recipe.checkpoint.disk.final)
+        self.capturer.close()
+
+
+def open_snapshots(
+    recipe: Recipe,
+    process: Process,
+    run_dir: Path,
+    zero_optimizer: Any,
+    events: EventLog,
+    failpoints: Failpoints,
+    metadata: dict[str, Any],
+) -> Snapshots:
+    """Attach to the node's keeper, starting one if there is none, and register this worker's state."""
+    buffers = zero_buffers(zero_optimizer)
+    checkpoint = recipe.checkpoint
+    wanted = checkpoint.memory.enabled or checkpoint.disk.every > 0 or checkpoint.disk.final
+    if not wanted:
+        return Snapshots(recipe, process, run_dir, zero_optimizer, buffers, None, None, events)
+    tensors = _describe_tensors(zero_optimizer)
+    client = KeeperClient.attach(
+        run_dir,
+        coordinate=process.coordinate,
+        coordinates=[f"dp{rank:04d}" for rank in range(process.world)],
+        buffers=buffers,
+        fingerprint=recipe_fingerprint(recipe),
+        attempt=events.attempt,
+        disk={"every": checkpoint.disk.every, "keep_last": checkpoint.disk.keep_last},
+        linger_s=checkpoint.linger_s,
+        tensors=tensors,
+        metadata=metadata,
+        kill=failpoints.disk_kill(),
+    )
+    capturer = Capturer(client, buffers, reached=failpoints.reached)
+    return Snapshots(recipe, process, run_dir, zero_optimizer, buffers, client, capturer, events)
+
+
+def _describe_tensors(zero_optimizer: Any) -> dict[str, dict[str, Any]]:
+    """What a reader needs to turn units back into parameters: unit -> parameter path, global shape, expert, dtype."""
+    described = {}
+    for group in zero_optimizer.bit16_groups:
+        for param in group:
+            address = param.address
+            for i, span in enumerate(address.units()):
+                described[span.unit] = {
+                    "param": address.param,
+                    "shape": list(address.global_shape),
+                    "expert": address.first_expert + i if address.is_expert else None,
+                    "dtype": str(param.dtype).removeprefix("torch."),
+                }
+    return described
+
+
+def layout_metadata(recipe: Recipe, process: Process, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What redo and a reader under another layout must know about the run that wrote a checkpoint."""
+    return {
+        "world": process.world,
+        "ep": recipe.parallel.ep,
+        "zero": recipe.parallel.zero,
+        "device": process.device.type,
+        "optimizer": f"{type(optimizer).__name__}(fused={bool(optimizer.defaults.get('fused'))})",
+        "torch": torch.__version__,
+        "recipe": recipe_fingerprint(recipe),
+    }
