@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 
 import torch
@@ -88,7 +89,8 @@ def _attach_experts(block: MoEBlock, banks: Mapping[str, BankConfig], layout_ep:
     owners = {target: name for name, bank in banks.items() for target in targets_of(bank)}
     factors = {target: (banks[name].r, banks[name].alpha) for target, name in owners.items()}
     hidden, intermediate = _sizes(experts, path)
-    home = next(block.module.parameters())
+    # The weights' own place and type; where experts hold none, the gate's.
+    home = next(chain(experts.parameters(), block.module.parameters()))
     local = experts.num_experts // experts.ep_size
     part = ExpertSlice(block.layer, experts.num_experts, experts.first_expert, local, experts.ep_size)
     experts.adapter = ExpertLoRA(

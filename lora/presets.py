@@ -47,3 +47,21 @@ def check_banks(banks: Mapping[str, BankConfig]) -> None:
 def is_exactly_lora(banks: Mapping[str, BankConfig]) -> bool:
     """Whether the whole adapter is the function PEFT calls LoRA, so that PEFT may load it."""
     return bool(banks) and all(bank.preset == "expert-lora" for bank in banks.values())
+
+
+def bank_of(path: str, banks: Mapping[str, BankConfig]) -> str | None:
+    """Name of the bank that the adapter tensor at ``path`` belongs to; None if no bank has such a target.
+
+    >>> bank_of("model.layers.3.mlp.experts.adapter.down_proj.A", {"e": BankConfig("expert-lora")})
+    'e'
+    >>> bank_of("model.layers.3.self_attn.q_proj.adapter.router", {"a": BankConfig("mola")})
+    'a'
+    """
+    site, _, inner = path.rpartition(".adapter.")
+    tensor, on_experts, _ = inner.partition(".")
+    for name, bank in banks.items():
+        if on_experts and bank.preset == "expert-lora" and tensor in targets_of(bank):
+            return name
+        if not on_experts and bank.preset == "mola" and f".{site}".endswith(tuple(f".{t}" for t in targets_of(bank))):
+            return name
+    return None
