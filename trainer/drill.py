@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.events import read_events
+from trainer.data import cache_root
 from trainer.failpoints import KILL_VARIABLE
 from trainer.faults import KillSpec
 from trainer.launch import worker_environment
@@ -71,7 +72,7 @@ def main(recipe_path: str, kill: KillSpec | None, json_path: str | None, overrid
     hashes = {}
     for name, strike in (("undisturbed", None), ("killed", kill)):
         print(f"drill: {name} run" + (f", SIGKILL at {strike}" if strike else ""), flush=True)
-        status = run_once(recipe_path, [*overrides, f"log.dir={base}", f"log.run={name}"], strike)
+        status = run_once(recipe_path, [*overrides, f"log.dir={base}", f"log.run={name}", f"data.cache_dir={cache_root(recipe)}"], strike)
         if status != 0:
             print(f"FAIL: the {name} run exited with status {status}; see {base / name / 'events.jsonl'}", file=sys.stderr)
             return 1

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from checkpointing.recovery import RecoveryError
-from checkpointing.store import Checkpoint, list_checkpoints
+from checkpointing.store import Checkpoint, list_checkpoints, verify
 from lora.format import save_adapter
 from moe.build import new_config
 from moe.fingerprint import fingerprint
@@ -61,12 +61,12 @@ def open_run(run: Path) -> tuple[Recipe, Checkpoint]:
         recipe = load_recipe(run / "recipe.yaml")
     except RecipeError as error:
         raise ExportError(f"{run}: its recipe does not load: {error}") from error
-    reasons = []
-    for folder in reversed(list_checkpoints(run / "checkpoints")):
-        try:
+    reasons: list[str] = []
+    for _step, folder in sorted(list_checkpoints(run / "checkpoints"), reverse=True):
+        problems = verify(folder)
+        if not problems:
             return recipe, Checkpoint.open(folder)
-        except RecoveryError as error:
-            reasons.append(str(error))
+        reasons += problems
     found = "; ".join(reasons) or "none was written; set checkpoint.disk.final=true and run again"
     raise ExportError(f"{run}/checkpoints has no usable checkpoint: {found}")
 
@@ -78,7 +78,7 @@ def trained_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """
     parts: dict[str, dict[int | None, Tensor]] = defaultdict(dict)
     facts: dict[str, dict[str, Any]] = {}
-    for unit, fact in checkpoint.tensors.items():
+    for unit, fact in checkpoint.manifest["tensors"].items():
         parts[fact["param"]][fact["expert"]] = torch.from_numpy(checkpoint.assemble(unit, "master").copy())
         facts[fact["param"]] = fact
     whole = {}
@@ -120,8 +120,6 @@ def _write_model(recipe: Recipe, run: Path, tensors: dict[str, Tensor], out: Pat
 
 
 def _end_token(run: Path) -> int | None:
-    from transformers import AutoTokenizer
-
     return AutoTokenizer.from_pretrained(run / "tokenizer").eos_token_id
 
 
@@ -140,4 +138,5 @@ def _copy_base(recipe: Recipe, out: Path) -> None:
 
 
 def _write_adapter(recipe: Recipe, tensors: dict[str, Tensor], out: Path) -> None:
-    save_adapter(out, tensors, recipe.adapter, fingerprint(recipe.model.path))
+    base = recipe.model.path or ""
+    save_adapter(out, tensors, recipe.adapter, fingerprint(base), base_model=base)

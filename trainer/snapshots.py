@@ -175,6 +175,7 @@ def _describe_tensors(zero_optimizer: Any) -> dict[str, dict[str, Any]]:
                     "param": address.param,
                     "shape": list(address.global_shape),
                     "expert": address.first_expert + i if address.is_expert else None,
+                    "elements": span.stop - span.start,
                     "dtype": str(param.dtype).removeprefix("torch."),
                 }
     return described

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -60,8 +61,9 @@ def train(recipe: Recipe, process: Process) -> None:
         rank=process.rank, first_attempt=attempt == 0, run_dir=run_dir, events=events
     )
     _make_deterministic(process)
-    data = data_module.load(recipe, rank=process.local_rank)
-    dist.barrier()
+    data = data_module.load(recipe, rank=process.rank)
+    if process.rank == 0:
+        shutil.copytree(data.tokenizer_dir, run_dir / "tokenizer", dirs_exist_ok=True)
 
     model, blocks = build(recipe, process, data)
     meter = RoutingMeter()
