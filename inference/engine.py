@@ -19,6 +19,8 @@ from inference.cache import ExpertCache
 from inference.sampling import next_token
 from inference.skeleton import build_skeleton, expert_shape, load_dense, offload_experts
 from inference.store import ExpertStore, InferenceError, TensorFiles
+from lora.format import apply_adapter, load_adapter
+from moe.fingerprint import fingerprint
 
 Prompt = str | Sequence[int]
 
@@ -108,9 +110,8 @@ class LLM:
         offload_experts(blocks, self.cache)
         load_dense(self.model, files, self.device)
         if adapter is not None:
-            from lora.format import apply_adapter, load_adapter
-
-            apply_adapter(self.model, load_adapter(adapter))
+            # Reads the whole folder once: an adapter on another base gives fluent nonsense, never an error.
+            apply_adapter(self.model, load_adapter(adapter), base_fingerprint=fingerprint(self.path))
             self.model.to(self.device)
         self.tokenizer = _tokenizer(self.path)
         self.eos = _end_tokens(self.path, self.model.config)

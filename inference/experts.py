@@ -29,8 +29,8 @@ class OffloadedExperts(nn.Module):
         self.cache = cache
         self.layer = layer
         self.num_experts = self.num_local_experts = cache.store.shape.num_experts
-        self.hidden_dim = cache.store.shape.hidden
-        self.intermediate_dim = cache.store.shape.intermediate
+        self.hidden_size = cache.store.shape.hidden
+        self.intermediate_size = cache.store.shape.intermediate
         self.act_fn = act
         self.adapter: nn.Module | None = None
 
@@ -58,7 +58,7 @@ class OffloadedExperts(nn.Module):
         counts = counts_E.tolist()
         assert len(counts) == self.num_experts, f"layer {self.layer}: expert ids beyond {self.num_experts - 1}"
         ends = torch.tensor(counts).cumsum(0).tolist()
-        a_NI = x_NH.new_empty(x_NH.shape[0], self.intermediate_dim)
+        a_NI = x_NH.new_empty(x_NH.shape[0], self.intermediate_size)
         y_NH = torch.empty_like(x_NH)
         delta_N2I = None if self.adapter is None else self.adapter.gate_up_delta(x_NH, counts_E)
         for group in self.cache.lend(self.layer, [e for e, n in enumerate(counts) if n]):

@@ -92,8 +92,8 @@ def load_dense(model: nn.Module, files: TensorFiles, device: torch.device) -> No
     absent = [name for name in missing if name in still_empty or name in dict(model.named_buffers())]
     if absent:
         raise InferenceError(
-            f"{files.folder}: {len(absent)} tensors are missing, the first is {absent[0]}; the copy is incomplete: "
-            "export it again"
+            f"{files.folder}: {len(absent)} tensors are missing, the first is {absent[0]}; either the copy is "
+            "incomplete (export it again), or this family's files name their tensors in a way not served yet"
         )
     model.to(device)
 

@@ -4,7 +4,15 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV3Config,
+    GptOssConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen2MoeConfig,
+)
 
 from inference.engine import LLM
 from inference.store import InferenceError
@@ -109,29 +117,57 @@ def test_sampling_repeats_with_its_seed(model_folder, prompts):
     assert sample(5)[0] != sample(5)[1]
 
 
-def test_another_family_and_tied_embeddings(tmp_path, huggingface_tokens):
+FAMILIES = {
+    MixtralConfig: {"intermediate_size": 48, "num_local_experts": 4, "tie_word_embeddings": True},
+    OlmoeConfig: {"intermediate_size": 16, "num_experts": 8},
+    Qwen2MoeConfig: {
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+        "num_experts": 8,
+        "mlp_only_layers": [0],
+    },
+    DeepseekV3Config: {
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 8,
+        "first_k_dense_replace": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_shared_experts": 1,
+    },
+}
+
+
+def tiny(config_class, **sizes):
     torch.manual_seed(1)
-    config = MixtralConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        vocab_size=96,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-    )
-    model = MixtralForCausalLM(config).eval()
+    common = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 2}
+    common |= {"num_experts_per_tok": 2, "vocab_size": 96, "max_position_embeddings": 64, "initializer_range": 0.2}
+    ends = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": None}
+    return AutoModelForCausalLM.from_config(config_class(**common, **ends, **sizes)).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_other_families(family, tmp_path, huggingface_tokens):
+    model = tiny(family, **FAMILIES[family])
     model.save_pretrained(tmp_path)
-    llm = LLM(tmp_path, expert_budget=0.5, device="cpu", poison=True)
+    llm = LLM(tmp_path, expert_budget=0.3, device="cpu", poison=True)
     llm.eos = frozenset()
     prompts = [[5, 6, 7], [80, 3]]
     assert [g.token_ids for g in llm.generate(prompts, 24)] == huggingface_tokens(model, prompts, 24)
     with pytest.raises(InferenceError, match="has no tokenizer"):
         llm.generate(["text"], 4)
+
+
+def test_biased_and_transposed_experts_are_refused(tmp_path):
+    tiny(GptOssConfig, intermediate_size=16, num_local_experts=4, head_dim=16).save_pretrained(tmp_path)
+    with pytest.raises(InferenceError, match=r"GptOssExperts.*transposed, biased"):
+        LLM(tmp_path)
 
 
 @pytest.mark.parametrize(
