@@ -1,0 +1,304 @@
+"""A worker's side of the keeper: one connection, many requests in flight, and a new keeper if the old one is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from checkpointing.keeper.launch import connect, connect_or_start
+from checkpointing.keeper.protocol import (
+    Inbox,
+    KeeperError,
+    Message,
+    raise_if_error,
+    receive_one,
+    send_all,
+)
+from checkpointing.records import Kind, RecordInfo, decode_table, encode_table
+from checkpointing.slots import Arena, ArenaShape
+
+if TYPE_CHECKING:
+    from checkpointing.state.buffers import StateBuffer
+
+_CAPTURED = (Kind.BASE, Kind.EXTRAS)
+
+
+@dataclass(frozen=True)
+class Grant:
+    """Slots that this worker may write: index of each kind, the records' sequence number, seconds waited for them."""
+
+    slots: Mapping[Kind, int]
+    sequence: int
+    waited_s: float
+
+
+class KeeperClient:
+    """Attach with :meth:`attach`. Thread-safe. If the keeper dies, another is started and given this worker's memory;
+    requests in flight are repeated to it."""
+
+    def __init__(self, run_dir: Path, hello: Message) -> None:
+        self.run_dir = run_dir
+        self.coordinate: str = hello["coordinate"]
+        self.attempt: int = hello["attempt"]
+        self.restored_step = -1
+        self.keeper_pid = -1
+        self._hello = hello
+        self._shape = ArenaShape(**hello["shape"])
+        self._lock = threading.Lock()
+        self._pending: dict[int, tuple[Message, Future[tuple[Message, list[int]]]]] = {}
+        self._held: dict[int, int] = {}
+        self._next_id = 1
+        self._closing = False
+        self._failure: Exception | None = None
+        self.arena, self._sock, self._inbox = self._first_attach()
+        self._hello["kill"] = None
+        self._receiver = threading.Thread(target=self._receive, name="keeper-client", daemon=True)
+        self._receiver.start()
+
+    @classmethod
+    def attach(
+        cls,
+        run_dir: str | os.PathLike[str],
+        coordinate: str,
+        coordinates: Sequence[str],
+        buffers: Sequence[StateBuffer],
+        fingerprint: str,
+        attempt: int = 0,
+        disk: Mapping[str, int] | None = None,
+        linger_s: float = 600.0,
+        tensors: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        kill: Mapping[str, Any] | None = None,
+        generations: int | None = None,
+        node_coordinates: Sequence[str] | None = None,
+    ) -> KeeperClient:
+        """Attach this worker to the run's keeper, starting one if none lives.
+
+        Args:
+            coordinates: all of the job; ``node_coordinates`` those of this node (default: all).
+            disk: ``{"every": steps (0: only at the end), "keep_last": count}``; None: no disk tier.
+            tensors: ``{unit: {"param", "shape", "dtype", "elements"}}`` for the manifest; ``elements`` (optional) lets
+                a reader prove that the unit is whole.
+            kill: a drill, ``{"at": "disk", "step": N, "pid": pid or "keeper"}``.
+            generations: base slots; default 3, or 4 with ``disk.every`` > 0, so that a running write blocks no capture.
+        Raises KeeperRefused (another recipe, too little memory, coordinate taken) or KeeperError.
+        """
+        from checkpointing.state.buffers import layout_of
+
+        layout = layout_of(buffers)
+        if generations is None:
+            generations = 4 if disk and disk.get("every", 0) > 0 else 3
+        shape = ArenaShape(len(encode_table(layout.entries)), layout.nbytes, generations)
+        hello = {
+            "op": "attach",
+            "coordinate": coordinate,
+            "coordinates": list(coordinates),
+            "node_coordinates": list(node_coordinates or coordinates),
+            "shape": shape.as_dict(),
+            "fingerprint": fingerprint,
+            "pid": os.getpid(),
+            "attempt": attempt,
+            "disk": None if disk is None else dict(disk),
+            "linger_s": linger_s,
+            "tensors": dict(tensors or {}),
+            "metadata": dict(metadata or {}),
+            "kill": None if kill is None else dict(kill),
+        }
+        return cls(Path(run_dir).resolve(), hello)
+
+    # Requests
+
+    def inventory(self) -> list[RecordInfo]:
+        """All sealed records of all coordinates that this keeper holds, re-verified just now."""
+        answer = self._ask({"op": "inventory"})
+        tables = {digest: decode_table(table.encode()) for digest, table in answer["tables"].items()}
+        return [
+            RecordInfo(
+                r["source"], Kind(r["kind"]), r["step"], r["attempt"], r["sequence"], tables[r["table"]], r["slot"]
+            )
+            for r in answer["records"]
+        ]
+
+    def arena_of(self, coordinate: str) -> Arena:
+        """The memory of a coordinate, to read from; the caller closes it unless it is this worker's own."""
+        if coordinate == self.coordinate:
+            return self.arena
+        answer, fds = self._request({"op": "arena", "coordinate": coordinate}).result()
+        raise_if_error(answer)
+        return Arena(fds[0], ArenaShape(**answer["shape"]))
+
+    def acquire(self, step: int, committed: int, kinds: Sequence[Kind] = _CAPTURED) -> Grant:
+        """Slots for a step's records; blocks while none may be overwritten (back-pressure)."""
+        answer = self._ask({"op": "acquire", "step": step, "committed": committed, "kinds": [int(k) for k in kinds]})
+        slots = {Kind(int(kind)): index for kind, index in answer["slots"].items()}
+        return Grant(slots, answer["sequence"], answer["waited_s"])
+
+    def copied(self, step: int, grant: Grant) -> Future[None]:
+        """Say that the granted slots hold COPIED records; the future is done when the keeper has sealed them."""
+        sealed: Future[None] = Future()
+        indices = sorted(grant.slots.values())
+
+        def answered(done: Future[tuple[Message, list[int]]]) -> None:
+            with self._lock:
+                for index in indices:
+                    self._held.pop(index, None)
+            try:
+                raise_if_error(done.result()[0])
+            except Exception as error:
+                sealed.set_exception(error)
+            else:
+                sealed.set_result(None)
+
+        self._request({"op": "copied", "step": step, "slots": indices}).add_done_callback(answered)
+        return sealed
+
+    def discard(self, after_step: int) -> None:
+        """Free this coordinate's records newer than the restored step; -1 frees all."""
+        self.restored_step = self._ask({"op": "discard", "after_step": after_step})["newest"]
+
+    def finish(self, persist: bool) -> int:
+        """Say that this worker ended well, and wait until all local ones have and all writing is done.
+
+        Returns the step persisted last, -1 if none. Raises KeeperError if it could not be written. Closes the client.
+        """
+        answer = self._ask({"op": "finish", "persist": persist})
+        self.close()
+        if answer["problem"]:
+            raise KeeperError(f"step {answer['step']} could not be written to disk: {answer['problem']}")
+        return int(answer["step"])
+
+    def close(self) -> None:
+        """Leave without saying that the run is finished. The keeper keeps the memory."""
+        with self._lock:
+            if self._closing and self._sock.fileno() < 0:
+                return
+            self._closing = True
+            # The receiver sees the end of the stream.
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
+        if threading.current_thread() is not self._receiver:
+            self._receiver.join()
+        self._sock.close()
+        self.arena.close()
+
+    # The connection
+
+    def _ask(self, message: Message) -> Message:
+        return raise_if_error(self._request(message).result()[0])
+
+    def _request(self, message: Message) -> Future[tuple[Message, list[int]]]:
+        future: Future[tuple[Message, list[int]]] = Future()
+        with self._lock:
+            if self._failure is not None:
+                raise KeeperError(f"the keeper is lost: {self._failure}") from self._failure
+            if self._closing:
+                raise KeeperError("this client is closed")
+            message = message | {"id": self._next_id}
+            self._next_id += 1
+            self._pending[message["id"]] = (message, future)
+            # If this fails, the receiver reconnects and sends whatever is pending.
+            with contextlib.suppress(OSError):
+                send_all(self._sock, message)
+        return future
+
+    def _first_attach(self) -> tuple[Arena, socket.socket, Inbox]:
+        # A keeper that ends just now closes the connection: then the next one is asked.
+        for last in (False, False, True):
+            sock, inbox, token = self._connect()
+            try:
+                send_all(sock, self._hello | {"id": 0, "token": token})
+                answer, fds = receive_one(sock, inbox)
+                raise_if_error(answer)
+                return Arena(fds[0], self._shape, populate=True), sock, inbox
+            except (KeeperError, OSError):
+                sock.close()
+                if last:
+                    raise
+            except BaseException:
+                sock.close()
+                raise
+        raise AssertionError("unreachable")
+
+    def _connect(self) -> tuple[socket.socket, Inbox, str]:
+        sock, info = connect_or_start(self.run_dir, self._hello["fingerprint"], self._hello["linger_s"])
+        self.keeper_pid = info.pid
+        return sock, Inbox(), info.token
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                while (got := self._inbox.pop()) is not None:
+                    self._deliver(*got)
+                if self._inbox.receive(self._sock):
+                    continue
+            except OSError:
+                pass
+            if self._closing:
+                self._fail(KeeperError("this client is closed"))
+                return
+            try:
+                self._reconnect()
+            except Exception as error:
+                self._fail(error)
+                return
+
+    def _deliver(self, answer: Message, fds: list[int]) -> None:
+        with self._lock:
+            message, future = self._pending.pop(answer["id"])
+            if message["op"] == "acquire" and "slots" in answer:
+                # Before anybody can lose the connection again: a new keeper must not free these.
+                self._held |= dict.fromkeys(answer["slots"].values(), message["step"])
+            if message["op"] == "finish" and "ok" in answer:
+                # The keeper leaves now: the end of the stream is no reason to start another.
+                self._closing = True
+        future.set_result((answer, fds))
+
+    def _reconnect(self) -> None:
+        """Give our memory to another keeper, then repeat what was not answered."""
+        with self._lock:
+            self._sock.close()
+            sock, inbox, token = self._connect()
+            held = {str(index): step for index, step in self._held.items()}
+            send_all(sock, self._hello | {"id": 0, "token": token, "held": held}, [self.arena.fd])
+            answer, fds = receive_one(sock, inbox)
+            raise_if_error(answer)
+            for fd in fds:
+                os.close(fd)
+            self._sock, self._inbox = sock, inbox
+            for message, _ in list(self._pending.values()):
+                send_all(sock, message)
+
+    def _fail(self, error: Exception) -> None:
+        with self._lock:
+            self._failure = error
+            pending, self._pending = list(self._pending.values()), {}
+        for _, future in pending:
+            future.set_exception(KeeperError(f"the keeper is lost: {error}"))
+
+
+def stop_keeper(run_dir: str | os.PathLike[str], persist: bool = True) -> bool:
+    """Have the run's keeper end, writing the newest step first if it has a disk tier. False if none lives.
+
+    Returns when it is gone.
+    """
+    found = connect(Path(run_dir).resolve())
+    if found is None:
+        return False
+    sock, info = found
+    with sock:
+        pidfd = os.pidfd_open(info.pid)
+        try:
+            send_all(sock, {"op": "stop", "id": 0, "token": info.token, "persist": persist})
+            raise_if_error(receive_one(sock, Inbox())[0])
+            select.select([pidfd], [], [])
+        finally:
+            os.close(pidfd)
+    return True

@@ -1,0 +1,111 @@
+"""Re-verification of what the keeper holds: nothing is reported or adopted that does not match its checksum now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+from xxhash import xxh3_64_hexdigest
+
+from checkpointing.keeper.arenas import Keep, Slot
+from checkpointing.keeper.loop import Connection
+from checkpointing.keeper.protocol import Message
+from checkpointing.records import PAGE, Header, RecordError, read_header, verify
+
+if TYPE_CHECKING:
+    from checkpointing.keeper.service import Service
+
+
+class Inventory:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        # (coordinate, slot) -> (record's sequence, attempt it was verified for): ranks that restart together share one
+        # verification, the next restart verifies anew.
+        self._verified: dict[tuple[str, int], tuple[int, int]] = {}
+        self._running: dict[tuple[str, int], list[Callable[[], None]]] = {}
+
+    def take(self, connection: Connection, request: Message, fds: list[int]) -> None:
+        """Answer with all sealed records of all coordinates, re-verified. Equal tables are sent once."""
+        attempt = max((k.attempt for k in self._service.keeps.values() if k.connection is connection), default=0)
+        pending = {"count": 1}
+
+        def one_done() -> None:
+            pending["count"] -= 1
+            if not pending["count"]:
+                self._answer(connection, request)
+
+        for keep in list(self._service.keeps.values()):
+            pending["count"] += 1
+            self.check(keep, [slot for slot in keep.slots if slot.sealed], attempt, one_done)
+        one_done()
+
+    def check(self, keep: Keep, slots: Iterable[Slot], attempt: int, done: Callable[[], None]) -> None:
+        """Verify sealed slots in the background, quarantine corrupt ones, then call ``done`` on the loop's thread."""
+        stale = [s for s in slots if self._verified.get((keep.coordinate, s.index)) != (s.sequence, attempt)]
+        left = {"count": len(stale)}
+
+        def one_done() -> None:
+            left["count"] -= 1
+            if not left["count"]:
+                done()
+
+        if not stale:
+            done()
+        for slot in stale:
+            self._check_slot(keep, slot, attempt, one_done)
+
+    def _check_slot(self, keep: Keep, slot: Slot, attempt: int, done: Callable[[], None]) -> None:
+        key = (keep.coordinate, slot.index)
+        if key in self._running:
+            self._running[key].append(done)
+            return
+        self._running[key] = [done]
+        slot.users += 1
+
+        def checked(result: Future[Header]) -> None:
+            problem = result.exception()
+            step = slot.step
+            slot.release()
+            if problem is None:
+                self._verified[key] = (slot.sequence, attempt)
+            else:
+                slot.quarantine()
+                self._service.event("quarantined", step, tier="memory", coordinate=keep.coordinate, slot=slot.index,
+                                    problem=str(problem))  # fmt: skip
+                if not isinstance(problem, RecordError):
+                    raise problem
+            for callback in self._running.pop(key):
+                callback()
+            self._service.serve_waiting()
+
+        hashers = self._service.hashers
+        self._service.in_background(lambda: verify(slot.view, hashers), checked)
+
+    def _answer(self, connection: Connection, request: Message) -> None:
+        tables: dict[str, str] = {}
+        records = []
+        for keep in self._service.keeps.values():
+            for slot in keep.slots:
+                if not slot.sealed:
+                    continue
+                header, table = _table_of(slot)
+                digest = xxh3_64_hexdigest(table)
+                tables[digest] = table.decode()
+                records.append(
+                    {
+                        "source": keep.coordinate,
+                        "slot": slot.index,
+                        "kind": int(slot.kind),
+                        "step": header.step,
+                        "attempt": header.attempt,
+                        "sequence": header.sequence,
+                        "table": digest,
+                    }
+                )
+        connection.answer(request, {"ok": True, "records": records, "tables": tables})
+
+
+def _table_of(slot: Slot) -> tuple[Header, bytes]:
+    header = read_header(slot.view)
+    return header, bytes(slot.view[PAGE : PAGE + header.table_bytes])

@@ -1,0 +1,162 @@
+"""Writing sealed steps to disk: one at a time, on one thread, never in the way of captures."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpointing.keeper.arenas import Slot
+from checkpointing.keeper.events import append_event
+from checkpointing.records import RecordError, entries_of, payload_of, verify
+from checkpointing.recovery import RecoveryError
+from checkpointing.store import Part, retain, step_path, write_checkpoint
+from checkpointing.store import verify as verify_files
+
+
+@dataclass(frozen=True)
+class Persist:
+    """A step to write: the sealed slots of each coordinate, which nobody overwrites until it is done."""
+
+    step: int
+    attempt: int
+    slots: Mapping[str, Sequence[Slot]]
+    tensors: Mapping[str, Any]
+    metadata: Mapping[str, Any]
+    keep_last: int
+
+
+@dataclass
+class KillPoint:
+    """A drill: half-way through the first write at or after ``step``, SIGKILL ``pid`` (-1: the keeper itself). Once."""
+
+    step: int
+    pid: int
+    done: bool = False
+
+    @classmethod
+    def parse(cls, kill: Mapping[str, Any] | None) -> KillPoint | None:
+        if not kill or kill.get("at") != "disk":
+            return None
+        return cls(int(kill["step"]), -1 if kill["pid"] == "keeper" else int(kill["pid"]))
+
+    def reached(self, step: int, written: int, total: int) -> None:
+        if not self.done and step >= self.step and 2 * written >= total:
+            self.done = True
+            os.kill(os.getpid() if self.pid < 0 else self.pid, signal.SIGKILL)
+
+
+class Persister:
+    """A running write and at most one queued. The queued one is soft: a capture that needs its memory gets it.
+
+    Methods are called by the loop's thread only. ``call`` has the loop call a function, ``on_done`` is called there
+    after each write with the job and a problem or "".
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        call: Callable[[Callable[[], None]], None],
+        on_done: Callable[[Persist, str], None],
+        hashers: Executor,
+    ) -> None:
+        self.directory = run_dir / "checkpoints"
+        self.kill: KillPoint | None = None
+        self.running: Persist | None = None
+        self.queued: Persist | None = None
+        self._run_dir, self._call, self._on_done, self._hashers = run_dir, call, on_done, hashers
+        self._thread = ThreadPoolExecutor(1, "persist")
+
+    @property
+    def idle(self) -> bool:
+        return self.running is None and self.queued is None
+
+    def knows(self, step: int) -> bool:
+        """Whether a step is being written or waits for it."""
+        return any(job is not None and job.step == step for job in (self.running, self.queued))
+
+    def submit(self, job: Persist) -> None:
+        for slots in job.slots.values():
+            for slot in slots:
+                slot.users += 1
+        if self.running is not None:
+            self.drop_queued("a newer step is due while an earlier one is still being written")
+            self.queued = job
+        else:
+            self._start(job)
+
+    def drop_queued(self, reason: str) -> bool:
+        """Give the queued step's memory back. False if none is queued."""
+        job, self.queued = self.queued, None
+        if job is None:
+            return False
+        _release(job)
+        append_event(self._run_dir, "disk_skipped", job.step, job.attempt, reason=reason)
+        return True
+
+    def _start(self, job: Persist) -> None:
+        self.running = job
+        self._thread.submit(self._work, job)
+
+    def _work(self, job: Persist) -> None:
+        try:
+            problem = self._write(job)
+        except BaseException as error:
+            problem = f"{type(error).__name__}: {error}"
+        self._call(lambda: self._finished(job, problem))
+
+    def _finished(self, job: Persist, problem: str) -> None:
+        _release(job)
+        self.running = None
+        if problem:
+            append_event(self._run_dir, "disk_failed", job.step, job.attempt, error=problem)
+        queued, self.queued = self.queued, None
+        if queued is not None:
+            self._start(queued)
+        self._on_done(job, problem)
+
+    def _write(self, job: Persist) -> str:
+        """Write, read back, retain; on the persister's thread. Returns a problem or nothing."""
+        started = time.perf_counter()
+        final = step_path(self.directory, job.step)
+        if final.exists() and not verify_files(final):
+            append_event(self._run_dir, "disk_kept", job.step, job.attempt, path=str(final))
+            return ""
+        parts = {}
+        for coordinate, slots in job.slots.items():
+            parts[coordinate] = [self._part(coordinate, slot) for slot in slots]
+        write_checkpoint(
+            self.directory, job.step, parts, job.tensors, job.metadata, lambda w, t: self._progress(job, w, t)
+        )
+        nbytes = sum(entry.nbytes for records in parts.values() for part in records for entry in part.entries)
+        append_event(self._run_dir, "disk_written", job.step, job.attempt,
+                     seconds=time.perf_counter() - started, bytes=nbytes)  # fmt: skip
+        try:
+            removed = retain(self.directory, job.keep_last, final)
+        except RecoveryError as error:
+            return str(error)
+        if removed:
+            append_event(self._run_dir, "disk_removed", job.step, job.attempt, steps=removed)
+        return ""
+
+    def _part(self, coordinate: str, slot: Slot) -> Part:
+        try:
+            header = verify(slot.view, self._hashers)
+        except RecordError as error:
+            raise RecordError(f"{coordinate}, slot {slot.index}: {error}; nothing was written") from None
+        return Part(entries_of(slot.view, header), payload_of(slot.view, header))
+
+    def _progress(self, job: Persist, written: int, total: int) -> None:
+        if self.kill is not None:
+            self.kill.reached(job.step, written, total)
+
+
+def _release(job: Persist) -> None:
+    for slots in job.slots.values():
+        for slot in slots:
+            slot.release()

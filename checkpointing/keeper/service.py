@@ -1,0 +1,396 @@
+"""The keeper: what it does on each message of its workers. All bookkeeping is on the loop's thread."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from checkpointing.keeper import launch
+from checkpointing.keeper.arenas import Keep, Slot, Waiting
+from checkpointing.keeper.events import append_event
+from checkpointing.keeper.inventory import Inventory
+from checkpointing.keeper.loop import Connection, Loop
+from checkpointing.keeper.memory import check_fits, create_memfd
+from checkpointing.keeper.persister import KillPoint, Persist, Persister
+from checkpointing.keeper.protocol import KeeperRefused, Message
+from checkpointing.records import Kind, State, seal, state_of
+from checkpointing.slots import Arena, ArenaShape
+from checkpointing.store import clean_unfinished
+
+
+def serve(run_dir: Path, fingerprint: str, linger_s: float, ready_fd: int) -> int:
+    """Be the run's keeper until the run ends. Tells ``ready_fd`` "ready", or "exists" if another one lives."""
+    with open(ready_fd, "w") as ready:
+        try:
+            starting = launch.lock(run_dir / "keeper.start", wait=True)
+            assert starting is not None
+            life = launch.lock(run_dir / "keeper.lock", wait=False)
+            if life is None:
+                ready.write("exists")
+                return 0
+            service = Service(run_dir, fingerprint, linger_s)
+            os.close(starting)
+            ready.write("ready")
+        except Exception as error:
+            ready.write(f"{type(error).__name__}: {error}")
+            raise
+    return service.run()
+
+
+class Service:
+    def __init__(self, run_dir: Path, fingerprint: str, linger_s: float) -> None:
+        self.run_dir, self.fingerprint, self.linger_s = run_dir, fingerprint, linger_s
+        self.token = secrets.token_hex(16)
+        self.keeps: dict[str, Keep] = {}
+        self.job: list[str] = []
+        self.local: list[str] = []
+        self.disk: dict[str, Any] | None = None
+        self.attempt = 0
+        self.sequence = 0
+        self.allocating: dict[str, int] = {}
+        self.finishing: list[tuple[Connection, Message]] = []
+        self.leaving = ""
+        clean_unfinished(run_dir / "checkpoints")
+        self.loop = Loop(self._listen(), self.on_message, self.on_closed, lambda: self.leave("SIGTERM"))
+        self.loop.install_signals()
+        self.jobs = ThreadPoolExecutor(4, "job")
+        self.hashers = ThreadPoolExecutor(min(8, max(1, (os.cpu_count() or 2) // 2)), "hash")
+        self.persister = Persister(run_dir, self.loop.call, self.on_persisted, self.hashers)
+        self.inventory = Inventory(self)
+        self._arm_linger()
+        self.event("keeper_started", pid=os.getpid())
+
+    def _listen(self) -> socket.socket:
+        path = launch.socket_path(self.run_dir)
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        mask = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(mask)
+        listener.listen(128)
+        started = launch.process_start_time(os.getpid())
+        launch.write_info(
+            self.run_dir,
+            launch.KeeperInfo(os.getpid(), started, launch.node_id(), str(path), self.fingerprint, self.token),
+        )
+        return listener
+
+    def run(self) -> int:
+        self.loop.run()
+        # A second starter either finds this keeper whole or, after these lines, finds none.
+        launch.lock(self.run_dir / "keeper.start", wait=True)
+        for name in (self.run_dir / "keeper.json", launch.socket_path(self.run_dir)):
+            name.unlink(missing_ok=True)
+        self.event("keeper_exit", reason=self.leaving)
+        return 0
+
+    def event(self, kind: str, step: int | None = None, **fields: object) -> None:
+        append_event(self.run_dir, kind, step, self.attempt, **fields)
+
+    def in_background(self, work: Callable[[], Any], then: Callable[[Future[Any]], None]) -> None:
+        """Run ``work`` on a thread, then ``then`` on the loop's."""
+        self.jobs.submit(work).add_done_callback(lambda done: self.loop.call(lambda: then(done)))
+
+    # Messages
+
+    def on_message(self, connection: Connection, request: Message, fds: list[int]) -> None:
+        operations = {
+            "attach": self.attach,
+            "inventory": self.inventory.take,
+            "arena": self.give_arena,
+            "acquire": self.acquire,
+            "copied": self.copied,
+            "discard": self.discard,
+            "finish": self.finish,
+            "stop": self.stop,
+        }
+        try:
+            if not connection.authenticated:
+                if not secrets.compare_digest(str(request.get("token", "")), self.token):
+                    raise KeeperRefused("wrong token: read keeper.json again")
+                connection.authenticated = True
+            operations[request["op"]](connection, request, fds)
+        except KeeperRefused as refusal:
+            connection.answer(request, {"error": str(refusal), "refused": True})
+        except Exception as error:
+            traceback.print_exc()
+            connection.answer(request, {"error": f"{type(error).__name__}: {error}"})
+        finally:
+            # Those that an operation takes over, it takes out of the list.
+            for fd in fds:
+                os.close(fd)
+
+    def on_closed(self, connection: Connection) -> None:
+        self.finishing = [pair for pair in self.finishing if pair[0] is not connection]
+        for keep in self.keeps.values():
+            if keep.connection is connection:
+                self._worker_gone(keep)
+                self.serve_waiting()
+                self._arm_linger()
+                break
+
+    def _worker_gone(self, keep: Keep) -> None:
+        keep.connection = None
+        keep.abandon()
+        if not keep.finished:
+            self.event("worker_gone", pid=keep.pid, coordinate=keep.coordinate)
+
+    def _arm_linger(self) -> None:
+        attached = any(keep.connection is not None for keep in self.keeps.values())
+        self.loop.set_timer(None if attached else self.linger_s, lambda: self.leave("no workers"))
+
+    # Attaching
+
+    def attach(self, connection: Connection, request: Message, fds: list[int]) -> None:
+        coordinate, shape = request["coordinate"], ArenaShape(**request["shape"])
+        keep = self.keeps.get(coordinate)
+        if keep is not None:
+            self._check_same(keep, shape, request, fds)
+            self._enter(keep, connection, request, adopted=bool(fds))
+            return
+        if coordinate in self.allocating:
+            raise KeeperRefused(f"{coordinate} is being attached by another process")
+        if fds:
+            self._enter(self._adopt(coordinate, shape, request, fds), connection, request, adopted=True)
+            return
+        others = [c for c in request["node_coordinates"] if c not in self.keeps and c not in self.allocating]
+        pending = sum(self.allocating.values())
+        check_fits(pending + shape.nbytes * max(len(others), 1), f"in-memory checkpointing of {len(others)} workers")
+        self.allocating[coordinate] = shape.nbytes
+
+        def allocated(done: Future[int]) -> None:
+            del self.allocating[coordinate]
+            problem = done.exception()
+            if problem is not None:
+                refused = isinstance(problem, KeeperRefused)
+                connection.answer(request, {"error": str(problem), "refused": refused})
+                return
+            self.keeps[coordinate] = Keep(coordinate, Arena(done.result(), shape))
+            self._enter(self.keeps[coordinate], connection, request, adopted=False)
+
+        self.in_background(lambda: create_memfd(coordinate, shape.nbytes), allocated)
+
+    def _check_same(self, keep: Keep, shape: ArenaShape, request: Message, fds: list[int]) -> None:
+        if keep.shape != shape:
+            raise KeeperRefused(
+                f"{keep.coordinate}: this keeper's memory has the shape {keep.shape.as_dict()}, the worker wants "
+                f"{shape.as_dict()}; stop the keeper first"
+            )
+        if fds and os.fstat(fds[0]).st_ino != os.fstat(keep.arena.fd).st_ino:
+            raise KeeperRefused(f"{keep.coordinate}: this keeper has other memory for it already")
+        attached = keep.connection is not None and launch.process_start_time(keep.pid) >= 0
+        if attached and keep.pid != request["pid"] and request["attempt"] <= keep.attempt:
+            raise KeeperRefused(f"{keep.coordinate} is attached by the living process {keep.pid}")
+
+    def _adopt(self, coordinate: str, shape: ArenaShape, request: Message, fds: list[int]) -> Keep:
+        """Memory that a worker brings from a keeper that died."""
+        keep = Keep(coordinate, Arena(fds.pop(0), shape))
+        self.keeps[coordinate] = keep
+        sealed = keep.scan({int(slot): step for slot, step in request["held"].items()})
+        self.sequence = max(self.sequence, *(slot.sequence for slot in keep.slots))
+        self.inventory.check(keep, sealed, request["attempt"], lambda: self._due_after_adoption(keep))
+        self.event("keeper_adopted", coordinate=coordinate, steps=sorted(keep.steps()))
+        return keep
+
+    def _due_after_adoption(self, keep: Keep) -> None:
+        """The write that the dead keeper may have left undone."""
+        for step in sorted(keep.steps(), reverse=True):
+            if self.is_due(step):
+                self.persist(step)
+                break
+
+    def _enter(self, keep: Keep, connection: Connection, request: Message, adopted: bool) -> None:
+        if connection.closed:
+            return
+        if keep.connection is not None and keep.connection is not connection:
+            keep.connection.close()
+            self._worker_gone(keep)
+        elif not adopted:
+            keep.abandon()
+        keep.connection, keep.pid, keep.attempt = connection, request["pid"], request["attempt"]
+        keep.finished = False
+        keep.tensors, keep.metadata = request["tensors"], request["metadata"]
+        self.attempt = max(self.attempt, keep.attempt)
+        self.job, self.local = request["coordinates"], request["node_coordinates"]
+        self.disk, self.linger_s = request["disk"], request["linger_s"]
+        self.persister.kill = self.persister.kill or KillPoint.parse(request.get("kill"))
+        self._arm_linger()
+        slots = [{"kind": s.kind, "state": s.state.name, "step": s.step} for s in keep.slots]
+        connection.answer(request, {"ok": True, "slots": slots}, [keep.arena.fd])
+
+    def give_arena(self, connection: Connection, request: Message, fds: list[int]) -> None:
+        keep = self.keeps.get(request["coordinate"])
+        if keep is None:
+            raise KeeperRefused(f"this keeper has no memory of {request['coordinate']}")
+        connection.answer(request, {"ok": True, "shape": keep.shape.as_dict()}, [keep.arena.fd])
+
+    # Slots
+
+    def _keep_of(self, connection: Connection) -> Keep:
+        for keep in self.keeps.values():
+            if keep.connection is connection:
+                return keep
+        raise KeeperRefused("attach first")
+
+    def committed(self) -> int:
+        """The newest step that every coordinate of the job has sealed, as far as this node can tell."""
+        if not self.job or any(c not in self.keeps for c in self.job):
+            return -1
+        return min(self.keeps[c].newest() for c in self.job)
+
+    def acquire(self, connection: Connection, request: Message, fds: list[int]) -> None:
+        keep = self._keep_of(connection)
+        if keep.waiting is not None:
+            raise KeeperRefused(f"{keep.coordinate} waits for slots already")
+        keep.waiting = Waiting(connection, request, time.monotonic())
+        if not self._grant(keep):
+            self.event("backpressure", request["step"], coordinate=keep.coordinate,
+                       slots=[f"{s.state.name} {s.step}" for s in keep.slots])  # fmt: skip
+
+    def _grant(self, keep: Keep) -> bool:
+        """Meet a waiting request if it can be met. A queued persist gives way, a running one does not."""
+        waiting = keep.waiting
+        if waiting is None:
+            return True
+        request = waiting.request
+        kinds = [Kind(kind) for kind in request["kinds"]]
+        committed = max(request["committed"], self.committed())
+        chosen = keep.choose(kinds, committed)
+        if chosen is None and self.persister.drop_queued("its memory is needed for the next capture"):
+            chosen = keep.choose(kinds, committed)
+        if chosen is None:
+            return False
+        keep.waiting = None
+        self.sequence += 1
+        keep.grant(chosen, request["step"], self.sequence)
+        waited = time.monotonic() - waiting.since
+        granted = {str(int(slot.kind)): slot.index for slot in chosen}
+        waiting.connection.answer(
+            request, {"ok": True, "slots": granted, "sequence": self.sequence, "waited_s": waited}
+        )
+        return True
+
+    def serve_waiting(self) -> None:
+        for keep in self.keeps.values():
+            self._grant(keep)
+
+    def copied(self, connection: Connection, request: Message, fds: list[int]) -> None:
+        keep, step = self._keep_of(connection), request["step"]
+        slots = [keep.slots[index] for index in request["slots"]]
+        for slot in slots:
+            if slot.step != step or slot.state not in (State.WRITING, State.SEALED):
+                raise KeeperRefused(
+                    f"{keep.coordinate}, slot {slot.index}: {slot.state.name} of step {slot.step}, not {step}"
+                )
+        # Sealed already: by a keeper that died before it could answer.
+        fresh = [slot for slot in slots if slot.state is State.WRITING]
+        for slot in fresh:
+            slot.state = State.COPIED
+
+        def work() -> None:
+            for slot in fresh:
+                seal(slot.view, self.hashers)
+
+        self.in_background(work, lambda done: self._sealed(keep, fresh, connection, request, done))
+
+    def _sealed(self, keep: Keep, slots: list[Slot], connection: Connection, request: Message,
+                done: Future[None]) -> None:  # fmt: skip
+        step, problem = request["step"], done.exception()
+        for slot in slots:
+            if problem is None and state_of(slot.view) is State.SEALED:
+                keep.sealed(slot, step)
+            else:
+                slot.free()
+        if problem is not None:
+            connection.answer(request, {"error": f"step {step} of {keep.coordinate} was not sealed: {problem}"})
+        else:
+            connection.answer(request, {"ok": True, "step": step})
+            if self.is_due(step):
+                self.persist(step)
+        self.serve_waiting()
+
+    def discard(self, connection: Connection, request: Message, fds: list[int]) -> None:
+        keep = self._keep_of(connection)
+        keep.discard(request["after_step"])
+        connection.answer(request, {"ok": True, "newest": keep.newest()})
+        self.serve_waiting()
+
+    # Disk and the end
+
+    def is_due(self, step: int) -> bool:
+        every = (self.disk or {}).get("every", 0)
+        return bool(every) and step > 0 and step % every == 0 and not self.leaving
+
+    def persist(self, step: int) -> None:
+        """Write a step if the whole job has it sealed here, unless that is under way."""
+        keeps = [self.keeps.get(c) for c in self.job]
+        if not keeps or self.persister.knows(step) or any(k is None or step not in k.steps() for k in keeps):
+            return
+        whole = [keep for keep in keeps if keep is not None]
+        tensors: Message = {}
+        metadata: Message = {}
+        for keep in sorted(whole, key=lambda k: k.coordinate, reverse=True):
+            tensors |= keep.tensors
+            metadata |= keep.metadata
+        slots = {keep.coordinate: keep.of_step(step) for keep in whole}
+        keep_last = (self.disk or {}).get("keep_last", 2)
+        metadata |= {"recipe": self.fingerprint, "attempt": self.attempt}
+        self.persister.submit(Persist(step, self.attempt, slots, tensors, metadata, keep_last))
+
+    def persist_newest(self) -> int:
+        common = [self.keeps[c].steps() for c in self.job if c in self.keeps]
+        steps = set.intersection(*common) if len(common) == len(self.job) and common else set()
+        if steps:
+            self.persist(max(steps))
+        return max(steps, default=-1)
+
+    def on_persisted(self, job: Persist, problem: str) -> None:
+        self.serve_waiting()
+        self._answer_finished(job.step, problem)
+        self._leave_when_idle()
+
+    def finish(self, connection: Connection, request: Message, fds: list[int]) -> None:
+        self._keep_of(connection).finished = True
+        self.finishing.append((connection, request))
+        if all(c in self.keeps and self.keeps[c].finished for c in self.local):
+            if any(r["persist"] for _, r in self.finishing):
+                self.persist_newest()
+            if self.persister.idle:
+                self._answer_finished(-1, "")
+            self.leave("finished", persist=False)
+
+    def _answer_finished(self, step: int, problem: str) -> None:
+        if self.leaving == "finished" and not self.persister.idle:
+            return
+        if all(c in self.keeps and self.keeps[c].finished for c in self.local) and self.finishing:
+            for connection, request in self.finishing:
+                connection.answer(request, {"ok": True, "step": step, "problem": problem})
+            self.finishing = []
+
+    def stop(self, connection: Connection, request: Message, fds: list[int]) -> None:
+        connection.answer(request, {"ok": True})
+        self.leave("stop", persist=request.get("persist", True))
+
+    def leave(self, reason: str, persist: bool = True) -> None:
+        """End once nothing is being written. With a disk tier, the newest step goes to disk first."""
+        if self.leaving:
+            return
+        self.leaving = reason
+        if persist and self.disk is not None:
+            with contextlib.suppress(ValueError):
+                self.persist_newest()
+        self._leave_when_idle()
+
+    def _leave_when_idle(self) -> None:
+        if self.leaving and self.persister.idle:
+            self.loop.stop()

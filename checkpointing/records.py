@@ -1,0 +1,217 @@
+"""The binary record that a memory slot holds.
+
+    page 0            header: what it is, how long, checksum, and the state word
+    page 1 ...        table: JSON, one row [range, dtype, payload offset, bytes] for each range
+    next whole page   payload: bytes of state; bytes that no row names are padding
+
+The state word is written last. A reader accepts only SEALED with a matching checksum. The checksum is a two-level
+XXH3-128: the header's own fields, then the digests of all 64 MiB chunks of table and payload, so that chunks can be
+hashed in parallel.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from enum import IntEnum
+
+from xxhash import xxh3_128_digest
+
+from checkpointing.units import Range
+
+PAGE = 4096
+VERSION = 1
+_MAGIC = b"PLANREC\x01"
+# magic, version, kind, attempt, reserved, step, sequence, table length, payload offset, payload length
+_FIELDS = struct.Struct("<8sIIIIqQQQQ")
+_CHECKSUM = slice(_FIELDS.size, _FIELDS.size + 16)
+_STATE = struct.Struct("<Q")
+_STATE_AT = _CHECKSUM.stop
+_CHUNK = 64 << 20
+
+DTYPE_BYTES = {
+    "float64": 8,
+    "int64": 8,
+    "float32": 4,
+    "int32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+
+
+class RecordError(RuntimeError):
+    """Bytes that should be a record are not, or not what their checksum says."""
+
+
+class State(IntEnum):
+    """Who may touch a slot. Zeroes are FREE; the others differ in many bits, so that no single flip seals a slot."""
+
+    FREE = 0
+    WRITING = 0x9D3A_51C7_0000_0001
+    COPIED = 0x6B55_A2F1_0000_0002
+    SEALED = 0xE4C9_7E18_0000_0003
+    QUARANTINED = 0x1F87_C83D_0000_0004
+
+
+class Kind(IntEnum):
+    BASE = 1
+    LOG = 2
+    EXTRAS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One range in a payload: ``offset`` and ``nbytes`` in bytes, ``dtype`` as torch spells it (``bfloat16``)."""
+
+    range: Range
+    dtype: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class RecordInfo:
+    """A record that was found sealed and whole: what it holds, and its place (``source`` is a coordinate)."""
+
+    source: str
+    kind: Kind
+    step: int
+    attempt: int
+    sequence: int
+    entries: tuple[Entry, ...]
+    slot: int = -1
+
+
+@dataclass(frozen=True)
+class Header:
+    kind: Kind
+    step: int
+    attempt: int
+    sequence: int
+    table_bytes: int
+    payload_offset: int
+    payload_bytes: int
+
+
+def whole_pages(nbytes: int) -> int:
+    return -(-nbytes // PAGE) * PAGE
+
+
+def encode_table(entries: Iterable[Entry]) -> bytes:
+    rows = [[str(e.range), e.dtype, e.offset, e.nbytes] for e in entries]
+    return json.dumps(rows, separators=(",", ":")).encode()
+
+
+def decode_table(table: bytes) -> tuple[Entry, ...]:
+    return tuple(Entry(Range.parse(text), dtype, offset, nbytes) for text, dtype, offset, nbytes in json.loads(table))
+
+
+def state_of(record: memoryview) -> State:
+    """The state word; a word that was never valid reads as QUARANTINED."""
+    (word,) = _STATE.unpack_from(record, _STATE_AT)
+    try:
+        return State(word)
+    except ValueError:
+        return State.QUARANTINED
+
+
+def set_state(record: memoryview, state: State) -> None:
+    _STATE.pack_into(record, _STATE_AT, state)
+
+
+def begin(record: memoryview) -> None:
+    """Take a slot for writing: from here on nothing of its former content can pass for a record."""
+    set_state(record, State.WRITING)
+    record[:_STATE_AT] = bytes(_STATE_AT)
+
+
+def finish(record: memoryview, header: Header, table: bytes) -> None:
+    """Close a record whose payload is in place: write its table and header, then COPIED."""
+    assert len(table) == header.table_bytes
+    assert header.payload_offset >= PAGE + len(table)
+    if header.payload_offset + header.payload_bytes > len(record):
+        total = header.payload_offset + header.payload_bytes
+        raise RecordError(f"a record of {total:,} bytes does not fit its slot of {len(record):,}")
+    record[PAGE : PAGE + len(table)] = table
+    _FIELDS.pack_into(
+        record,
+        0,
+        _MAGIC,
+        VERSION,
+        header.kind,
+        header.attempt,
+        0,
+        header.step,
+        header.sequence,
+        header.table_bytes,
+        header.payload_offset,
+        header.payload_bytes,
+    )
+    set_state(record, State.COPIED)
+
+
+def seal(record: memoryview, pool: Executor | None = None) -> None:
+    """Write the checksum of a COPIED record, then SEALED. Raises RecordError for anything that is not one."""
+    if state_of(record) is not State.COPIED:
+        raise RecordError(f"cannot seal a record that is {state_of(record).name}")
+    record[_CHECKSUM] = checksum(record, pool)
+    set_state(record, State.SEALED)
+
+
+def read_header(record: memoryview) -> Header:
+    """Raises RecordError if the bytes are no record of this version or its lengths do not fit."""
+    magic, version, kind, attempt, _, step, sequence, table, offset, payload = _FIELDS.unpack_from(record)
+    if magic != _MAGIC or version != VERSION:
+        raise RecordError(f"no record of version {VERSION}: magic {magic!r}, version {version}")
+    if PAGE + table > offset or offset + payload > len(record):
+        raise RecordError("the header's lengths do not fit the slot")
+    try:
+        return Header(Kind(kind), step, attempt, sequence, table, offset, payload)
+    except ValueError as error:
+        raise RecordError(str(error)) from None
+
+
+def checksum(record: memoryview, pool: Executor | None = None) -> bytes:
+    """The 16 bytes that a seal writes. Raises RecordError as :func:`read_header` does."""
+    header = read_header(record)
+    parts = [*_chunks(record, PAGE, header.table_bytes), *_chunks(record, header.payload_offset, header.payload_bytes)]
+    digests: Iterable[bytes] = (pool.map if pool else map)(xxh3_128_digest, parts)
+    return xxh3_128_digest(bytes(record[: _FIELDS.size]) + b"".join(digests))
+
+
+def _chunks(record: memoryview, start: int, nbytes: int) -> Sequence[memoryview]:
+    return [record[at : min(at + _CHUNK, start + nbytes)] for at in range(start, start + nbytes, _CHUNK)]
+
+
+def verify(record: memoryview, pool: Executor | None = None) -> Header:
+    """The header of a sealed record whose bytes match its checksum. Raises RecordError saying what is wrong."""
+    if state_of(record) is not State.SEALED:
+        raise RecordError(f"the record is {state_of(record).name}, not SEALED")
+    header = read_header(record)
+    if bytes(record[_CHECKSUM]) != checksum(record, pool):
+        raise RecordError(f"the {header.kind.name.lower()} record of step {header.step} does not match its checksum")
+    return header
+
+
+def entries_of(record: memoryview, header: Header) -> tuple[Entry, ...]:
+    return decode_table(bytes(record[PAGE : PAGE + header.table_bytes]))
+
+
+def payload_of(record: memoryview, header: Header) -> memoryview:
+    return record[header.payload_offset : header.payload_offset + header.payload_bytes]
+
+
+def extras_entries(extras: dict[str, bytes]) -> tuple[Entry, ...]:
+    """The table of an extras record whose payload is all values joined in the mapping's order."""
+    entries, offset = [], 0
+    for name, blob in extras.items():
+        entries.append(Entry(Range(name, "extras", 0, len(blob)), "uint8", offset, len(blob)))
+        offset += len(blob)
+    return tuple(entries)

@@ -1,0 +1,114 @@
+"""One rank's part of recovery: report what it could restore, then carry out the plan that all ranks agreed on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+from checkpointing.keeper.client import KeeperClient
+from checkpointing.keeper.events import append_event
+from checkpointing.records import RecordInfo
+from checkpointing.recovery import RecoveryError, RecoveryPlan, available_steps
+from checkpointing.restore import restore_from_disk, restore_from_memory
+from checkpointing.slots import Arena
+from checkpointing.state.buffers import StateBuffer, needs_of
+from checkpointing.store import Checkpoint, list_checkpoints, quarantine, verify
+
+
+class Recovery:
+    """What one rank can restore. ``client`` is None if there is no memory tier.
+
+    Attributes:
+        problems: damaged checkpoints that were found and set aside, in words.
+    """
+
+    def __init__(
+        self, client: KeeperClient | None, run_dir: Path, coordinate: str, buffers: Sequence[StateBuffer]
+    ) -> None:
+        self._client, self._run_dir, self._coordinate, self._buffers = client, Path(run_dir), coordinate, buffers
+        self._needs = needs_of(buffers)
+        self._report: dict[str, list[int]] = {}
+        self.problems: list[str] = []
+
+    @cached_property
+    def _memory(self) -> list[RecordInfo]:
+        return self._client.inventory() if self._client is not None else []
+
+    @cached_property
+    def _disk(self) -> dict[int, Checkpoint]:
+        found = {}
+        for step, path in list_checkpoints(self._run_dir / "checkpoints"):
+            try:
+                checkpoint = Checkpoint.open(path)
+                if available_steps(self._needs, checkpoint.records, self._coordinate):
+                    found[step] = checkpoint
+            except (RecoveryError, OSError, ValueError, KeyError) as error:
+                self._set_aside(path, [str(error)])
+        return found
+
+    def report(self) -> dict[str, list[int]]:
+        """The steps of each tier that this rank could restore completely, oldest first.
+
+        Memory was re-verified by the keeper. On disk, checkpoints newer than this rank's newest step in memory are read
+        back whole, and set aside if damaged; older ones would not be chosen and are verified only if they are.
+        """
+        memory = available_steps(self._needs, self._memory, self._coordinate)
+        newest = max(memory, default=-1)
+        for step, checkpoint in sorted(self._disk.items(), reverse=True):
+            problems = verify(checkpoint.path) if step > newest else []
+            if problems:
+                self._set_aside(checkpoint.path, problems)
+                del self._disk[step]
+        self._report = {"memory": memory, "disk": sorted(self._disk)}
+        return {tier: list(steps) for tier, steps in self._report.items()}
+
+    def apply(self, plan: RecoveryPlan) -> dict[str, bytes]:
+        """Restore the buffers to the plan's step and return this rank's extras; records newer than it are freed.
+
+        For a fresh plan the buffers stay as they are and the extras are empty. Raises RecoveryError if bytes turn out
+        to be damaged: they are then set aside, and the next attempt will report without them.
+        """
+        if not self._report:
+            self.report()
+        extras = self._restore(plan) if plan.tier != "fresh" else {}
+        if self._client is not None:
+            self._client.discard(plan.step)
+        return extras
+
+    def _restore(self, plan: RecoveryPlan) -> dict[str, bytes]:
+        # The same rule as the plan's: the plan's tier, or the other one if this rank has the step only there.
+        tier = plan.tier if plan.step in self._report[plan.tier] else "memory"
+        if plan.step not in self._report[tier]:
+            raise RecoveryError(f"step {plan.step} is not complete on {self._coordinate}; report again and plan anew")
+        if tier == "memory":
+            return self._from_memory(plan.step)
+        checkpoint = self._disk[plan.step]
+        try:
+            return restore_from_disk(self._buffers, checkpoint, self._coordinate)
+        except RecoveryError as error:
+            problems = verify(checkpoint.path)
+            if problems:
+                self._set_aside(checkpoint.path, problems)
+            raise RecoveryError(f"{error}; start again to recover without it") from error
+
+    def _from_memory(self, step: int) -> dict[str, bytes]:
+        assert self._client is not None
+        records = [r for r in self._memory if r.step == step]
+        opened: dict[str, Arena] = {}
+        needed = {n.range.key for n in self._needs}
+        try:
+            for record in records:
+                holds = any(e.range.key in needed for e in record.entries)
+                if record.source not in opened and (holds or record.source == self._coordinate):
+                    opened[record.source] = self._client.arena_of(record.source)
+            return restore_from_memory(self._buffers, records, opened, self._coordinate)
+        finally:
+            for source, arena in opened.items():
+                if source != self._coordinate:
+                    arena.close()
+
+    def _set_aside(self, path: Path, problems: list[str]) -> None:
+        moved = quarantine(path)
+        self.problems += problems
+        append_event(self._run_dir, "quarantined", tier="disk", path=str(moved), problems=problems)

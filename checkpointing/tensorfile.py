@@ -1,0 +1,144 @@
+"""One coordinate's state as a safetensors file: header first, then the payload streamed from memory, without padding.
+
+Written and read here byte by byte, because NumPy has no bfloat16 and because the payload must not be copied on the way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from xxhash import xxh3_128
+
+from checkpointing.records import DTYPE_BYTES, Entry
+from checkpointing.units import Range
+
+_NAMES = {
+    "float64": "F64",
+    "int64": "I64",
+    "float32": "F32",
+    "int32": "I32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_EXTRAS = "extras/"
+_LARGEST = 8 << 20
+_SMALLEST = 4 << 10
+
+
+@dataclass(frozen=True)
+class Written:
+    """Size in bytes and XXH3-128 (hex) of a whole file."""
+
+    nbytes: int
+    xxh3_128: str
+
+
+def key_of(entry: Entry) -> str:
+    return _EXTRAS + entry.range.unit if entry.range.kind == "extras" else str(entry.range)
+
+
+def range_of(key: str, nbytes: int) -> Range:
+    return Range(key.removeprefix(_EXTRAS), "extras", 0, nbytes) if key.startswith(_EXTRAS) else Range.parse(key)
+
+
+def write_tensors(
+    path: Path,
+    parts: Sequence[tuple[Sequence[Entry], memoryview]],
+    metadata: dict[str, str],
+    advanced: Callable[[int], None],
+) -> Written:
+    """Write the entries of each (table, payload) and fsync. ``advanced(nbytes)`` is called after each piece."""
+    pieces = [(entry, payload) for entries, payload in parts for entry in entries]
+    # The widest types first, so that every tensor is aligned; the sort is stable, so neighbours stay neighbours.
+    pieces.sort(key=lambda piece: -DTYPE_BYTES[piece[0].dtype])
+    header = _header([entry for entry, _ in pieces], metadata)
+    total = sum(entry.nbytes for entry, _ in pieces)
+    step = min(max(total // 16, _SMALLEST), _LARGEST)
+    digest = xxh3_128()
+    with path.open("wb", buffering=0) as file:
+        _write(file.fileno(), memoryview(header), digest)
+        for run in _runs(pieces):
+            for at in range(0, len(run), step):
+                chunk = run[at : at + step]
+                _write(file.fileno(), chunk, digest)
+                advanced(len(chunk))
+        os.fsync(file.fileno())
+        # So that a read-back is served by the disk and not by the page cache.
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return Written(len(header) + total, digest.hexdigest())
+
+
+def _header(entries: Sequence[Entry], metadata: dict[str, str]) -> bytes:
+    table: dict[str, object] = {"__metadata__": metadata}
+    at = 0
+    for entry in entries:
+        size = DTYPE_BYTES[entry.dtype]
+        assert entry.nbytes == entry.range.size * size
+        table[key_of(entry)] = {
+            "dtype": _NAMES[entry.dtype],
+            "shape": [entry.range.size],
+            "data_offsets": [at, at + entry.nbytes],
+        }
+        at += entry.nbytes
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _runs(pieces: Sequence[tuple[Entry, memoryview]]) -> Iterator[memoryview]:
+    """Neighbours in memory joined, so that thousands of small experts become a few writes."""
+    start = stop = 0
+    source: memoryview | None = None
+    for entry, payload in pieces:
+        if source is payload and entry.offset == stop:
+            stop += entry.nbytes
+            continue
+        if source is not None and stop > start:
+            yield source[start:stop]
+        source, start, stop = payload, entry.offset, entry.offset + entry.nbytes
+    if source is not None and stop > start:
+        yield source[start:stop]
+
+
+def _write(fd: int, data: memoryview, digest: xxh3_128) -> None:
+    digest.update(data)
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def read_entries(path: Path) -> tuple[Entry, ...]:
+    """All tensors of a file; ``offset`` counts from its start. Raises OSError or ValueError if it is damaged."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > os.fstat(file.fileno()).st_size:
+            raise ValueError(f"{path}: the header's length is larger than the file")
+        table = json.loads(file.read(length))
+    entries = []
+    for key, tensor in table.items():
+        if key != "__metadata__":
+            start, stop = tensor["data_offsets"]
+            entries.append(
+                Entry(range_of(key, stop - start), _DTYPES[tensor["dtype"]], 8 + length + start, stop - start)
+            )
+    return tuple(entries)
+
+
+def checksum_file(path: Path) -> Written:
+    digest, total = xxh3_128(), 0
+    buffer = bytearray(_LARGEST)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(view):
+            digest.update(view[:count])
+            total += count
+    return Written(total, digest.hexdigest())
