@@ -5,7 +5,7 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_moe():
     """Builds a Qwen3-MoE of 2 layers and 8 experts, hidden 32; the same weights every time."""
 

@@ -1,0 +1,100 @@
+"""One rank of a real DeepSpeed job that trains an adapter; started by test_ranks.py, twice.
+
+Argument: work folder. Environment: RANK, WORLD_SIZE. Expert parallelism spans all ranks; ZeRO-1, then ZeRO-2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.ops import __compatible_ops__
+from torch import Tensor
+from transformers import Qwen3MoeForCausalLM
+
+from lora.errors import AdapterError
+from lora.format import apply_adapter, load_adapter
+from lora.watch import AdapterWatch
+from moe.convert import convert
+from moe.deepspeed_ep import bind_expert_parallel
+from moe.layout import Layout
+
+
+def initialize(model: torch.nn.Module, stage: int) -> deepspeed.DeepSpeedEngine:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = split_params_into_different_moe_groups_for_optimizer([{"name": "all", "params": trained}])
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD([g for g in groups if g["params"]], lr=0.2),
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "zero_optimization": {"stage": stage, "overlap_comm": False},
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
+        },
+        dist_init_required=False,
+    )
+    return engine
+
+
+def total(flags: Tensor) -> Tensor:
+    dist.all_reduce(flags)
+    return flags
+
+
+def train(folder: Path, stage: int, rank: int, world: int) -> dict[str, object]:
+    model = Qwen3MoeForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    blocks = convert(model, Layout(world, world), rank)
+    apply_adapter(model, load_adapter(folder / "adapter"))
+    for block in blocks:
+        bind_expert_parallel(block.experts)
+    engine = initialize(model, stage)
+    watch = AdapterWatch(model)
+    tokens_SBT = torch.load(folder / "tokens.pt")
+    pending = []
+
+    def step(tokens_BT: Tensor) -> None:
+        mine = tokens_BT.chunk(world)[rank]
+        engine.backward(engine(input_ids=mine, labels=mine).loss)
+        engine.step()
+
+    for tokens_BT in tokens_SBT:
+        step(tokens_BT)
+        pending.append(watch.check(reduce=total))
+    result: dict[str, object] = {"pending": pending, "done": watch.done}
+    values = {p.address.param: p.detach().clone() for p in model.parameters() if p.requires_grad}
+    torch.save(values, folder / f"trained-{stage}-{rank}.pt")
+
+    watch = AdapterWatch(model)
+    if rank == world - 1:
+        adapter = blocks[0].experts.adapter
+        adapter.down_delta = lambda a, counts, f=adapter.down_delta: f(a, counts) * 0
+    step(tokens_SBT[0])
+    try:
+        watch.check(reduce=total)
+    except AdapterError as error:
+        result["error"] = str(error)
+    return result
+
+
+def main(folder: Path) -> None:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", dist_init_required=False)
+    for stage in (1, 2):
+        result = train(folder, stage, rank, world)
+        (folder / f"result-{stage}-{rank}.json").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
