@@ -87,6 +87,13 @@ def test_stats_account_for_every_expert_of_every_layer_call(model_folder, prompt
         assert part in line
 
 
+def test_a_sharded_folder_gives_the_same_logits(model_folder, prompts, tmp_path):
+    AutoModelForCausalLM.from_pretrained(model_folder).save_pretrained(tmp_path, max_shard_size="300KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    sharded, whole = (LLM(path, expert_budget=0.1, device="cpu", poison=True) for path in (tmp_path, model_folder))
+    assert torch.equal(sharded.logits(prompts[9]), whole.logits(prompts[9]))
+
+
 def test_text_goes_in_and_comes_out(model_folder):
     llm = LLM(model_folder, expert_budget=0.5, device="cpu")
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
