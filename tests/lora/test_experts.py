@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lora.experts import ExpertLoRA, ExpertSlice
+from lora.factors import FactoredDelta
 from moe.convert import convert
 from moe.layout import Layout
 
@@ -173,3 +174,35 @@ def test_slices_of_one_adapter_add_up_to_the_whole_through_the_experts_seam(tiny
         for (name, p), q in zip(part.adapter.named_parameters(), whole.adapter.parameters(), strict=True):
             assert p.address.first_expert == mine.start
             torch.testing.assert_close(p.grad, q.grad[mine], rtol=1e-10, atol=1e-14, msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("counts", [[40, 0, 130, 1, 0, 29], [0, 0, 0, 0, 0, 0]])
+def test_grouped_products_on_cuda_equal_the_loop_and_leave_no_gradient_out(counts):
+    part = ExpertSlice(0, EXPERTS, 0, EXPERTS)
+    adapter = ExpertLoRA("x", part, 256, 128, {"gate_up_proj": (8, 16.0)}, device="cuda", dtype=torch.bfloat16)
+    stack = adapter.gate_up_proj
+    torch.manual_seed(0)
+    with torch.no_grad():
+        stack.B.normal_(0, 0.3)
+    a, b = (p.detach().double().cpu().requires_grad_() for p in (stack.A, stack.B))
+    x = torch.randn(sum(counts), 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    x_exact = x.detach().double().cpu().requires_grad_()
+    got = adapter.gate_up_delta(x, torch.tensor(counts, device="cuda"))
+    want = FactoredDelta.apply(x_exact, a, b, counts, stack.scale)
+    dy = torch.randn_like(want)
+    got.backward(dy.to(got))
+    want.backward(dy)
+    for name, mine, exact in [
+        ("y", got, want),
+        ("x", x.grad, x_exact.grad),
+        ("A", stack.A.grad, a.grad),
+        ("B", stack.B.grad, b.grad),
+    ]:
+        error = (mine.double().cpu() - exact).norm()
+        assert error <= 0.01 * exact.norm(), name
+    for expert, count in enumerate(counts):
+        if not count:
+            assert stack.A.grad[expert].eq(0).all()
+            assert stack.B.grad[expert].eq(0).all()
