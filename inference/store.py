@@ -55,6 +55,7 @@ class TensorFiles:
             raise InferenceError(f"{self.folder}: no such folder; give the folder that `planaria export` wrote")
         self._handles = {}
         self._home: dict[str, str] = {}
+        self._views: dict[str, Tensor] = {}
         for file in self._files():
             handle = self._open(file)
             self._handles[file] = handle
@@ -99,7 +100,10 @@ class TensorFiles:
 
     def view(self, name: str) -> Tensor:
         """The tensor as a view of the mapped file. Read it, never write to it."""
-        return self._handles[self._home[name]].get_tensor(name)
+        view = self._views.get(name)
+        if view is None:  # finding a tensor costs more than copying a small one, so each is found once
+            view = self._views[name] = self._handles[self._home[name]].get_tensor(name)
+        return view
 
 
 @dataclass(frozen=True)
