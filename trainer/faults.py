@@ -55,8 +55,7 @@ class KillSpec:
             if not (fields[name].isascii() and fields[name].isdecimal()):
                 raise FaultError(f"kill: {name}={fields[name]!r} is not a whole number")
             numbers[name] = int(fields[name])
-        words = {name: fields[name] for name in ("at", "who") if name in fields}
-        return cls(**numbers, **words)
+        return cls(numbers["rank"], numbers["step"], fields.get("at", cls.at), fields.get("who", cls.who))
 
     def __str__(self) -> str:
         return f"rank={self.rank},step={self.step},at={self.at},who={self.who}"

@@ -84,9 +84,9 @@ def family_shapes(model: ModelSection, vocab_size: int) -> dict[str, tuple[int, 
 
 def folder_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Tensor names and shapes in a Hugging Face folder, from safetensors headers alone. Raises PlanError."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("model*.safetensors"))
     if not files:
-        raise PlanError(f"model.path: {folder} holds no *.safetensors file; export a model there first")
+        raise PlanError(f"model.path: {folder} holds no model*.safetensors; export a model there first")
     shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
         try:
@@ -96,7 +96,7 @@ def folder_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
                     raise ValueError("its header is cut short")
                 header = json.loads(file.read(size))
             shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"model.path: {path} is not a safetensors file ({error}); export it again") from error
     return shapes
 
@@ -244,7 +244,7 @@ def _model(recipe: Recipe) -> tuple[Shapes, int, int]:
 def card(recipe: Recipe, *, num_files: int, num_bytes: int) -> str:
     """The plan as text for a person. Raises PlanError."""
     plan, parallel, disk = plan_run(recipe), recipe.parallel, recipe.checkpoint.disk
-    dtype = parallel.dtype
+    dtype: str = parallel.dtype
     if dtype == "auto":
         dtype = "auto, counted as bf16" if _auto_bf16(recipe) else "auto, counted as fp32"
     memory = recipe.checkpoint.memory

@@ -134,21 +134,29 @@ def _override(document: Document, override: str, number: int) -> None:
 
 def _checked(document: Document) -> Recipe | None:
     """The recipe, or None with its problems added to ``document``."""
-    recipe, bad = None, set()
+    recipe: Recipe | None = None
+    bad: set[Path] = set()
+    unreadable = {problem.place for problem in document.problems}
     try:
         recipe = _SCHEMA.validate_json(json.dumps(document.values), strict=True)
     except ValidationError as error:
-        for one in error.errors(include_url=False):
+        errors = sorted(error.errors(include_url=False), key=lambda one: one["type"] == "missing")
+        for one in errors:
             path: Path = tuple(one["loc"])
+            already_said = (one["type"] == "missing" and path in bad) or (
+                one.get("input") is None and document.place(path) in unreadable
+            )
             if one["type"] == "unexpected_keyword_argument":
-                # The key that was meant has a value that we do not know, not its default.
+                # The key that was meant has a value that we do not know: it is neither missing nor its default.
                 bad.update(_with_bank(names, path) for names in meant(path))
             else:
                 bad.add(path)
-            document.problems.append(Problem(document.place(path), _message(path, one)))
+            if not already_said:
+                document.problems.append(Problem(document.place(path), _message(path, one)))
     for key, text in findings(document.values, bad):
-        path = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
-        document.problems.append(Problem(document.place(path), text))
+        if isinstance(key, str):
+            key = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+        document.problems.append(Problem(document.place(key), text))
     return recipe
 
 
@@ -189,13 +197,13 @@ def _message(path: Path, error: Mapping[str, Any]) -> str:
         return f"{key} is {_shown(value)}; choose {' or '.join(choices)}{word_hint(value, choices)}"
     if kind in _RANGES:
         bound, words = _RANGES[kind]
-        return f"{key} must be {words} {error['ctx'][bound]}, not {_shown(value)}; change it"
+        return f"{key} must be {words} {error['ctx'][bound]:g}, not {_shown(value)}; change it"
     if kind in ("too_short", "string_too_short"):
         return f"{key} is empty; give at least one entry or remove the key"
     if kind in _WANTED:
         remedy = "change it"
         if kind == "tuple_type":
-            remedy = f"write [{value}]" if isinstance(value, str) else "write [..., ...]"
+            remedy = f"write [{json.dumps(value)}]" if isinstance(value, str) else "write [..., ...]"
         elif kind == "dataclass_type":
             below = children((*names, "*") if names == ("adapter",) else names)
             remedy = f"its keys are {', '.join(below)}" if below else remedy

@@ -13,8 +13,9 @@ from typing import Any
 
 from lora.presets import DEFAULT_TARGETS, EXPERT_TENSORS
 from trainer.schema import KEYS, schema_path
+from trainer.yaml_lines import Path
 
-Finding = tuple[str, str]  # dotted key that the user should look at, message
+Finding = tuple[str | Path, str]  # key that the user should look at (dotted, or a path), message
 
 SHAPE = (
     "hidden_size",
@@ -40,13 +41,13 @@ class Unknown(Exception):
 class View:
     """Values of a recipe by dotted key, with the schema's defaults."""
 
-    def __init__(self, values: dict[str, Any], bad: set[tuple[str | int, ...]]) -> None:
+    def __init__(self, values: dict[str, Any], bad: set[Path]) -> None:
         self.values = values
         self.bad = bad
 
     def __call__(self, key: str) -> Any:
         path = tuple(key.split("."))
-        if any(wrong[: len(path)] == path or path[: len(wrong)] == wrong for wrong in self.bad):
+        if self.reported(key):
             raise Unknown
         node: Any = self.values
         for i, part in enumerate(path):
@@ -60,6 +61,11 @@ class View:
             node = node[part]
         return node
 
+    def reported(self, key: str) -> bool:
+        """Whether a problem with the key, a section around it or something in it is already known."""
+        path = tuple(key.split("."))
+        return any(wrong[: len(path)] == path or path[: len(wrong)] == wrong for wrong in self.bad)
+
     def given(self, key: str) -> bool:
         node: Any = self.values
         for part in key.split("."):
@@ -69,7 +75,7 @@ class View:
         return True
 
 
-def findings(values: dict[str, Any], bad: set[tuple[str | int, ...]]) -> Iterator[Finding]:
+def findings(values: dict[str, Any], bad: set[Path]) -> Iterator[Finding]:
     """Every broken rule among the values; ``bad`` are the paths already reported."""
     view = View(values, bad)
     for rule in _RULES:
@@ -80,6 +86,9 @@ def findings(values: dict[str, Any], bad: set[tuple[str | int, ...]]) -> Iterato
             continue
     banks = values.get("adapter")
     for name in banks if isinstance(banks, dict) else ():
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+            yield ("adapter", name), f"adapter bank {name!r}: use letters, digits, '_' and '-', a letter first"
+            continue
         for bank_rule in _BANK_RULES:
             try:
                 yield from bank_rule(view, f"adapter.{name}")
@@ -100,9 +109,11 @@ def _model_origin(view: View) -> Iterator[Finding]:
                 )
     elif has_family:
         for name in SHAPE:
-            if not view.given(f"model.{name}"):
+            if not view.given(f"model.{name}") and not view.reported(f"model.{name}"):
                 yield f"model.{name}", f"missing key model.{name}; with model.family the shape must be given"
-    elif isinstance(view.values.get("model"), dict):
+    elif isinstance(view.values.get("model"), dict) and not (
+        view.reported("model.family") or view.reported("model.path")
+    ):
         yield (
             "model",
             (
@@ -186,6 +197,8 @@ def _stdlib(view: View) -> Iterator[Finding]:
 
 def _tokenizer_origin(view: View) -> Iterator[Finding]:
     kind = view("data.tokenizer.kind")
+    if view.given("model.path") and view.given("model.family"):
+        return
     if kind == "model" and not view.given("model.path"):
         yield "data.tokenizer.kind", "tokenizer kind 'model' needs model.path; use bpe or bytes for a new model"
     if kind != "model" and view.given("model.path"):
@@ -322,7 +335,7 @@ def _bank_targets(view: View, bank: str) -> Iterator[Finding]:
 
 def _bank_overlap(view: View, bank: str) -> Iterator[Finding]:
     for other in view.values["adapter"]:
-        if f"adapter.{other}" == bank:
+        if f"adapter.{other}" == bank or "." in other:
             return
         if view(f"adapter.{other}.preset") == view(f"{bank}.preset"):
             mine, theirs = _targets_of(view, bank), _targets_of(view, f"adapter.{other}")

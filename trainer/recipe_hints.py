@@ -14,6 +14,8 @@ _ELSEWHERE = {
     "learning_rate": "train.lr",
     "max_steps": "train.steps",
     "num_steps": "train.steps",
+    "epochs": "train.steps",
+    "num_train_epochs": "train.steps",
     "batch_size": "train.global_batch_size",
     "per_device_train_batch_size": "train.micro_batch_size",
     "num_gpus": "parallel.workers",
@@ -67,7 +69,7 @@ def meant(path: Path) -> list[tuple[str, ...]]:
         return _nearest(exact, parent)
     if plain in _ELSEWHERE:
         return [tuple(_ELSEWHERE[plain].split("."))]
-    if close := difflib.get_close_matches(plain, here, n=1, cutoff=0.6):
+    if close := difflib.get_close_matches(plain, here, n=1, cutoff=0.7):
         return [here[close[0]]]
     anywhere = difflib.get_close_matches(plain, {p[-1] for p in KEYS}, n=1, cutoff=0.75)
     return _nearest([p for p in KEYS if anywhere and p[-1] == anywhere[0]], parent)

@@ -165,10 +165,9 @@ def _keys(section: type, prefix: tuple[str, ...]) -> Iterator[Key]:
     for entry in dataclasses.fields(section):
         path, hint = (*prefix, entry.name), hints[entry.name]
         banks = get_args(hint)[1] if get_origin(hint) is dict else None
-        nested = banks or (hint if dataclasses.is_dataclass(hint) else None)
-        has_factory = entry.default_factory is not dataclasses.MISSING
-        required = entry.default is dataclasses.MISSING and not has_factory
-        default = entry.default_factory() if has_factory else entry.default
+        nested = banks or (hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None)
+        default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+        required = default is dataclasses.MISSING
         yield Key(path, nested is not None, required, default, hint)
         if nested is not None:
             yield from _keys(nested, (*path, "*") if banks else path)

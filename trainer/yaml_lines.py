@@ -122,9 +122,11 @@ def _syntax_problems(text: str, error: yaml.MarkedYAMLError, place_of_line: Call
     if tabs:
         return [Problem(place_of_line(n), "a tab in the indentation; YAML wants spaces") for n in tabs]
     mark = error.problem_mark or error.context_mark
-    what = error.problem or error.context or "unreadable"
+    what = f"{error.problem or error.context or 'unreadable'}; correct it"
     if "single document" in (error.context or ""):
         what = "a second document starts here; remove the '---' line"
+    elif error.context and error.context_mark:
+        what = f"{error.problem}, {error.context} that starts in line {error.context_mark.line + 1}; correct it"
     return [Problem(place_of_line(mark.line + 1 if mark else 1), f"not valid YAML: {what}")]
 
 

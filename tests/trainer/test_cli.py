@@ -1,0 +1,148 @@
+"""The command line as a user meets it: in processes of its own."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICKSTART = "recipes/quickstart.yaml"
+
+
+def planaria(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [sys.executable, "-m", "trainer", *arguments],
+        cwd=ROOT,
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["validate", QUICKSTART], ["drill", "--help"], ["validate", QUICKSTART, "train.stepz=1"]],
+    ids=["help", "validate", "drill-help", "validate-broken"],
+)
+def test_no_torch_before_it_is_needed(arguments: list[str]) -> None:
+    """Nor deepspeed, transformers or datasets, which take seconds to import."""
+    code = """
+import sys
+from trainer.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+heavy = {"torch", "deepspeed", "transformers", "datasets", "tokenizers"} & set(sys.modules)
+print("HEAVY", sorted(heavy))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_help_names_every_verb() -> None:
+    done = planaria("--help")
+    assert done.returncode == 0
+    for verb in ("train", "validate", "drill", "export", "generate"):
+        assert f"    {verb}  " in done.stdout, done.stdout
+    assert "local_rank" not in done.stdout
+
+
+def test_validate_prints_the_card() -> None:
+    done = planaria("validate", QUICKSTART, "train.steps=123", "log.run=mine")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for part in ("runs/mine", "2 workers, ep 2, ZeRO-1", "7,077,888  experts", "123 steps", "per worker"):
+        assert part in done.stdout, done.stdout
+
+
+def test_validate_warns_on_stderr() -> None:
+    done = planaria("validate", QUICKSTART, "checkpoint={memory: {enabled: false}}")
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: checkpoint: memory is off")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["validate", "no/such.yaml"], "no/such.yaml: no such file"),
+        (["validate", "recipes"], "recipes: a folder"),
+        (["train", "tests/broken_recipes/typo.yaml"], "typo.yaml:25: unknown key train.warmup_step"),
+        (["validate", QUICKSTART, "train.lr=fast"], "argument 'train.lr=fast': train.lr must be a number"),
+        (["validate", QUICKSTART, "oops"], "argument 'oops': not an override"),
+        (["validate", QUICKSTART, "data.include=[nothing/*.py]"], "pattern 'nothing/*.py' matches no file"),
+        (["validate", "recipes/quickstart-lora.yaml", "model.path=no/folder"], "model.path: no no/folder/config.json"),
+        (["drill", QUICKSTART, "--kill", "rank=x,step=1"], "kill: rank='x' is not a whole number"),
+        (["drill", QUICKSTART, "--kill", ""], "kill: '' is no field"),
+        (["generate", "dir", "--prompt", "x", "--expert-budget", "2"], "'2' is not a number from 0 to 1"),
+        (["generate", "dir", "--prompt", "x", "--max-new-tokens", "0"], "'0' is not a whole number above 0"),
+        (["generate", "dir"], "--prompt"),
+        (["export", "runs/only-one"], "OUT"),
+        (["export", "a", "b", "c=d"], "unrecognized arguments: c=d"),
+        (["validate", QUICKSTART, "--fast"], "unrecognized arguments: --fast"),
+        (["fly"], "invalid choice: 'fly'"),
+        ([], "VERB"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_a_users_mistake_is_status_2_without_a_traceback(arguments: list[str], part: str) -> None:
+    done = planaria(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert part in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_problem_is_printed() -> None:
+    done = planaria("validate", "tests/broken_recipes/everything.yaml", "train.epochs=1", "train.seed=-1")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 6
+    assert done.stdout == ""
+
+
+def test_world_of_another_size_is_refused() -> None:
+    done = planaria("validate", QUICKSTART, RANK="0", WORLD_SIZE="3")
+    assert done.returncode == 2
+    assert "WORLD_SIZE=3" in done.stderr
+    assert "parallel.workers=2" in done.stderr
+    assert planaria("validate", QUICKSTART, RANK="1", WORLD_SIZE="2").returncode == 0
+
+
+def parsed(*arguments: str) -> argparse.Namespace:
+    return cli._parse(arguments)
+
+
+def test_launchers_rank_argument_is_ignored() -> None:
+    for spelling in ("--local_rank=0", "--local-rank=1"):
+        arguments = parsed(spelling, "train", "r.yaml", "a.b=1")
+        assert (arguments.verb, arguments.recipe, arguments.overrides) == ("train", "r.yaml", ["a.b=1"])
+
+
+def test_overrides_may_stand_around_options() -> None:
+    arguments = parsed("drill", "r.yaml", "a=1", "--kill", "rank=0,step=1", "b=2", "--json", "v.json", "c=3")
+    assert arguments.overrides == ["a=1", "b=2", "c=3"]
+    assert arguments.kill == "rank=0,step=1"
+    assert arguments.json == "v.json"
+
+
+def test_errors_that_are_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ValueError of the standard library is a mistake in planaria, not of its user."""
+
+    def broken(arguments: argparse.Namespace) -> int:
+        return int("x")
+
+    monkeypatch.setattr(cli, "_validate", broken)
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.main(["validate", QUICKSTART])

@@ -1,0 +1,180 @@
+"""The plan's figures are those of transformers' own modules and of the arithmetic of ZeRO."""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from lora.config import BankConfig
+from trainer.plan import (
+    PlanError,
+    bank_parameters,
+    card,
+    count_by_kind,
+    family_shapes,
+    folder_shapes,
+    kind_of,
+    plan_run,
+)
+from trainer.recipe import load_recipe
+from trainer.schema import Recipe
+
+QUICKSTART = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
+TINY = [
+    "model.hidden_size=32",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=4",
+    "model.head_dim=8",
+    "model.num_experts=8",
+    "model.moe_intermediate_size=16",
+    "data.tokenizer.vocab_size=300",
+]
+
+
+def tiny(*overrides: str) -> Recipe:
+    return load_recipe(QUICKSTART, [*TINY, *overrides])
+
+
+def transformers_model(recipe: Recipe, device: str = "meta") -> Qwen3MoeForCausalLM:
+    ours = ("family", "path")
+    fields = {name: value for name, value in vars(recipe.model).items() if name not in ours}
+    with torch.device(device):
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**fields, vocab_size=recipe.data.tokenizer.vocab_size))
+
+
+@pytest.mark.parametrize("overrides", [[], ["model.tie_word_embeddings=true"], ["model.num_key_value_heads=4"]])
+def test_shapes_are_those_of_transformers(overrides: list[str]) -> None:
+    recipe = tiny(*overrides)
+    model = transformers_model(recipe)
+    theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert family_shapes(recipe.model, 300) == theirs
+
+
+def test_quickstart_has_the_promised_size() -> None:
+    plan = plan_run(load_recipe(QUICKSTART))
+    assert 5e6 < sum(plan.total.values()) < 20e6
+    assert plan.total["experts"] == 4 * 32 * 3 * 192 * 96
+    assert plan.active == sum(plan.total.values()) - plan.total["experts"] * 28 // 32
+    assert plan.tokens_per_step == 2048
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("model.embed_tokens.weight", "embeddings"),
+        ("lm_head.weight", "embeddings"),
+        ("model.layers.0.self_attn.q_proj.weight", "attention"),
+        ("model.layers.0.self_attn.q_norm.weight", "norms"),
+        ("model.layers.0.post_attention_layernorm.weight", "norms"),
+        ("model.layers.0.mlp.gate.weight", "router"),
+        ("model.layers.0.block_sparse_moe.gate.weight", "router"),
+        ("model.layers.0.mlp.gate.e_score_correction_bias", "router"),
+        ("model.layers.0.mlp.experts.gate_up_proj", "experts"),
+        ("model.layers.0.mlp.experts.3.gate_proj.weight", "experts"),
+        ("model.layers.0.mlp.shared_expert.gate_proj.weight", "shared experts"),
+        ("model.layers.0.mlp.shared_expert_gate.weight", "shared experts"),
+        ("model.layers.0.mlp.gate_proj.weight", "dense"),
+        ("model.something", "other"),
+    ],
+)
+def test_kinds(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+
+
+@pytest.mark.parametrize(("workers", "ep", "zero"), [(1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 2, 2), (4, 4, 1), (8, 4, 1)])
+def test_bytes_per_worker_match_a_count_over_partitions(workers: int, ep: int, zero: int) -> None:
+    """Against a sum over parameters of what each worker holds, by DeepSpeed's groups."""
+    recipe = tiny(
+        f"parallel.workers={workers}", f"parallel.ep={ep}", f"parallel.zero={zero}", "train.global_batch_size=32"
+    )
+    plan = plan_run(recipe)
+    weights = gradients = states = 0
+    for name, shape in family_shapes(recipe.model, 300).items():
+        expert = ".experts." in name
+        local = prod(shape) // (ep if expert else 1)
+        sharers = workers // ep if expert else workers
+        weights += local
+        gradients += local if zero == 1 else local / sharers
+        states += local / sharers
+    assert plan.experts_per_worker == 8 // ep
+    assert plan.weight_bytes == 4 * weights
+    assert plan.gradient_bytes == pytest.approx(4 * gradients, abs=16)
+    assert plan.optimizer_bytes == pytest.approx(12 * states, abs=48)
+    assert plan.snapshot_bytes == plan.optimizer_bytes * 4, "three generations, and one for the disk tier"
+
+
+def test_dtype_and_tiers_change_the_bytes() -> None:
+    base, half = plan_run(tiny()), plan_run(tiny("parallel.dtype=bf16"))
+    assert half.weight_bytes * 2 == base.weight_bytes
+    assert half.optimizer_bytes == base.optimizer_bytes
+    assert plan_run(tiny("checkpoint.disk.every=0")).generations == 3
+    assert plan_run(tiny("checkpoint.memory.enabled=false")).snapshot_bytes == 0
+
+
+def test_bank_parameters_against_actual_factors() -> None:
+    shapes = family_shapes(tiny().model, 300)
+    experts = bank_parameters(BankConfig("expert-lora", r=4), shapes)
+    # Per expert: gate_up A [4,32], B [32,4]; down A [4,16], B [32,4].
+    assert experts == 2 * 8 * (4 * 32 + 32 * 4 + 4 * 16 + 32 * 4)
+    down = bank_parameters(BankConfig("expert-lora", targets=("down_proj",), r=4), shapes)
+    assert down == 2 * 8 * (4 * 16 + 32 * 4)
+    mola = bank_parameters(BankConfig("mola", targets=("q_proj", "v_proj"), r=4, num_experts=3), shapes)
+    # q [32,32], v [16,32]; three experts and a router row each.
+    assert mola == 2 * (3 * (4 * 32 + 32 * 4) + 3 * 32 + 3 * (4 * 32 + 16 * 4) + 3 * 32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    transformers_model(tiny(), "cpu").save_pretrained(path, max_shard_size="100KB")
+    return path
+
+
+def with_path(folder: Path, *overrides: str) -> Recipe:
+    lora = QUICKSTART.with_name("quickstart-lora.yaml")
+    return load_recipe(lora, [f"model.path={folder}", *overrides])
+
+
+def test_folder_counts_equal_the_familys(folder: Path) -> None:
+    shapes = folder_shapes(folder)
+    assert count_by_kind(shapes) == count_by_kind(family_shapes(tiny().model, 300))
+    for bank in (BankConfig("expert-lora", r=3), BankConfig("mola", r=2)):
+        assert bank_parameters(bank, shapes) == bank_parameters(bank, family_shapes(tiny().model, 300))
+    plan = plan_run(with_path(folder))
+    assert plan.num_layers == 2
+    assert plan.experts_per_worker == 4
+    assert set(plan.trained) == {"adapter.experts", "adapter.attention"}
+    assert plan.gradient_bytes < plan.weight_bytes
+
+
+def test_card_of_an_adapter_run_names_what_trains(folder: Path) -> None:
+    text = card(with_path(folder), num_files=3, num_bytes=5 << 20)
+    for part in ("adapter.experts", "adapter.attention", "3 files, 5.0 MiB", "2,048 tokens; 30 steps", "ep 2, ZeRO-1"):
+        assert part in text, text
+
+
+def test_misfits_are_named(folder: Path, tmp_path: Path) -> None:
+    def refused(recipe: Recipe) -> str:
+        with pytest.raises(PlanError) as error:
+            plan_run(recipe)
+        return str(error.value)
+
+    assert "config.json" in refused(with_path(tmp_path / "nothing"))
+    assert "does not divide the 8 experts" in refused(
+        with_path(folder, "parallel.ep=3", "parallel.workers=3", "train.global_batch_size=12")
+    )
+    assert "2048 positions" in refused(with_path(folder, "data.sequence_length=4096"))
+    (tmp_path / "config.json").write_text('{"num_experts": 8')
+    assert "cannot be read" in refused(with_path(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 8}))
+    assert "names no experts" in refused(with_path(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"num_experts": 8}))
+    assert "no model*.safetensors" in refused(with_path(tmp_path))
+    for junk in (b"", b"\xff" * 8, b"\x02\0\0\0\0\0\0\0[]", b"\x05\0\0\0\0\0\0\0nojsn"):
+        (tmp_path / "model.safetensors").write_bytes(junk)
+        assert "model.safetensors" in refused(with_path(tmp_path))
