@@ -213,6 +213,8 @@ def _build(folder: Path, data: DataSection, documents: list[Document], model_pat
     # From the folder that was written, so that export and inference read the same tokens.
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
     vocab_size = max(len(tokenizer), data.tokenizer.vocab_size)
+    if data.tokenizer.kind == "model":
+        _check_rows(Path(model_path or ""), vocab_size)
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     meta: dict[str, Any] = {"vocab_size": vocab_size, "dtype": dtype.name}
     counts = {}
@@ -231,6 +233,18 @@ def _build(folder: Path, data: DataSection, documents: list[Document], model_pat
     del table
     shutil.rmtree(folder / "arrow")
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def _check_rows(model: Path, num_tokens: int) -> None:
+    try:
+        rows = json.loads((model / "config.json").read_text())["vocab_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # another layout of the configuration; the model's builder will say if it is unreadable
+    if num_tokens > rows:
+        raise DataError(
+            f"model.path: the tokenizer in {model} has {num_tokens} tokens, the model's embedding {rows} rows; "
+            "take both from the same model"
+        )
 
 
 def _table(data: DataSection, folder: Path) -> datasets.Dataset:
