@@ -108,4 +108,4 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, batch: list[str]) -> list[list[
         return_token_type_ids=False,
         verbose=False,
     )
-    return encoded["input_ids"]
+    return list(encoded["input_ids"])
