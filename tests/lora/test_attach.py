@@ -6,7 +6,6 @@ import torch
 from lora.attach import attach, format_table
 from lora.config import BankConfig
 from lora.errors import AdapterError
-from lora.linear import RoutedLinear
 from moe.convert import convert
 from moe.families import find_moe_blocks
 from moe.layout import Layout
@@ -83,15 +82,22 @@ def test_two_expert_banks_may_share_the_experts(tiny_moe):
     assert (adapter.gate_up_proj.A.shape[1], adapter.down_proj.A.shape[1]) == (2, 5)
 
 
-def test_never_wraps_a_gate_and_refuses_unconverted_or_adapted_experts(tiny_moe):
+def test_refuses_unconverted_or_adapted_experts(tiny_moe):
     model = tiny_moe()
     with pytest.raises(AdapterError, match=r"model\.layers\.0\.mlp\.experts .Qwen3MoeExperts.*convert"):
         attach(model, {"e": EXPERT}, find_moe_blocks(model))
     blocks = convert(model)
     attach(model, {"e": EXPERT, "a": MOLA}, blocks)
-    assert not any(isinstance(block.gate, RoutedLinear) for block in blocks)
     with pytest.raises(AdapterError, match="already has an adapter"):
         attach(model, {"e": EXPERT}, blocks)
     model = tiny_moe()
     with pytest.raises(AdapterError, match=r"ep=2.*ep=1"):
         attach(model, {"e": EXPERT}, convert(model, Layout(2, 2)), layout_ep=1)
+
+
+def test_never_wraps_a_router_even_if_it_is_a_linear_layer(tiny_moe):
+    model = tiny_moe()
+    for layer in model.model.layers:
+        layer.mlp.gate = torch.nn.Linear(32, 8, bias=False)
+    with pytest.raises(AdapterError, match=r"'gate' matches no linear layer; the model has: k_proj, lm_head, "):
+        attach(model, {"a": BankConfig("mola", ("gate",))}, convert(model))

@@ -168,6 +168,19 @@ def test_tokens_without_loss_evaluation_and_unrouted_experts_raise_no_alarm(tiny
     assert not watch.done
 
 
+def test_an_expert_whose_weight_is_zero_raises_no_alarm(tiny_moe):
+    model, blocks = built(tiny_moe)
+
+    def drop_expert_5(_gate, _args, output):
+        logits_TE, scores_TK, index_TK = output
+        return logits_TE, scores_TK * (index_TK != 5), index_TK
+
+    blocks[1].gate.register_forward_hook(drop_expert_5)
+    watch = AdapterWatch(model)
+    step(model)
+    assert {"L01.E005.adapter.gate_up_proj.B", "L01.E005.adapter.down_proj.B"} <= set(watch.check())
+
+
 def test_an_expert_first_routed_later_is_checked_then(tiny_moe, monkeypatch):
     model, blocks = built(tiny_moe)
     watch = AdapterWatch(model)
