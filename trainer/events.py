@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -22,13 +23,15 @@ class EventLog:
     """Appends rows to ``<run_dir>/events.jsonl``; the folder is made if needed.
 
     A row is one ``write`` to a descriptor in append mode, so rows of several processes never mix. Rows
-    survive the death of the process at once, though not of the machine: nothing is synced.
+    survive the death of the process at once, though not of the machine: nothing is synced. A row that cannot
+    be written is lost; the first such loss is said on stderr.
     """
 
     def __init__(self, run_dir: str | os.PathLike[str], rank: int, attempt: int) -> None:
         self.path = Path(run_dir) / FILE_NAME
         self.rank = rank
         self.attempt = attempt
+        self._complained = False
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._end_torn_line()
@@ -50,7 +53,14 @@ class EventLog:
             "kind": kind,
             **{name: _plain(value) for name, value in fields.items()},
         }
-        os.write(self._fd, (json.dumps(row, default=str, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+        line = json.dumps(row, default=str, ensure_ascii=False) + "\n"
+        try:
+            os.write(self._fd, line.encode("utf-8", "replace"))
+        except OSError as error:
+            # A full disk must not end a run whose checkpoints are in memory.
+            if not self._complained:
+                print(f"{self.path}: events are being lost ({error.strerror}); free some space", file=sys.stderr)
+            self._complained = True
 
     def close(self) -> None:
         if self._fd >= 0:

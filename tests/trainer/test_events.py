@@ -36,6 +36,16 @@ def test_row_format(tmp_path: Path) -> None:
     assert second["time"] >= first["time"]
 
 
+def test_a_full_disk_loses_rows_and_says_so_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / FILE_NAME).symlink_to("/dev/full")
+    with EventLog(tmp_path, 0, 0) as log:
+        log.write("one")
+        log.write("two")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "events are being lost (No space left on device)" in said
+
+
 def test_no_file_means_no_events(tmp_path: Path) -> None:
     assert read_events(tmp_path) == []
 
