@@ -10,12 +10,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.recipe import load_recipe, recipe_warnings
+from trainer.refusal import VARIABLE
 
-RESUMABLE = 75
+USER_MISTAKE, RESUMABLE = 2, 75
 
 
 def worker_environment(workers: int) -> dict[str, str]:
@@ -44,17 +46,22 @@ def torchrun_command(workers: int, restarts: int, arguments: Sequence[str]) -> l
     ]
 
 
-def train(recipe_path: str, overrides: Sequence[str], extra_environment: Mapping[str, str] | None = None) -> int:
-    """Validate, then run the job to its end. Returns 0, 1 (failed), or 75 (stopped by SIGTERM or SIGINT, resumable)."""
+def train(recipe_path: str, overrides: Sequence[str]) -> int:
+    """Validate, then run the job to its end. Returns 0, 1 (failed), 2 (the user must act), or 75 (stopped, resumable)."""
     recipe = load_recipe(recipe_path, overrides)
     for warning in recipe_warnings(recipe):
         print(f"warning: {warning}", file=sys.stderr)
     parallel = recipe.parallel
     command = torchrun_command(parallel.workers, parallel.restarts, ["train", str(recipe_path), *overrides])
-    environment = {**worker_environment(parallel.workers), **(extra_environment or {})}
-    with subprocess.Popen(command, env=environment) as job:
-        stopped = _forward_signals(job)
-        status = job.wait()
+    with tempfile.TemporaryDirectory(prefix="planaria-") as scratch:
+        refusal = Path(scratch) / "refusal"
+        environment = {**worker_environment(parallel.workers), VARIABLE: str(refusal)}
+        with subprocess.Popen(command, env=environment) as job:
+            stopped = _forward_signals(job)
+            status = job.wait()
+        if refusal.exists():
+            print(refusal.read_text(), file=sys.stderr)
+            return USER_MISTAKE
     if stopped:
         print("stopped; the same command resumes from the last sealed step", file=sys.stderr)
         return RESUMABLE

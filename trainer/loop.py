@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lora.attach import AdapterWatch
+from lora.watch import AdapterWatch
 from moe.context import BatchContext, batch_context
 from moe.stats import RoutingMeter
 from trainer.data import DataBundle, batch_ids, sample_order

@@ -14,6 +14,10 @@ import torch
 import torch.distributed as dist
 
 
+class DeviceError(ValueError):
+    """The recipe asks for a device that is not here."""
+
+
 @dataclass(frozen=True)
 class Process:
     """This worker's place in the job. ``attempt`` counts torchrun's restarts; other launchers always start at 0."""
@@ -31,10 +35,10 @@ class Process:
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """``auto`` is CUDA if there is one. Raises ValueError when CUDA is wanted and absent."""
+    """``auto`` is CUDA if there is one. Raises DeviceError when CUDA is wanted and absent."""
     if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
         if not torch.cuda.is_available():
-            raise ValueError("parallel.device is cuda, but torch sees no GPU; use parallel.device=cpu")
+            raise DeviceError("parallel.device is cuda, but torch sees no GPU; use parallel.device=cpu")
         return torch.device("cuda", local_rank)
     return torch.device("cpu")
 

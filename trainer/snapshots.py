@@ -79,7 +79,7 @@ class Snapshots:
             restore_rng(extras)
         if self.client is not None:
             self.client.discard(after_step=plan.step)
-        self.committed = self._captured = plan.step
+        self.committed = plan.step
         self.events.write("recovered", step=plan.step, tier=plan.tier)
         return plan
 
@@ -93,8 +93,8 @@ class Snapshots:
 
     def sealed_step(self) -> int:
         """This rank's newest sealed step, waiting for the last capture to be sealed. Travels with the step's collective."""
-        if self.capturer is None or self._captured <= 0:
-            return self.committed
+        if self.capturer is None or self._captured < 0:
+            return self.committed  # nothing captured yet in this attempt: what was restored still stands
         self.stall.sealed_s = self.capturer.wait_sealed(self._captured)
         return self._captured
 

@@ -30,24 +30,32 @@ from trainer.events import EventLog
 from trainer.failpoints import Failpoints
 from trainer.loop import Run, fit
 from trainer.recipe import RecipeError, check_world, load_recipe
+from trainer.refusal import is_users_mistake, refuse
 from trainer.rendezvous import Process, join
 from trainer.runfolder import claim, next_attempt, run_folder
 from trainer.schema import Recipe
 from trainer.snapshots import layout_metadata, open_snapshots
+
+USER_MISTAKE = 2
 
 
 def main(recipe_path: str, overrides: Sequence[str]) -> int:
     """Run this worker to the end of the recipe. Returns the exit status."""
     recipe = load_recipe(recipe_path, overrides)
     check_world(recipe, int(os.environ["WORLD_SIZE"]))
-    process = join(recipe.parallel.device)
     try:
+        process = join(recipe.parallel.device)
         train(recipe, process)
-    except Exception:
-        # The other ranks may be inside a collective: no clean shutdown can be agreed on. The launcher restarts everyone.
-        traceback.print_exc()
+    except Exception as error:
+        if is_users_mistake(error):
+            refuse(str(error))
+            status = USER_MISTAKE
+        else:
+            traceback.print_exc()
+            status = 1
         sys.stderr.flush()
-        os._exit(1)
+        # The other ranks may be inside a collective: no clean shutdown can be agreed on. The launcher restarts everyone.
+        os._exit(status)
     dist.barrier()
     dist.destroy_process_group()
     return 0

@@ -1,0 +1,203 @@
+"""Small state, real keepers, real worker processes."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkpointing.capture import Capturer
+from checkpointing.keeper.client import KeeperClient, stop_keeper
+from checkpointing.keeper.launch import is_alive, read_info
+from checkpointing.recover import Recovery
+from checkpointing.recovery import RecoveryPlan, plan_recovery
+from checkpointing.state.buffers import StateBuffer, StateSpan
+from checkpointing.units import Range
+
+FINGERPRINT = "0123456789abcdef"
+UNIT = "L00.E003.down_proj"
+ELEMENTS = 3000
+
+
+def make_buffers(rank: int, world: int, seed: int = 0) -> list[StateBuffer]:
+    """One rank's equal share of an expert tensor (fp32, two kinds, padded) and a bf16 parameter of its own."""
+    torch.manual_seed(1000 * seed + rank)
+    share = ELEMENTS // world
+    lo = rank * share
+    buffers = []
+    for kind in ("master", "exp_avg"):
+        spans = (StateSpan(Range(UNIT, kind, lo, lo + share), 7),)
+        buffers.append(StateBuffer(f"group0.{kind}", torch.randn(share + 20), spans))
+    own = StateSpan(Range(f"model.norm{rank}.weight", "master", 0, 33), 0)
+    buffers.append(StateBuffer("group1.master", torch.randn(33).bfloat16(), (own,)))
+    return buffers
+
+
+def contents(buffers: Sequence[StateBuffer]) -> list[bytes]:
+    """The bytes that spans name, in order: what must survive."""
+    return [
+        b.tensor[s.offset : s.offset + s.range.size].view(torch.uint8).numpy().tobytes()
+        for b in buffers
+        for s in b.spans
+    ]
+
+
+@dataclass
+class Job:
+    """All workers of a job in this process: clients, capturers and what each step's state was."""
+
+    run_dir: Path
+    world: int = 2
+    attempt: int = 0
+    disk: dict[str, int] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    reached: Callable[[str, int], None] | None = None
+    history: dict[int, list[list[bytes]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.names = [f"dp{rank:04d}" for rank in range(self.world)]
+        self.buffers = [make_buffers(rank, self.world) for rank in range(self.world)]
+        self.clients = [
+            KeeperClient.attach(self.run_dir, name, self.names, buffers, FINGERPRINT, attempt=self.attempt,
+                                disk=self.disk, **self.options)
+            for name, buffers in zip(self.names, self.buffers, strict=True)
+        ]  # fmt: skip
+        self.capturers: list[Capturer] = []
+
+    def recover(self) -> tuple[RecoveryPlan, list[dict[str, bytes]], list[Recovery]]:
+        ranks = [
+            Recovery(client, self.run_dir, name, buffers)
+            for client, name, buffers in zip(self.clients, self.names, self.buffers, strict=True)
+        ]
+        plan = plan_recovery([rank.report() for rank in ranks])
+        return plan, [rank.apply(plan) for rank in ranks], ranks
+
+    def begin(self) -> None:
+        self.capturers = [
+            Capturer(client, buffers, self.reached) for client, buffers in zip(self.clients, self.buffers, strict=True)
+        ]
+
+    def step(self, step: int, wait: bool = True) -> None:
+        """Change all state, as an optimizer would, and capture it."""
+        committed = min(c.sealed_step for c in self.capturers)
+        for rank, (buffers, capturer) in enumerate(zip(self.buffers, self.capturers, strict=True)):
+            torch.manual_seed(100 * step + rank)
+            for buffer in buffers:
+                buffer.tensor.copy_(torch.randn(buffer.tensor.numel()))
+            capturer.start(step, {"rng": f"rank {rank} step {step}".encode(), "empty": b""}, committed)
+        self.history[step] = [contents(buffers) for buffers in self.buffers]
+        for capturer in self.capturers:
+            capturer.wait_copied()
+        if wait:
+            for capturer in self.capturers:
+                capturer.wait_sealed(step)
+
+    def run(self, *steps: int) -> None:
+        if not self.capturers:
+            self.begin()
+        for step in steps:
+            self.step(step)
+
+    def state(self) -> list[list[bytes]]:
+        return [contents(buffers) for buffers in self.buffers]
+
+    def wipe(self) -> None:
+        for buffers in self.buffers:
+            for buffer in buffers:
+                buffer.tensor.zero_()
+
+    def close(self) -> None:
+        for capturer in self.capturers:
+            capturer.close()
+        for client in self.clients:
+            client.close()
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Iterator[Path]:
+    """A run folder; whatever keeper it has at the end of the test is ended."""
+    folder = tmp_path / "run"
+    yield folder
+    info = read_info(folder)
+    stop_keeper(folder, persist=False)
+    assert not is_alive(info)
+
+
+@pytest.fixture
+def make_job(run_dir: Path) -> Iterator[Callable[..., Job]]:
+    jobs: list[Job] = []
+
+    def make(**options: Any) -> Job:
+        jobs.append(Job(run_dir, **options))
+        return jobs[-1]
+
+    yield make
+    for job in jobs:
+        job.close()
+
+
+@dataclass
+class Worker:
+    process: BaseProcess
+    pipe: Connection
+
+    def expect(self, word: str) -> None:
+        assert self.pipe.poll(30), f"the worker never said {word!r}"
+        assert self.pipe.recv() == word
+
+    def end(self, expected: int) -> None:
+        self.process.join(30)
+        assert self.process.exitcode == expected
+
+
+@pytest.fixture
+def spawn() -> Iterator[Callable[..., Worker]]:
+    """Start ``function(pipe, *arguments)`` in a process of its own."""
+    context = multiprocessing.get_context("fork")
+    workers: list[Worker] = []
+
+    def start(function: Callable[..., None], *arguments: Any) -> Worker:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=function, args=(theirs, *arguments))
+        process.start()
+        theirs.close()
+        workers.append(Worker(process, ours))
+        return workers[-1]
+
+    yield start
+    for worker in workers:
+        if worker.process.is_alive():
+            worker.process.kill()
+        worker.process.join(30)
+
+
+@pytest.fixture
+def events(run_dir: Path) -> Callable[..., list[dict[str, Any]]]:
+    def read(kind: str | None = None) -> list[dict[str, Any]]:
+        path = run_dir / "events.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [row for row in rows if kind in (None, row["kind"])]
+
+    return read
+
+
+@pytest.fixture
+def wait_until() -> Callable[..., None]:
+    """For what only the file system tells: poll, and fail after the deadline."""
+
+    def wait(condition: Callable[[], object], seconds: float = 30.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "it never happened"
+            time.sleep(0.005)
+
+    return wait

@@ -1,0 +1,109 @@
+"""Records: only sealed and whole ones are believed."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from checkpointing import records
+from checkpointing.records import PAGE, Entry, Header, Kind, RecordError, State
+from checkpointing.slots import EXTRAS_BYTES, ArenaShape
+from checkpointing.units import Range
+
+TABLE = (
+    Entry(Range("L00.E001.up", "master", 0, 100), "float32", 0, 400),
+    Entry(Range("L00.E001.up", "exp_avg", 0, 100), "float32", 512, 400),
+)
+
+
+def written(payload: bytes = bytes(range(256)) * 4) -> memoryview:
+    record = memoryview(bytearray(4 * PAGE))
+    records.begin(record)
+    record[2 * PAGE : 2 * PAGE + len(payload)] = payload
+    table = records.encode_table(TABLE)
+    records.finish(record, Header(Kind.BASE, 7, 2, 40, len(table), 2 * PAGE, len(payload)), table)
+    return record
+
+
+def sealed() -> memoryview:
+    record = written()
+    records.seal(record)
+    return record
+
+
+def test_a_sealed_record_reads_back():
+    record = sealed()
+    header = records.verify(record)
+    assert (header.kind, header.step, header.attempt, header.sequence) == (Kind.BASE, 7, 2, 40)
+    assert records.entries_of(record, header) == TABLE
+    assert records.payload_of(record, header).tobytes() == bytes(range(256)) * 4
+
+
+def test_zero_memory_is_free():
+    assert records.state_of(memoryview(bytearray(PAGE))) is State.FREE
+
+
+def test_only_sealed_records_are_believed():
+    record = memoryview(bytearray(4 * PAGE))
+    records.begin(record)
+    with pytest.raises(RecordError, match="WRITING"):
+        records.verify(record)
+    with pytest.raises(RecordError, match="WRITING"):
+        records.seal(record)
+    with pytest.raises(RecordError, match="COPIED"):
+        records.verify(written())
+
+
+def test_taking_a_slot_voids_its_record_even_if_the_state_word_came_back():
+    record = sealed()
+    records.begin(record)
+    records.set_state(record, State.SEALED)
+    with pytest.raises(RecordError):
+        records.verify(record)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_any_flipped_bit_is_detected(data):
+    record = sealed()
+    header = records.read_header(record)
+    used = [*range(88), *range(PAGE, PAGE + header.table_bytes)]
+    used += range(header.payload_offset, header.payload_offset + header.payload_bytes)
+    at = data.draw(st.sampled_from(used))
+    record[at] ^= 1 << data.draw(st.integers(0, 7))
+    with pytest.raises(RecordError):
+        records.verify(record)
+
+
+def test_no_state_is_one_flip_from_sealed():
+    assert all((state ^ State.SEALED).bit_count() > 8 for state in State if state is not State.SEALED)
+
+
+def test_chunks_hash_to_the_same_in_parallel(monkeypatch):
+    monkeypatch.setattr(records, "_CHUNK", 100)
+    record = written()
+    with ThreadPoolExecutor(3) as pool:
+        assert records.checksum(record, pool) == records.checksum(record)
+
+
+def test_a_record_too_large_for_its_slot_is_refused():
+    record = memoryview(bytearray(4 * PAGE))
+    table = records.encode_table(TABLE)
+    with pytest.raises(RecordError, match="does not fit"):
+        records.finish(record, Header(Kind.BASE, 7, 0, 0, len(table), 2 * PAGE, 2 * PAGE + 1), table)
+
+
+@given(st.integers(0, 50_000), st.integers(0, 50_000), st.integers(1, 5))
+def test_slots_are_whole_pages_side_by_side(table, payload, generations):
+    shape = ArenaShape(table, payload, generations)
+    at = 0
+    for slot in shape.slots():
+        assert slot.offset == at
+        assert at % PAGE == 0
+        assert slot.nbytes >= (shape.payload_offset + payload if slot.kind is Kind.BASE else EXTRAS_BYTES)
+        at += slot.nbytes
+    assert at == shape.nbytes
+    assert [s.kind for s in shape.slots()].count(Kind.EXTRAS) == generations
