@@ -71,8 +71,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    # Text that either YAML 1.1 or 1.2 would read as something else must be quoted.
-    yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeDumper.yaml_implicit_resolvers.items()}  # noqa: RUF012
+    """Quotes text that either YAML 1.1 (inherited) or 1.2 (added below) would read as something else."""
 
 
 for _name, _pattern, _first in _RESOLVERS:

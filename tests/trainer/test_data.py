@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -317,6 +319,27 @@ def test_processes_that_build_at_once_agree_on_one_cache(tmp_path: Path) -> None
     assert len(outputs) == 1
     assert [loader.returncode for loader in loaders] == [0, 0, 0]
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
+
+
+def test_a_process_waits_for_the_one_that_builds(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    builder = start_loader(tmp_path / "elsewhere")
+    output = builder.communicate("go\n", timeout=120)[0]
+    key = output.split()[0]
+
+    with (tmp_path / f"{key}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = start_loader(tmp_path)
+        assert waiting.stdin is not None
+        waiting.stdin.write("go\n")
+        waiting.stdin.flush()
+        # The system lists a process that waits for a lock behind an arrow.
+        while not re.search(rf"-> FLOCK .* {waiting.pid} ", Path("/proc/locks").read_text()):
+            assert waiting.poll() is None, "it built without the lock"
+        (tmp_path / "elsewhere" / key).rename(tmp_path / key)
+        inode = (tmp_path / key).stat().st_ino
+    assert waiting.communicate(timeout=120)[0] == output
+    assert (tmp_path / key).stat().st_ino == inode, "it took what the other had built"
 
 
 def test_a_killed_builder_leaves_neither_lock_nor_half_a_cache(tmp_path: Path) -> None:

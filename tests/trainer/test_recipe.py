@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trainer import yaml_lines
@@ -229,6 +229,9 @@ def test_round_trip(path: Path | None, valid: Path, tmp_path: Path) -> None:
 
 
 @given(run=st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,8}", fullmatch=True), lr=st.floats(1e-12, 1e6))
+@example(run="2e-4", lr=1e-8)
+@example(run="yes", lr=1e22)
+@example(run="1_000", lr=0.1)
 @settings(max_examples=60, deadline=None)
 def test_round_trip_of_awkward_scalars(tmp_path_factory: pytest.TempPathFactory, run: str, lr: float) -> None:
     """Names such as 2e-4, 1.5, null or yes stay names in the resolved recipe."""
@@ -239,6 +242,8 @@ def test_round_trip_of_awkward_scalars(tmp_path_factory: pytest.TempPathFactory,
     path.write_text(yaml_lines.dump(values))
     recipe = load_recipe(path)
     assert (recipe.log.run, recipe.train.lr) == (run, lr)
+    theirs = yaml.safe_load(recipe_to_yaml(recipe))
+    assert (theirs["log"]["run"], theirs["train"]["lr"]) == (run, lr), "YAML 1.1 readers agree"
     path.write_text(recipe_to_yaml(recipe))
     assert load_recipe(path) == recipe
 
