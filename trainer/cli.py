@@ -11,8 +11,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from trainer.refusal import is_users_mistake, refused
+
 USER_MISTAKE = 2
-_OURS = ("trainer", "moe", "lora", "checkpointing", "inference")
 _OVERRIDES = "section.key=value, put over the recipe's own"
 
 
@@ -23,8 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return verb(arguments)
     except ValueError as error:
-        # Our own errors are written for the user; any other ValueError is our fault and keeps its traceback.
-        if type(error).__module__.partition(".")[0] not in _OURS:
+        if not is_users_mistake(error):
             raise
         print(error, file=sys.stderr)
         return USER_MISTAKE
@@ -112,6 +112,8 @@ def under_launcher() -> bool:
 
 def _train(arguments: argparse.Namespace) -> int:
     if under_launcher():
+        if refused():
+            return USER_MISTAKE  # restarted after a mistake that a restart cannot mend
         from trainer import worker
 
         return worker.main(arguments.recipe, arguments.overrides)

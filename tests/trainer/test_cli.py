@@ -120,6 +120,13 @@ def test_world_of_another_size_is_refused() -> None:
     assert planaria("validate", QUICKSTART, RANK="1", WORLD_SIZE="2").returncode == 0
 
 
+def test_a_worker_restarted_after_a_users_mistake_leaves_at_once(tmp_path: Path) -> None:
+    refusal = tmp_path / "refusal"
+    refusal.write_text("said before")
+    done = planaria("train", QUICKSTART, RANK="0", WORLD_SIZE="2", PLANARIA_REFUSAL=str(refusal))
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
 def parsed(*arguments: str) -> argparse.Namespace:
     return cli._parse(arguments)
 
