@@ -98,7 +98,10 @@ class Capturer:
         return self._wait(lambda: self._sealed_step >= step)
 
     def close(self) -> None:
-        """End after the captures that were started. The arena stays the client's."""
+        """End after the captures that were started; if the client is closed already, they end with it.
+
+        After a failure close the client first: a capture may be waiting for memory that no one will free.
+        """
         self._jobs.put(None)
         self._thread.join()
         if self._stream is not None:

@@ -7,6 +7,7 @@ checkpoints/latest                       a hint for people; never trusted
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -86,8 +87,10 @@ def write_checkpoint(
         shutil.rmtree(work, ignore_errors=True)
         raise
     _fsync_folder(directory)
-    _write_durably(directory / "latest.tmp", f"{final.name}\n".encode())
-    (directory / "latest.tmp").rename(directory / "latest")
+    # The checkpoint is committed: a hint that cannot be written takes nothing from it.
+    with contextlib.suppress(OSError):
+        _write_durably(directory / "latest.tmp", f"{final.name}\n".encode())
+        (directory / "latest.tmp").rename(directory / "latest")
     return final
 
 
@@ -134,18 +137,19 @@ def read_manifest(step_dir: Path) -> dict[str, Any]:
     path = step_dir / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
-        if not isinstance(manifest, dict) or manifest.get("checksum") != _manifest_checksum(manifest):
-            raise RecoveryError(f"{path}: does not match its own checksum")
-        if manifest["format"] != FORMAT or f"step-{manifest['step']}" != step_dir.name:
-            raise RecoveryError(
-                f"{path}: format {manifest['format']} of step {manifest['step']} is not what the folder says"
-            )
-        for name, facts in manifest["files"].items():
+    except (OSError, ValueError) as error:
+        raise RecoveryError(f"{path}: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("checksum") != _manifest_checksum(manifest):
+        raise RecoveryError(f"{path}: does not match its own checksum")
+    if manifest["format"] != FORMAT or f"step-{manifest['step']}" != step_dir.name:
+        raise RecoveryError(f"{path}: holds format {manifest['format']} of step {manifest['step']}")
+    for name, facts in manifest["files"].items():
+        try:
             size = (step_dir / name).stat().st_size
-            if size != facts["bytes"]:
-                raise RecoveryError(f"{step_dir / name}: {size:,} bytes, the manifest says {facts['bytes']:,}")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RecoveryError(f"{step_dir}: no whole checkpoint: {error}") from error
+        except OSError as error:
+            raise RecoveryError(f"{step_dir / name}: {error.strerror}") from error
+        if size != facts["bytes"]:
+            raise RecoveryError(f"{step_dir / name}: {size:,} bytes, the manifest says {facts['bytes']:,}")
     return manifest
 
 

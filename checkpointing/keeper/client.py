@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import socket
 import threading
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpointing.keeper.launch import connect, connect_or_start
+from checkpointing.keeper.launch import connect, connect_or_start, wait_for_end
 from checkpointing.keeper.protocol import (
     Inbox,
     KeeperError,
@@ -29,6 +28,8 @@ if TYPE_CHECKING:
     from checkpointing.state.buffers import StateBuffer
 
 _CAPTURED = (Kind.BASE, Kind.EXTRAS)
+_HANDSHAKES = 5
+_DYING_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -210,27 +211,29 @@ class KeeperClient:
         return future
 
     def _first_attach(self) -> tuple[Arena, socket.socket, Inbox]:
-        # A keeper that ends just now closes the connection: then the next one is asked.
-        for last in (False, False, True):
-            sock, inbox, token = self._connect()
-            try:
-                send_all(sock, self._hello | {"id": 0, "token": token})
-                answer, fds = receive_one(sock, inbox)
-                raise_if_error(answer)
-                return Arena(fds[0], self._shape, populate=True), sock, inbox
-            except (KeeperError, OSError):
-                sock.close()
-                if last:
-                    raise
-            except BaseException:
-                sock.close()
-                raise
-        raise AssertionError("unreachable")
+        sock, inbox, fds = self._handshake({}, [])
+        return Arena(fds[0], self._shape, populate=True), sock, inbox
 
-    def _connect(self) -> tuple[socket.socket, Inbox, str]:
-        sock, info = connect_or_start(self.run_dir, self._hello["fingerprint"], self._hello["linger_s"])
-        self.keeper_pid = info.pid
-        return sock, Inbox(), info.token
+    def _handshake(self, also: Message, fds: Sequence[int]) -> tuple[socket.socket, Inbox, list[int]]:
+        """Attach on a new connection. A keeper that is just dying may still accept one: then wait for its end."""
+        for tries_left in range(_HANDSHAKES - 1, -1, -1):
+            sock, info = connect_or_start(self.run_dir, self._hello["fingerprint"], self._hello["linger_s"])
+            self.keeper_pid = info.pid
+            inbox = Inbox()
+            try:
+                send_all(sock, self._hello | also | {"id": 0, "token": info.token}, fds)
+                answer, received = receive_one(sock, inbox)
+            except (KeeperError, OSError) as error:
+                sock.close()
+                if not tries_left:
+                    raise KeeperError(f"{self.run_dir}: no keeper answered: {error}") from error
+                wait_for_end(info.pid, _DYING_S)
+                continue
+            if "error" in answer:
+                sock.close()
+            raise_if_error(answer)
+            return sock, inbox, received
+        raise AssertionError("unreachable")
 
     def _receive(self) -> None:
         while True:
@@ -265,11 +268,8 @@ class KeeperClient:
         """Give our memory to another keeper, then repeat what was not answered."""
         with self._lock:
             self._sock.close()
-            sock, inbox, token = self._connect()
             held = {str(index): step for index, step in self._held.items()}
-            send_all(sock, self._hello | {"id": 0, "token": token, "held": held}, [self.arena.fd])
-            answer, fds = receive_one(sock, inbox)
-            raise_if_error(answer)
+            sock, inbox, fds = self._handshake({"held": held}, [self.arena.fd])
             for fd in fds:
                 os.close(fd)
             self._sock, self._inbox = sock, inbox
@@ -294,11 +294,12 @@ def stop_keeper(run_dir: str | os.PathLike[str], persist: bool = True) -> bool:
         return False
     sock, info = found
     with sock:
-        pidfd = os.pidfd_open(info.pid)
         try:
             send_all(sock, {"op": "stop", "id": 0, "token": info.token, "persist": persist})
-            raise_if_error(receive_one(sock, Inbox())[0])
-            select.select([pidfd], [], [])
-        finally:
-            os.close(pidfd)
+            answer, _ = receive_one(sock, Inbox())
+        except (KeeperError, OSError):
+            # It was leaving already.
+            answer = {}
+        raise_if_error(answer)
+    wait_for_end(info.pid)
     return True

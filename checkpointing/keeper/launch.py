@@ -87,6 +87,18 @@ def is_alive(info: KeeperInfo | None) -> bool:
     return info is not None and process_start_time(info.pid) == info.start_time
 
 
+def wait_for_end(pid: int, timeout_s: float | None = None) -> None:
+    """Wait until a process that need not be our child has ended, or until the timeout."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        select.select([fd], [], [], timeout_s)
+    finally:
+        os.close(fd)
+
+
 def lock(path: Path, wait: bool) -> int | None:
     """An exclusive lock on a file, as its descriptor; None if another process holds it and we do not wait."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

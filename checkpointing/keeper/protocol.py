@@ -81,7 +81,9 @@ def send_all(sock: socket.socket, message: Message, fds: Sequence[int] = ()) -> 
     """Blocking send of a whole message."""
     data = memoryview(encode(message, fds))
     data = data[send_with_fds(sock, data, fds) :]
-    sock.sendall(data)
+    # Even an empty send fails if the other side has answered and left already.
+    if data:
+        sock.sendall(data)
 
 
 def receive_one(sock: socket.socket, inbox: Inbox) -> tuple[Message, list[int]]:

@@ -116,10 +116,11 @@ class Job:
                 buffer.tensor.zero_()
 
     def close(self) -> None:
-        for capturer in self.capturers:
-            capturer.close()
+        # Clients first: a capture that waits for memory then ends.
         for client in self.clients:
             client.close()
+        for capturer in self.capturers:
+            capturer.close()
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ def test_the_keeper_killed_half_way_leaves_the_previous_one_and_writes_again(run
     wait_until(lambda: steps_on_disk(run_dir) == [2, 4])
     assert len(events("keeper_started")) == 2
     assert verify(run_dir / "checkpoints" / "step-4") == []
-    assert not list((run_dir / "checkpoints").glob("*.tmp"))
+    assert not list((run_dir / "checkpoints").glob("step-*.tmp"))
     job.run(5)
 
 
@@ -93,7 +93,7 @@ def test_a_disk_that_refuses_is_reported_and_training_goes_on(run_dir, make_job,
     wait_until(lambda: events("disk_failed"))
     assert "OSError" in events("disk_failed")[0]["error"]
     assert steps_on_disk(run_dir) == [2]
-    assert not list((run_dir / "checkpoints").glob("*.tmp"))
+    assert not list((run_dir / "checkpoints").glob("step-*.tmp"))
     resource.prlimit(keeper, resource.RLIMIT_FSIZE, (hard, hard))
     job.step(5)
     job.step(6)

@@ -176,7 +176,7 @@ def test_back_pressure_is_visible_and_ends(run_dir, make_job, events):
     for step in (1, 2, 3, 4):
         fast.start(step, {}, -1)
         if step < 4:
-            fast.wait_copied()
+            fast.wait_sealed(step)
     # The other rank has nothing sealed, so that nothing is committed and all three generations are taken.
     while not events("backpressure"):
         assert fast.sealed_step <= 3
