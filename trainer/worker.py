@@ -43,6 +43,7 @@ def main(recipe_path: str, overrides: Sequence[str]) -> int:
     """Run this worker to the end of the recipe. Returns the exit status."""
     recipe = load_recipe(recipe_path, overrides)
     check_world(recipe, int(os.environ["WORLD_SIZE"]))
+    process = None
     try:
         process = join(recipe.parallel.device)
         train(recipe, process)
@@ -51,7 +52,7 @@ def main(recipe_path: str, overrides: Sequence[str]) -> int:
             refuse(str(error))
             status = USER_MISTAKE
         else:
-            traceback.print_exc()
+            print(f"rank {process.rank if process else '?'} failed: {_in_short(error)}", file=sys.stderr)
             status = 1
         sys.stderr.flush()
         # The other ranks may be inside a collective: no clean shutdown can be agreed on. The launcher restarts everyone.
@@ -59,6 +60,14 @@ def main(recipe_path: str, overrides: Sequence[str]) -> int:
     dist.barrier()
     dist.destroy_process_group()
     return 0
+
+
+def _in_short(error: Exception) -> str:
+    """One line when a peer died, since its own message tells why; the whole traceback otherwise."""
+    text = str(error)
+    if any(sign in text for sign in ("Connection reset by peer", "Connection closed by peer", "NCCL")):
+        return "another worker is gone (the connection to it broke)"
+    return "".join(traceback.format_exception(error))
 
 
 def train(recipe: Recipe, process: Process) -> None:
@@ -116,10 +125,11 @@ def build(recipe: Recipe, process: Process, data: DataBundle) -> tuple[torch.nn.
     prepare_deepspeed()
     for block in blocks:
         bind_expert_parallel(block.experts)
+    model.to(process.device)
     if process.rank == 0:
         backend = blocks[0].experts.backend
         print(f"experts run as {backend.name}: {backend.reason}", flush=True)
-    return model.to(process.device), blocks
+    return model, blocks
 
 
 def shape_fields(recipe: Recipe) -> dict[str, Any]:
@@ -141,6 +151,7 @@ def _make_deterministic(process: Process) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward has no deterministic form
 
 
 def _enter_folder(recipe: Recipe, process: Process) -> tuple[Path, int]:

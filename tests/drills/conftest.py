@@ -1,0 +1,86 @@
+"""Real jobs for drills: whole process trees, started as a user starts them, reaped whatever happens."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from checkpointing.keeper.client import stop_keeper
+from trainer.events import read_events
+from trainer.failpoints import KILL_VARIABLE
+from trainer.launch import worker_environment
+from trainer.recipe import load_recipe
+
+RECIPE = Path(__file__).parent / "drill.yaml"
+TIMEOUT_S = 150
+
+
+class Job:
+    """One training job in its own session. ``command`` is what a user would type after the interpreter."""
+
+    def __init__(self, folder, name, overrides=(), kill=None, command=None, environment=None):
+        self.run_dir = folder / name
+        self.overrides = [f"log.dir={folder}", f"log.run={name}", f"data.cache_dir={folder / 'cache'}", *overrides]
+        command = command or [sys.executable, "-m", "trainer", "train"]
+        variables = {**worker_environment(2), "OMP_NUM_THREADS": "1", **(environment or {})}
+        if kill is not None:
+            variables[KILL_VARIABLE] = kill
+        self.output = folder / f"{name}.log"
+        with self.output.open("ab") as output:
+            self.process = subprocess.Popen(
+                [*command, str(RECIPE), *self.overrides],
+                env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    @property
+    def recipe(self):
+        return load_recipe(RECIPE, self.overrides)
+
+    def rows(self):
+        return read_events(self.run_dir) if self.run_dir.exists() else []
+
+    def wait(self):
+        """Exit status of the whole job; fails the test with the job's output when it takes too long."""
+        try:
+            return self.process.wait(timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"the job did not end in {TIMEOUT_S} s:\n{self.output.read_text()[-3000:]}")
+
+    def finish(self):
+        status = self.wait()
+        assert status == 0, f"status {status}:\n{self.output.read_text()[-5000:]}"
+        return self.rows()
+
+    def reap(self):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(timeout=10)
+        if self.run_dir.exists():
+            stop_keeper(self.run_dir, persist=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("drills")
+
+
+@pytest.fixture(scope="module")
+def start(folder):
+    """Starts jobs in one folder, so that they share the data cache; all are gone when the module ends."""
+    jobs = []
+
+    def start_job(name, overrides=(), **options):
+        jobs.append(Job(folder, name, overrides, **options))
+        return jobs[-1]
+
+    yield start_job
+    for job in jobs:
+        job.reap()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(start):
+    return start("undisturbed").finish()

@@ -1,0 +1,76 @@
+"""The three ways to start a run, and resuming by running the same command again."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.drill, pytest.mark.slow]
+BIN = Path(sys.executable).parent
+
+
+def final_hash(rows):
+    return next(row["state_hash"] for row in rows if row["kind"] == "done")
+
+
+def wait_for_step(job, step):
+    deadline = time.monotonic() + 100
+    while not any(row["kind"] == "step" and row["step"] >= step for row in job.rows()):
+        assert time.monotonic() < deadline, job.output.read_text()[-2000:]
+        assert job.process.poll() is None, job.output.read_text()[-2000:]
+        time.sleep(0.02)
+
+
+def worker_pid(job, rank):
+    return [row["pid"] for row in job.rows() if row["kind"] == "start" and row["rank"] == rank][-1]
+
+
+def test_plain_torchrun_restarts_killed_workers(start, undisturbed):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3"]
+    job = start(
+        "torchrun",
+        command=[*torchrun, "-m", "trainer", "train"],
+        environment={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "0", "MASTER_PORT": "29611"},
+    )
+    wait_for_step(job, 5)
+    os.kill(worker_pid(job, 1), signal.SIGKILL)
+    assert final_hash(job.finish()) == final_hash(undisturbed)
+
+
+def test_the_deepspeed_launcher_resumes_when_run_again(start, undisturbed):
+    command = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", "29613", "--module", "trainer", "train"]
+    environment = {"DS_ACCELERATOR": "cpu", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    job = start("deepspeed", command=command, environment=environment)
+    wait_for_step(job, 5)
+    os.kill(worker_pid(job, 1), signal.SIGKILL)
+    assert job.wait() != 0, "the deepspeed launcher restarts nothing"
+    again = start("deepspeed", command=command, environment=environment)
+    rows = again.finish()
+    plan = [row for row in rows if row["kind"] == "recovery_plan"][-1]
+    assert (plan["tier"], plan["step"] >= 4) == ("memory", True)
+    assert final_hash(rows) == final_hash(undisturbed)
+
+
+def test_sigterm_stops_resumably_and_another_recipe_is_refused(start, undisturbed):
+    job = start("sigterm")
+    wait_for_step(job, 4)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait() == 75
+    other = start("sigterm", ["train.lr=1e-2"])
+    assert other.wait() == 2
+    text = other.output.read_text()
+    assert "belongs to another recipe" in text
+    assert "lr: 0.01" in text
+    assert "Traceback" not in text.partition("stopped; the same command")[2]
+    again = start("sigterm")
+    assert final_hash(again.finish()) == final_hash(undisturbed)
+
+
+def test_a_finished_run_started_again_ends_at_once_with_the_same_state(start, undisturbed):
+    first = start("twice").finish()
+    again = start("twice").finish()
+    assert [row["state_hash"] for row in again if row["kind"] == "done"] == [final_hash(first)] * 2
+    assert sum(row["kind"] == "optimizer" and row["rank"] == 0 for row in again) == 12
