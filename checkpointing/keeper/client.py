@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import threading
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpointing.keeper.launch import connect, connect_or_start, wait_for_end
+from checkpointing.keeper.launch import connect, connect_or_start, is_alive, wait_for_end
 from checkpointing.keeper.protocol import (
     Inbox,
     KeeperError,
@@ -165,13 +166,16 @@ class KeeperClient:
         """Free this coordinate's records newer than the restored step; -1 frees all."""
         self.restored_step = self._ask({"op": "discard", "after_step": after_step})["newest"]
 
-    def finish(self, persist: bool) -> int:
+    def finish(self, persist: bool, timeout_s: float | None = None) -> int:
         """Say that this worker ended well, and wait until all local ones have and all writing is done.
 
-        Returns the step persisted last, -1 if none. Raises KeeperError if it could not be written. Closes the client.
+        Returns the step persisted last, -1 if none. Raises KeeperError if it could not be written, TimeoutError if that
+        took longer than ``timeout_s``. Closes the client.
         """
-        answer = self._ask({"op": "finish", "persist": persist})
-        self.close()
+        try:
+            answer = raise_if_error(self._request({"op": "finish", "persist": persist}).result(timeout_s)[0])
+        finally:
+            self.close()
         if answer["problem"]:
             raise KeeperError(f"step {answer['step']} could not be written to disk: {answer['problem']}")
         return int(answer["step"])
@@ -284,10 +288,10 @@ class KeeperClient:
             future.set_exception(KeeperError(f"the keeper is lost: {error}"))
 
 
-def stop_keeper(run_dir: str | os.PathLike[str], persist: bool = True) -> bool:
+def stop_keeper(run_dir: str | os.PathLike[str], persist: bool = True, timeout_s: float = 120.0) -> bool:
     """Have the run's keeper end, writing the newest step first if it has a disk tier. False if none lives.
 
-    Returns when it is gone.
+    Returns when it is gone. One that hangs on a dead disk is killed after the timeout.
     """
     found = connect(Path(run_dir).resolve())
     if found is None:
@@ -301,5 +305,8 @@ def stop_keeper(run_dir: str | os.PathLike[str], persist: bool = True) -> bool:
             # It was leaving already.
             answer = {}
         raise_if_error(answer)
-    wait_for_end(info.pid)
+    wait_for_end(info.pid, timeout_s)
+    if is_alive(info):
+        os.kill(info.pid, signal.SIGKILL)
+        wait_for_end(info.pid)
     return True

@@ -129,7 +129,7 @@ def run_dir(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "run"
     yield folder
     info = read_info(folder)
-    stop_keeper(folder, persist=False)
+    stop_keeper(folder, persist=False, timeout_s=5)
     assert not is_alive(info)
 
 
