@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from moe.families import FamilyError
 
@@ -59,4 +60,5 @@ def load_model(path: str | Path, *, dtype: torch.dtype, overrides: Mapping[str, 
     config = AutoConfig.from_pretrained(folder)
     for name, value in overrides.items():
         setattr(config, name, value)
+    disable_progress_bar()  # several workers' bars would garble the log
     return AutoModelForCausalLM.from_pretrained(folder, config=config, attn_implementation="sdpa", dtype=dtype)

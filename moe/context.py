@@ -22,7 +22,8 @@ class BatchContext:
     balance: bool = True
 
 
-_current: ContextVar[BatchContext] = ContextVar("batch_context", default=BatchContext(balance=False))
+_EVALUATION = BatchContext(balance=False)
+_current: ContextVar[BatchContext] = ContextVar("batch_context", default=_EVALUATION)
 
 
 def current() -> BatchContext:

@@ -19,12 +19,12 @@ from moe.stats import RoutingMeter
 
 
 def convert(model: nn.Module, layout: Layout | None = None, rank: int = 0) -> list[MoEBlock]:
-    """Replace every MoE block's experts by :class:`~moe.experts.Experts` holding this rank's share, and address all parameters.
+    """Replace every MoE block's experts by :class:`~moe.experts.Experts` with this rank's share; address all parameters.
 
     With one expert-parallel rank the Parameter objects are reused: nothing is copied.
 
-    Returns the blocks with their new experts. Raises FamilyError if the model has no MoE block we can handle, ValueError if
-    ``layout.ep`` does not divide the number of experts.
+    Returns the blocks with their new experts. Raises FamilyError if the model has no MoE block we can handle,
+    ValueError if ``layout.ep`` does not divide the number of experts.
     """
     layout = layout or Layout()
     blocks = []
@@ -79,7 +79,7 @@ def assign_addresses(model: nn.Module) -> None:
 
 
 def observe_gates(blocks: list[MoEBlock], meter: RoutingMeter, balance_coef: float) -> None:
-    """Count routed tokens into ``meter`` and, if ``balance_coef`` > 0, inject the Switch balance loss of each micro-batch.
+    """Count routed tokens into ``meter``; if ``balance_coef`` > 0, inject each micro-batch's Switch balance loss.
 
     Acts only inside a :func:`~moe.context.batch_context` with ``balance`` set, so evaluation is left alone.
     """

@@ -13,7 +13,7 @@ from typing import Any
 from trainer.events import read_events
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-KILL = "rank=1,step=60,at=optimizer"
+KILL = "rank=1,step=110,at=optimizer"
 PROMPT = "def __init__(self, "
 STEP_TIMEOUT_S = 900
 

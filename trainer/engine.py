@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
+# Must precede the first import of deepspeed, which otherwise goes looking for accelerators and says so.
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -17,16 +19,19 @@ from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_gr
 from deepspeed.ops import __compatible_ops__
 from deepspeed.utils import logger as deepspeed_logger
 
+from moe.deepspeed_ep import bind_expert_parallel
+from moe.experts import Experts
 from trainer.schema import Recipe
 
 
 def prepare_deepspeed() -> None:
     """Adopt the existing process group, without DeepSpeed's just-in-time build.
 
-    On CPU DeepSpeed would compile a shared-memory all-reduce at every first start, behind a lock file that a killed worker
-    leaves behind; all later starts then hang. gloo does the same work.
+    On CPU DeepSpeed would compile a shared-memory all-reduce at its first start, behind a lock file that a killed
+    worker leaves behind; all later starts then hang. gloo does the same work.
     """
     deepspeed_logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), dist_init_required=False)
 
@@ -64,8 +69,14 @@ def deepspeed_config(recipe: Recipe, dtype: torch.dtype, accumulation: int) -> d
 
 
 def create_engine(model: nn.Module, recipe: Recipe, dtype: torch.dtype, accumulation: int) -> deepspeed.DeepSpeedEngine:
-    """DeepSpeed engine with torch's fused AdamW on ZeRO's flat partitions."""
+    """DeepSpeed engine with torch's fused AdamW on ZeRO's flat partitions.
+
+    Adapters must be attached already: whether experts train decides how DeepSpeed is to see them.
+    """
     train = recipe.train
+    for module in model.modules():
+        if isinstance(module, Experts):
+            bind_expert_parallel(module)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, train.weight_decay),
         lr=train.lr,

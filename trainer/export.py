@@ -1,7 +1,7 @@
 """`planaria export RUN OUT`: a run's newest verified checkpoint as a Hugging Face folder, the adapter beside it.
 
-A trained model is written with transformers' own ``save_pretrained``, so any tool that reads its family reads it. An adapter
-run's base is copied as it is, byte for byte, and the adapter goes to ``OUT/adapter``.
+A trained model is written with transformers' own ``save_pretrained``, so any tool that reads its family reads it. An
+adapter run's base is copied as it is, byte for byte, and the adapter goes to ``OUT/adapter``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from checkpointing.recovery import RecoveryError
 from checkpointing.store import Checkpoint, list_checkpoints, verify
@@ -116,6 +117,7 @@ def _write_model(recipe: Recipe, run: Path, tensors: dict[str, Tensor], out: Pat
     model.config.use_cache = True
     model.config.dtype = dtype
     model.generation_config.eos_token_id = model.config.eos_token_id = _end_token(run)
+    disable_progress_bar()
     model.save_pretrained(out)
 
 

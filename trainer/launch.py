@@ -1,7 +1,7 @@
 """`planaria train` outside a launcher: start the workers through torchrun, with restarts.
 
-torchrun notices a dead worker, stops its siblings and starts all of them again; the keeper, which is not its child, holds
-their memory meanwhile.
+torchrun notices a dead worker, stops its siblings and starts all of them again; the keeper, which is not its child,
+holds their memory meanwhile.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def torchrun_command(workers: int, restarts: int, arguments: Sequence[str]) -> l
 
 
 def train(recipe_path: str, overrides: Sequence[str]) -> int:
-    """Validate, then run the job to its end. Returns 0, 1 (failed), 2 (the user must act), or 75 (stopped, resumable)."""
+    """Validate, then run the job to its end. Returns 0, 1 (failed), 2 (the user must act) or 75 (stopped, resumable)."""
     recipe = load_recipe(recipe_path, overrides)
     for warning in recipe_warnings(recipe):
         print(f"warning: {warning}", file=sys.stderr)

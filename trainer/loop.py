@@ -64,7 +64,7 @@ def fit(run: Run) -> None:
 
 
 def train_step(run: Run, step: int) -> torch.Tensor:
-    """Forward and backward over this rank's share of the global batch, then one optimizer step. Returns the mean loss."""
+    """Forward and backward over this rank's share of the batch, then one optimizer step. Returns the mean loss."""
     train, engine = run.recipe.train, run.engine
     rate = learning_rate(
         step,
@@ -120,7 +120,7 @@ def _exchange(run: Run, loss: torch.Tensor) -> tuple[float, int]:
 
 
 def _check_adapters(run: Run, watch: AdapterWatch) -> AdapterWatch | None:
-    """Fail loudly if an adapter whose site saw tokens has no gradient; returns None once all have been seen to train."""
+    """Fail loudly if an adapter whose site saw tokens has no gradient; None once all have been seen to train."""
 
     def total(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.to(run.process.device)

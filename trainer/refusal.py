@@ -1,7 +1,7 @@
 """How a worker tells the launcher that the user must act, so that it is not restarted in vain.
 
-torchrun restarts a worker whatever its exit status. So `planaria train` names a file in the environment; the worker that
-meets a user's mistake writes it there, and a worker that is started again finds it and leaves at once.
+torchrun restarts a worker whatever its exit status. So `planaria train` names a file in the environment; the worker
+that meets a user's mistake writes it there, and a worker that is started again finds it and leaves at once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How the workers of one attempt find each other.
 
-torchrun restarts workers against a store that may still hold the addresses of the dead attempt. So the process group is made
-here, before DeepSpeed would make one, over a store whose keys carry the attempt.
+torchrun restarts workers against a store that may still hold the addresses of the dead attempt. So the process group is
+made here, before DeepSpeed would make one, over a store whose keys carry the attempt.
 """
 
 from __future__ import annotations

@@ -27,7 +27,9 @@ def claim(recipe: Recipe) -> Path:
     if written.exists():
         before = written.read_text()
         if recipe_fingerprint(load_recipe(written)) != recipe_fingerprint(recipe):
-            diff = "\n".join(difflib.unified_diff(before.splitlines(), text.splitlines(), str(written), "now", lineterm=""))
+            diff = "\n".join(
+                difflib.unified_diff(before.splitlines(), text.splitlines(), str(written), "now", lineterm="")
+            )
             raise RecipeError(
                 [f"{written}: this run folder belongs to another recipe; give log.run=NAME or remove it\n{diff}"]
             )

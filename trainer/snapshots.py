@@ -62,10 +62,9 @@ class Snapshots:
     def recover(self, progress: Progress) -> RecoveryPlan:
         """Agree with all ranks on the newest complete step, restore it, and bring ``progress`` to it. A collective."""
         self.events.write("recover_begin")
-        recovery = Recovery(self.client, self.run_dir, self.process.coordinate, self.buffers)
+        memory = self.client if self.recipe.checkpoint.memory.enabled else None
+        recovery = Recovery(memory, self.run_dir, self.process.coordinate, self.buffers)
         report = recovery.report()
-        if not self.recipe.checkpoint.memory.enabled:
-            report = {**report, "memory": []}
         reports: list[dict[str, list[int]]] = [{} for _ in range(self.process.world)]
         dist.all_gather_object(reports, report)
         plan = plan_recovery(reports)
@@ -92,14 +91,14 @@ class Snapshots:
             self.stall.copied_s = self.capturer.wait_copied()
 
     def sealed_step(self) -> int:
-        """This rank's newest sealed step, waiting for the last capture to be sealed. Travels with the step's collective."""
+        """This rank's newest sealed step, after waiting for the last capture. Travels with the step's collective."""
         if self.capturer is None or self._captured < 0:
             return self.committed  # nothing captured yet in this attempt: what was restored still stands
         self.stall.sealed_s = self.capturer.wait_sealed(self._captured)
         return self._captured
 
     def after_step(self, step: int, progress: Progress, committed: int) -> None:
-        """Start the capture of ``step`` in the background, if it is due. ``committed``: the least sealed step of all ranks."""
+        """Start capturing ``step`` in the background if it is due; ``committed`` is the least sealed step of all ranks."""
         self.committed = committed
         if self.capturer is not None and self._due(step):
             self.capturer.start(step, self.extras(progress), committed)

@@ -19,7 +19,6 @@ from lora.attach import attach, format_table
 from lora.watch import AdapterWatch
 from moe.build import load_model, new_model
 from moe.convert import convert, observe_gates
-from moe.deepspeed_ep import bind_expert_parallel
 from moe.families import MoEBlock
 from moe.layout import Layout
 from moe.stats import RoutingMeter
@@ -55,7 +54,7 @@ def main(recipe_path: str, overrides: Sequence[str]) -> int:
             print(f"rank {process.rank if process else '?'} failed: {_in_short(error)}", file=sys.stderr)
             status = 1
         sys.stderr.flush()
-        # The other ranks may be inside a collective: no clean shutdown can be agreed on. The launcher restarts everyone.
+        # The others may be inside a collective: no clean shutdown can be agreed on. The launcher restarts everyone.
         os._exit(status)
     dist.barrier()
     dist.destroy_process_group()
@@ -78,6 +77,7 @@ def train(recipe: Recipe, process: Process) -> None:
         rank=process.rank, first_attempt=attempt == 0, run_dir=run_dir, events=events
     )
     _make_deterministic(process)
+    prepare_deepspeed()
     data = data_module.load(recipe, rank=process.rank)
     if process.rank == 0:
         shutil.copytree(data.tokenizer_dir, run_dir / "tokenizer", dirs_exist_ok=True)
@@ -122,9 +122,6 @@ def build(recipe: Recipe, process: Process, data: DataBundle) -> tuple[torch.nn.
         report = attach(model, recipe.adapter, blocks, layout_ep=layout.ep)
         if process.rank == 0:
             print(format_table(report), flush=True)
-    prepare_deepspeed()
-    for block in blocks:
-        bind_expert_parallel(block.experts)
     model.to(process.device)
     if process.rank == 0:
         backend = blocks[0].experts.backend

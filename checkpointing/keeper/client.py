@@ -89,7 +89,7 @@ class KeeperClient:
             disk: ``{"every": steps (0: only at the end), "keep_last": count}``; None: no disk tier.
             tensors: ``{unit: {"param", "shape", "dtype", "elements"}}`` for the manifest; ``elements`` (optional) lets
                 a reader prove that the unit is whole.
-            kill: a drill, ``{"at": "disk", "step": N, "pid": pid or "keeper"}``.
+            kill: a drill, ``{"at": "disk", "step": N, "pids": [pid or "keeper", ...]}``.
             generations: base slots; default 3, or 4 with ``disk.every`` > 0, so that a running write blocks no capture.
         Raises KeeperRefused (another recipe, too little memory, coordinate taken) or KeeperError.
         """

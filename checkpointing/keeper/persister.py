@@ -33,22 +33,25 @@ class Persist:
 
 @dataclass
 class KillPoint:
-    """A drill: half-way through the first write at or after ``step``, SIGKILL ``pid`` (-1: the keeper itself). Once."""
+    """A drill: half-way through the first write at or after ``step``, SIGKILL ``pids`` (-1: the keeper itself). Once."""
 
     step: int
-    pid: int
+    pids: tuple[int, ...]
     done: bool = False
 
     @classmethod
     def parse(cls, kill: Mapping[str, Any] | None) -> KillPoint | None:
         if not kill or kill.get("at") != "disk":
             return None
-        return cls(int(kill["step"]), -1 if kill["pid"] == "keeper" else int(kill["pid"]))
+        return cls(int(kill["step"]), tuple(-1 if pid == "keeper" else int(pid) for pid in kill["pids"]))
 
-    def reached(self, step: int, written: int, total: int) -> None:
-        if not self.done and step >= self.step and 2 * written >= total:
-            self.done = True
-            os.kill(os.getpid() if self.pid < 0 else self.pid, signal.SIGKILL)
+    def due(self, step: int, written: int, total: int) -> bool:
+        return not self.done and step >= self.step and 2 * written >= total
+
+    def strike(self) -> None:
+        self.done = True
+        for pid in sorted(self.pids, reverse=True):  # the keeper last: it is the one that strikes
+            os.kill(os.getpid() if pid < 0 else pid, signal.SIGKILL)
 
 
 class Persister:
@@ -152,8 +155,9 @@ class Persister:
         return Part(entries_of(slot.view, header), payload_of(slot.view, header))
 
     def _progress(self, job: Persist, written: int, total: int) -> None:
-        if self.kill is not None:
-            self.kill.reached(job.step, written, total)
+        if self.kill is not None and self.kill.due(job.step, written, total):
+            append_event(self._run_dir, "kill", job.step, job.attempt, at="disk", pids=self.kill.pids)
+            self.kill.strike()
 
 
 def _release(job: Persist) -> None:

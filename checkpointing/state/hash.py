@@ -1,7 +1,7 @@
 """One hash over all training state, read from the live optimizer.
 
-Every range of every rank is hashed where it lies; the digests, sorted by name, are hashed again on every rank. Two runs with
-the same layout have the same state hash if and only if every byte of their state is the same.
+Every range of every rank is hashed where it lies; the digests, sorted by name, are hashed again on every rank. Two
+runs with the same layout have the same state hash if and only if every byte of their state is the same.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Live DeepSpeed ZeRO-1/2 state as named ranges.
 
-ZeRO keeps, per parameter group, one flat fp32 partition of master weights and, per inner-optimizer state, one tensor of
-the same length. Which elements of which parameter lie where is recorded on each parameter's ``_hp_mapping``. Here that is
-turned round: every flat tensor becomes a :class:`StateBuffer` whose spans carry names that do not depend on ranks.
+ZeRO keeps, per parameter group, one flat fp32 partition of master weights and, per inner-optimizer state, one tensor
+of the same length. Which elements of which parameter lie where is recorded on each parameter's ``_hp_mapping``. Here
+that is turned round: every flat tensor becomes a :class:`StateBuffer` whose spans carry names that do not depend on
+ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def materialise_moments(zero_optimizer: Any) -> None:
-    """Create the AdamW state that torch would create lazily in the first step, so that it can be captured and restored."""
+    """Create the AdamW state that torch would create in the first step, so that it can be captured and restored."""
     inner = zero_optimizer.optimizer
     for flat in zero_optimizer.single_partition_of_fp32_groups:
         state = inner.state[flat]

@@ -35,7 +35,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, *widths: int) -> Ba
 
 
 def grouped_linear(x_NM: Tensor, weight_LOM: Tensor, counts_L: Tensor, backend: str) -> Tensor:
-    """``y[n] = weight[expert(n)] @ x[n]``; ``counts_L[l]`` rows at a time belong to local expert ``l``. Returns [N, O]."""
+    """``y[n] = weight[expert(n)] @ x[n]``; ``counts_L[l]`` rows at a time belong to expert ``l``. Returns [N, O]."""
     if backend == "grouped_mm":
         ends_L = counts_L.to(device=x_NM.device).cumsum(0).to(torch.int32)
         return torch.nn.functional.grouped_mm(x_NM, weight_LOM.transpose(-2, -1), offs=ends_L)

@@ -44,7 +44,7 @@ def test_due_steps_are_written_and_old_ones_removed(run_dir, make_job, events, w
 
 
 def test_the_keeper_killed_half_way_leaves_the_previous_one_and_writes_again(run_dir, make_job, events, wait_until):
-    job = make_job(disk=DISK, options={"kill": {"at": "disk", "step": 4, "pid": "keeper"}})
+    job = make_job(disk=DISK, options={"kill": {"at": "disk", "step": 4, "pids": ["keeper"]}})
     first = job.clients[0].keeper_pid
     job.begin()
     job.step(1)
@@ -63,7 +63,7 @@ def test_the_keeper_killed_half_way_leaves_the_previous_one_and_writes_again(run
 
 
 def train_until_killed(pipe, make_job):
-    job = make_job(disk=DISK, options={"kill": {"at": "disk", "step": 3, "pid": os.getpid()}})
+    job = make_job(disk=DISK, options={"kill": {"at": "disk", "step": 3, "pids": [os.getpid()]}})
     job.run(1, 2, 3, 4)
     pipe.send("captured")
     pipe.recv()

@@ -59,7 +59,7 @@ def test_the_keeper_killed_alone_does_not_disturb_training(start, undisturbed, p
     job = start(f"keeper-{point}", kill=str(kill))
     verdict = verdict_of(job, kill, undisturbed)
     assert verdict.optimizer_steps == verdict.steps
-    assert len({row["pid"] for row in job.rows() if row["kind"] == "keeper_start"}) == 2
+    assert len({row["pid"] for row in job.rows() if row["kind"] == "keeper_started"}) == 2
 
 
 @pytest.mark.parametrize("seed", range(3))

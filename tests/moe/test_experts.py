@@ -86,5 +86,5 @@ def test_a_dense_model_is_refused_with_what_was_looked_for():
         num_attention_heads=2,
         intermediate_size=16,
     )
-    with pytest.raises(FamilyError, match="no MoE block.*`gate` or `router`"):
+    with pytest.raises(FamilyError, match=r"no MoE block.*`gate` or `router`"):
         convert(AutoModelForCausalLM.from_config(config))
