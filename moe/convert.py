@@ -19,7 +19,7 @@ from moe.stats import RoutingMeter
 
 
 def convert(model: nn.Module, layout: Layout | None = None, rank: int = 0) -> list[MoEBlock]:
-    """Replace every MoE block's experts by :class:`~moe.experts.Experts` with this rank's share; address all parameters.
+    """Replace every MoE block's experts by :class:`~moe.experts.Experts` with this rank's share; address everything.
 
     With one expert-parallel rank the Parameter objects are reused: nothing is copied.
 

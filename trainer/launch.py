@@ -7,8 +7,6 @@ holds their memory meanwhile.
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ from pathlib import Path
 
 from trainer.recipe import load_recipe, recipe_warnings
 from trainer.refusal import VARIABLE
+from trainer.runfolder import claim
 
 USER_MISTAKE, RESUMABLE = 2, 75
 
@@ -31,52 +30,49 @@ def worker_environment(workers: int) -> dict[str, str]:
     return environment
 
 
-def torchrun_command(workers: int, restarts: int, arguments: Sequence[str]) -> list[str]:
+def torchrun_arguments(workers: int, restarts: int, arguments: Sequence[str]) -> list[str]:
+    """What follows `torchrun` on the command line."""
     return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
         "--standalone",
         f"--nproc-per-node={workers}",
         f"--max-restarts={restarts}",
         "--monitor-interval=0.1",
-        "-m",
-        "trainer",
         *arguments,
     ]
 
 
 def train(recipe_path: str, overrides: Sequence[str]) -> int:
-    """Validate, then run the job to its end. Returns 0, 1 (failed), 2 (the user must act) or 75 (stopped, resumable)."""
+    """Validate, then run the job to its end. Returns 0, 1 (failed), 2 (the user must act), 75 (stopped, resumable)."""
     recipe = load_recipe(recipe_path, overrides)
     for warning in recipe_warnings(recipe):
         print(f"warning: {warning}", file=sys.stderr)
+    claim(recipe)
     parallel = recipe.parallel
-    command = torchrun_command(parallel.workers, parallel.restarts, ["train", str(recipe_path), *overrides])
+    worker = ["-m", "trainer", "train", str(recipe_path), *overrides]
     with tempfile.TemporaryDirectory(prefix="planaria-") as scratch:
         refusal = Path(scratch) / "refusal"
-        environment = {**worker_environment(parallel.workers), VARIABLE: str(refusal)}
-        with subprocess.Popen(command, env=environment) as job:
-            stopped = _forward_signals(job)
-            status = job.wait()
+        os.environ.update(worker_environment(parallel.workers), **{VARIABLE: str(refusal)})
+        status = run_agent(torchrun_arguments(parallel.workers, parallel.restarts, worker))
         if refusal.exists():
             print(refusal.read_text(), file=sys.stderr)
             return USER_MISTAKE
-    if stopped:
+    if status == RESUMABLE:
         print("stopped; the same command resumes from the last sealed step", file=sys.stderr)
+    return status
+
+
+def run_agent(arguments: Sequence[str]) -> int:
+    """Be torchrun's agent in this process: what it raises becomes an exit status instead of a traceback."""
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        torchrun.run(torchrun.parse_args(list(arguments)))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        print(f"worker {rank} failed with status {failure.exitcode}, and no restart is left", file=sys.stderr)
+        return 1
+    except (SignalException, KeyboardInterrupt):
         return RESUMABLE
-    return 0 if status == 0 else 1
-
-
-def _forward_signals(job: subprocess.Popen[bytes]) -> list[int]:
-    """Pass SIGTERM and SIGINT on to the agent, once; returns a list that tells whether one came."""
-    received: list[int] = []
-
-    def handler(number: int, _frame: object) -> None:
-        if not received:
-            job.send_signal(signal.SIGTERM)
-        received.append(number)
-
-    signal.signal(signal.SIGTERM, handler)
-    signal.signal(signal.SIGINT, handler)
-    return received
+    return 0

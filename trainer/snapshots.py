@@ -98,7 +98,7 @@ class Snapshots:
         return self._captured
 
     def after_step(self, step: int, progress: Progress, committed: int) -> None:
-        """Start capturing ``step`` in the background if it is due; ``committed`` is the least sealed step of all ranks."""
+        """Start capturing ``step`` in the background if it is due. ``committed``: all ranks' least sealed step."""
         self.committed = committed
         if self.capturer is not None and self._due(step):
             self.capturer.start(step, self.extras(progress), committed)

@@ -33,7 +33,7 @@ class Persist:
 
 @dataclass
 class KillPoint:
-    """A drill: half-way through the first write at or after ``step``, SIGKILL ``pids`` (-1: the keeper itself). Once."""
+    """A drill: half-way through the first write at or after ``step``, SIGKILL ``pids`` (-1 is the keeper). Once."""
 
     step: int
     pids: tuple[int, ...]

@@ -36,9 +36,8 @@ def restore_rng(extras: dict[str, bytes]) -> None:
 
 def seed_streams(seed: int, purpose: str, coordinate: int) -> None:
     """Start this worker's streams, keyed by purpose and logical coordinate rather than by process."""
-    mixed = int.from_bytes(hashlib.sha256(f"{seed}/{purpose}/{coordinate}".encode()).digest()[:8], "little") & (
-        2**63 - 1
-    )
+    digest = hashlib.sha256(f"{seed}/{purpose}/{coordinate}".encode()).digest()
+    mixed = int.from_bytes(digest[:8], "little") >> 1  # torch takes 63 bits
     torch.manual_seed(mixed)
     random.seed(mixed)
     np.random.seed(mixed % 2**32)

@@ -2,12 +2,13 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from checkpointing.units import Range, overlaps, uncovered
-from trainer.launch import torchrun_command, worker_environment
+from trainer.launch import torchrun_arguments, worker_environment
 
 HERE = Path(__file__).parent
 
@@ -18,8 +19,8 @@ def reports(tmp_path_factory):
     found = {}
     for world, ep, zero in [(1, 1, 1), (2, 2, 1), (4, 2, 2)]:
         out = folder / f"{world}.json"
-        command = torchrun_command(world, 0, [])
-        command = [*command[: command.index("-m", 3)], str(HERE / "ep_worker.py"), str(out), str(ep), str(zero)]
+        worker = [str(HERE / "ep_worker.py"), str(out), str(ep), str(zero)]
+        command = [sys.executable, "-m", "torch.distributed.run", *torchrun_arguments(world, 0, worker)]
         environment = {**worker_environment(world), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, timeout=150, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[:6000]
