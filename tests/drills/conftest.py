@@ -15,14 +15,16 @@ from trainer.launch import worker_environment
 from trainer.recipe import load_recipe
 
 RECIPE = Path(__file__).parent / "drill.yaml"
+LORA_RECIPE = Path(__file__).parent / "lora.yaml"
 TIMEOUT_S = 150
 
 
 class Job:
     """One training job in its own session. ``command`` is what a user would type after the interpreter."""
 
-    def __init__(self, folder, name, overrides=(), kill=None, command=None, environment=None):
+    def __init__(self, folder, name, overrides=(), kill=None, command=None, environment=None, recipe=RECIPE):
         self.run_dir = folder / name
+        self.recipe_path = recipe
         self.overrides = [f"log.dir={folder}", f"log.run={name}", f"data.cache_dir={folder / 'cache'}", *overrides]
         command = command or [sys.executable, "-m", "trainer", "train"]
         variables = {**worker_environment(2), "OMP_NUM_THREADS": "1", **(environment or {})}
@@ -31,13 +33,13 @@ class Job:
         self.output = folder / f"{name}.log"
         with self.output.open("ab") as output:
             self.process = subprocess.Popen(
-                [*command, str(RECIPE), *self.overrides],
+                [*command, str(recipe), *self.overrides],
                 env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
     @property
     def recipe(self):
-        return load_recipe(RECIPE, self.overrides)
+        return load_recipe(self.recipe_path, self.overrides)
 
     def rows(self):
         return read_events(self.run_dir) if self.run_dir.exists() else []
@@ -62,14 +64,14 @@ class Job:
             stop_keeper(self.run_dir, persist=False)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("drills")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def start(folder):
-    """Starts jobs in one folder, so that they share the data cache; all are gone when the module ends."""
+    """Starts jobs in one folder, so that they share the data cache; all are gone when the tests end."""
     jobs = []
 
     def start_job(name, overrides=(), **options):
@@ -81,6 +83,6 @@ def start(folder):
         job.reap()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def undisturbed(start):
     return start("undisturbed").finish()
