@@ -16,7 +16,11 @@ from trainer.recipe import load_recipe, recipe_warnings
 from trainer.refusal import VARIABLE
 from trainer.runfolder import claim
 
-USER_MISTAKE, RESUMABLE = 2, 75
+FAILED, USER_MISTAKE, RESUMABLE = 1, 2, 75
+_PARTING = {
+    FAILED: "failed: a worker died and no restart is left; its own message is above. The same command resumes",
+    RESUMABLE: "stopped; the same command resumes from the last sealed step",
+}
 
 
 def worker_environment(workers: int) -> dict[str, str]:
@@ -56,8 +60,8 @@ def train(recipe_path: str, overrides: Sequence[str]) -> int:
         if refusal.exists():
             print(refusal.read_text(), file=sys.stderr)
             return USER_MISTAKE
-    if status == RESUMABLE:
-        print("stopped; the same command resumes from the last sealed step", file=sys.stderr)
+    if status != 0:
+        print(_PARTING[status], file=sys.stderr)
     return status
 
 
@@ -69,10 +73,8 @@ def run_agent(arguments: Sequence[str]) -> int:
 
     try:
         torchrun.run(torchrun.parse_args(list(arguments)))
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        print(f"worker {rank} failed with status {failure.exitcode}, and no restart is left", file=sys.stderr)
-        return 1
+    except ChildFailedError:
+        return FAILED
     except (SignalException, KeyboardInterrupt):
         return RESUMABLE
     return 0

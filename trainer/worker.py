@@ -146,7 +146,7 @@ def _make_deterministic(process: Process) -> None:
     """Same recipe, same bits: on CUDA ask for kernels without atomics."""
     if process.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward has no deterministic form
 
