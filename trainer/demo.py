@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from checkpointing.keeper.client import stop_keeper
 from trainer.events import read_events
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -38,6 +39,7 @@ def main() -> int:
     began = time.monotonic()
     drill, lora = Path("runs/quickstart-drill"), Path("runs/quickstart-lora")
     for old in (drill, lora, Path("runs/quickstart")):
+        stop_keeper(old, persist=False)
         shutil.rmtree(old, ignore_errors=True)
     planaria("drill", str(RECIPES / "quickstart.yaml"), "--kill", KILL)
     planaria("export", str(drill / "killed"), "runs/quickstart/export")

@@ -7,7 +7,9 @@ sample was seen exactly once in the steps that count.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,11 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpointing.keeper.client import stop_keeper
 from trainer.data import cache_root
 from trainer.events import read_events
 from trainer.failpoints import KILL_VARIABLE
 from trainer.faults import KillSpec
-from trainer.launch import worker_environment
+from trainer.launch import RESUMABLE
 from trainer.recipe import RecipeError, load_recipe
 from trainer.schema import Recipe
 
@@ -67,22 +70,22 @@ def main(recipe_path: str, kill: KillSpec | None, json_path: str | None, overrid
     kill = kill or KillSpec(rank=recipe.parallel.workers - 1, step=max(2, recipe.train.steps // 2))
     check_kill(recipe, kill)
     base = Path(recipe.log.dir) / f"{recipe.log.run}-drill"
+    if (base / "recipe.yaml").exists():
+        raise RecipeError([f"{base} is the folder of a run, and a drill would overwrite it; give log.run=NAME"])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(RESUMABLE))
+    for name in ("undisturbed", "killed"):
+        stop_keeper(base / name, persist=False)  # one of an earlier drill may still linger
     shutil.rmtree(base, ignore_errors=True)
-    hashes = {}
+    rows, failures = {}, []
     for name, strike in (("undisturbed", None), ("killed", kill)):
         print(f"drill: {name} run" + (f", SIGKILL at {strike}" if strike else ""), flush=True)
-        status = run_once(
-            recipe_path,
-            [*overrides, f"log.dir={base}", f"log.run={name}", f"data.cache_dir={cache_root(recipe)}"],
-            strike,
-        )
+        where = [f"log.dir={base}", f"log.run={name}", f"data.cache_dir={cache_root(recipe)}"]
+        status = run_once(recipe_path, [*overrides, *where], strike)
         if status != 0:
-            print(
-                f"FAIL: the {name} run exited with status {status}; see {base / name / 'events.jsonl'}", file=sys.stderr
-            )
-            return 1
-        hashes[name] = read_events(base / name)
-    verdict = judge(recipe, kill, hashes["undisturbed"], hashes["killed"])
+            failures.append(f"the {name} run exited with status {status}; see {base / name / 'events.jsonl'}")
+        rows[name] = read_events(base / name)
+    verdict = judge(recipe, kill, rows["undisturbed"], rows["killed"], failures)
+    (base / "killed").mkdir(parents=True, exist_ok=True)
     for target in filter(None, [base / "killed" / "verdict.json", json_path]):
         Path(target).write_text(verdict.to_json() + "\n")
     print(format_verdict(verdict))
@@ -107,17 +110,29 @@ def check_kill(recipe: Recipe, kill: KillSpec) -> None:
 
 def run_once(recipe_path: str, overrides: Sequence[str], kill: KillSpec | None) -> int:
     """One whole training job in its own process tree."""
-    environment = worker_environment(1)
-    environment.pop("OMP_NUM_THREADS")
+    environment = {name: value for name, value in os.environ.items() if name != KILL_VARIABLE}
+    root = str(Path(__file__).resolve().parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
     if kill is not None:
         environment[KILL_VARIABLE] = str(kill)
     command = [sys.executable, "-m", "trainer", "train", recipe_path, *overrides]
-    return subprocess.run(command, env=environment, timeout=RUN_TIMEOUT_S, check=False).returncode
+    with subprocess.Popen(command, env=environment) as job:
+        try:
+            return job.wait(timeout=RUN_TIMEOUT_S)
+        finally:
+            if job.poll() is None:  # the drill is being stopped: its job must not outlive it
+                job.terminate()
 
 
-def judge(recipe: Recipe, kill: KillSpec, calm: list[dict[str, Any]], killed: list[dict[str, Any]]) -> Verdict:
+def judge(
+    recipe: Recipe,
+    kill: KillSpec,
+    calm: list[dict[str, Any]],
+    killed: list[dict[str, Any]],
+    failures: Sequence[str] = (),
+) -> Verdict:
     """Compare the two runs' events. Pure: the same rows give the same verdict."""
-    problems = []
+    problems = list(failures)
     calm_done, killed_done = _last(calm, "done"), _last(killed, "done")
     strike = _first(killed, "kill")
     plan = _last(killed, "recovery_plan")
@@ -135,7 +150,11 @@ def judge(recipe: Recipe, kill: KillSpec, calm: list[dict[str, Any]], killed: li
     executed = sum(1 for row in killed if row["kind"] == "optimizer" and row["rank"] == 0)
     reached = max((r["step"] for r in killed if r["kind"] == "optimizer" and r["attempt"] == 0), default=0)
     resumed = plan["step"] if plan and worker_died else reached
-    problems += _sample_problems(recipe, killed)
+    memory = recipe.checkpoint.memory
+    allowed = steps + (memory.every if worker_died else 0)
+    if memory.enabled and kill.who != "both" and executed > allowed:
+        problems.append(f"{executed} optimizer steps were executed, at most {allowed} were needed")
+    problems += _sample_problems(recipe, calm, killed)
     return Verdict(
         passed=not problems,
         kill=str(kill),
@@ -152,12 +171,18 @@ def judge(recipe: Recipe, kill: KillSpec, calm: list[dict[str, Any]], killed: li
     )
 
 
-def _sample_problems(recipe: Recipe, rows: list[dict[str, Any]]) -> list[str]:
-    """The steps that count, each by its last execution, must cover the samples once and in order."""
-    cursor = {row["step"]: row["samples"] for row in rows if row["kind"] == "step"}
-    batch = recipe.train.global_batch_size
-    wrong = [step for step in range(1, recipe.train.steps + 1) if cursor.get(step) != step * batch]
-    return [f"steps {wrong} did not consume their samples exactly once"] if wrong else []
+def _sample_problems(recipe: Recipe, calm: list[dict[str, Any]], killed: list[dict[str, Any]]) -> list[str]:
+    """The steps that count, each by its last execution, must have consumed what the undisturbed run's did.
+
+    ``consumed`` chains the ids and tokens of everything before it, so one equal link means that no sample was skipped,
+    repeated or altered up to there.
+    """
+    want, got = (
+        {row["step"]: (row["samples"], row["consumed"]) for row in rows if row["kind"] == "step"}
+        for rows in (calm, killed)
+    )
+    wrong = [step for step in range(1, recipe.train.steps + 1) if got.get(step) != want.get(step)]
+    return [f"steps {wrong} did not consume the samples of the undisturbed run"] if wrong else []
 
 
 def _seconds(rows: list[dict[str, Any]], strike: dict[str, Any], reached: int) -> Seconds:

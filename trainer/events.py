@@ -6,6 +6,7 @@ Every process of the run appends to the same file; the keeper's rows have rank -
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -40,7 +41,8 @@ class EventLog:
         # A row that was cut short by a full disk must not swallow the first row of this attempt.
         size = os.fstat(self._fd).st_size
         if size and os.pread(self._fd, 1, size - 1) != b"\n":
-            os.write(self._fd, b"\n")
+            with contextlib.suppress(OSError):  # still full: rows are lost, not the run
+                os.write(self._fd, b"\n")
 
     def write(self, kind: str, step: int | None = None, **fields: Any) -> None:
         """Append one row. Numbers that are not finite become text, since JSON has none."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from checkpointing.store import Checkpoint, list_checkpoints, verify
 from lora.format import save_adapter
 from moe.build import new_config
 from moe.fingerprint import fingerprint
+from trainer.build import shape_fields
 from trainer.recipe import RecipeError, load_recipe
 from trainer.schema import Recipe
-from trainer.worker import shape_fields
 
 
 class ExportError(ValueError):
@@ -36,9 +37,22 @@ def main(run_dir: str, out_dir: str) -> int:
     recipe, checkpoint = open_run(run)
     if out.exists() and any(out.iterdir()):
         raise ExportError(f"{out} exists and is not empty; give another folder or remove it")
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        _write(recipe, run, checkpoint, temporary)
+        temporary.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    what = "base model and adapter" if recipe.adapter else "model"
+    print(f"exported {what} of step {checkpoint.step} to {out}")
+    return 0
+
+
+def _write(recipe: Recipe, run: Path, checkpoint: Checkpoint, temporary: Path) -> None:
     tensors = trained_tensors(checkpoint)
     if recipe.adapter:
         _copy_base(recipe, temporary)
@@ -46,12 +60,6 @@ def main(run_dir: str, out_dir: str) -> int:
     else:
         _write_model(recipe, run, tensors, temporary)
         _copy_tokenizer(run, temporary)
-    if out.exists():
-        out.rmdir()
-    temporary.rename(out)
-    what = "base model and adapter" if recipe.adapter else "model"
-    print(f"exported {what} of step {checkpoint.step} to {out}")
-    return 0
 
 
 def open_run(run: Path) -> tuple[Recipe, Checkpoint]:

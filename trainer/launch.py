@@ -12,9 +12,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.recipe import load_recipe, recipe_warnings
+from trainer.documents import matching_files
+from trainer.recipe import RecipeError, load_recipe, recipe_warnings
 from trainer.refusal import VARIABLE
 from trainer.runfolder import claim
+from trainer.schema import Recipe
 
 FAILED, USER_MISTAKE, RESUMABLE = 1, 2, 75
 _PARTING = {
@@ -50,6 +52,7 @@ def train(recipe_path: str, overrides: Sequence[str]) -> int:
     recipe = load_recipe(recipe_path, overrides)
     for warning in recipe_warnings(recipe):
         print(f"warning: {warning}", file=sys.stderr)
+    _check_inputs(recipe)
     claim(recipe)
     parallel = recipe.parallel
     worker = ["-m", "trainer", "train", str(recipe_path), *overrides]
@@ -63,6 +66,14 @@ def train(recipe_path: str, overrides: Sequence[str]) -> int:
     if status != 0:
         print(_PARTING[status], file=sys.stderr)
     return status
+
+
+def _check_inputs(recipe: Recipe) -> None:
+    """What would make every worker fail alike is found before any is started. Raises DataError or RecipeError."""
+    matching_files(recipe.data)
+    base = recipe.model.path
+    if base is not None and not (Path(base) / "config.json").is_file():
+        raise RecipeError([f"model.path: {base} is not a Hugging Face model folder: it has no config.json"])
 
 
 def run_agent(arguments: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,10 @@ from trainer.schema import Recipe
 from trainer.snapshots import Snapshots
 
 
+class DivergedError(ValueError):
+    """Loss or gradients stopped being numbers."""
+
+
 @dataclass
 class Run:
     """Everything one worker trains with."""
@@ -39,11 +44,6 @@ class Run:
     meter: RoutingMeter
     watch: AdapterWatch | None = None
     progress: Progress = field(default_factory=Progress)
-
-    @property
-    def accumulation(self) -> int:
-        train = self.recipe.train
-        return train.global_batch_size // (train.micro_batch_size * self.process.world)
 
 
 def fit(run: Run) -> None:
@@ -76,18 +76,17 @@ def train_step(run: Run, step: int) -> torch.Tensor:
     )
     set_learning_rate(engine, rate)
     total = torch.zeros((), device=run.process.device)
-    for micro in range(run.accumulation):
+    for micro in range(run.recipe.accumulation):
         ids_BS = next_batch(run, step, micro)
-        with batch_context(BatchContext(aux_scale=1 / run.accumulation)):
+        with batch_context(BatchContext(aux_scale=1 / run.recipe.accumulation)):
             loss = engine(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss
         engine.backward(loss)
-        total += loss.detach().float() / run.accumulation
-        if micro == run.accumulation - 1:
+        total += loss.detach().float() / run.recipe.accumulation
+        if micro == run.recipe.accumulation - 1:
             run.snapshots.before_optimizer()
             run.events.write("optimizer", step=step)
         engine.step()
     run.progress.step = step
-    run.progress.samples = step * train.global_batch_size
     return total
 
 
@@ -100,23 +99,31 @@ def next_batch(run: Run, step: int, micro: int) -> torch.Tensor:
     rows = [dataset[sample_order(i, len(dataset), train.seed)] for i in global_ids]
     ids_BS = torch.stack([torch.from_numpy(row) for row in rows])
     run.progress.consume(global_ids, ids_BS.numpy().tobytes())
+    run.progress.samples += len(global_ids) * run.process.world
     return ids_BS.to(run.process.device)
 
 
 def _exchange(run: Run, loss: torch.Tensor) -> tuple[float, int]:
     """The step's one small collective: every rank's loss and newest sealed step -> (mean loss, committed step)."""
+    _check_finite(run, loss)
     mine = torch.tensor([float(loss), float(run.snapshots.sealed_step())], dtype=torch.float64)
     mine = mine.to(run.process.device)
     everyone = [torch.empty_like(mine) for _ in range(run.process.world)]
     dist.all_gather(everyone, mine)
     losses_R, sealed_R = torch.stack(everyone).cpu().unbind(1)
-    mean = float(losses_R.mean())
-    if mean != mean:
-        raise FloatingPointError(
-            f"step {run.progress.step}: the loss is NaN; lower train.lr or raise train.warmup_steps. "
-            "Checkpoints of earlier steps are intact."
-        )
-    return mean, int(sealed_R.min())
+    return float(losses_R.mean()), int(sealed_R.min())
+
+
+def _check_finite(run: Run, loss: torch.Tensor) -> None:
+    """Stop before a poisoned step is captured: a gradient that is not finite has just gone into the weights."""
+    norm = _grad_norm(run.engine)
+    if math.isfinite(norm) and math.isfinite(float(loss)):
+        return
+    step = run.progress.step
+    raise DivergedError(
+        f"step {step} diverged on rank {run.process.rank}: loss {float(loss)}, gradient norm {norm}. The last good "
+        f"checkpoint is of a step before {step}; lower train.lr or raise train.warmup_steps, with log.run=NAME"
+    )
 
 
 def _check_adapters(run: Run, watch: AdapterWatch) -> AdapterWatch | None:
@@ -147,6 +154,7 @@ def _report_step(run: Run, step: int, loss: float, seconds: float) -> None:
         seconds=seconds,
         tokens_per_s=tokens / seconds,
         samples=run.progress.samples,
+        consumed=run.progress.consumed,
         committed=run.snapshots.committed,
         stall_copied_s=stall.copied_s,
         stall_sealed_s=stall.sealed_s,

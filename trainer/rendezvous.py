@@ -6,12 +6,16 @@ made here, before DeepSpeed would make one, over a store whose keys carry the at
 
 from __future__ import annotations
 
+import ctypes
 import os
-from dataclasses import dataclass
+import signal
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+_PR_SET_PDEATHSIG = 1
 
 
 class DeviceError(ValueError):
@@ -20,18 +24,26 @@ class DeviceError(ValueError):
 
 @dataclass(frozen=True)
 class Process:
-    """This worker's place in the job. ``attempt`` counts torchrun's restarts; other launchers always start at 0."""
+    """This worker's place in the job."""
 
     rank: int
     world: int
     local_rank: int
-    attempt: int
     device: torch.device
+    held: list[object] = field(default_factory=list)  # what must live as long as the process
 
     @property
     def coordinate(self) -> str:
         """Logical name of this worker's share of the state; all parallelism here is data x expert, ordered by rank."""
         return f"dp{self.rank:04d}"
+
+
+def die_with_launcher() -> None:
+    """Have the kernel kill this worker when the process that started it dies, so that no worker outlives its job."""
+    launcher = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # it died before the request
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
@@ -48,7 +60,7 @@ def join(device_wanted: str, timeout: timedelta = timedelta(minutes=30)) -> Proc
     environment = os.environ
     rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     local_rank = int(environment.get("LOCAL_RANK", rank))
-    attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0))
+    restart = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0))  # only torchrun restarts
     device = choose_device(device_wanted, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -62,9 +74,9 @@ def join(device_wanted: str, timeout: timedelta = timedelta(minutes=30)) -> Proc
     )
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"attempt-{attempt}", store),
+        store=dist.PrefixStore(f"restart-{restart}", store),
         rank=rank,
         world_size=world,
         timeout=timeout,
     )
-    return Process(rank, world, local_rank, attempt, device)
+    return Process(rank, world, local_rank, device)

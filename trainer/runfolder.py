@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import fcntl
 import os
+import time
 from pathlib import Path
+from typing import TextIO
 
 from trainer.events import read_events
 from trainer.recipe import RecipeError, load_recipe, recipe_fingerprint, recipe_to_yaml
@@ -18,7 +21,8 @@ def run_folder(recipe: Recipe) -> Path:
 def claim(recipe: Recipe) -> Path:
     """Make the run's folder, or check that it was made for this very recipe.
 
-    Raises RecipeError with a diff if the folder belongs to another recipe: resuming it would silently change the run.
+    Settings that cannot change the run's bits may differ, and are written down anew. Raises RecipeError with a diff if
+    the folder belongs to another recipe: resuming it would silently change the run.
     """
     folder = run_folder(recipe)
     folder.mkdir(parents=True, exist_ok=True)
@@ -33,11 +37,37 @@ def claim(recipe: Recipe) -> Path:
             raise RecipeError(
                 [f"{written}: this run folder belongs to another recipe; give log.run=NAME or remove it\n{diff}"]
             )
-        return folder
+        if before == text:
+            return folder
     temporary = folder / f".recipe.{os.getpid()}"
     temporary.write_text(text)
     temporary.rename(written)
     return folder
+
+
+def lock(folder: Path, patience_s: float = 10.0) -> TextIO:
+    """Held by rank 0 for as long as it lives, so that no two jobs train in one folder.
+
+    Waits a little: the worker of the attempt before may still be dying. Raises RecipeError naming the holder.
+    """
+    file = (folder / "run.lock").open("a+")
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.seek(0)
+                holder = file.read().strip()
+                raise RecipeError(
+                    [f"{folder} is being trained by process {holder}; stop it, or give log.run=NAME"]
+                ) from None
+            time.sleep(0.1)
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
 
 
 def next_attempt(folder: Path) -> int:

@@ -148,6 +148,11 @@ class Recipe:
     adapter: dict[str, BankConfig] = field(default_factory=dict)
     log: LogSection = field(default_factory=LogSection)
 
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches that each worker runs per optimizer step."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * self.parallel.workers)
+
 
 @dataclass(frozen=True)
 class Key:

@@ -10,11 +10,10 @@ The order within step t, on every rank:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from checkpointing.capture import Capturer
@@ -27,8 +26,8 @@ from checkpointing.state.hash import state_hash
 from checkpointing.state.zero import after_restore, optimizer_steps, zero_buffers
 from trainer.events import EventLog
 from trainer.failpoints import Failpoints
+from trainer.origin import Origin
 from trainer.progress import Progress
-from trainer.recipe import recipe_fingerprint
 from trainer.rendezvous import Process
 from trainer.schema import Recipe
 
@@ -50,6 +49,7 @@ class Snapshots:
     run_dir: Path
     zero_optimizer: Any
     buffers: list[StateBuffer]
+    origin: Origin
     client: KeeperClient | None
     capturer: Capturer | None
     events: EventLog
@@ -62,22 +62,27 @@ class Snapshots:
     def recover(self, progress: Progress) -> RecoveryPlan:
         """Agree with all ranks on the newest complete step, restore it, and bring ``progress`` to it. A collective."""
         self.events.write("recover_begin")
-        memory = self.client if self.recipe.checkpoint.memory.enabled else None
-        recovery = Recovery(memory, self.run_dir, self.process.coordinate, self.buffers)
-        report = recovery.report()
+        enabled = self.recipe.checkpoint.memory.enabled
+        recovery = Recovery(
+            self.client,
+            self.run_dir,
+            self.process.coordinate,
+            self.buffers,
+            memory=enabled,
+            fingerprint=self.origin.recipe,
+        )
         reports: list[dict[str, list[int]]] = [{} for _ in range(self.process.world)]
-        dist.all_gather_object(reports, report)
+        dist.all_gather_object(reports, recovery.report())
         plan = plan_recovery(reports)
         if self.process.rank == 0:
             print(f"recovery: {plan.reason}", flush=True)
             self.events.write("recovery_plan", step=plan.step, tier=plan.tier, reason=plan.reason)
+        extras = recovery.apply(plan)
         if plan.tier != "fresh":
-            extras = recovery.apply(plan)
+            self.origin.check(extras["origin"])
             progress.load(extras["progress"])
             after_restore(self.zero_optimizer, progress.optimizer_steps)
             restore_rng(extras)
-        if self.client is not None:
-            self.client.discard(after_step=plan.step)
         self.committed = plan.step
         self.events.write("recovered", step=plan.step, tier=plan.tier)
         return plan
@@ -101,7 +106,8 @@ class Snapshots:
         """Start capturing ``step`` in the background if it is due. ``committed``: all ranks' least sealed step."""
         self.committed = committed
         if self.capturer is not None and self._due(step):
-            self.capturer.start(step, self.extras(progress), committed)
+            extras = {**self.extras(progress), "origin": self.origin.dump()}
+            self.capturer.start(step, extras, committed)
             self._captured = step
 
     def _due(self, step: int) -> bool:
@@ -137,30 +143,33 @@ def open_snapshots(
     zero_optimizer: Any,
     events: EventLog,
     failpoints: Failpoints,
-    metadata: dict[str, Any],
+    origin: Origin,
 ) -> Snapshots:
     """Attach to the node's keeper, starting one if there is none, and register this worker's state."""
     buffers = zero_buffers(zero_optimizer)
     checkpoint = recipe.checkpoint
     wanted = checkpoint.memory.enabled or checkpoint.disk.every > 0 or checkpoint.disk.final
     if not wanted:
-        return Snapshots(recipe, process, run_dir, zero_optimizer, buffers, None, None, events)
-    tensors = _describe_tensors(zero_optimizer)
+        return Snapshots(recipe, process, run_dir, zero_optimizer, buffers, origin, None, None, events)
+    writes = checkpoint.disk.every > 0 or checkpoint.disk.final
+    disk = {"every": checkpoint.disk.every, "keep_last": checkpoint.disk.keep_last} if writes else None
     client = KeeperClient.attach(
         run_dir,
         coordinate=process.coordinate,
         coordinates=[f"dp{rank:04d}" for rank in range(process.world)],
         buffers=buffers,
-        fingerprint=recipe_fingerprint(recipe),
+        fingerprint=origin.recipe,
         attempt=events.attempt,
-        disk={"every": checkpoint.disk.every, "keep_last": checkpoint.disk.keep_last},
+        disk=disk,
         linger_s=checkpoint.linger_s,
-        tensors=tensors,
-        metadata=metadata,
+        tensors=_describe_tensors(zero_optimizer),
+        metadata=asdict(origin),
         kill=failpoints.disk_kill(),
+        # Without the memory tier a slot only carries a step to the disk: one being written, one for the next.
+        generations=None if checkpoint.memory.enabled else 2,
     )
     capturer = Capturer(client, buffers, reached=failpoints.reached)
-    return Snapshots(recipe, process, run_dir, zero_optimizer, buffers, client, capturer, events)
+    return Snapshots(recipe, process, run_dir, zero_optimizer, buffers, origin, client, capturer, events)
 
 
 def _describe_tensors(zero_optimizer: Any) -> dict[str, dict[str, Any]]:
@@ -178,16 +187,3 @@ def _describe_tensors(zero_optimizer: Any) -> dict[str, dict[str, Any]]:
                     "dtype": str(param.dtype).removeprefix("torch."),
                 }
     return described
-
-
-def layout_metadata(recipe: Recipe, process: Process, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What redo and a reader under another layout must know about the run that wrote a checkpoint."""
-    return {
-        "world": process.world,
-        "ep": recipe.parallel.ep,
-        "zero": recipe.parallel.zero,
-        "device": process.device.type,
-        "optimizer": f"{type(optimizer).__name__}(fused={bool(optimizer.defaults.get('fused'))})",
-        "torch": torch.__version__,
-        "recipe": recipe_fingerprint(recipe),
-    }

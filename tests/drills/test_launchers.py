@@ -74,3 +74,42 @@ def test_a_finished_run_started_again_ends_at_once_with_the_same_state(start, un
     again = start("twice").finish()
     assert [row["state_hash"] for row in again if row["kind"] == "done"] == [final_hash(first)] * 2
     assert sum(row["kind"] == "optimizer" and row["rank"] == 0 for row in again) == 12
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_workers_die_with_a_killed_launcher_and_the_run_goes_on_when_started_again(start, undisturbed):
+    job = start("orphans")
+    wait_for_step(job, 3)
+    pids = [worker_pid(job, rank) for rank in range(2)]
+    os.kill(job.process.pid, signal.SIGKILL)
+    job.wait()
+    deadline = time.monotonic() + 10
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "workers outlived their launcher"
+        time.sleep(0.02)
+    assert final_hash(start("orphans").finish()) == final_hash(undisturbed)
+
+
+def test_a_second_job_in_a_run_folder_is_refused(start):
+    first = start("shared", ["train.steps=5000"])
+    wait_for_step(first, 1)
+    second = start("shared", ["train.steps=5000"])
+    assert second.wait() == 2
+    assert "is being trained by process" in second.output.read_text()
+    wait_for_step(first, first.rows()[-1]["step"] or 1)
+    first.process.send_signal(signal.SIGTERM)
+    assert first.wait() == 75
+
+
+def test_a_diverging_run_stops_without_restarts_and_keeps_its_last_good_step(start):
+    job = start("diverged", ["train.lr=1e38", "train.max_grad_norm=0", "train.warmup_steps=0"])
+    assert job.wait() == 2
+    assert "diverged" in job.output.read_text()
+    assert sum(row["kind"] == "start" and row["rank"] == 0 for row in job.rows()) == 1

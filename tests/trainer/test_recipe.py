@@ -282,7 +282,8 @@ def test_any_value_anywhere_is_accepted_or_refused_in_words(
 def test_fingerprint_changes_with_what_changes_the_bits(valid: Path) -> None:
     base = recipe_fingerprint(load_recipe(valid))
     assert re.fullmatch("[0-9a-f]{16}", base)
-    for same in ("log.run=other", "log.dir=elsewhere", "parallel.restarts=9", "data.cache_dir=/x"):
+    kept = ("log.run=other", "log.dir=x", "parallel.restarts=9", "data.cache_dir=/x", "checkpoint.disk.every=7")
+    for same in (*kept, "train.eval_every=3"):
         assert recipe_fingerprint(load_recipe(valid, [same])) == base, same
     for other in ("train.seed=1", "train.lr=3e-4", "parallel.ep=1", "adapter.experts.r=4", "model.rope_theta=1e5"):
         assert recipe_fingerprint(load_recipe(valid, [other])) != base, other
