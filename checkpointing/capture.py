@@ -21,6 +21,7 @@ from checkpointing.records import PAGE, Header, Kind, RecordError, encode_table,
 from checkpointing.state.buffers import StateBuffer, layout_of
 
 _PIECE = 64 << 20
+_SIGN_OF_LIFE_S = 5.0
 _Job = tuple[int, dict[str, bytes], int, "torch.cuda.Event | None"]
 
 
@@ -89,7 +90,7 @@ class Capturer:
     def wait_copied(self) -> float:
         """Wait until the last started capture holds its own copy of everything: call before state is changed.
 
-        Returns the seconds waited. Raises the error of the capture.
+        Returns the seconds waited. Raises the error of the capture, or KeeperError if the keeper is silent for minutes.
         """
         return self._wait(lambda: self._copied_step >= self._started_step)
 
@@ -112,8 +113,12 @@ class Capturer:
 
     def _wait(self, condition: Callable[[], bool]) -> float:
         started = time.perf_counter()
-        with self._condition:
-            self._condition.wait_for(lambda: condition() or self._error is not None)
+        since, ended = time.monotonic(), False
+        while not ended:
+            with self._condition:
+                ended = self._condition.wait_for(lambda: condition() or self._error is not None, _SIGN_OF_LIFE_S)
+            if not ended:
+                self._client.check_heard(since)
         self._raise_error()
         return time.perf_counter() - started
 

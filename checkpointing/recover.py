@@ -13,19 +13,31 @@ from checkpointing.recovery import RecoveryError, RecoveryPlan, available_steps
 from checkpointing.restore import restore_from_disk, restore_from_memory
 from checkpointing.slots import Arena
 from checkpointing.state.buffers import StateBuffer, needs_of
-from checkpointing.store import Checkpoint, list_checkpoints, quarantine, verify
+from checkpointing.store import MANIFEST, Checkpoint, list_checkpoints, quarantine, verify
 
 
 class Recovery:
-    """What one rank can restore. ``client`` is None if there is no memory tier.
+    """What one rank can restore.
+
+    Args:
+        client: None only if the run has no keeper; needed without a memory tier, too, since it may be writing to disk.
+        memory: whether what the keeper holds in memory may be restored.
+        fingerprint: this run's recipe: checkpoints of another are ignored. None takes any.
 
     Attributes:
-        problems: damaged checkpoints that were found and set aside, in words.
+        problems: in words, damaged checkpoints that were found and set aside, and those of another recipe.
     """
 
     def __init__(
-        self, client: KeeperClient | None, run_dir: Path, coordinate: str, buffers: Sequence[StateBuffer]
+        self,
+        client: KeeperClient | None,
+        run_dir: Path,
+        coordinate: str,
+        buffers: Sequence[StateBuffer],
+        memory: bool = True,
+        fingerprint: str | None = None,
     ) -> None:
+        self._uses_memory, self._fingerprint = memory, fingerprint
         self._client, self._run_dir, self._coordinate, self._buffers = client, Path(run_dir), coordinate, buffers
         self._needs = needs_of(buffers)
         self._report: dict[str, list[int]] = {}
@@ -33,7 +45,12 @@ class Recovery:
 
     @cached_property
     def _memory(self) -> list[RecordInfo]:
-        return self._client.inventory() if self._client is not None else []
+        if self._client is None:
+            return []
+        if self._uses_memory:
+            return self._client.inventory()
+        self._client.quiesce()
+        return []
 
     @cached_property
     def _disk(self) -> dict[int, Checkpoint]:
@@ -41,7 +58,10 @@ class Recovery:
         for step, path in list_checkpoints(self._run_dir / "checkpoints"):
             try:
                 checkpoint = Checkpoint.open(path)
-                if available_steps(self._needs, checkpoint.records, self._coordinate):
+                recipe = checkpoint.manifest["metadata"].get("recipe")
+                if self._fingerprint is not None and recipe != self._fingerprint:
+                    self.problems.append(f"{path}: ignored, it is of recipe {recipe}, not {self._fingerprint}")
+                elif available_steps(self._needs, checkpoint.records, self._coordinate):
                     found[step] = checkpoint
             except (RecoveryError, OSError, ValueError, KeyError) as error:
                 self._set_aside(path, [str(error)])
@@ -50,6 +70,7 @@ class Recovery:
     def report(self) -> dict[str, list[int]]:
         """The steps of each tier that this rank could restore completely, oldest first.
 
+        The keeper is asked first, and answers when it writes nothing: what is then on disk stays there.
         Memory was re-verified by the keeper. On disk, checkpoints newer than this rank's newest step in memory are read
         back whole, and set aside if damaged; older ones would not be chosen and are verified only if they are.
         """
@@ -109,6 +130,9 @@ class Recovery:
                     arena.close()
 
     def _set_aside(self, path: Path, problems: list[str]) -> None:
-        moved = quarantine(path)
+        # Without its manifest it is being removed, or another rank was quicker.
+        moved = quarantine(path) if (path / MANIFEST).exists() else None
+        if moved is None:
+            return
         self.problems += problems
         append_event(self._run_dir, "quarantined", tier="disk", path=str(moved), problems=problems)

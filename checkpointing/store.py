@@ -190,17 +190,31 @@ def verify(step_dir: Path, coordinates: Sequence[str] | None = None) -> list[str
     return problems
 
 
-def quarantine(step_dir: Path) -> Path:
-    """Set a damaged checkpoint aside as ``step-N.corrupt``, never deleted. Another process may have done so already."""
-    target, count = step_dir.with_name(f"{step_dir.name}.corrupt"), 1
+def quarantine(step_dir: Path) -> Path | None:
+    """Set a damaged checkpoint aside as ``step-N.corrupt``, never deleted."""
+    return set_aside(step_dir, "corrupt")
+
+
+def set_aside(step_dir: Path, why: str) -> Path | None:
+    """Rename to ``step-N.why``, or with a number behind it; None if the folder is gone, be it by another process."""
+    target, count = step_dir.with_name(f"{step_dir.name}.{why}"), 1
     while target.exists():
         count += 1
-        target = step_dir.with_name(f"{step_dir.name}.corrupt{count}")
+        target = step_dir.with_name(f"{step_dir.name}.{why}{count}")
     try:
         step_dir.rename(target)
     except FileNotFoundError:
-        return target
+        return None
     return target
+
+
+def abandon_newer(directory: Path, step: int) -> list[Path]:
+    """Set all checkpoints newer than ``step`` aside as ``step-N.abandoned``: they are of a course not taken again.
+
+    Left in place they would count as the newest, and retention would delete the new course's instead.
+    """
+    newer = [path for found, path in _folders(directory) if found > step]
+    return [moved for path in newer if (moved := set_aside(path, "abandoned")) is not None]
 
 
 def clean_unfinished(directory: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from checkpointing.keeper.loop import Connection
@@ -127,15 +127,17 @@ class Keep:
     def of_step(self, step: int) -> list[Slot]:
         return [slot for slot in self.slots if slot.sealed and slot.step == step]
 
-    def choose(self, kinds: Iterable[Kind], committed: int) -> list[Slot] | None:
+    def choose(self, kinds: Iterable[Kind], committed: int, giving_way: Collection[int] = ()) -> list[Slot] | None:
         """A slot of each kind that may be overwritten, or None if not all can be had.
 
         Free ones first, then quarantined ones, then the oldest sealed below the committed step. At or above it nothing
-        is touched, so that at every instant one complete step exists everywhere.
+        is touched, so that at every instant one complete step exists everywhere. A reader whose slots' ``id()`` are in
+        ``giving_way`` does not count.
         """
         chosen = []
         for kind in kinds:
-            usable = [s for s in self.slots if s.kind is kind and not s.users and _usable(s, committed)]
+            usable = [s for s in self.slots
+                      if s.kind is kind and s.users == (id(s) in giving_way) and _usable(s, committed)]  # fmt: skip
             if not usable:
                 return None
             chosen.append(min(usable, key=_preference))

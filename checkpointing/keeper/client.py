@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from checkpointing.keeper.launch import connect, connect_or_start, is_alive, wait_for_end
 from checkpointing.keeper.protocol import (
+    EndOfStream,
     Inbox,
     KeeperError,
     Message,
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 _CAPTURED = (Kind.BASE, Kind.EXTRAS)
 _HANDSHAKES = 5
 _DYING_S = 5.0
+_FINISH_S = 600.0
+_STOP_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,13 @@ class Grant:
 
 class KeeperClient:
     """Attach with :meth:`attach`. Thread-safe. If the keeper dies, another is started and given this worker's memory;
-    requests in flight are repeated to it."""
+    requests in flight are repeated to it.
+
+    Attributes:
+        patience_s: how long :meth:`check_heard` bears with a keeper that says nothing.
+    """
+
+    patience_s = 120.0
 
     def __init__(self, run_dir: Path, hello: Message) -> None:
         self.run_dir = run_dir
@@ -60,6 +70,8 @@ class KeeperClient:
         self._next_id = 1
         self._closing = False
         self._failure: Exception | None = None
+        self._heard = time.monotonic()
+        self._sign_of_life: Future[tuple[Message, list[int]]] | None = None
         self.arena, self._sock, self._inbox = self._first_attach()
         self._hello["kill"] = None
         self._receiver = threading.Thread(target=self._receive, name="keeper-client", daemon=True)
@@ -129,6 +141,25 @@ class KeeperClient:
             for r in answer["records"]
         ]
 
+    def quiesce(self) -> None:
+        """Wait until the keeper seals and writes nothing any more; :meth:`inventory` does so by itself."""
+        self._ask({"op": "quiesce"})
+
+    def check_heard(self, since: float) -> None:
+        """For whoever waits since ``since`` (``time.monotonic``): have the keeper give a sign of life.
+
+        Raises KeeperError if it has given none for ``patience_s``. A slow disk is no reason: only its writer waits.
+        """
+        silent_s = time.monotonic() - max(self._heard, since)
+        if silent_s > self.patience_s:
+            raise KeeperError(
+                f"the keeper (pid {self.keeper_pid}) has not said anything for {silent_s:.0f} s; is it stopped, or the "
+                f"machine out of memory? See {self.run_dir / 'keeper.log'}"
+            )
+        # While the receiver looks for another keeper it holds the lock.
+        if not self._lock.locked() and (self._sign_of_life is None or self._sign_of_life.done()):
+            self._sign_of_life = self._request({"op": "status"})
+
     def arena_of(self, coordinate: str) -> Arena:
         """The memory of a coordinate, to read from; the caller closes it unless it is this worker's own."""
         if coordinate == self.coordinate:
@@ -166,18 +197,25 @@ class KeeperClient:
         """Free this coordinate's records newer than the restored step; -1 frees all."""
         self.restored_step = self._ask({"op": "discard", "after_step": after_step})["newest"]
 
-    def finish(self, persist: bool, timeout_s: float | None = None) -> int:
+    def finish(self, persist: bool, timeout_s: float = _FINISH_S) -> int:
         """Say that this worker ended well, and wait until all local ones have and all writing is done.
 
-        Returns the step persisted last, -1 if none. Raises KeeperError if it could not be written, TimeoutError if that
-        took longer than ``timeout_s``. Closes the client.
+        Returns the step that is on disk now, -1 if none was to be. Raises KeeperError if it could not be written (the
+        keeper then stays with it in memory), TimeoutError if that took longer than ``timeout_s``. Closes the client.
         """
         try:
             answer = raise_if_error(self._request({"op": "finish", "persist": persist}).result(timeout_s)[0])
+        except TimeoutError:
+            raise TimeoutError(
+                f"the keeper (pid {self.keeper_pid}) has not ended its writing to {self.run_dir} for {timeout_s:g} s"
+            ) from None
         finally:
             self.close()
         if answer["problem"]:
-            raise KeeperError(f"step {answer['step']} could not be written to disk: {answer['problem']}")
+            raise KeeperError(
+                f"step {answer['step']} could not be written to disk: {answer['problem']}; the keeper (pid "
+                f"{self.keeper_pid}) stays with it in memory: mend the disk, then start the run again"
+            )
         return int(answer["step"])
 
     def close(self) -> None:
@@ -240,22 +278,27 @@ class KeeperClient:
         raise AssertionError("unreachable")
 
     def _receive(self) -> None:
+        try:
+            self._receive_until_closed()
+        except Exception as error:
+            # Whatever it is, nobody would ever be answered again.
+            self._fail(error)
+
+    def _receive_until_closed(self) -> None:
         while True:
             try:
                 while (got := self._inbox.pop()) is not None:
                     self._deliver(*got)
                 if self._inbox.receive(self._sock):
+                    self._heard = time.monotonic()
                     continue
             except OSError:
                 pass
             if self._closing:
                 self._fail(KeeperError("this client is closed"))
                 return
-            try:
-                self._reconnect()
-            except Exception as error:
-                self._fail(error)
-                return
+            self._reconnect()
+            self._heard = time.monotonic()
 
     def _deliver(self, answer: Message, fds: list[int]) -> None:
         with self._lock:
@@ -288,23 +331,44 @@ class KeeperClient:
             future.set_exception(KeeperError(f"the keeper is lost: {error}"))
 
 
-def stop_keeper(run_dir: str | os.PathLike[str], persist: bool = True, timeout_s: float = 120.0) -> bool:
+def keeper_status(run_dir: str | os.PathLike[str], timeout_s: float = 10.0) -> tuple[int, Message] | None:
+    """The live keeper's pid, and for each coordinate whether it is attached and which steps are sealed.
+
+    None if none lives. Raises OSError or KeeperError if it does not answer.
+    """
+    found = connect(Path(run_dir).resolve())
+    if found is None:
+        return None
+    sock, info = found
+    with sock:
+        sock.settimeout(timeout_s)
+        send_all(sock, {"op": "status", "id": 0, "token": info.token})
+        return info.pid, raise_if_error(receive_one(sock, Inbox())[0])
+
+
+def stop_keeper(run_dir: str | os.PathLike[str], persist: bool = True, timeout_s: float = _STOP_S) -> bool:
     """Have the run's keeper end, writing the newest step first if it has a disk tier. False if none lives.
 
-    Returns when it is gone. One that hangs on a dead disk is killed after the timeout.
+    Returns when it is gone. Raises KeeperError, and lets it live, if that step is not on disk, be it that it cannot be
+    written or that this takes longer than the timeout. Without ``persist`` it is killed after the timeout.
     """
     found = connect(Path(run_dir).resolve())
     if found is None:
         return False
     sock, info = found
     with sock:
+        sock.settimeout(timeout_s)
         try:
             send_all(sock, {"op": "stop", "id": 0, "token": info.token, "persist": persist})
-            answer, _ = receive_one(sock, Inbox())
-        except (KeeperError, OSError):
-            # It was leaving already.
-            answer = {}
-        raise_if_error(answer)
+            raise_if_error(receive_one(sock, Inbox())[0])
+        except TimeoutError:
+            if persist:
+                raise KeeperError(
+                    f"the keeper (pid {info.pid}) is still writing after {timeout_s:g} s; wait for it, or have it "
+                    "end without writing"
+                ) from None
+        except (ConnectionError, EndOfStream):
+            pass  # It was leaving already.
     wait_for_end(info.pid, timeout_s)
     if is_alive(info):
         os.kill(info.pid, signal.SIGKILL)

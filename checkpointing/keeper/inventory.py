@@ -26,7 +26,13 @@ class Inventory:
         self._running: dict[tuple[str, int], list[Callable[[], None]]] = {}
 
     def take(self, connection: Connection, request: Message, fds: list[int]) -> None:
-        """Answer with all sealed records of all coordinates, re-verified. Equal tables are sent once."""
+        """Answer with all sealed records of all coordinates, re-verified. Equal tables are sent once.
+
+        Not while a step is being written: who asks may choose from the disk, too, where that write removes old steps.
+        """
+        self._service.quiet.then(lambda: self._take(connection, request))
+
+    def _take(self, connection: Connection, request: Message) -> None:
         attempt = max((k.attempt for k in self._service.keeps.values() if k.connection is connection), default=0)
         pending = {"count": 1}
 

@@ -40,6 +40,25 @@ class KeeperInfo:
     token: str
 
 
+@dataclass(frozen=True)
+class Lease:
+    """A keeper's hold of its run folder: the descriptor of the ``keeper.lock`` that it locked."""
+
+    run_dir: Path
+    fd: int
+
+    def holds(self) -> bool:
+        """Whether the folder still has that file: if not, the run was deleted, and the folder may be a new run's."""
+        ours = os.fstat(self.fd)
+        try:
+            there = os.stat(self.run_dir / "keeper.lock")
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:
+            return True  # A disk that answers nothing; writing to it will fail by itself.
+        return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
+
+
 def node_id() -> str:
     return platform.node() or "localhost"
 

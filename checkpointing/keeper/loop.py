@@ -93,7 +93,7 @@ class Loop:
         self._on_message, self._on_closed, self._on_signal = on_message, on_closed, on_signal
         self._calls: deque[Callable[[], None]] = deque()
         self._wake_in, self._wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._timer: tuple[float, Callable[[], None]] | None = None
+        self._timers: dict[str, tuple[float, Callable[[], None]]] = {}
         self._stopping = False
         self.connections: set[Connection] = set()
         listener.setblocking(False)
@@ -113,9 +113,11 @@ class Loop:
         with contextlib.suppress(BlockingIOError):
             os.write(self._wake_out, b"!")
 
-    def set_timer(self, seconds: float | None, function: Callable[[], None] = lambda: None) -> None:
-        """The one timer: call ``function`` after ``seconds``; None clears it."""
-        self._timer = None if seconds is None else (time.monotonic() + seconds, function)
+    def set_timer(self, name: str, seconds: float | None, function: Callable[[], None] = lambda: None) -> None:
+        """Call ``function`` once after ``seconds``, in place of the earlier timer of this name; None clears it."""
+        self._timers.pop(name, None)
+        if seconds is not None:
+            self._timers[name] = (time.monotonic() + seconds, function)
 
     def watch(self, connection: Connection, writing: bool) -> None:
         if not connection.closed:
@@ -132,7 +134,8 @@ class Loop:
 
     def run(self) -> None:
         while not (self._stopping and all(c.idle for c in self.connections)):
-            timeout = None if self._timer is None else max(self._timer[0] - time.monotonic(), 0)
+            first = min((when for when, _ in self._timers.values()), default=None)
+            timeout = None if first is None else max(first - time.monotonic(), 0)
             # While stopping, a worker that no longer reads must not keep us.
             ready = self._selector.select(1.0 if self._stopping else timeout)
             if self._stopping and not ready:
@@ -140,10 +143,7 @@ class Loop:
             for key, events in ready:
                 self._handle(key, events)
             self._run_calls()
-            if self._timer is not None and time.monotonic() >= self._timer[0]:
-                _, function = self._timer
-                self._timer = None
-                self._guarded(function)
+            self._run_timers()
 
     def _handle(self, key: selectors.SelectorKey, events: int) -> None:
         if key.fileobj is self._listener:
@@ -159,6 +159,13 @@ class Loop:
     def _run_calls(self) -> None:
         while self._calls:
             self._guarded(self._calls.popleft())
+
+    def _run_timers(self) -> None:
+        now = time.monotonic()
+        for name in [name for name, (when, _) in self._timers.items() if when <= now]:
+            # An earlier one may have cleared it.
+            if name in self._timers:
+                self._guarded(self._timers.pop(name)[1])
 
     def _guarded(self, function: Callable[[], None]) -> None:
         """One failing call must not end the keeper: it holds everybody's state."""

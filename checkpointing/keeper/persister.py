@@ -8,14 +8,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from checkpointing.keeper.arenas import Slot
-from checkpointing.keeper.events import append_event
+from checkpointing.keeper.launch import Lease
 from checkpointing.records import RecordError, entries_of, payload_of, verify
 from checkpointing.recovery import RecoveryError
-from checkpointing.store import Part, retain, step_path, write_checkpoint
+from checkpointing.store import Part, abandon_newer, read_manifest, retain, set_aside, step_path, write_checkpoint
 from checkpointing.store import verify as verify_files
 
 
@@ -57,22 +56,25 @@ class KillPoint:
 class Persister:
     """A running write and at most one queued. The queued one is soft: a capture that needs its memory gets it.
 
-    Methods are called by the loop's thread only. ``call`` has the loop call a function, ``on_done`` is called there
-    after each write with the job and a problem or "".
+    Methods are called by the loop's thread only. ``call`` has the loop call a function, ``event`` writes a row from any
+    thread, ``on_done`` is called by the loop after each write with the job and a problem or "".
     """
 
     def __init__(
         self,
-        run_dir: Path,
+        lease: Lease,
         call: Callable[[Callable[[], None]], None],
+        event: Callable[..., None],
         on_done: Callable[[Persist, str], None],
         hashers: Executor,
     ) -> None:
-        self.directory = run_dir / "checkpoints"
+        self.directory = lease.run_dir / "checkpoints"
         self.kill: KillPoint | None = None
         self.running: Persist | None = None
         self.queued: Persist | None = None
-        self._run_dir, self._call, self._on_done, self._hashers = run_dir, call, on_done, hashers
+        # A running write whose step has been discarded: that step may be written anew.
+        self._void: Persist | None = None
+        self._lease, self._call, self._event, self._on_done, self._hashers = lease, call, event, on_done, hashers
         self._thread = ThreadPoolExecutor(1, "persist")
 
     @property
@@ -81,7 +83,8 @@ class Persister:
 
     def knows(self, step: int) -> bool:
         """Whether a step is being written or waits for it."""
-        return any(job is not None and job.step == step for job in (self.running, self.queued))
+        jobs = [job for job in (self.running, self.queued) if job is not None and job is not self._void]
+        return any(job.step == step for job in jobs)
 
     def submit(self, job: Persist) -> None:
         for slots in job.slots.values():
@@ -93,13 +96,41 @@ class Persister:
         else:
             self._start(job)
 
+    def queued_slots(self) -> set[int]:
+        """``id()`` of the slots that :meth:`drop_queued` would give back."""
+        slots = self.queued.slots.values() if self.queued is not None else ()
+        return {id(slot) for held in slots for slot in held}
+
+    def discard(self, after_step: int) -> None:
+        """Set newer checkpoints aside: training goes on from ``after_step`` and will write these steps anew.
+
+        On the writer's thread, so that it comes after a write that is running and before all later ones.
+        """
+        if self.queued is not None and self.queued.step > after_step:
+            self.drop_queued("the run was taken back to an earlier step")
+        if self.running is not None and self.running.step > after_step:
+            self._void = self.running
+        self._thread.submit(self._abandon, after_step)
+
+    def _abandon(self, after_step: int) -> None:
+        try:
+            self._check_lease()
+            for path in abandon_newer(self.directory, after_step):
+                self._event("disk_abandoned", path=str(path), reason=f"the run was taken back to step {after_step}")
+        except (OSError, RecoveryError) as error:
+            self._event("disk_failed", error=f"checkpoints after step {after_step} are not set aside: {error}")
+
+    def _check_lease(self) -> None:
+        if not self._lease.holds():
+            raise RecoveryError(f"{self._lease.run_dir} was removed, or is another run's now; nothing is written there")
+
     def drop_queued(self, reason: str) -> bool:
         """Give the queued step's memory back. False if none is queued."""
         job, self.queued = self.queued, None
         if job is None:
             return False
         _release(job)
-        append_event(self._run_dir, "disk_skipped", job.step, job.attempt, reason=reason)
+        self._event("disk_skipped", job.step, job.attempt, reason=reason)
         return True
 
     def _start(self, job: Persist) -> None:
@@ -117,7 +148,7 @@ class Persister:
         _release(job)
         self.running = None
         if problem:
-            append_event(self._run_dir, "disk_failed", job.step, job.attempt, error=problem)
+            self._event("disk_failed", job.step, job.attempt, error=problem)
         queued, self.queued = self.queued, None
         if queued is not None:
             self._start(queued)
@@ -126,10 +157,13 @@ class Persister:
     def _write(self, job: Persist) -> str:
         """Write, read back, retain; on the persister's thread. Returns a problem or nothing."""
         started = time.perf_counter()
+        self._check_lease()
         final = step_path(self.directory, job.step)
         if final.exists() and not verify_files(final):
-            append_event(self._run_dir, "disk_kept", job.step, job.attempt, path=str(final))
-            return ""
+            if read_manifest(final)["metadata"].get("recipe") == job.metadata["recipe"]:
+                self._event("disk_kept", job.step, job.attempt, path=str(final))
+                return ""
+            set_aside(final, "abandoned")
         parts = {}
         for coordinate, slots in job.slots.items():
             parts[coordinate] = [self._part(coordinate, slot) for slot in slots]
@@ -137,14 +171,15 @@ class Persister:
             self.directory, job.step, parts, job.tensors, job.metadata, lambda w, t: self._progress(job, w, t)
         )
         nbytes = sum(entry.nbytes for records in parts.values() for part in records for entry in part.entries)
-        append_event(self._run_dir, "disk_written", job.step, job.attempt,
+        self._event("disk_written", job.step, job.attempt,
                      seconds=time.perf_counter() - started, bytes=nbytes)  # fmt: skip
         try:
+            self._check_lease()
             removed = retain(self.directory, job.keep_last, final)
         except RecoveryError as error:
             return str(error)
         if removed:
-            append_event(self._run_dir, "disk_removed", job.step, job.attempt, steps=removed)
+            self._event("disk_removed", job.step, job.attempt, steps=removed)
         return ""
 
     def _part(self, coordinate: str, slot: Slot) -> Part:
@@ -155,8 +190,9 @@ class Persister:
         return Part(entries_of(slot.view, header), payload_of(slot.view, header))
 
     def _progress(self, job: Persist, written: int, total: int) -> None:
+        self._check_lease()
         if self.kill is not None and self.kill.due(job.step, written, total):
-            append_event(self._run_dir, "kill", job.step, job.attempt, at="disk", pids=self.kill.pids)
+            self._event("kill", job.step, job.attempt, at="disk", pids=self.kill.pids)
             self.kill.strike()
 
 

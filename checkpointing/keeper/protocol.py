@@ -25,6 +25,10 @@ class KeeperError(RuntimeError):
     """The keeper failed, or cannot be reached."""
 
 
+class EndOfStream(KeeperError):
+    """The keeper closed the connection."""
+
+
 class KeeperRefused(ValueError):
     """The keeper works but will not do this: another recipe's run, too little memory, a coordinate already taken."""
 
@@ -87,13 +91,13 @@ def send_all(sock: socket.socket, message: Message, fds: Sequence[int] = ()) -> 
 
 
 def receive_one(sock: socket.socket, inbox: Inbox) -> tuple[Message, list[int]]:
-    """Blocking receive of one message. Raises KeeperError at the end of the stream."""
+    """Blocking receive of one message. Raises EndOfStream at the end of the stream."""
     while True:
         got = inbox.pop()
         if got is not None:
             return got
         if not inbox.receive(sock):
-            raise KeeperError("the keeper closed the connection")
+            raise EndOfStream("the keeper closed the connection")
 
 
 def raise_if_error(answer: Message) -> Message:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import socket
@@ -15,12 +14,14 @@ from typing import Any
 
 from checkpointing.keeper import launch
 from checkpointing.keeper.arenas import Keep, Slot, Waiting
+from checkpointing.keeper.departure import Departure
 from checkpointing.keeper.events import append_event
 from checkpointing.keeper.inventory import Inventory
 from checkpointing.keeper.loop import Connection, Loop
 from checkpointing.keeper.memory import check_fits, create_memfd
 from checkpointing.keeper.persister import KillPoint, Persist, Persister
 from checkpointing.keeper.protocol import KeeperRefused, Message
+from checkpointing.keeper.quiet import Quiet
 from checkpointing.records import Kind, State, seal, state_of
 from checkpointing.slots import Arena, ArenaShape
 from checkpointing.store import clean_unfinished
@@ -36,7 +37,7 @@ def serve(run_dir: Path, fingerprint: str, linger_s: float, ready_fd: int) -> in
             if life is None:
                 ready.write("exists")
                 return 0
-            service = Service(run_dir, fingerprint, linger_s)
+            service = Service(launch.Lease(run_dir, life), fingerprint, linger_s)
             os.close(starting)
             ready.write("ready")
         except Exception as error:
@@ -46,8 +47,9 @@ def serve(run_dir: Path, fingerprint: str, linger_s: float, ready_fd: int) -> in
 
 
 class Service:
-    def __init__(self, run_dir: Path, fingerprint: str, linger_s: float) -> None:
-        self.run_dir, self.fingerprint, self.linger_s = run_dir, fingerprint, linger_s
+    def __init__(self, lease: launch.Lease, fingerprint: str, linger_s: float) -> None:
+        self.lease, self.run_dir = lease, lease.run_dir
+        self.fingerprint, self.linger_s = fingerprint, linger_s
         self.token = secrets.token_hex(16)
         self.keeps: dict[str, Keep] = {}
         self.job: list[str] = []
@@ -56,16 +58,16 @@ class Service:
         self.attempt = 0
         self.sequence = 0
         self.allocating: dict[str, int] = {}
-        self.finishing: list[tuple[Connection, Message]] = []
-        self.leaving = ""
-        clean_unfinished(run_dir / "checkpoints")
-        self.loop = Loop(self._listen(), self.on_message, self.on_closed, lambda: self.leave("SIGTERM"))
+        self.quiet = Quiet(self)
+        self.departure = Departure(self)
+        clean_unfinished(self.run_dir / "checkpoints")
+        self.loop = Loop(self._listen(), self.on_message, self.on_closed, self.on_signal)
         self.loop.install_signals()
         self.jobs = ThreadPoolExecutor(4, "job")
         self.hashers = ThreadPoolExecutor(min(8, max(1, (os.cpu_count() or 2) // 2)), "hash")
-        self.persister = Persister(run_dir, self.loop.call, self.on_persisted, self.hashers)
+        self.persister = Persister(lease, self.loop.call, self.event, self.on_persisted, self.hashers)
         self.inventory = Inventory(self)
-        self._arm_linger()
+        self.departure.arm()
         self.event("keeper_started", pid=os.getpid())
 
     def _listen(self) -> socket.socket:
@@ -88,14 +90,21 @@ class Service:
     def run(self) -> int:
         self.loop.run()
         # A second starter either finds this keeper whole or, after these lines, finds none.
-        launch.lock(self.run_dir / "keeper.start", wait=True)
-        for name in (self.run_dir / "keeper.json", launch.socket_path(self.run_dir)):
-            name.unlink(missing_ok=True)
-        self.event("keeper_exit", reason=self.leaving)
+        if self.lease.holds():
+            launch.lock(self.run_dir / "keeper.start", wait=True)
+        if self.lease.holds():
+            for name in (self.run_dir / "keeper.json", launch.socket_path(self.run_dir)):
+                name.unlink(missing_ok=True)
+        self.event("keeper_exit", reason=self.departure.reason)
         return 0
 
-    def event(self, kind: str, step: int | None = None, **fields: object) -> None:
-        append_event(self.run_dir, kind, step, self.attempt, **fields)
+    def event(self, kind: str, step: int | None = None, attempt: int | None = None, **fields: object) -> None:
+        """A row in the run's events, unless the run folder has become another run's; from any thread."""
+        if self.lease.holds():
+            append_event(self.run_dir, kind, step, self.attempt if attempt is None else attempt, **fields)
+
+    def on_signal(self) -> None:
+        self.departure.leave("SIGTERM", persist=self.disk is not None)
 
     def in_background(self, work: Callable[[], Any], then: Callable[[Future[Any]], None]) -> None:
         """Run ``work`` on a thread, then ``then`` on the loop's."""
@@ -111,8 +120,10 @@ class Service:
             "acquire": self.acquire,
             "copied": self.copied,
             "discard": self.discard,
-            "finish": self.finish,
-            "stop": self.stop,
+            "quiesce": self.quiet.answer,
+            "status": self.status,
+            "finish": self.departure.finish,
+            "stop": self.departure.stop,
         }
         try:
             if not connection.authenticated:
@@ -131,12 +142,12 @@ class Service:
                 os.close(fd)
 
     def on_closed(self, connection: Connection) -> None:
-        self.finishing = [pair for pair in self.finishing if pair[0] is not connection]
+        self.departure.closed(connection)
         for keep in self.keeps.values():
             if keep.connection is connection:
                 self._worker_gone(keep)
                 self.serve_waiting()
-                self._arm_linger()
+                self.departure.arm()
                 break
 
     def _worker_gone(self, keep: Keep) -> None:
@@ -144,10 +155,6 @@ class Service:
         keep.abandon()
         if not keep.finished:
             self.event("worker_gone", pid=keep.pid, coordinate=keep.coordinate)
-
-    def _arm_linger(self) -> None:
-        attached = any(keep.connection is not None for keep in self.keeps.values())
-        self.loop.set_timer(None if attached else self.linger_s, lambda: self.leave("no workers"))
 
     # Attaching
 
@@ -224,7 +231,7 @@ class Service:
         self.job, self.local = request["coordinates"], request["node_coordinates"]
         self.disk, self.linger_s = request["disk"], request["linger_s"]
         self.persister.kill = self.persister.kill or KillPoint.parse(request.get("kill"))
-        self._arm_linger()
+        self.departure.attached()
         slots = [{"kind": s.kind, "state": s.state.name, "step": s.step} for s in keep.slots]
         connection.answer(request, {"ok": True, "slots": slots}, [keep.arena.fd])
 
@@ -236,7 +243,7 @@ class Service:
 
     # Slots
 
-    def _keep_of(self, connection: Connection) -> Keep:
+    def keep_of(self, connection: Connection) -> Keep:
         for keep in self.keeps.values():
             if keep.connection is connection:
                 return keep
@@ -249,7 +256,7 @@ class Service:
         return min(self.keeps[c].newest() for c in self.job)
 
     def acquire(self, connection: Connection, request: Message, fds: list[int]) -> None:
-        keep = self._keep_of(connection)
+        keep = self.keep_of(connection)
         if keep.waiting is not None:
             raise KeeperRefused(f"{keep.coordinate} waits for slots already")
         keep.waiting = Waiting(connection, request, time.monotonic())
@@ -266,8 +273,11 @@ class Service:
         kinds = [Kind(kind) for kind in request["kinds"]]
         committed = max(request["committed"], self.committed())
         chosen = keep.choose(kinds, committed)
-        if chosen is None and self.persister.drop_queued("its memory is needed for the next capture"):
-            chosen = keep.choose(kinds, committed)
+        # Unless its memory is all that the last write of a leaving keeper has.
+        if chosen is None and not self.departure.reason:
+            chosen = keep.choose(kinds, committed, self.persister.queued_slots())
+            if chosen is not None:
+                self.persister.drop_queued("its memory is needed for the next capture")
         if chosen is None:
             return False
         keep.waiting = None
@@ -285,7 +295,7 @@ class Service:
             self._grant(keep)
 
     def copied(self, connection: Connection, request: Message, fds: list[int]) -> None:
-        keep, step = self._keep_of(connection), request["step"]
+        keep, step = self.keep_of(connection), request["step"]
         slots = [keep.slots[index] for index in request["slots"]]
         for slot in slots:
             if slot.step != step or slot.state not in (State.WRITING, State.SEALED):
@@ -301,11 +311,13 @@ class Service:
             for slot in fresh:
                 seal(slot.view, self.hashers)
 
+        self.quiet.sealing += 1
         self.in_background(work, lambda done: self._sealed(keep, fresh, connection, request, done))
 
     def _sealed(self, keep: Keep, slots: list[Slot], connection: Connection, request: Message,
                 done: Future[None]) -> None:  # fmt: skip
         step, problem = request["step"], done.exception()
+        self.quiet.sealing -= 1
         for slot in slots:
             if problem is None and state_of(slot.view) is State.SEALED:
                 keep.sealed(slot, step)
@@ -315,21 +327,32 @@ class Service:
             connection.answer(request, {"error": f"step {step} of {keep.coordinate} was not sealed: {problem}"})
         else:
             connection.answer(request, {"ok": True, "step": step})
-            if self.is_due(step):
+            # What an earlier attempt's worker left half sealed must not be written while others recover.
+            if self.is_due(step) and keep.attempt == self.attempt:
                 self.persist(step)
         self.serve_waiting()
+        self.quiet.check()
 
     def discard(self, connection: Connection, request: Message, fds: list[int]) -> None:
-        keep = self._keep_of(connection)
+        keep = self.keep_of(connection)
         keep.discard(request["after_step"])
+        self.persister.discard(request["after_step"])
         connection.answer(request, {"ok": True, "newest": keep.newest()})
         self.serve_waiting()
 
-    # Disk and the end
+    def status(self, connection: Connection, request: Message, fds: list[int]) -> None:
+        keeps = {
+            keep.coordinate: {"attached": keep.connection is not None, "pid": keep.pid, "steps": sorted(keep.steps())}
+            for keep in self.keeps.values()
+        }
+        writing = self.persister.running.step if self.persister.running is not None else None
+        connection.answer(request, {"ok": True, "keeps": keeps, "writing": writing})
+
+    # Disk
 
     def is_due(self, step: int) -> bool:
         every = (self.disk or {}).get("every", 0)
-        return bool(every) and step > 0 and step % every == 0 and not self.leaving
+        return bool(every) and step > 0 and step % every == 0 and not self.departure.reason
 
     def persist(self, step: int) -> None:
         """Write a step if the whole job has it sealed here, unless that is under way."""
@@ -356,41 +379,6 @@ class Service:
 
     def on_persisted(self, job: Persist, problem: str) -> None:
         self.serve_waiting()
-        self._answer_finished(job.step, problem)
-        self._leave_when_idle()
-
-    def finish(self, connection: Connection, request: Message, fds: list[int]) -> None:
-        self._keep_of(connection).finished = True
-        self.finishing.append((connection, request))
-        if all(c in self.keeps and self.keeps[c].finished for c in self.local):
-            if any(r["persist"] for _, r in self.finishing):
-                self.persist_newest()
-            if self.persister.idle:
-                self._answer_finished(-1, "")
-            self.leave("finished", persist=False)
-
-    def _answer_finished(self, step: int, problem: str) -> None:
-        if self.leaving == "finished" and not self.persister.idle:
-            return
-        if all(c in self.keeps and self.keeps[c].finished for c in self.local) and self.finishing:
-            for connection, request in self.finishing:
-                connection.answer(request, {"ok": True, "step": step, "problem": problem})
-            self.finishing = []
-
-    def stop(self, connection: Connection, request: Message, fds: list[int]) -> None:
-        connection.answer(request, {"ok": True})
-        self.leave("stop", persist=request.get("persist", True))
-
-    def leave(self, reason: str, persist: bool = True) -> None:
-        """End once nothing is being written. With a disk tier, the newest step goes to disk first."""
-        if self.leaving:
-            return
-        self.leaving = reason
-        if persist and self.disk is not None:
-            with contextlib.suppress(ValueError):
-                self.persist_newest()
-        self._leave_when_idle()
-
-    def _leave_when_idle(self) -> None:
-        if self.leaving and self.persister.idle:
-            self.loop.stop()
+        self.departure.written(job.step, problem)
+        self.quiet.check()
+        self.departure.when_idle()

@@ -6,12 +6,17 @@ import json
 import os
 import resource
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 
 from checkpointing.keeper import launch
-from checkpointing.store import Checkpoint, list_checkpoints, verify
+from checkpointing.records import Entry
+from checkpointing.recover import Recovery
+from checkpointing.recovery import RecoveryError, plan_recovery
+from checkpointing.store import Checkpoint, Part, list_checkpoints, verify, write_checkpoint
+from checkpointing.units import Range
 
 pytestmark = pytest.mark.drill
 
@@ -129,3 +134,103 @@ def test_what_is_on_disk_already_is_not_written_again(run_dir, make_job, events,
     assert (run_dir / "checkpoints" / "step-2" / "manifest.json").read_bytes() == manifest
     assert json.loads(manifest)["step"] == 2
     assert len(events("disk_written")) == 1
+
+
+def hang_the_next_write(run_dir):
+    """After its commit and before retention: a FIFO without a reader blocks who opens it, as a dead disk does."""
+    os.mkfifo(run_dir / "checkpoints" / "latest.tmp")
+
+
+def let_it_end(run_dir):
+    return os.open(run_dir / "checkpoints" / "latest.tmp", os.O_RDONLY | os.O_NONBLOCK)
+
+
+def test_two_generations_are_enough_when_only_disk_steps_are_captured(run_dir, make_job, events, wait_until):
+    job = make_job(world=2, disk=DISK, options={"generations": 2})
+    (run_dir / "checkpoints").mkdir()
+    hang_the_next_write(run_dir)
+    job.begin()
+    job.step(2)
+    job.step(4)
+    for rank, capturer in enumerate(job.capturers):
+        capturer.start(6, {"rng": b"%d" % rank}, 4)
+    # One slot is being written to a disk that hangs, the other holds the newest step: now captures have to wait.
+    wait_until(lambda: {row["coordinate"] for row in events("backpressure")} == {"dp0000", "dp0001"})
+    assert events("disk_skipped") == [], "giving up the queued step would not have helped"
+    reader = let_it_end(run_dir)
+    for capturer in job.capturers:
+        capturer.wait_sealed(6)
+    job.run(8, 10, 12)
+    wait_until(lambda: steps_on_disk(run_dir)[-1:] == [12])
+    os.close(reader)
+
+
+def test_recovery_from_disk_waits_for_the_write_that_is_running(run_dir, make_job, events, wait_until):
+    job = make_job(world=1, disk={"every": 2, "keep_last": 1}, options={"generations": 2})
+    job.run(2)
+    wait_until(lambda: events("disk_written"))
+    hang_the_next_write(run_dir)
+    job.run(4)
+    wait_until(lambda: steps_on_disk(run_dir) == [2, 4])
+    rank = Recovery(job.clients[0], run_dir, "dp0000", job.buffers[0], memory=False)
+    reports = []
+    thread = threading.Thread(target=lambda: reports.append(rank.report()))
+    thread.start()
+    thread.join(0.5)
+    assert thread.is_alive()
+    reader = let_it_end(run_dir)
+    thread.join(30)
+    os.close(reader)
+    # Had it not waited, it would have promised step 2, which that write's retention then removed.
+    assert reports == [{"memory": [], "disk": [4]}]
+
+
+def test_a_folder_that_is_being_removed_is_not_called_damaged(run_dir, make_job, wait_until, events):
+    job = make_job(world=1, disk=DISK)
+    job.run(1, 2)
+    wait_until(lambda: events("disk_written"))
+    rank = Recovery(None, run_dir, "dp0000", job.buffers[0])
+    report = rank.report()
+    (run_dir / "checkpoints" / "step-2" / "manifest.json").unlink()
+    with pytest.raises(RecoveryError):
+        rank.apply(plan_recovery([report]))
+    assert (rank.problems, events("quarantined")) == ([], [])
+    assert (run_dir / "checkpoints" / "step-2").exists()
+
+
+def test_checkpoints_of_another_recipe_are_not_restored(run_dir, make_job, wait_until, events):
+    job = make_job(world=1, disk=DISK)
+    job.run(1, 2)
+    wait_until(lambda: events("disk_written"))
+    ours = Recovery(job.clients[0], run_dir, "dp0000", job.buffers[0], memory=False, fingerprint="0123456789abcdef")
+    assert ours.report()["disk"] == [2]
+    theirs = Recovery(job.clients[0], run_dir, "dp0000", job.buffers[0], memory=False, fingerprint="f" * 16)
+    assert theirs.report()["disk"] == []
+    assert "step-2: ignored, it is of recipe 0123456789abcdef" in theirs.problems[0]
+
+
+def test_steps_of_an_abandoned_course_are_set_aside_and_written_anew(run_dir, make_job, wait_until, events):
+    job = make_job(disk=DISK)
+    job.begin()
+    for step in (1, 2, 3, 4):
+        job.step(step)
+        wait_until(lambda step=step: step % 2 or step in [row["step"] for row in events("disk_written")])
+    abandoned = (run_dir / "checkpoints" / "step-4" / "manifest.json").read_bytes()
+    for client in job.clients:
+        client.discard(after_step=3)
+    job.run(4)
+    wait_until(lambda: [row["step"] for row in events("disk_written")] == [2, 4, 4])
+    assert events("disk_kept") == []
+    assert (run_dir / "checkpoints" / "step-4.abandoned" / "manifest.json").read_bytes() == abandoned
+    assert verify(run_dir / "checkpoints" / "step-4") == []
+    assert steps_on_disk(run_dir) == [2, 4]
+
+
+def test_a_step_of_another_recipe_is_not_taken_for_this_runs(run_dir, make_job, wait_until, events):
+    parts = [Part([Entry(Range("x", "master", 0, 2), "float32", 0, 8)], memoryview(bytes(8)))]
+    write_checkpoint(run_dir / "checkpoints", 2, {"dp0000": parts}, {}, {"recipe": "f" * 16})
+    make_job(world=1, disk=DISK).run(1, 2)
+    wait_until(lambda: events("disk_written"))
+    assert Checkpoint.open(run_dir / "checkpoints" / "step-2").manifest["metadata"]["recipe"] == "0123456789abcdef"
+    assert verify(run_dir / "checkpoints" / "step-2.abandoned") != []
+    assert list((run_dir / "checkpoints").glob("step-2.*")) == [run_dir / "checkpoints" / "step-2.abandoned"]
