@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from trainer.refusal import is_users_mistake, refused
 
-USER_MISTAKE = 2
+FAILED, USER_MISTAKE = 1, 2
 _OVERRIDES = "section.key=value, put over the recipe's own"
 
 
@@ -27,6 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_users_mistake(error):
             raise
         print(error, file=sys.stderr)
+        return USER_MISTAKE
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"{error.filename}: {error.strerror}; give another path or mend this one", file=sys.stderr)
         return USER_MISTAKE
 
 
@@ -73,6 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     export = verb("export", _export, "write a run's model as a Hugging Face folder")
     export.add_argument("run_dir", metavar="RUN", help="run folder, e.g. runs/quickstart")
     export.add_argument("out_dir", metavar="OUT", help="folder to make")
+
+    keeper = verb("keeper", _keeper, "stop, or look at, the process that holds a run's state in memory")
+    keeper.add_argument("action", choices=("stop", "status"), help="stop writes the newest step to disk first")
+    keeper.add_argument("run_dir", metavar="RUN", help="run folder, e.g. runs/quickstart")
+    keeper.add_argument("--discard", action="store_true", help="stop without writing, and even if the disk hangs")
 
     generate = verb("generate", _generate, "generate text with experts kept outside of the compute memory")
     generate.add_argument("model_dir", metavar="DIR", help="Hugging Face folder of a MoE model")
@@ -150,6 +160,44 @@ def _export(arguments: argparse.Namespace) -> int:
     from trainer import export
 
     return export.main(arguments.run_dir, arguments.out_dir)
+
+
+def _keeper(arguments: argparse.Namespace) -> int:
+    from checkpointing.keeper.protocol import KeeperError
+
+    act = _stop_keeper if arguments.action == "stop" else _show_keeper
+    try:
+        found = act(arguments.run_dir, arguments.discard)
+    except (KeeperError, OSError) as error:
+        print(f"{arguments.run_dir}: {error}", file=sys.stderr)
+        return FAILED
+    if not found:
+        print(f"{arguments.run_dir}: no keeper runs", file=sys.stderr)
+    return 0 if found else FAILED
+
+
+def _stop_keeper(run_dir: str, discard: bool) -> bool:
+    from checkpointing.keeper.client import stop_keeper
+
+    found = stop_keeper(run_dir, persist=not discard, timeout_s=10.0 if discard else 600.0)
+    if found:
+        print(f"{run_dir}: its keeper is stopped")
+    return found
+
+
+def _show_keeper(run_dir: str, _: bool) -> bool:
+    from checkpointing.keeper.client import keeper_status
+
+    found = keeper_status(run_dir)
+    if found is None:
+        return False
+    pid, status = found
+    writing = "" if status["writing"] is None else f", writing step {status['writing']}"
+    print(f"keeper {pid}{writing}")
+    for coordinate, keep in sorted(status["keeps"].items()):
+        worker = f"worker {keep['pid']}" if keep["attached"] else "no worker"
+        print(f"{coordinate}  {worker}, sealed steps {', '.join(map(str, keep['steps'])) or 'none'}")
+    return True
 
 
 def _generate(arguments: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 KINDS = ("embeddings", "attention", "norms", "router", "shared experts", "experts", "dense", "other")
 _EXPERT = re.compile(r"\.experts\.")
 _SLOT_GENERATIONS = 3  # two sealed records and one being written
+_DISK_GENERATIONS = 2  # without a memory tier: one being written to disk, one for the next capture
 _MOMENTS_AND_MASTER = 12  # bytes: fp32 weight and two fp32 AdamW moments
 
 
@@ -39,7 +40,8 @@ class Plan:
         trained: parameters that train by kind (adapters, when there are any).
         active: parameters that one token uses.
         weight_bytes, gradient_bytes, optimizer_bytes: per worker.
-        snapshot_bytes: memory tier per worker: 12 bytes per parameter of the partition and generation.
+        snapshot_bytes: the keeper's memory per worker: 12 bytes per parameter of the partition and generation.
+        generations: how many; without a memory tier the disk tier still needs some to write from.
     """
 
     total: Mapping[str, int]
@@ -181,7 +183,7 @@ def plan_run(recipe: Recipe) -> Plan:
     # Dense parameters are partitioned over all workers, experts over the workers that hold the same ones:
     # of ep=2 and 4 workers each holds 1/2 of the experts, cut in 4/2 parts. Both come to 1/workers.
     partition = -(-training // workers)
-    generations = _SLOT_GENERATIONS + (1 if recipe.checkpoint.disk.every else 0)
+    generations = _generations(recipe)
     return Plan(
         total=total,
         trained=trained,
@@ -192,9 +194,16 @@ def plan_run(recipe: Recipe) -> Plan:
         weight_bytes=local_weights * width,
         gradient_bytes=(local_trained if recipe.parallel.zero == 1 else partition) * width,
         optimizer_bytes=partition * _MOMENTS_AND_MASTER,
-        snapshot_bytes=partition * _MOMENTS_AND_MASTER * generations if recipe.checkpoint.memory.enabled else 0,
+        snapshot_bytes=partition * _MOMENTS_AND_MASTER * generations,
         generations=generations,
     )
+
+
+def _generations(recipe: Recipe) -> int:
+    memory, disk = recipe.checkpoint.memory, recipe.checkpoint.disk
+    if memory.enabled:
+        return _SLOT_GENERATIONS + (1 if disk.every else 0)
+    return _DISK_GENERATIONS if disk.every or disk.final else 0
 
 
 def _auto_bf16(recipe: Recipe) -> bool:
@@ -248,6 +257,8 @@ def card(recipe: Recipe, *, num_files: int, num_bytes: int) -> str:
     if dtype == "auto":
         dtype = "auto, counted as bf16" if _auto_bf16(recipe) else "auto, counted as fp32"
     memory = recipe.checkpoint.memory
+    kept = f"{plan.generations} generations, {_bytes(plan.snapshot_bytes)} per worker"
+    without = f"off; {kept} to write from" if plan.generations else "off"
     rows = [
         ("run", f"{recipe.log.dir}/{recipe.log.run}"),
         ("model", recipe.model.path or f"new {recipe.model.family}"),
@@ -265,9 +276,7 @@ def card(recipe: Recipe, *, num_files: int, num_bytes: int) -> str:
         ),
         (
             "memory tier",
-            f"every {memory.every} steps, {plan.generations} generations, {_bytes(plan.snapshot_bytes)} per worker"
-            if memory.enabled
-            else "off",
+            f"every {memory.every} steps, {kept}" if memory.enabled else without,
         ),
         ("disk tier", f"every {disk.every} steps, the last {disk.keep_last}" if disk.every else "not during the run"),
     ]

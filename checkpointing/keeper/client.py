@@ -103,6 +103,9 @@ class KeeperClient:
                 a reader prove that the unit is whole.
             kill: a drill, ``{"at": "disk", "step": N, "pids": [pid or "keeper", ...]}``.
             generations: base slots; default 3, or 4 with ``disk.every`` > 0, so that a running write blocks no capture.
+                2 are enough if only steps for the disk are captured: one holds the newest sealed step, and the other
+                is free as soon as its own write ends, on which nothing of this worker's has to happen. So a capture
+                may wait for the disk, but not for itself. 1 would never be free again.
         Raises KeeperRefused (another recipe, too little memory, coordinate taken) or KeeperError.
         """
         from checkpointing.state.buffers import layout_of

@@ -61,7 +61,9 @@ def check_fits(needed: int, what: str) -> None:
     if needed > available:
         raise KeeperRefused(
             f"{what} needs {needed:,} bytes ({needed / _GIB:.2f} GiB) of memory, {available:,} "
-            f"({available / _GIB:.2f} GiB) are available; free memory, or set checkpoint.memory.enabled: false"
+            f"({available / _GIB:.2f} GiB) are available; free memory, use fewer workers on this node, or "
+            "set checkpoint.memory.enabled: false (2 generations instead of 3 or 4; none at all only with "
+            "checkpoint.disk.every: 0 and checkpoint.disk.final: false, too)"
         )
 
 

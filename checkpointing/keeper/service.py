@@ -172,7 +172,10 @@ class Service:
             return
         others = [c for c in request["node_coordinates"] if c not in self.keeps and c not in self.allocating]
         pending = sum(self.allocating.values())
-        check_fits(pending + shape.nbytes * max(len(others), 1), f"in-memory checkpointing of {len(others)} workers")
+        check_fits(
+            pending + shape.nbytes * max(len(others), 1),
+            f"checkpointing of {len(others)} workers, with {shape.generations} generations",
+        )
         self.allocating[coordinate] = shape.nbytes
 
         def allocated(done: Future[int]) -> None:

@@ -31,8 +31,14 @@ def planaria(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["validate", QUICKSTART], ["drill", "--help"], ["validate", QUICKSTART, "train.stepz=1"]],
-    ids=["help", "validate", "drill-help", "validate-broken"],
+    [
+        ["--help"],
+        ["validate", QUICKSTART],
+        ["drill", "--help"],
+        ["validate", QUICKSTART, "train.stepz=1"],
+        ["keeper", "stop", "--help"],
+    ],
+    ids=["help", "validate", "drill-help", "validate-broken", "keeper"],
 )
 def test_no_torch_before_it_is_needed(arguments: list[str]) -> None:
     """Nor deepspeed, transformers or datasets, which take seconds to import."""
@@ -56,7 +62,7 @@ print("HEAVY", sorted(heavy))
 def test_help_names_every_verb() -> None:
     done = planaria("--help")
     assert done.returncode == 0
-    for verb in ("train", "validate", "drill", "export", "generate"):
+    for verb in ("train", "validate", "drill", "export", "keeper", "generate"):
         assert f"    {verb}  " in done.stdout, done.stdout
     assert "local_rank" not in done.stdout
 
@@ -93,6 +99,7 @@ def test_validate_warns_on_stderr() -> None:
         (["export", "runs/only-one"], "OUT"),
         (["export", "a", "b", "c=d"], "unrecognized arguments: c=d"),
         (["validate", QUICKSTART, "--fast"], "unrecognized arguments: --fast"),
+        (["keeper", "feed", "runs/x"], "invalid choice: 'feed'"),
         (["fly"], "invalid choice: 'fly'"),
         ([], "VERB"),
     ],
@@ -153,3 +160,43 @@ def test_errors_that_are_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cli, "_validate", broken)
     with pytest.raises(ValueError, match="invalid literal"):
         cli.main(["validate", QUICKSTART])
+
+
+HOLD_STEPS = """
+import sys, torch
+from checkpointing.capture import Capturer
+from checkpointing.keeper.client import KeeperClient
+from checkpointing.state.buffers import StateBuffer, StateSpan
+from checkpointing.units import Range
+buffers = [StateBuffer("b", torch.arange(8.0), (StateSpan(Range("norm", "master", 0, 8), 0),))]
+client = KeeperClient.attach(sys.argv[1], "dp0000", ["dp0000"], buffers, "f" * 16, disk={"every": 0, "keep_last": 2})
+capturer = Capturer(client, buffers)
+for step in (1, 2):
+    capturer.start(step, {}, step - 1)
+    capturer.wait_copied()
+    capturer.wait_sealed(step)
+client.close()
+print(client.keeper_pid)
+"""
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("discard", [False, True])
+def test_a_lingering_keeper_is_shown_and_stopped(tmp_path: Path, discard: bool) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HOLD_STEPS, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        check=True,
+    )  # fmt: skip
+    shown = planaria("keeper", "status", str(tmp_path))
+    assert shown.stdout == f"keeper {done.stdout.strip()}\ndp0000  no worker, sealed steps 1, 2\n"
+    (tmp_path / "checkpoints").touch()  # no folder can be made there
+    refused = planaria("keeper", "stop", str(tmp_path))
+    assert refused.returncode == 1
+    assert "step 2 could not be written" in refused.stderr
+    (tmp_path / "checkpoints").unlink()
+    stopped = planaria("keeper", "stop", str(tmp_path), *(["--discard"] if discard else []))
+    assert (stopped.returncode, stopped.stdout) == (0, f"{tmp_path}: its keeper is stopped\n")
+    assert (tmp_path / "checkpoints" / "step-2").exists() is not discard
+    for action in ("stop", "status"):
+        absent = planaria("keeper", action, str(tmp_path))
+        assert (absent.returncode, absent.stderr) == (1, f"{tmp_path}: no keeper runs\n")

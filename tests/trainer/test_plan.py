@@ -12,6 +12,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from lora.config import BankConfig
 from trainer.plan import (
+    Plan,
     PlanError,
     bank_parameters,
     card,
@@ -116,7 +117,21 @@ def test_dtype_and_tiers_change_the_bytes() -> None:
     assert half.weight_bytes * 2 == base.weight_bytes
     assert half.optimizer_bytes == base.optimizer_bytes
     assert plan_run(tiny("checkpoint.disk.every=0")).generations == 3
-    assert plan_run(tiny("checkpoint.memory.enabled=false")).snapshot_bytes == 0
+
+
+def test_without_a_memory_tier_the_disk_still_writes_from_memory() -> None:
+    def plan_and_card(*overrides: str) -> tuple[Plan, str]:
+        recipe = tiny("checkpoint.memory.enabled=false", *overrides)
+        lines = card(recipe, num_files=1, num_bytes=1).splitlines()
+        return plan_run(recipe), next(line for line in lines if line.startswith("memory tier"))
+
+    for overrides in ([], ["checkpoint.disk.every=0"]):
+        plan, line = plan_and_card(*overrides)
+        assert plan.snapshot_bytes == 2 * plan.optimizer_bytes
+        assert "off; 2 generations" in line
+    plan, line = plan_and_card("checkpoint.disk.every=0", "checkpoint.disk.final=false")
+    assert (plan.generations, plan.snapshot_bytes) == (0, 0)
+    assert line.split()[-1] == "off"
 
 
 def test_bank_parameters_against_actual_factors() -> None:
