@@ -126,13 +126,13 @@ class Snapshots:
         return state_hash(self.buffers, self.extras(progress), self.process.coordinate)
 
     def finish(self) -> None:
-        """Persist the last step, if the recipe wants it on disk, and let the keeper go."""
+        """Persist the last captured step, if there is one and the recipe wants it on disk, and let the keeper go."""
         if self.capturer is None or self.client is None:
             return
         self.capturer.wait_copied()
         self.capturer.wait_sealed(self._captured)
         dist.barrier()
-        self.client.finish(persist=self.recipe.checkpoint.disk.final)
+        self.client.finish(persist=self.recipe.checkpoint.disk.final and self._captured >= 0)
         self.capturer.close()
 
 

@@ -89,6 +89,7 @@ def train(recipe: Recipe, process: Process) -> None:
     if plan.tier == "fresh" and finished:
         if process.rank == 0:
             print("this run has finished and kept no checkpoint; give log.run=NAME to train again", flush=True)
+        run.snapshots.finish()
         return
     run.engine.module.train()
     fit(run)
