@@ -61,7 +61,8 @@ class Verdict:
     problems: tuple[str, ...]
 
     def to_json(self) -> str:
-        return json.dumps({"pass": self.passed, **asdict(self), "total_s": self.seconds.total}, indent=1)
+        facts = asdict(self)
+        return json.dumps({"pass": facts.pop("passed"), **facts, "total_s": self.seconds.total}, indent=1)
 
 
 def main(recipe_path: str, kill: KillSpec | None, json_path: str | None, overrides: Sequence[str]) -> int:
