@@ -42,17 +42,7 @@ def test_experts_equal_the_reference_with_gradients(num_tokens, top_k, allowed):
         torch.testing.assert_close(g, w)
 
 
-def tiny_model(seed=0):
-    config = AutoConfig.for_model(
-        "qwen3_moe", vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=16, moe_intermediate_size=16, num_experts=8, num_experts_per_tok=2, intermediate_size=32,
-        max_position_embeddings=64, norm_topk_prob=True,
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-
-
-def test_a_converted_model_keeps_logits_gradients_and_parameter_names():
+def test_a_converted_model_keeps_logits_gradients_and_parameter_names(tiny_model):
     original, converted = tiny_model(), tiny_model()
     convert(converted)
     ids = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(3))
@@ -65,7 +55,7 @@ def test_a_converted_model_keeps_logits_gradients_and_parameter_names():
         torch.testing.assert_close(parameter.grad, want_grads[name].grad, rtol=1e-4, atol=1e-7, msg=name)
 
 
-def test_each_rank_gets_its_own_experts_under_global_names():
+def test_each_rank_gets_its_own_experts_under_global_names(tiny_model):
     whole = find_moe_blocks(tiny_model())
     for rank in range(4):
         model = tiny_model()
