@@ -14,7 +14,9 @@ KILL_VARIABLE = "PLANARIA_KILL"
 
 
 class Failpoints:
-    """Carries out one :class:`~trainer.faults.KillSpec` with SIGKILL, on the first attempt of a run only.
+    """Carries out one :class:`~trainer.faults.KillSpec` with SIGKILL.
+
+    The environment may name one per attempt of a run, separated by ``;``.
 
     ``reached(point, step)`` is called at every failpoint on every worker; it returns unless this is the place.
     """
@@ -25,8 +27,9 @@ class Failpoints:
         self._events = events
 
     @classmethod
-    def from_environment(cls, *, rank: int, first_attempt: bool, run_dir: Path, events: EventLog) -> Failpoints:
-        text = os.environ.get(KILL_VARIABLE) if first_attempt else None
+    def from_environment(cls, *, rank: int, attempt: int, run_dir: Path, events: EventLog) -> Failpoints:
+        specs = os.environ.get(KILL_VARIABLE, "").split(";")
+        text = specs[attempt] if attempt < len(specs) else ""
         return cls(KillSpec.parse(text) if text else None, rank=rank, run_dir=run_dir, events=events)
 
     def reached(self, point: str, step: int) -> None:

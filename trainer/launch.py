@@ -15,7 +15,7 @@ from pathlib import Path
 from trainer.documents import matching_files
 from trainer.recipe import RecipeError, load_recipe, recipe_warnings
 from trainer.refusal import VARIABLE
-from trainer.runfolder import claim
+from trainer.runfolder import claim, lock
 from trainer.schema import Recipe
 
 FAILED, USER_MISTAKE, RESUMABLE = 1, 2, 75
@@ -53,7 +53,7 @@ def train(recipe_path: str, overrides: Sequence[str]) -> int:
     for warning in recipe_warnings(recipe):
         print(f"warning: {warning}", file=sys.stderr)
     _check_inputs(recipe)
-    claim(recipe)
+    lock(claim(recipe), patience_s=1).close()  # held by rank 0; here only asked for, to refuse early
     parallel = recipe.parallel
     worker = ["-m", "trainer", "train", str(recipe_path), *overrides]
     with tempfile.TemporaryDirectory(prefix="planaria-") as scratch:

@@ -54,17 +54,19 @@ def fit(run: Run) -> None:
     for step in range(run.progress.step + 1, train.steps + 1):
         started = time.monotonic()
         loss = train_step(run, step)
-        mean_loss, committed = _exchange(run, loss)
-        run.snapshots.after_step(step, run.progress, committed)
+        run.snapshots.after_step(step, run.progress)
         if run.watch is not None:
             run.watch = _check_adapters(run, run.watch)
-        _report_step(run, step, mean_loss, time.monotonic() - started)
+        _report_step(run, step, loss, time.monotonic() - started)
         if step == train.steps or (train.eval_every and step % train.eval_every == 0):
             _report_heldout(run, step)
 
 
-def train_step(run: Run, step: int) -> torch.Tensor:
-    """Forward and backward over this rank's share of the batch, then one optimizer step. Returns the mean loss."""
+def train_step(run: Run, step: int) -> float:
+    """Forward and backward over this rank's share of the batch, then one optimizer step.
+
+    Returns the mean loss over all ranks. Raises DivergedError before a state that is not finite can be captured.
+    """
     train, engine = run.recipe.train, run.engine
     rate = learning_rate(
         step,
@@ -83,11 +85,13 @@ def train_step(run: Run, step: int) -> torch.Tensor:
         engine.backward(loss)
         total += loss.detach().float() / run.recipe.accumulation
         if micro == run.recipe.accumulation - 1:
-            run.snapshots.before_optimizer()
+            mean = _exchange(run, total)
+            _check_finite(run, step, "loss", mean)
             run.events.write("optimizer", step=step)
         engine.step()
     run.progress.step = step
-    return total
+    _check_finite(run, step, "gradient norm", _grad_norm(engine))
+    return mean
 
 
 def next_batch(run: Run, step: int, micro: int) -> torch.Tensor:
@@ -103,27 +107,26 @@ def next_batch(run: Run, step: int, micro: int) -> torch.Tensor:
     return ids_BS.to(run.process.device)
 
 
-def _exchange(run: Run, loss: torch.Tensor) -> tuple[float, int]:
-    """The step's one small collective: every rank's loss and newest sealed step -> (mean loss, committed step)."""
-    _check_finite(run, loss)
-    mine = torch.tensor([float(loss), float(run.snapshots.sealed_step())], dtype=torch.float64)
-    mine = mine.to(run.process.device)
+def _exchange(run: Run, loss: torch.Tensor) -> float:
+    """The step's one small collective, just before the optimizer: every rank's loss and newest sealed step.
+
+    After it all ranks know which step all have sealed, so a kill in the optimizer step loses no completed step. Returns
+    the mean loss.
+    """
+    mine = torch.tensor([float(loss), float(run.snapshots.settle())], dtype=torch.float64, device=run.process.device)
     everyone = [torch.empty_like(mine) for _ in range(run.process.world)]
     dist.all_gather(everyone, mine)
     losses_R, sealed_R = torch.stack(everyone).cpu().unbind(1)
-    return float(losses_R.mean()), int(sealed_R.min())
+    run.snapshots.committed = int(sealed_R.min())
+    return float(losses_R.mean())
 
 
-def _check_finite(run: Run, loss: torch.Tensor) -> None:
-    """Stop before a poisoned step is captured: a gradient that is not finite has just gone into the weights."""
-    norm = _grad_norm(run.engine)
-    if math.isfinite(norm) and math.isfinite(float(loss)):
-        return
-    step = run.progress.step
-    raise DivergedError(
-        f"step {step} diverged on rank {run.process.rank}: loss {float(loss)}, gradient norm {norm}. The last good "
-        f"checkpoint is of a step before {step}; lower train.lr or raise train.warmup_steps, with log.run=NAME"
-    )
+def _check_finite(run: Run, step: int, what: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise DivergedError(
+            f"step {step} diverged: its {what} is {value}. The newest checkpoint is of a step before {step}; lower "
+            "train.lr or raise train.warmup_steps, with log.run=NAME"
+        )
 
 
 def _check_adapters(run: Run, watch: AdapterWatch) -> AdapterWatch | None:

@@ -64,7 +64,7 @@ def lock(folder: Path, patience_s: float = 10.0) -> TextIO:
                     [f"{folder} is being trained by process {holder}; stop it, or give log.run=NAME"]
                 ) from None
             time.sleep(0.1)
-    file.truncate(0)
+    file.truncate(0)  # append mode: the holder's number starts the file
     file.write(f"{os.getpid()}\n")
     file.flush()
     return file

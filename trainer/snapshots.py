@@ -2,10 +2,12 @@
 
 The order within step t, on every rank:
 
-1. before the optimizer changes the state, the copy of step t-1 must be complete;
-2. before the step's own collective, step t-1 must be sealed, so that what the collective carries is t-1 on every rank;
-3. after it, the capture of step t starts. It may overwrite only records older than the committed step, so at every
-   instant one complete step lies in memory on all ranks.
+1. forward and backward, while the capture of step t-1 is copied and sealed;
+2. before the optimizer changes the state: wait for that, then one collective carries every rank's newest sealed step;
+   the least of them, t-1, is the committed step;
+3. the optimizer step;
+4. the capture of step t starts. It may overwrite only records older than the committed step, so at every instant one
+   complete step lies in memory on all ranks.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class Snapshots:
     client: KeeperClient | None
     capturer: Capturer | None
     events: EventLog
-    committed: int = -1
+    committed: int = -1  # the newest step that all ranks are known to have sealed
     stall: Stall = field(default_factory=Stall)
     _captured: int = -1
 
@@ -89,25 +91,23 @@ class Snapshots:
 
     # -- the training step ---------------------------------------------------------------------------------------
 
-    def before_optimizer(self) -> None:
-        """Wait until the running copy is complete; afterwards the state may change."""
-        self.stall = Stall()
-        if self.capturer is not None:
-            self.stall.copied_s = self.capturer.wait_copied()
+    def settle(self) -> int:
+        """Wait until the last capture is whole and sealed; afterwards the state may change.
 
-    def sealed_step(self) -> int:
-        """This rank's newest sealed step, after waiting for the last capture. Travels with the step's collective."""
+        Returns this rank's newest sealed step, which travels with the step's collective.
+        """
+        self.stall = Stall()
         if self.capturer is None or self._captured < 0:
             return self.committed  # nothing captured yet in this attempt: what was restored still stands
+        self.stall.copied_s = self.capturer.wait_copied()
         self.stall.sealed_s = self.capturer.wait_sealed(self._captured)
         return self._captured
 
-    def after_step(self, step: int, progress: Progress, committed: int) -> None:
-        """Start capturing ``step`` in the background if it is due. ``committed``: all ranks' least sealed step."""
-        self.committed = committed
+    def after_step(self, step: int, progress: Progress) -> None:
+        """Start capturing ``step`` in the background if it is due, over records older than the committed step."""
         if self.capturer is not None and self._due(step):
             extras = {**self.extras(progress), "origin": self.origin.dump()}
-            self.capturer.start(step, extras, committed)
+            self.capturer.start(step, extras, self.committed)
             self._captured = step
 
     def _due(self, step: int) -> bool:

@@ -80,9 +80,7 @@ def train(recipe: Recipe, process: Process) -> None:
     run_dir, attempt, finished = _enter_folder(recipe, process)
     events = EventLog(run_dir, process.rank, attempt)
     events.write("start", pid=os.getpid(), world=process.world, device=str(process.device))
-    failpoints = Failpoints.from_environment(
-        rank=process.rank, first_attempt=attempt == 0, run_dir=run_dir, events=events
-    )
+    failpoints = Failpoints.from_environment(rank=process.rank, attempt=attempt, run_dir=run_dir, events=events)
     run = prepare(recipe, process, run_dir, events, failpoints)
     events.write("ready")
     plan = run.snapshots.recover(run.progress)

@@ -1,5 +1,6 @@
 """What leaves a run: Hugging Face folders and adapters, checked against the run and against other tools."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,15 +126,15 @@ def test_a_run_that_cannot_be_exported_says_why(exported, folder, tmp_path):
     assert "Traceback" not in taken.stderr + nothing.stderr
 
 
-def test_a_damaged_checkpoint_is_not_exported(start, folder, tmp_path):
-    job = start("damaged", ["checkpoint.disk.keep_last=1"])
-    job.finish()
-    ((_step, newest),) = list_checkpoints(job.run_dir / "checkpoints")
-    file = newest / "dp0001.safetensors"
-    blob = bytearray(file.read_bytes())
-    blob[-5000] ^= 1
-    file.write_bytes(blob)
-    done = planaria("export", job.run_dir, tmp_path / "out")
+def test_a_damaged_checkpoint_is_not_exported(undisturbed, folder, tmp_path):
+    run = tmp_path / "damaged"
+    shutil.copytree(folder / "undisturbed", run)
+    for _step, checkpoint in list_checkpoints(run / "checkpoints"):
+        file = checkpoint / "dp0001.safetensors"
+        blob = bytearray(file.read_bytes())
+        blob[-5000] ^= 1
+        file.write_bytes(blob)
+    done = planaria("export", run, tmp_path / "out")
     assert done.returncode == 2
     assert "dp0001.safetensors" in done.stderr
     assert "Traceback" not in done.stderr
