@@ -75,6 +75,8 @@ class Snapshots:
         )
         reports: list[dict[str, list[int]]] = [{} for _ in range(self.process.world)]
         dist.all_gather_object(reports, recovery.report())
+        for problem in recovery.problems:
+            print(f"recovery of {self.process.coordinate}: {problem}", flush=True)
         plan = plan_recovery(reports)
         if self.process.rank == 0:
             print(f"recovery: {plan.reason}", flush=True)

@@ -2,12 +2,14 @@
 
 import os
 import random
+import shutil
 import signal
 import time
 
 import numpy as np
 import pytest
 
+from checkpointing.store import list_checkpoints
 from trainer import data
 from trainer.drill import judge
 from trainer.faults import KillSpec
@@ -144,3 +146,19 @@ def test_a_resume_on_edited_text_is_refused(start, folder, tmp_path):
     again = start("edited", [*settings, f"data.cache_dir={tmp_path}", "train.steps=4"])
     assert again.wait() == 2
     assert "data: was" in again.output.read_text()
+
+
+def test_a_damaged_checkpoint_is_set_aside_aloud_and_an_older_one_used(undisturbed, folder, start):
+    run = folder / "damaged"
+    shutil.copytree(folder / "undisturbed", run)
+    (_, older), (_, newest) = list_checkpoints(run / "checkpoints")
+    file = newest / "dp0000.safetensors"
+    blob = bytearray(file.read_bytes())
+    blob[len(blob) // 2] ^= 4
+    file.write_bytes(blob)
+    job = start("damaged")
+    rows = job.finish()
+    assert final_hash(rows[len(undisturbed) :]) == final_hash(undisturbed)
+    assert [row["step"] for row in rows if row["kind"] == "recovery_plan"][-1] == int(older.name.removeprefix("step-"))
+    assert newest.with_name(newest.name + ".corrupt").exists()
+    assert "dp0000.safetensors" in job.output.read_text()
