@@ -291,9 +291,6 @@ class Checkpoint:
         dtype = "uint16" if entry.dtype == "bfloat16" else entry.dtype
         return np.fromfile(path, dtype=dtype, count=entry.nbytes // DTYPE_BYTES[entry.dtype], offset=entry.offset)
 
-    def dtype_of(self, wanted: Range) -> str:
-        return self._held[wanted][1].dtype
-
     def extras(self, coordinate: str) -> dict[str, bytes]:
         record = next(r for r in self.records if r.kind is Kind.EXTRAS and r.source == coordinate)
         with self.file_of(coordinate).open("rb") as file:

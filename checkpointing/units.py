@@ -63,12 +63,6 @@ def by_key(ranges: Iterable[Range]) -> dict[Key, list[tuple[int, int]]]:
     return grouped
 
 
-def intersect(a: Range, b: Range) -> Range | None:
-    """The elements that both name, or None if there are none."""
-    lo, hi = max(a.lo, b.lo), min(a.hi, b.hi)
-    return Range(a.unit, a.kind, lo, hi) if a.key == b.key and lo < hi else None
-
-
 def uncovered(needed: Iterable[Range], have: Iterable[Range]) -> list[Range]:
     """The parts of ``needed`` that no range of ``have`` covers: sorted, disjoint, as long as possible."""
     held = by_key(have)

@@ -15,6 +15,7 @@ from trainer.events import read_events
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 KILL = "rank=1,step=110,at=optimizer"
+FOLDER = Path("runs/demo")  # the demo's own: nothing else under runs/ is touched
 PROMPT = "def __init__(self, "
 STEP_TIMEOUT_S = 900
 
@@ -37,13 +38,14 @@ def planaria(*arguments: str) -> str:
 
 def main() -> int:
     began = time.monotonic()
-    drill, lora = Path("runs/quickstart-drill"), Path("runs/quickstart-lora")
-    for old in (drill, lora, Path("runs/quickstart")):
-        stop_keeper(old, persist=False)
-        shutil.rmtree(old, ignore_errors=True)
-    planaria("drill", str(RECIPES / "quickstart.yaml"), "--kill", KILL)
-    planaria("export", str(drill / "killed"), "runs/quickstart/export")
-    planaria("train", str(RECIPES / "quickstart-lora.yaml"))
+    drill, base, lora = FOLDER / "quickstart-drill", FOLDER / "base", FOLDER / "quickstart-lora"
+    for run in (drill / "undisturbed", drill / "killed", lora):
+        stop_keeper(run, persist=False)  # an earlier demo may have been interrupted
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    where = (f"log.dir={FOLDER}", "data.cache_dir=runs/cache")
+    planaria("drill", str(RECIPES / "quickstart.yaml"), "--kill", KILL, *where)
+    planaria("export", str(drill / "killed"), str(base))
+    planaria("train", str(RECIPES / "quickstart-lora.yaml"), f"model.path={base}", *where)
     planaria("export", str(lora), str(lora / "export"))
     text = planaria(
         "generate", str(lora / "export"), "--adapter", str(lora / "export" / "adapter"),

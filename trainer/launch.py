@@ -15,7 +15,7 @@ from pathlib import Path
 from trainer.documents import matching_files
 from trainer.recipe import RecipeError, load_recipe, recipe_warnings
 from trainer.refusal import VARIABLE
-from trainer.runfolder import claim, lock
+from trainer.runfolder import claim, lock, run_folder
 from trainer.schema import Recipe
 
 FAILED, USER_MISTAKE, RESUMABLE = 1, 2, 75
@@ -53,7 +53,8 @@ def train(recipe_path: str, overrides: Sequence[str]) -> int:
     for warning in recipe_warnings(recipe):
         print(f"warning: {warning}", file=sys.stderr)
     _check_inputs(recipe)
-    lock(claim(recipe), patience_s=1).close()  # held by rank 0; here only asked for, to refuse early
+    with lock(run_folder(recipe), patience_s=1):  # rank 0 takes it for the run; here it is asked for, to refuse early
+        claim(recipe)
     parallel = recipe.parallel
     worker = ["-m", "trainer", "train", str(recipe_path), *overrides]
     with tempfile.TemporaryDirectory(prefix="planaria-") as scratch:

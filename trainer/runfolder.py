@@ -19,13 +19,12 @@ def run_folder(recipe: Recipe) -> Path:
 
 
 def claim(recipe: Recipe) -> Path:
-    """Make the run's folder, or check that it was made for this very recipe.
+    """Write the recipe into the run's folder, or check that the folder belongs to this very recipe. Call it locked.
 
     Settings that cannot change the run's bits may differ, and are written down anew. Raises RecipeError with a diff if
     the folder belongs to another recipe: resuming it would silently change the run.
     """
     folder = run_folder(recipe)
-    folder.mkdir(parents=True, exist_ok=True)
     written = folder / "recipe.yaml"
     text = recipe_to_yaml(recipe)
     if written.exists():
@@ -50,6 +49,7 @@ def lock(folder: Path, patience_s: float = 10.0) -> TextIO:
 
     Waits a little: the worker of the attempt before may still be dying. Raises RecipeError naming the holder.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     file = (folder / "run.lock").open("a+")
     deadline = time.monotonic() + patience_s
     while True:

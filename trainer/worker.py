@@ -143,8 +143,8 @@ def _enter_folder(recipe: Recipe, process: Process) -> tuple[Path, int, bool]:
     outcome: list[Any] = [None]
     if process.rank == 0:
         try:
+            process.held.append(lock(run_folder(recipe)))
             folder = claim(recipe)
-            process.held.append(lock(folder))
             finished = any(row["kind"] == "done" for row in read_events(folder))
             outcome = [(next_attempt(folder), finished)]
         except RecipeError as error:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpointing.units import Range, intersect, overlaps, uncovered
+from checkpointing.units import Range, overlaps, uncovered
 
 ranges = st.builds(
     lambda unit, kind, lo, size: Range(unit, kind, lo, lo + size),
@@ -53,10 +53,3 @@ def test_overlaps_are_the_elements_named_twice(some):
     twice = overlaps(some)
     assert_canonical(twice)
     assert set(elements(twice)) == {e for e, count in elements(some).items() if count > 1}
-
-
-@given(ranges, ranges)
-def test_intersection_is_what_both_name(a, b):
-    common = intersect(a, b)
-    assert set(elements([common] if common else [])) == set(elements([a])) & set(elements([b]))
-    assert common == intersect(b, a)
