@@ -5,6 +5,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 PURE := moe/refs.py moe/layout.py checkpointing/units.py checkpointing/records.py checkpointing/recovery.py \
+        checkpointing/storage.py checkpointing/remote.py \
         lora/config.py lora/presets.py inference/policies.py trainer/cli.py trainer/recipe.py trainer/plan.py \
         trainer/schema.py trainer/faults.py
 

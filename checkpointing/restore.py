@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import RawIOBase
 
 import torch
 
@@ -63,16 +64,17 @@ def restore_from_disk(buffers: Sequence[StateBuffer], checkpoint: Checkpoint, co
         with checkpoint.file_of(source).open("rb", buffering=0) as file:
             for move in moves:
                 if move.source == source:
-                    _read_into(tensors[move.buffer], file.fileno(), move)
+                    _read_into(tensors[move.buffer], file, move)
     return checkpoint.extras(coordinate)
 
 
-def _read_into(tensor: torch.Tensor, fd: int, move: Transfer) -> None:
+def _read_into(tensor: torch.Tensor, file: RawIOBase, move: Transfer) -> None:
     for at in range(0, move.nbytes, _PIECE):
         count = min(_PIECE, move.nbytes - at)
         piece = bytearray(count)
-        got = os.preadv(fd, [piece], move.source_offset + at)
+        file.seek(move.source_offset + at)
+        got = file.readinto(piece)
         if got != count:
-            raise RecoveryError(f"{move.source}: the file ended early at byte {move.source_offset + at + got:,}")
+            raise RecoveryError(f"{move.source}: the file ended early at byte {move.source_offset + at + (got or 0):,}")
         start = move.buffer_offset + at
         tensor[start : start + count].copy_(torch.frombuffer(piece, dtype=torch.uint8))

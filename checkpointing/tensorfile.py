@@ -5,16 +5,18 @@ Written and read here byte by byte, because NumPy has no bfloat16 and because th
 
 from __future__ import annotations
 
+import errno
+import io
 import json
-import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from xxhash import xxh3_128
+from xxhash import xxh3_64, xxh3_64_hexdigest, xxh3_128
 
 from checkpointing.records import DTYPE_BYTES, Entry
+from checkpointing.remote import UnreachableError
+from checkpointing.storage import Place, make_durable
 from checkpointing.units import Range
 
 _NAMES = {
@@ -37,10 +39,11 @@ _SMALLEST = 4 << 10
 
 @dataclass(frozen=True)
 class Written:
-    """Size in bytes and XXH3-128 (hex) of a whole file."""
+    """Size in bytes and XXH3-128 (hex) of a whole file; XXH3-64 of each tensor, 16 hex digits in the header's order."""
 
     nbytes: int
     xxh3_128: str
+    tensors: str = ""
 
 
 def key_of(entry: Entry) -> str:
@@ -52,7 +55,7 @@ def range_of(key: str, nbytes: int) -> Range:
 
 
 def write_tensors(
-    path: Path,
+    path: Place,
     parts: Sequence[tuple[Sequence[Entry], memoryview]],
     metadata: dict[str, str],
     advanced: Callable[[int], None],
@@ -66,16 +69,15 @@ def write_tensors(
     step = min(max(total // 16, _SMALLEST), _LARGEST)
     digest = xxh3_128()
     with path.open("wb", buffering=0) as file:
-        _write(file.fileno(), memoryview(header), digest)
+        _write(file, memoryview(header), digest)
         for run in _runs(pieces):
             for at in range(0, len(run), step):
                 chunk = run[at : at + step]
-                _write(file.fileno(), chunk, digest)
+                _write(file, chunk, digest)
                 advanced(len(chunk))
-        os.fsync(file.fileno())
-        # So that a read-back is served by the disk and not by the page cache.
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return Written(len(header) + total, digest.hexdigest())
+        make_durable(file)
+    each = "".join(xxh3_64_hexdigest(data[e.offset : e.offset + e.nbytes]) for e, data in pieces)
+    return Written(len(header) + total, digest.hexdigest(), each)
 
 
 def _header(entries: Sequence[Entry], metadata: dict[str, str]) -> bytes:
@@ -110,19 +112,21 @@ def _runs(pieces: Sequence[tuple[Entry, memoryview]]) -> Iterator[memoryview]:
         yield source[start:stop]
 
 
-def _write(fd: int, data: memoryview, digest: xxh3_128) -> None:
+def _write(file: io.RawIOBase, data: memoryview, digest: xxh3_128) -> None:
     digest.update(data)
     while data:
-        data = data[os.write(fd, data) :]
+        data = data[file.write(data) or 0 :]
 
 
-def read_entries(path: Path) -> tuple[Entry, ...]:
+def read_entries(path: Place) -> tuple[Entry, ...]:
     """All tensors of a file; ``offset`` counts from its start. Raises OSError or ValueError if it is damaged."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > os.fstat(file.fileno()).st_size:
-            raise ValueError(f"{path}: the header's length is larger than the file")
-        table = json.loads(file.read(length))
+    size = path.stat().st_size
+    if size < 8:
+        raise ValueError(f"{path}: {size} bytes are no tensor file")
+    (length,) = struct.unpack("<Q", read_bytes(path, 0, 8))
+    if 8 + length > size:
+        raise ValueError(f"{path}: the header's length is larger than the file")
+    table = json.loads(bytes(read_bytes(path, 8, length)))
     entries = []
     for key, tensor in table.items():
         if key != "__metadata__":
@@ -133,7 +137,21 @@ def read_entries(path: Path) -> tuple[Entry, ...]:
     return tuple(entries)
 
 
-def checksum_file(path: Path) -> Written:
+def read_bytes(path: Place, offset: int, nbytes: int) -> bytearray:
+    """Raises OSError if the file ends early."""
+    data = bytearray(nbytes)
+    view, done = memoryview(data), 0
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while done < nbytes:
+            count = file.readinto(view[done:])
+            if not count:
+                raise OSError(errno.EIO, f"the file ends at byte {offset + done:,}, too early", str(path))
+            done += count
+    return data
+
+
+def checksum_file(path: Place) -> Written:
     digest, total = xxh3_128(), 0
     buffer = bytearray(_LARGEST)
     view = memoryview(buffer)
@@ -142,3 +160,25 @@ def checksum_file(path: Path) -> Written:
             digest.update(view[:count])
             total += count
     return Written(total, digest.hexdigest())
+
+
+def damaged_tensors(path: Place, expected: str) -> list[str]:
+    """The tensors of a damaged file whose bytes are not those of ``expected`` (:attr:`Written.tensors`), if its header
+    can still be read and says as many."""
+    try:
+        entries = read_entries(path)
+        if len(expected) != 16 * len(entries):
+            return []
+        digests = [expected[at : at + 16] for at in range(0, len(expected), 16)]
+        return [key_of(e) for e, digest in zip(entries, digests, strict=True) if _digest_of(path, e) != digest]
+    except UnreachableError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ["the header"]
+
+
+def _digest_of(path: Place, entry: Entry) -> str:
+    digest = xxh3_64()
+    for at in range(0, entry.nbytes, _LARGEST):
+        digest.update(read_bytes(path, entry.offset + at, min(_LARGEST, entry.nbytes - at)))
+    return digest.hexdigest()
