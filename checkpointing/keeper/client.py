@@ -86,21 +86,24 @@ class KeeperClient:
         buffers: Sequence[StateBuffer],
         fingerprint: str,
         attempt: int = 0,
-        disk: Mapping[str, int] | None = None,
+        disk: Mapping[str, Any] | None = None,
         linger_s: float = 600.0,
         tensors: Mapping[str, Any] | None = None,
         metadata: Mapping[str, Any] | None = None,
         kill: Mapping[str, Any] | None = None,
         generations: int | None = None,
         node_coordinates: Sequence[str] | None = None,
+        disk_fault: Mapping[str, Any] | None = None,
     ) -> KeeperClient:
         """Attach this worker to the run's keeper, starting one if none lives.
 
         Args:
             coordinates: all of the job; ``node_coordinates`` those of this node (default: all).
-            disk: ``{"every": steps (0: only at the end), "keep_last": count}``; None: no disk tier.
+            disk: ``{"every": steps (0: only at the end), "keep_last": count}``; None: no disk tier. Optional:
+                ``permanent_every`` (steps), ``url`` (instead of the run folder), ``hung_after_s``.
             tensors: ``{unit: {"param", "shape", "dtype", "elements"}}`` for the manifest; ``elements`` (optional) lets
                 a reader prove that the unit is whole.
+            disk_fault: a drill, see :class:`checkpointing.keeper.diskfault.DiskFault`.
             kill: a drill, ``{"at": "disk", "step": N, "pids": [pid or "keeper", ...]}``.
             generations: base slots; default 3, or 4 with ``disk.every`` > 0, so that a running write blocks no capture.
                 2 are enough if only steps for the disk are captured: one holds the newest sealed step, and the other
@@ -128,6 +131,7 @@ class KeeperClient:
             "tensors": dict(tensors or {}),
             "metadata": dict(metadata or {}),
             "kill": None if kill is None else dict(kill),
+            "disk_fault": None if disk_fault is None else dict(disk_fault),
         }
         return cls(Path(run_dir).resolve(), hello)
 

@@ -28,9 +28,10 @@ class Inventory:
     def take(self, connection: Connection, request: Message, fds: list[int]) -> None:
         """Answer with all sealed records of all coordinates, re-verified. Equal tables are sent once.
 
-        Not while a step is being written: who asks may choose from the disk, too, where that write removes old steps.
+        Not while one is being sealed. A write may be running: from here on it removes no old steps, since who asks may
+        choose from the disk, too.
         """
-        self._service.quiet.then(lambda: self._take(connection, request))
+        self._service.quiet.sealed(lambda: self._take(connection, request))
 
     def _take(self, connection: Connection, request: Message) -> None:
         attempt = max((k.attempt for k in self._service.keeps.values() if k.connection is connection), default=0)

@@ -11,10 +11,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from checkpointing.keeper.arenas import Slot
+from checkpointing.keeper.diskfault import DiskFault
+from checkpointing.keeper.health import DiskHealth
 from checkpointing.keeper.launch import Lease
+from checkpointing.keeper.protocol import KeeperRefused
 from checkpointing.records import RecordError, entries_of, payload_of, verify
 from checkpointing.recovery import RecoveryError
-from checkpointing.store import Part, abandon_newer, read_manifest, retain, set_aside, step_path, write_checkpoint
+from checkpointing.remote import LocationError
+from checkpointing.storage import Place, place_of
+from checkpointing.store import (
+    Part,
+    abandon_newer,
+    clean_unfinished,
+    read_manifest,
+    retain,
+    set_aside,
+    step_path,
+    write_checkpoint,
+)
 from checkpointing.store import verify as verify_files
 
 
@@ -28,6 +42,7 @@ class Persist:
     tensors: Mapping[str, Any]
     metadata: Mapping[str, Any]
     keep_last: int
+    permanent_every: int = 0
 
 
 @dataclass
@@ -67,15 +82,40 @@ class Persister:
         event: Callable[..., None],
         on_done: Callable[[Persist, str], None],
         hashers: Executor,
+        health: DiskHealth,
     ) -> None:
-        self.directory = lease.run_dir / "checkpoints"
+        self.directory: Place = lease.run_dir / "checkpoints"
+        self.health = health
         self.kill: KillPoint | None = None
+        self.fault: DiskFault | None = None
         self.running: Persist | None = None
         self.queued: Persist | None = None
         # A running write whose step has been discarded: that step may be written anew.
         self._void: Persist | None = None
+        # Writes that must not delete old checkpoints, since a recovering worker may choose them.
+        self._sparing: list[Persist] = []
+        self._opened: Place | None = None
         self._lease, self._call, self._event, self._on_done, self._hashers = lease, call, event, on_done, hashers
         self._thread = ThreadPoolExecutor(1, "persist")
+
+    def use(self, disk: Mapping[str, Any] | None, fault: Mapping[str, Any] | None) -> None:
+        """Write as a worker says from now on; what an earlier keeper left unfinished there is removed first."""
+        self.fault = DiskFault.parse(fault)
+        if disk is None:
+            return
+        self.health.hung_after_s = disk.get("hung_after_s", self.health.hung_after_s)
+        url = disk.get("url")
+        self.directory = place_of(url) if url else self._lease.run_dir / "checkpoints"
+        if self.directory != self._opened:
+            self._opened = self.directory
+            self._thread.submit(self._clean, self.directory)
+
+    def _clean(self, directory: Place) -> None:
+        try:
+            self._check_lease()
+            clean_unfinished(directory)
+        except (OSError, RecoveryError) as error:
+            self._event("disk_failed", error=f"{directory}: what a killed writer left is not removed: {error}")
 
     @property
     def idle(self) -> bool:
@@ -91,6 +131,7 @@ class Persister:
             for slot in slots:
                 slot.users += 1
         if self.running is not None:
+            self.health.behind(job.step)
             self.drop_queued("a newer step is due while an earlier one is still being written")
             self.queued = job
         else:
@@ -100,6 +141,10 @@ class Persister:
         """``id()`` of the slots that :meth:`drop_queued` would give back."""
         slots = self.queued.slots.values() if self.queued is not None else ()
         return {id(slot) for held in slots for slot in held}
+
+    def spare_old(self) -> None:
+        """Have the writes that are known now delete nothing: a worker is about to choose what to recover from."""
+        self._sparing = [job for job in (self.running, self.queued) if job is not None]
 
     def discard(self, after_step: int) -> None:
         """Set newer checkpoints aside: training goes on from ``after_step`` and will write these steps anew.
@@ -135,6 +180,7 @@ class Persister:
 
     def _start(self, job: Persist) -> None:
         self.running = job
+        self.health.started(job.step)
         self._thread.submit(self._work, job)
 
     def _work(self, job: Persist) -> None:
@@ -147,8 +193,9 @@ class Persister:
     def _finished(self, job: Persist, problem: str) -> None:
         _release(job)
         self.running = None
+        pause_s = self.health.ended(problem)
         if problem:
-            self._event("disk_failed", job.step, job.attempt, error=problem)
+            self._event("disk_failed", job.step, job.attempt, error=problem, retry_after_s=pause_s)
         queued, self.queued = self.queued, None
         if queued is not None:
             self._start(queued)
@@ -175,7 +222,9 @@ class Persister:
                      seconds=time.perf_counter() - started, bytes=nbytes)  # fmt: skip
         try:
             self._check_lease()
-            removed = retain(self.directory, job.keep_last, final)
+            if any(job is spared for spared in self._sparing):
+                return ""
+            removed = retain(self.directory, job.keep_last, final, job.permanent_every)
         except RecoveryError as error:
             return str(error)
         if removed:
@@ -191,9 +240,20 @@ class Persister:
 
     def _progress(self, job: Persist, written: int, total: int) -> None:
         self._check_lease()
+        self.health.progress(written, total)
+        if self.fault is not None:
+            self.fault.strike(job.step, written, total)
         if self.kill is not None and self.kill.due(job.step, written, total):
             self._event("kill", job.step, job.attempt, at="disk", pids=self.kill.pids)
             self.kill.strike()
+
+
+def check_place(disk: Mapping[str, Any] | None) -> None:
+    """Raises KeeperRefused for a URL that this keeper cannot use."""
+    try:
+        place_of((disk or {}).get("url") or "")
+    except LocationError as error:
+        raise KeeperRefused(str(error)) from None
 
 
 def _release(job: Persist) -> None:

@@ -24,19 +24,32 @@ class Quiet:
     def __init__(self, service: Service) -> None:
         self.sealing = 0
         self._service = service
+        self._unsealed: list[Callable[[], None]] = []
         self._waiting: list[Callable[[], None]] = []
 
-    def then(self, function: Callable[[], None]) -> None:
-        """Call ``function`` once nothing is being sealed or written.
+    def sealed(self, function: Callable[[], None]) -> None:
+        """Call ``function`` once nothing is being sealed.
 
-        After five minutes it is called all the same: a disk that hangs must not keep memory from being recovered.
+        A write may go on, slow or hung as the disk may be, since memory is the better tier; it deletes nothing.
         """
+        self._unsealed.append(function)
+        self.check()
+
+    def then(self, function: Callable[[], None]) -> None:
+        """Call ``function`` once nothing is being sealed or written, or after five minutes: a disk may hang."""
         self._waiting.append(function)
         self._service.loop.set_timer("quiet", _LONGEST_S, self._release)
         self.check()
 
     def check(self) -> None:
-        if not self.sealing and self._service.persister.idle:
+        if self.sealing:
+            return
+        unsealed, self._unsealed = self._unsealed, []
+        if unsealed:
+            self._service.persister.spare_old()
+        for function in unsealed:
+            function()
+        if self._service.persister.idle:
             self._release()
 
     def _release(self) -> None:

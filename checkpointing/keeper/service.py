@@ -16,15 +16,15 @@ from checkpointing.keeper import launch
 from checkpointing.keeper.arenas import Keep, Slot, Waiting
 from checkpointing.keeper.departure import Departure
 from checkpointing.keeper.events import append_event
+from checkpointing.keeper.health import DiskHealth
 from checkpointing.keeper.inventory import Inventory
 from checkpointing.keeper.loop import Connection, Loop
 from checkpointing.keeper.memory import check_fits, create_memfd
-from checkpointing.keeper.persister import KillPoint, Persist, Persister
+from checkpointing.keeper.persister import KillPoint, Persist, Persister, check_place
 from checkpointing.keeper.protocol import KeeperRefused, Message
 from checkpointing.keeper.quiet import Quiet
 from checkpointing.records import Kind, State, seal, state_of
 from checkpointing.slots import Arena, ArenaShape
-from checkpointing.store import clean_unfinished
 
 
 def serve(run_dir: Path, fingerprint: str, linger_s: float, ready_fd: int) -> int:
@@ -60,12 +60,12 @@ class Service:
         self.allocating: dict[str, int] = {}
         self.quiet = Quiet(self)
         self.departure = Departure(self)
-        clean_unfinished(self.run_dir / "checkpoints")
         self.loop = Loop(self._listen(), self.on_message, self.on_closed, self.on_signal)
         self.loop.install_signals()
         self.jobs = ThreadPoolExecutor(4, "job")
         self.hashers = ThreadPoolExecutor(min(8, max(1, (os.cpu_count() or 2) // 2)), "hash")
-        self.persister = Persister(lease, self.loop.call, self.event, self.on_persisted, self.hashers)
+        health = DiskHealth(self.loop.set_timer, self.event)
+        self.persister = Persister(lease, self.loop.call, self.event, self.on_persisted, self.hashers, health)
         self.inventory = Inventory(self)
         self.departure.arm()
         self.event("keeper_started", pid=os.getpid())
@@ -160,6 +160,7 @@ class Service:
 
     def attach(self, connection: Connection, request: Message, fds: list[int]) -> None:
         coordinate, shape = request["coordinate"], ArenaShape(**request["shape"])
+        check_place(request["disk"])
         keep = self.keeps.get(coordinate)
         if keep is not None:
             self._check_same(keep, shape, request, fds)
@@ -233,6 +234,7 @@ class Service:
         self.attempt = max(self.attempt, keep.attempt)
         self.job, self.local = request["coordinates"], request["node_coordinates"]
         self.disk, self.linger_s = request["disk"], request["linger_s"]
+        self.persister.use(self.disk, request.get("disk_fault"))
         self.persister.kill = self.persister.kill or KillPoint.parse(request.get("kill"))
         self.departure.attached()
         slots = [{"kind": s.kind, "state": s.state.name, "step": s.step} for s in keep.slots]
@@ -349,13 +351,15 @@ class Service:
             for keep in self.keeps.values()
         }
         writing = self.persister.running.step if self.persister.running is not None else None
-        connection.answer(request, {"ok": True, "keeps": keeps, "writing": writing})
+        disk = self.persister.health.status() | {"place": str(self.persister.directory)}
+        connection.answer(request, {"ok": True, "keeps": keeps, "writing": writing, "disk": disk})
 
     # Disk
 
     def is_due(self, step: int) -> bool:
         every = (self.disk or {}).get("every", 0)
-        return bool(every) and step > 0 and step % every == 0 and not self.departure.reason
+        due = bool(every) and step > 0 and step % every == 0 and not self.departure.reason
+        return due and self.persister.health.ready(step)
 
     def persist(self, step: int) -> None:
         """Write a step if the whole job has it sealed here, unless that is under way."""
@@ -369,9 +373,12 @@ class Service:
             tensors |= keep.tensors
             metadata |= keep.metadata
         slots = {keep.coordinate: keep.of_step(step) for keep in whole}
-        keep_last = (self.disk or {}).get("keep_last", 2)
+        disk = self.disk or {}
+        keep_last, permanent_every = disk.get("keep_last", 2), disk.get("permanent_every", 0)
         metadata |= {"recipe": self.fingerprint, "attempt": self.attempt}
-        self.persister.submit(Persist(step, self.attempt, slots, tensors, metadata, keep_last))
+        if permanent_every and step % permanent_every == 0:
+            metadata["permanent"] = True
+        self.persister.submit(Persist(step, self.attempt, slots, tensors, metadata, keep_last, permanent_every))
 
     def persist_newest(self) -> int:
         common = [self.keeps[c].steps() for c in self.job if c in self.keeps]
