@@ -10,7 +10,8 @@ import contextlib
 import errno
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 
@@ -40,43 +41,64 @@ def _naming(url: str) -> Iterator[None]:
         raise UnreachableError(errno.EIO, f"{type(error).__name__}: {error}", url) from error
 
 
-@dataclass(frozen=True)
-class RemotePath:
-    """``url`` as the user wrote it, plus names; ``path`` as the file system ``fs`` calls it."""
+@lru_cache(maxsize=16)
+def _opened(root: str) -> tuple[Any, str]:
+    """The file system of a URL, and what it calls the place. Some connect at once. Errors are not cached."""
+    import fsspec
 
-    url: str
-    path: str
-    fs: Any = field(repr=False, compare=False)
+    with _naming(root):
+        fs, path = fsspec.url_to_fs(root)
+    return fs, path.rstrip("/")
+
+
+@dataclass(frozen=True, order=True)
+class RemotePath:
+    """The URL ``root`` as the user wrote it, and what lies ``inside`` it ("" for itself)."""
+
+    root: str
+    inside: str = ""
 
     @classmethod
     def parse(cls, url: str) -> RemotePath:
         """Reaches nothing yet. Raises LocationError for an unknown protocol or a missing package."""
-        import fsspec
+        from fsspec import get_filesystem_class
 
-        try:
-            fs, path = fsspec.url_to_fs(url)
-        except ImportError as error:
-            raise LocationError(f"{url}: {error}; install that package, or choose another place") from error
-        except Exception as error:
-            raise LocationError(f"{url}: {error}; write e.g. s3://BUCKET/FOLDER, or a local folder") from error
-        return cls(url.rstrip("/"), path.rstrip("/"), fs)
+        for link in url.split("::"):
+            try:
+                get_filesystem_class(link.partition("://")[0])
+            except ImportError as error:
+                raise LocationError(f"{url}: {error}; install that package, or choose another place") from error
+            except ValueError as error:
+                raise LocationError(f"{url}: {error}; write e.g. s3://BUCKET/FOLDER, or a local folder") from error
+        return cls(url.rstrip("/"))
+
+    @property
+    def fs(self) -> Any:
+        return _opened(self.root)[0]
+
+    @property
+    def path(self) -> str:
+        """As the file system calls it."""
+        return "/".join(filter(None, (_opened(self.root)[1], self.inside)))
 
     def __str__(self) -> str:
-        return self.url
+        return "/".join(filter(None, (self.root, self.inside)))
+
+    @property
+    def url(self) -> str:
+        return str(self)
 
     def __truediv__(self, name: str) -> RemotePath:
-        return RemotePath(f"{self.url}/{name}", f"{self.path}/{name}", self.fs)
+        return RemotePath(self.root, "/".join(filter(None, (self.inside, name))))
 
     @property
     def name(self) -> str:
         return self.url.rpartition("/")[2]
 
-    @property
-    def parent(self) -> RemotePath:
-        return RemotePath(self.url.rpartition("/")[0], self.path.rpartition("/")[0], self.fs)
-
     def with_name(self, name: str) -> RemotePath:
-        return self.parent / name
+        """Of a path inside the root."""
+        assert self.inside
+        return RemotePath(self.root, "/".join([*self.inside.split("/")[:-1], name]))
 
     def _info(self) -> dict[str, Any]:
         with _naming(self.url):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lora.config import BankConfig
 from lora.presets import targets_of
-from trainer.schema import ModelSection, Recipe
+from trainer.schema import DiskSection, ModelSection, Recipe
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -278,9 +278,17 @@ def card(recipe: Recipe, *, num_files: int, num_bytes: int) -> str:
             "memory tier",
             f"every {memory.every} steps, {kept}" if memory.enabled else without,
         ),
-        ("disk tier", f"every {disk.every} steps, the last {disk.keep_last}" if disk.every else "not during the run"),
+        ("disk tier", _disk_tier(disk)),
     ]
     return "\n".join(f"{name:<12} {text}" for name, text in rows)
+
+
+def _disk_tier(disk: DiskSection) -> str:
+    where = f", in {disk.url}" if disk.url else ""
+    if not disk.every:
+        return f"not during the run{where}"
+    always = f", multiples of {disk.permanent_every} for good" if disk.permanent_every else ""
+    return f"every {disk.every} steps, the last {disk.keep_last}{always}{where}"
 
 
 def _parameters(title: str, counts: Mapping[str, int]) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ from dataclasses import MISSING
 from typing import Any
 
 from lora.presets import DEFAULT_TARGETS, EXPERT_TENSORS
+from trainer.disk_rules import DISK_RULES
 from trainer.schema import KEYS, schema_path
 from trainer.yaml_lines import Path
 
@@ -364,6 +365,7 @@ _RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (
     _batch,
     _warmup,
     _run_name,
+    *DISK_RULES,
 )
 _BANK_RULES: tuple[Callable[[View, str], Iterator[Finding]], ...] = (
     _bank_ranges,

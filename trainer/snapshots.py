@@ -31,6 +31,7 @@ from trainer.failpoints import Failpoints
 from trainer.origin import Origin
 from trainer.progress import Progress
 from trainer.rendezvous import Process
+from trainer.runfolder import checkpoints_of
 from trainer.schema import Recipe
 
 
@@ -72,6 +73,7 @@ class Snapshots:
             self.buffers,
             memory=enabled,
             fingerprint=self.origin.recipe,
+            checkpoints=checkpoints_of(self.recipe, self.run_dir),
         )
         reports: list[dict[str, list[int]]] = [{} for _ in range(self.process.world)]
         dist.all_gather_object(reports, recovery.report())
@@ -154,7 +156,7 @@ def open_snapshots(
     if not wanted:
         return Snapshots(recipe, process, run_dir, zero_optimizer, buffers, origin, None, None, events)
     writes = checkpoint.disk.every > 0 or checkpoint.disk.final
-    disk = {"every": checkpoint.disk.every, "keep_last": checkpoint.disk.keep_last} if writes else None
+    disk = asdict(checkpoint.disk) if writes else None
     client = KeeperClient.attach(
         run_dir,
         coordinate=process.coordinate,
@@ -167,6 +169,7 @@ def open_snapshots(
         tensors=_describe_tensors(zero_optimizer),
         metadata=asdict(origin),
         kill=failpoints.disk_kill(),
+        disk_fault=failpoints.disk_fault(),
         # Without the memory tier a slot only carries a step to the disk: one being written, one for the next.
         generations=None if checkpoint.memory.enabled else 2,
     )

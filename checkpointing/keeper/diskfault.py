@@ -9,7 +9,7 @@ from typing import Any
 
 
 class DiskFault:
-    """Strikes the writes of steps ``first`` to ``last``, on the writer's thread, through their progress.
+    """Strikes the writes of steps ``first`` to ``last`` (-1: all later ones), on the writer's thread.
 
     ``throttle``: no more than ``bytes_per_s``. ``full``: no space left, half-way. ``hang``: half-way nothing happens
     for ``seconds``.
@@ -17,7 +17,7 @@ class DiskFault:
 
     def __init__(self, fields: Mapping[str, Any], sleep: Callable[[float], None] = time.sleep) -> None:
         self._kind = str(fields["kind"])
-        self._first, self._last = int(fields.get("first", 0)), fields.get("last")
+        self._first, self._last = int(fields.get("first", 0)), int(fields.get("last", -1))
         self._bytes_per_s = float(fields.get("bytes_per_s") or 0)
         self._seconds = float(fields.get("seconds") or 0)
         self._sleep = sleep
@@ -30,7 +30,7 @@ class DiskFault:
 
     def strike(self, step: int, written: int, total: int) -> None:
         """Call it after each piece. Raises OSError if the disk is to be full."""
-        if step < self._first or (self._last is not None and step > int(self._last)):
+        if step < self._first or 0 <= self._last < step:
             return
         half = 2 * written >= total
         if self._kind == "throttle":
