@@ -5,9 +5,9 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 PURE := moe/refs.py moe/layout.py checkpointing/units.py checkpointing/records.py checkpointing/recovery.py \
-        checkpointing/storage.py checkpointing/remote.py \
+        checkpointing/storage.py checkpointing/remote.py checkpointing/compare.py checkpointing/audit.py \
         lora/config.py lora/presets.py inference/policies.py trainer/cli.py trainer/recipe.py trainer/plan.py \
-        trainer/schema.py trainer/faults.py
+        trainer/schema.py trainer/faults.py trainer/disk_rules.py trainer/checkpoints.py trainer/checkpoint_cli.py
 
 .PHONY: install demo test lint clean
 

@@ -123,14 +123,15 @@ def _manifest_checksum(manifest: Mapping[str, Any]) -> str:
 
 def read_manifest(step_dir: Place) -> dict[str, Any]:
     """The manifest, if it matches itself and all files have its sizes. Raises RecoveryError naming the file."""
-    manifest = _own_manifest(step_dir)
+    manifest = own_manifest(step_dir)
     problems = _wrong_sizes(step_dir, manifest)
     if problems:
         raise RecoveryError(next(iter(problems.values())))
     return manifest
 
 
-def _own_manifest(step_dir: Place) -> dict[str, Any]:
+def own_manifest(step_dir: Place) -> dict[str, Any]:
+    """The manifest, if it matches itself, whatever the files are. Raises RecoveryError."""
     path = step_dir / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
@@ -183,7 +184,7 @@ def verify(step_dir: Place, coordinates: Sequence[str] | None = None) -> list[st
     """Problems, each naming a file and if possible a tensor; empty if every byte (of these coordinates' files) is what
     was written."""
     try:
-        manifest = _own_manifest(step_dir)
+        manifest = own_manifest(step_dir)
     except RecoveryError as error:
         return [str(error)]
     problems = _wrong_sizes(step_dir, manifest)
@@ -258,7 +259,7 @@ def retain(directory: Place, keep_last: int, newest: Place, permanent_every: int
 def is_permanent(step_dir: Place, step: int, permanent_every: int = 0) -> bool:
     """Whether retention must leave it: by the present rule, or by the one that it was written under."""
     by_rule = bool(permanent_every) and step % permanent_every == 0
-    return by_rule or bool(_own_manifest(step_dir)["metadata"].get("permanent"))
+    return by_rule or bool(own_manifest(step_dir)["metadata"].get("permanent"))
 
 
 def remove(step_dir: Place) -> None:

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from trainer.checkpoint_cli import add_verbs
 from trainer.refusal import is_users_mistake, refused
 
 FAILED, USER_MISTAKE = 1, 2
@@ -78,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     export = verb("export", _export, "write a run's model as a Hugging Face folder")
     export.add_argument("run_dir", metavar="RUN", help="run folder, e.g. runs/quickstart")
     export.add_argument("out_dir", metavar="OUT", help="folder to make")
+
+    checkpoint = verbs.add_parser("checkpoint", help="look at, check, compare or delete a run's checkpoints")
+    add_verbs(checkpoint)
 
     keeper = verb("keeper", _keeper, "stop, or look at, the process that holds a run's state in memory")
     keeper.add_argument("action", choices=("stop", "status"), help="stop writes the newest step to disk first")
@@ -194,6 +198,8 @@ def _show_keeper(run_dir: str, _: bool) -> bool:
     pid, status = found
     writing = "" if status["writing"] is None else f", writing step {status['writing']}"
     print(f"keeper {pid}{writing}")
+    if status["disk"]["problem"]:
+        print(f"the last write to {status['disk']['place']} failed: {status['disk']['problem']}")
     for coordinate, keep in sorted(status["keeps"].items()):
         worker = f"worker {keep['pid']}" if keep["attached"] else "no worker"
         print(f"{coordinate}  {worker}, sealed steps {', '.join(map(str, keep['steps'])) or 'none'}")
