@@ -6,7 +6,8 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 PURE := moe/refs.py moe/layout.py checkpointing/units.py checkpointing/records.py checkpointing/recovery.py \
         lora/config.py lora/presets.py inference/policies.py trainer/cli.py trainer/recipe.py trainer/plan.py \
-        trainer/schema.py trainer/faults.py
+        trainer/schema.py trainer/faults.py trainer/recipe_view.py trainer/recipe_checks.py \
+        trainer/checkpoint_checks.py
 
 .PHONY: install demo test lint clean
 
