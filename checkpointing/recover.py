@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -10,10 +9,12 @@ from checkpointing.keeper.client import KeeperClient
 from checkpointing.keeper.events import append_event
 from checkpointing.records import RecordInfo
 from checkpointing.recovery import RecoveryError, RecoveryPlan, available_steps
-from checkpointing.restore import restore_from_disk, restore_from_memory
+from checkpointing.restore import Target, restore_from_disk, restore_from_memory
 from checkpointing.slots import Arena
-from checkpointing.state.buffers import StateBuffer, needs_of
+from checkpointing.state.buffers import needs_of
 from checkpointing.store import MANIFEST, Checkpoint, list_checkpoints, quarantine, verify
+
+_NEWEST = 4  # steps in memory that are reported: older ones are hardly ever chosen, and each proof takes time
 
 
 class Recovery:
@@ -25,6 +26,7 @@ class Recovery:
         fingerprint: this run's recipe: checkpoints of another are ignored. None takes any.
 
     Attributes:
+        tier: where this rank's state was restored from, "fresh" before that.
         problems: in words, damaged checkpoints that were found and set aside, and those of another recipe.
     """
 
@@ -32,15 +34,15 @@ class Recovery:
         self,
         client: KeeperClient | None,
         run_dir: Path,
-        coordinate: str,
-        buffers: Sequence[StateBuffer],
+        target: Target,
         memory: bool = True,
         fingerprint: str | None = None,
     ) -> None:
         self._uses_memory, self._fingerprint = memory, fingerprint
-        self._client, self._run_dir, self._coordinate, self._buffers = client, Path(run_dir), coordinate, buffers
-        self._needs = needs_of(buffers)
+        self._client, self._run_dir, self._target = client, Path(run_dir), target
+        self._coordinate, self._needs = target.coordinate, needs_of(target.buffers)
         self._report: dict[str, list[int]] = {}
+        self.tier = "fresh"
         self.problems: list[str] = []
 
     @cached_property
@@ -61,7 +63,7 @@ class Recovery:
                 recipe = checkpoint.manifest["metadata"].get("recipe")
                 if self._fingerprint is not None and recipe != self._fingerprint:
                     self.problems.append(f"{path}: ignored, it is of recipe {recipe}, not {self._fingerprint}")
-                elif available_steps(self._needs, checkpoint.records, self._coordinate):
+                elif available_steps(self._needs, checkpoint.records, self._coordinate, self._target.rules):
                     found[step] = checkpoint
             except (RecoveryError, OSError, ValueError, KeyError) as error:
                 self._set_aside(path, [str(error)])
@@ -74,7 +76,7 @@ class Recovery:
         Memory was re-verified by the keeper. On disk, checkpoints newer than this rank's newest step in memory are read
         back whole, and set aside if damaged; older ones would not be chosen and are verified only if they are.
         """
-        memory = available_steps(self._needs, self._memory, self._coordinate)
+        memory = available_steps(self._needs, self._memory, self._coordinate, self._target.rules, _NEWEST)
         newest = max(memory, default=-1)
         for step, checkpoint in sorted(self._disk.items(), reverse=True):
             problems = verify(checkpoint.path) if step > newest else []
@@ -94,19 +96,19 @@ class Recovery:
             self.report()
         extras = self._restore(plan) if plan.tier != "fresh" else {}
         if self._client is not None:
-            self._client.discard(plan.step)
+            self._client.discard(plan.step, from_memory=self.tier == "memory")
         return extras
 
     def _restore(self, plan: RecoveryPlan) -> dict[str, bytes]:
         # The same rule as the plan's: the plan's tier, or the other one if this rank has the step only there.
-        tier = plan.tier if plan.step in self._report[plan.tier] else "memory"
-        if plan.step not in self._report[tier]:
+        self.tier = plan.tier if plan.step in self._report[plan.tier] else "memory"
+        if plan.step not in self._report[self.tier]:
             raise RecoveryError(f"step {plan.step} is not complete on {self._coordinate}; report again and plan anew")
-        if tier == "memory":
+        if self.tier == "memory":
             return self._from_memory(plan.step)
         checkpoint = self._disk[plan.step]
         try:
-            return restore_from_disk(self._buffers, checkpoint, self._coordinate)
+            return restore_from_disk(self._target, checkpoint)
         except RecoveryError as error:
             problems = verify(checkpoint.path)
             if problems:
@@ -115,7 +117,7 @@ class Recovery:
 
     def _from_memory(self, step: int) -> dict[str, bytes]:
         assert self._client is not None
-        records = [r for r in self._memory if r.step == step]
+        records = [r for r in self._memory if r.step <= step]
         opened: dict[str, Arena] = {}
         needed = {n.range.key for n in self._needs}
         try:
@@ -123,7 +125,7 @@ class Recovery:
                 holds = any(e.range.key in needed for e in record.entries)
                 if record.source not in opened and (holds or record.source == self._coordinate):
                     opened[record.source] = self._client.arena_of(record.source)
-            return restore_from_memory(self._buffers, records, opened, self._coordinate)
+            return restore_from_memory(self._target, records, opened, step)
         finally:
             for source, arena in opened.items():
                 if source != self._coordinate:

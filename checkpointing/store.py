@@ -23,20 +23,13 @@ from xxhash import xxh3_128_hexdigest
 
 from checkpointing.records import DTYPE_BYTES, Entry, Kind, RecordInfo
 from checkpointing.recovery import RecoveryError
-from checkpointing.tensorfile import Written, checksum_file, read_entries, write_tensors
+from checkpointing.tensorfile import Section, Written, checksum_file, read_entries, write_tensors
 from checkpointing.units import Range, overlaps
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d+)")
-
-
-@dataclass(frozen=True)
-class Part:
-    """One sealed record to write: its table, and the payload that the table's offsets point into."""
-
-    entries: Sequence[Entry]
-    payload: memoryview
+_KINDS = {"extras": Kind.EXTRAS, "grad": Kind.LOG, "meta": Kind.LOG}
 
 
 def step_path(directory: Path, step: int) -> Path:
@@ -46,7 +39,7 @@ def step_path(directory: Path, step: int) -> Path:
 def write_checkpoint(
     directory: Path,
     step: int,
-    parts: Mapping[str, Sequence[Part]],
+    parts: Mapping[str, Sequence[Section]],
     tensors: Mapping[str, Any],
     metadata: Mapping[str, Any],
     progress: Callable[[int, int], None] = lambda written, total: None,
@@ -75,8 +68,7 @@ def write_checkpoint(
         files = {}
         for coordinate, records in sorted(parts.items()):
             name = f"{coordinate}.safetensors"
-            pairs = [(part.entries, part.payload) for part in records]
-            files[name] = write_tensors(work / name, pairs, {"step": str(step), "coordinate": coordinate}, advanced)
+            files[name] = write_tensors(work / name, records, {"step": str(step), "coordinate": coordinate}, advanced)
         manifest = _manifest(step, sorted(parts), files, tensors, metadata)
         _write_durably(work / MANIFEST, json.dumps(manifest, indent=1).encode())
         _fsync_folder(work)
@@ -260,16 +252,21 @@ class Checkpoint:
 
     @cached_property
     def records(self) -> tuple[RecordInfo, ...]:
-        """For each coordinate a base and an extras record; entries' offsets count from the start of its file."""
+        """For each coordinate a base and an extras record, and those of other steps if it is a window; entries' offsets
+        count from the start of the coordinate's file."""
         found = []
         for coordinate in self.manifest["coordinates"]:
-            entries = read_entries(self.file_of(coordinate))
-            for kind, part in (
-                (Kind.BASE, [e for e in entries if e.range.kind != "extras"]),
-                (Kind.EXTRAS, [e for e in entries if e.range.kind == "extras"]),
-            ):
-                found.append(RecordInfo(coordinate, kind, self.step, 0, 0, tuple(part)))
+            grouped: dict[tuple[int, Kind], list[Entry]] = {(self.step, Kind.BASE): [], (self.step, Kind.EXTRAS): []}
+            for stored in read_entries(self.file_of(coordinate)):
+                step = self.step if stored.step is None else stored.step
+                grouped.setdefault((step, _KINDS.get(stored.entry.range.kind, Kind.BASE)), []).append(stored.entry)
+            found += [RecordInfo(coordinate, kind, step, 0, 0, tuple(part)) for (step, kind), part in grouped.items()]
         return tuple(found)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all state in it is of its own step; if not, it is a window whose log must be re-applied first."""
+        return all(record.step == self.step for record in self.records if record.kind is Kind.BASE)
 
     def file_of(self, coordinate: str) -> Path:
         return self.path / f"{coordinate}.safetensors"

@@ -12,10 +12,11 @@ from typing import Any
 
 from checkpointing.keeper.arenas import Slot
 from checkpointing.keeper.launch import Lease
-from checkpointing.records import RecordError, entries_of, payload_of, verify
+from checkpointing.records import Kind, RecordError, payload_of, table_of, verify
 from checkpointing.recovery import RecoveryError
-from checkpointing.store import Part, abandon_newer, read_manifest, retain, set_aside, step_path, write_checkpoint
+from checkpointing.store import abandon_newer, read_manifest, retain, set_aside, step_path, write_checkpoint
 from checkpointing.store import verify as verify_files
+from checkpointing.tensorfile import Section
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class Persister:
             set_aside(final, "abandoned")
         parts = {}
         for coordinate, slots in job.slots.items():
-            parts[coordinate] = [self._part(coordinate, slot) for slot in slots]
+            parts[coordinate] = [self._part(job, coordinate, slot) for slot in slots]
         write_checkpoint(
             self.directory, job.step, parts, job.tensors, job.metadata, lambda w, t: self._progress(job, w, t)
         )
@@ -182,12 +183,14 @@ class Persister:
             self._event("disk_removed", job.step, job.attempt, steps=removed)
         return ""
 
-    def _part(self, coordinate: str, slot: Slot) -> Part:
+    def _part(self, job: Persist, coordinate: str, slot: Slot) -> Section:
         try:
             header = verify(slot.view, self._hashers)
         except RecordError as error:
             raise RecordError(f"{coordinate}, slot {slot.index}: {error}; nothing was written") from None
-        return Part(entries_of(slot.view, header), payload_of(slot.view, header))
+        # Parts of a window, and its log, are of other steps than the checkpoint, and say so in their keys.
+        own = header.kind is Kind.EXTRAS or (header.kind is Kind.BASE and header.step == job.step)
+        return Section(table_of(slot.view, header).entries, payload_of(slot.view, header), None if own else header.step)
 
     def _progress(self, job: Persist, written: int, total: int) -> None:
         self._check_lease()
