@@ -40,11 +40,10 @@ def arena_shape(
 ) -> ArenaShape:
     """The memory that one worker needs: so many slots for base records, each as large as the largest fragment, for logs
     and for extras."""
-    tables = max(len(encode_table(f.entries, f.parts)) for f in fragments)
-    base = Pool(bases, tables, max(f.nbytes for f in fragments))
+    base = Pool(bases, max(len(f.table) for f in fragments), max(f.nbytes for f in fragments))
     if log is None:
         return ArenaShape(base, Pool(0, 0, 0), extras)
-    return ArenaShape(base, Pool(logs, len(encode_table(log.with_meta(META_BYTES))), log.nbytes), extras)
+    return ArenaShape(base, Pool(logs, len(log.table), log.nbytes), extras)
 
 
 @dataclass
@@ -192,8 +191,7 @@ class Capturer:
             moves += self._log_moves(grant.others[Kind.LOG], job.log)
         self._copy(moves, job)
         for slot, fragment in granted:
-            table = encode_table(fragment.entries, fragment.parts)
-            self._close_record(slot, Kind.BASE, grant, job.step, table, fragment.nbytes)
+            self._close_record(slot, Kind.BASE, grant, job.step, fragment.table, fragment.nbytes)
         if job.log is not None:
             self._close_log(grant, job.step, job.log)
             job.log = None  # gradients stay in memory only until they are copied
@@ -263,10 +261,9 @@ class Capturer:
             raise RecordError(f"{len(meta):,} bytes of optimizer settings do not fit the log's {META_BYTES:,}")
         view = self._client.arena.slots[slot]
         at = self._client.arena.shape.log.payload_offset + self._log.meta_offset
-        view[at : at + len(meta)] = meta
-        entries = self._log.with_meta(len(meta))
-        table = encode_table(entries[-1:] if log.skipped else entries)
-        self._close_record(slot, Kind.LOG, grant, step, table, self._log.meta_offset + len(meta))
+        view[at : at + META_BYTES] = meta.ljust(META_BYTES)
+        table = self._log.skipped_table if log.skipped else self._log.table
+        self._close_record(slot, Kind.LOG, grant, step, table, self._log.nbytes)
 
     def _write_extras(self, grant: Grant, step: int, extras: dict[str, bytes]) -> None:
         entries = extras_entries(extras)

@@ -47,12 +47,19 @@ class Recovery:
 
     @cached_property
     def _memory(self) -> list[RecordInfo]:
-        if self._client is None:
+        if self._client is None or not self._uses_memory:
             return []
-        if self._uses_memory:
-            return self._client.inventory()
-        self._client.quiesce()
-        return []
+        return self._client.inventory()
+
+    def report_memory(self) -> tuple[list[int], int]:
+        """The newest steps that this rank could restore from memory, oldest first, and the newest step that the keeper
+        knows to be on disk. Does not touch the disk, nor wait for it.
+
+        Their bytes were verified by the keeper since this attempt began, most of them before it was asked.
+        """
+        steps = available_steps(self._needs, self._memory, self._coordinate, self._target.rules, _NEWEST)
+        self._report = {"memory": steps, "disk": []}
+        return list(steps), self._client.disk_step if self._client is not None and self._uses_memory else -1
 
     @cached_property
     def _disk(self) -> dict[int, Checkpoint]:
@@ -72,11 +79,13 @@ class Recovery:
     def report(self) -> dict[str, list[int]]:
         """The steps of each tier that this rank could restore completely, oldest first.
 
-        The keeper is asked first, and answers when it writes nothing: what is then on disk stays there.
-        Memory was re-verified by the keeper. On disk, checkpoints newer than this rank's newest step in memory are read
-        back whole, and set aside if damaged; older ones would not be chosen and are verified only if they are.
+        The keeper answers when it writes nothing: what is then on disk stays there. Checkpoints on disk that are newer
+        than this rank's newest step in memory are read back whole, and set aside if damaged; older ones would not be
+        chosen and are verified only if they are.
         """
-        memory = available_steps(self._needs, self._memory, self._coordinate, self._target.rules, _NEWEST)
+        memory, _ = self.report_memory()
+        if self._client is not None:
+            self._client.quiesce()
         newest = max(memory, default=-1)
         for step, checkpoint in sorted(self._disk.items(), reverse=True):
             problems = verify(checkpoint.path) if step > newest else []

@@ -205,11 +205,23 @@ def plan_recovery(reports: Sequence[Mapping[str, Sequence[int]]]) -> RecoveryPla
     return RecoveryPlan(step, tier, f"{summary}; {why}, restored from {where}", tuple(choices[1:]), tiers)
 
 
+def memory_suffices(reports: Sequence[tuple[Sequence[int], int]]) -> bool:
+    """Whether a step that every rank has in memory is at least as new as any on disk, so that nobody need read there.
+
+    Args:
+        reports: for each rank its complete steps in memory, and the newest step known to be on disk.
+    """
+    common = set.intersection(*[set(steps) for steps, _ in reports])
+    return bool(common) and max(common) >= max(disk for _, disk in reports)
+
+
 def _summary(reports: Sequence[Mapping[str, Sequence[int]]]) -> str:
     parts = []
     for tier in TIERS:
         per_rank = [sorted(report.get(tier, ())) for report in reports]
-        if not any(per_rank):
+        if all(tier not in report for report in reports):
+            parts.append(f"{tier} was not asked")
+        elif not any(per_rank):
             parts.append(f"{tier} had no step")
         elif all(steps == per_rank[0] for steps in per_rank):
             parts.append(f"{tier} had {_steps(per_rank[0])} on all ranks")

@@ -23,7 +23,7 @@ from checkpointing.capture import Capturer
 from checkpointing.keeper.client import KeeperClient
 from checkpointing.protection import Protection, dense, wal
 from checkpointing.recover import Recovery
-from checkpointing.recovery import RecoveryPlan, plan_recovery
+from checkpointing.recovery import RecoveryPlan, memory_suffices, plan_recovery
 from checkpointing.redo import Redo
 from checkpointing.restore import Target
 from checkpointing.state.buffers import StateBuffer
@@ -74,8 +74,12 @@ class Snapshots:
         redo = Redo(self.zero_optimizer.optimizer)
         target = Target(self.buffers, self.process.coordinate, redo)
         recovery = Recovery(self.client, self.run_dir, target, memory=enabled, fingerprint=self.origin.recipe)
-        reports: list[dict[str, list[int]]] = [{} for _ in range(self.process.world)]
-        dist.all_gather_object(reports, recovery.report())
+        in_memory = self._gather(recovery.report_memory())
+        # A slow disk is asked only when memory does not do.
+        if memory_suffices(in_memory):
+            reports = [{"memory": steps} for steps, _ in in_memory]
+        else:
+            reports = self._gather(recovery.report())
         for problem in recovery.problems:
             print(f"recovery of {self.process.coordinate}: {problem}", flush=True)
         plan = plan_recovery(reports)
@@ -95,6 +99,11 @@ class Snapshots:
         self.committed = plan.step
         self.events.write("recovered", step=plan.step, tier=plan.tier, redone=target.applied)
         return plan
+
+    def _gather(self, mine: Any) -> list[Any]:
+        everyone: list[Any] = [None] * self.process.world
+        dist.all_gather_object(everyone, mine)
+        return everyone
 
     def _begin_window(self, progress: Progress) -> None:
         """A log is worth nothing without bases: capture the state whole before the first step."""

@@ -50,6 +50,7 @@ class KeeperClient:
     requests in flight are repeated to it.
 
     Attributes:
+        disk_step: the newest step that the keeper knew to be on disk at the last :meth:`inventory`; -1 for none.
         patience_s: how long :meth:`check_heard` bears with a keeper that says nothing.
     """
 
@@ -60,6 +61,7 @@ class KeeperClient:
         self.coordinate: str = hello["coordinate"]
         self.attempt: int = hello["attempt"]
         self.restored_step = -1
+        self.disk_step = -1
         self.keeper_pid = -1
         self._hello = hello
         self._shape = ArenaShape.from_list(hello["shape"])
@@ -126,8 +128,9 @@ class KeeperClient:
     # Requests
 
     def inventory(self) -> list[RecordInfo]:
-        """All sealed records of all coordinates that this keeper holds, re-verified just now."""
+        """All sealed records of all coordinates that this keeper holds, re-verified since this attempt began."""
         answer = self._ask({"op": "inventory"})
+        self.disk_step = answer["disk"]
         tables = {digest: decode_table(table.encode()).entries for digest, table in answer["tables"].items()}
         return [
             RecordInfo(
@@ -137,7 +140,7 @@ class KeeperClient:
         ]
 
     def quiesce(self) -> None:
-        """Wait until the keeper seals and writes nothing any more; :meth:`inventory` does so by itself."""
+        """Wait until the keeper seals and writes nothing any more; :meth:`inventory` waits for the seals only."""
         self._ask({"op": "quiesce"})
 
     def check_heard(self, since: float) -> None:

@@ -14,7 +14,15 @@ from checkpointing.keeper.arenas import Slot
 from checkpointing.keeper.launch import Lease
 from checkpointing.records import Kind, RecordError, payload_of, table_of, verify
 from checkpointing.recovery import RecoveryError
-from checkpointing.store import abandon_newer, read_manifest, retain, set_aside, step_path, write_checkpoint
+from checkpointing.store import (
+    abandon_newer,
+    list_checkpoints,
+    read_manifest,
+    retain,
+    set_aside,
+    step_path,
+    write_checkpoint,
+)
 from checkpointing.store import verify as verify_files
 from checkpointing.tensorfile import Section
 
@@ -73,6 +81,7 @@ class Persister:
         self.kill: KillPoint | None = None
         self.running: Persist | None = None
         self.queued: Persist | None = None
+        self.newest = max((step for step, _ in list_checkpoints(self.directory)), default=-1)
         # A running write whose step has been discarded: that step may be written anew.
         self._void: Persist | None = None
         self._lease, self._call, self._event, self._on_done, self._hashers = lease, call, event, on_done, hashers
@@ -111,6 +120,7 @@ class Persister:
             self.drop_queued("the run was taken back to an earlier step")
         if self.running is not None and self.running.step > after_step:
             self._void = self.running
+        self.newest = min(self.newest, after_step)
         self._thread.submit(self._abandon, after_step)
 
     def _abandon(self, after_step: int) -> None:
@@ -150,6 +160,8 @@ class Persister:
         self.running = None
         if problem:
             self._event("disk_failed", job.step, job.attempt, error=problem)
+        else:
+            self.newest = max(self.newest, job.step)
         queued, self.queued = self.queued, None
         if queued is not None:
             self._start(queued)

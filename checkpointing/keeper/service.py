@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from checkpointing.keeper import launch
-from checkpointing.keeper.arenas import Keep, Slot, Waiting
+from checkpointing.keeper.arenas import Keep, Slot
 from checkpointing.keeper.departure import Departure
 from checkpointing.keeper.events import append_event
+from checkpointing.keeper.grants import Grants
 from checkpointing.keeper.inventory import Inventory
 from checkpointing.keeper.loop import Connection, Loop
 from checkpointing.keeper.memory import check_fits, create_memfd
 from checkpointing.keeper.persister import KillPoint, Persist, Persister
 from checkpointing.keeper.protocol import KeeperRefused, Message
 from checkpointing.keeper.quiet import Quiet
-from checkpointing.records import Kind, State, seal, state_of
+from checkpointing.records import State, seal, state_of
 from checkpointing.schedule import Rules
 from checkpointing.slots import Arena, ArenaShape
 from checkpointing.store import clean_unfinished
@@ -61,6 +61,7 @@ class Service:
         self.allocating: dict[str, int] = {}
         self.quiet = Quiet(self)
         self.departure = Departure(self)
+        self.grants = Grants(self)
         clean_unfinished(self.run_dir / "checkpoints")
         self.loop = Loop(self._listen(), self.on_message, self.on_closed, self.on_signal)
         self.loop.install_signals()
@@ -118,7 +119,7 @@ class Service:
             "attach": self.attach,
             "inventory": self.inventory.take,
             "arena": self.give_arena,
-            "acquire": self.acquire,
+            "acquire": self.grants.acquire,
             "copied": self.copied,
             "discard": self.discard,
             "quiesce": self.quiet.answer,
@@ -147,7 +148,9 @@ class Service:
         for keep in self.keeps.values():
             if keep.connection is connection:
                 self._worker_gone(keep)
-                self.serve_waiting()
+                if not keep.finished:
+                    self.inventory.verify_ahead()
+                self.grants.serve()
                 self.departure.arm()
                 break
 
@@ -260,57 +263,6 @@ class Service:
             return -1
         return max(set.intersection(*(self.keeps[c].steps() for c in self.job)), default=-1)
 
-    def acquire(self, connection: Connection, request: Message, fds: list[int]) -> None:
-        keep = self.keep_of(connection)
-        if keep.waiting is not None:
-            raise KeeperRefused(f"{keep.coordinate} waits for slots already")
-        keep.waiting = Waiting(connection, request, time.monotonic())
-        if not self._grant(keep):
-            self.event("backpressure", request["step"], coordinate=keep.coordinate,
-                       slots=[f"{s.kind.name} {s.state.name} {s.step}" for s in keep.slots])  # fmt: skip
-
-    def _grant(self, keep: Keep) -> bool:
-        """Meet a waiting request if it can be met. A queued persist gives way, a running one does not.
-
-        A request asks for so many base slots and says how few it can do with: a whole capture for the disk becomes an
-        ordinary one when an earlier write still holds the memory.
-        """
-        waiting = keep.waiting
-        if waiting is None:
-            return True
-        request = waiting.request
-        committed = max(request["committed"], self.committed())
-        others = [Kind(kind) for kind in request["others"]]
-        bases = request["bases"]
-        chosen = keep.choose([Kind.BASE] * bases + others, committed)
-        if chosen is None and request["least"] < bases:
-            bases = request["least"]
-            chosen = keep.choose([Kind.BASE] * bases + others, committed)
-        # Unless its memory is all that the last write of a leaving keeper has.
-        if chosen is None and not self.departure.reason:
-            chosen = keep.choose([Kind.BASE] * bases + others, committed, self.persister.queued_slots())
-            if chosen is not None:
-                self.persister.drop_queued("its memory is needed for the next capture")
-        if chosen is None:
-            return False
-        if bases < request["bases"]:
-            self.event("disk_skipped", request["step"], coordinate=keep.coordinate,
-                       reason="an earlier write still holds the memory that a whole capture needs")  # fmt: skip
-        keep.waiting = None
-        self.sequence += 1
-        keep.grant(chosen, request["step"], self.sequence)
-        waited = time.monotonic() - waiting.since
-        slots = [slot.index for slot in chosen]
-        waiting.connection.answer(
-            request, {"ok": True, "bases": slots[:bases], "others": slots[bases:], "sequence": self.sequence,
-                      "waited_s": waited}
-        )  # fmt: skip
-        return True
-
-    def serve_waiting(self) -> None:
-        for keep in self.keeps.values():
-            self._grant(keep)
-
     def copied(self, connection: Connection, request: Message, fds: list[int]) -> None:
         keep, step = self.keep_of(connection), request["step"]
         slots = [keep.slots[index] for index in request["slots"]]
@@ -347,7 +299,7 @@ class Service:
             # What an earlier attempt's worker left half sealed must not be written while others recover.
             if self.is_due(step) and keep.attempt == self.attempt:
                 self.persist(step, whole=True)
-        self.serve_waiting()
+        self.grants.serve()
         self.quiet.check()
 
     def discard(self, connection: Connection, request: Message, fds: list[int]) -> None:
@@ -356,7 +308,7 @@ class Service:
         keep.discard(request["after_step"] if request["from_memory"] else -1)
         self.persister.discard(request["after_step"])
         connection.answer(request, {"ok": True, "newest": keep.newest()})
-        self.serve_waiting()
+        self.grants.serve()
 
     def status(self, connection: Connection, request: Message, fds: list[int]) -> None:
         keeps = {
@@ -398,7 +350,7 @@ class Service:
         return max(steps, default=-1)
 
     def on_persisted(self, job: Persist, problem: str) -> None:
-        self.serve_waiting()
+        self.grants.serve()
         self.departure.written(job.step, problem)
         self.quiet.check()
         self.departure.when_idle()

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from checkpointing.records import DTYPE_BYTES, Entry
+from checkpointing.records import DTYPE_BYTES, Entry, encode_table
 from checkpointing.recovery import GRADIENT
 from checkpointing.schedule import cuts
 from checkpointing.state.buffers import StateBuffer, StateSpan
 from checkpointing.units import Range
 
 _ALIGNMENT = 256  # a multiple of every vector width and of a DMA burst
-META = Range("step", "meta", 0, 0)  # what a log says of its step besides gradients; its length varies
 META_BYTES = 16 << 10
+META = Range("step", "meta", 0, META_BYTES)  # what a log says of its step besides gradients
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class Fragment:
     pieces: tuple[Piece, ...]
     entries: tuple[Entry, ...]
     nbytes: int
+
+    @cached_property
+    def table(self) -> bytes:
+        return encode_table(self.entries, self.parts)
 
 
 def fragment_of(
@@ -91,6 +96,7 @@ class LogLayout:
     """The record of one step's gradients: each group's whole flat partition, padding included, then the meta bytes.
 
     Attributes:
+        entries: of the gradients and, last, of the meta bytes, which are padded with spaces.
         offsets: of each group in the payload, in bytes.
         elements: of each group.
         meta_offset: where the meta bytes start; they end with the payload.
@@ -104,11 +110,16 @@ class LogLayout:
 
     @property
     def nbytes(self) -> int:
-        """At most: the meta bytes are shorter."""
         return self.meta_offset + META_BYTES
 
-    def with_meta(self, nbytes: int) -> tuple[Entry, ...]:
-        return (*self.entries, Entry(Range(META.unit, META.kind, 0, nbytes), "uint8", self.meta_offset, nbytes))
+    @cached_property
+    def table(self) -> bytes:
+        return encode_table(self.entries)
+
+    @cached_property
+    def skipped_table(self) -> bytes:
+        """Of a step that was not taken: it has no gradients."""
+        return encode_table(self.entries[-1:])
 
 
 def log_layout(buffers: Sequence[StateBuffer], dtype: str) -> LogLayout:
@@ -124,4 +135,5 @@ def log_layout(buffers: Sequence[StateBuffer], dtype: str) -> LogLayout:
             named = Range(span.range.unit, GRADIENT, span.range.lo, span.range.hi)
             entries.append(Entry(named, dtype, at + span.offset * size, span.range.size * size))
         at += _padded(buffer.tensor.numel() * size)
+    entries.append(Entry(META, "uint8", at, META_BYTES))
     return LogLayout(dtype, tuple(entries), tuple(offsets), tuple(elements), at)
