@@ -1,7 +1,7 @@
 """Copying live state into slots beside the training step.
 
 On CPU a thread copies with memmove, which releases the GIL and, unlike a tensor copy, starts no second pool of compute
-threads. On CUDA the arena is registered once as pinned memory and a side stream copies.
+threads. On CUDA each slot is registered once as pinned memory and a side stream copies.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from checkpointing.keeper.client import Grant, KeeperClient
 from checkpointing.keeper.protocol import KeeperError
+from checkpointing.pinning import Pinning
 from checkpointing.records import PAGE, Header, Kind, RecordError, encode_table, extras_entries, finish, whole_pages
 from checkpointing.slots import ArenaShape, Pool
 from checkpointing.state.buffers import StateBuffer
@@ -83,10 +84,8 @@ class Capturer:
         assert len(devices) <= 1, "one worker's state lies on one device"
         self._device = next(iter(devices), None)
         self._memory = torch.frombuffer(client.arena.memory, dtype=torch.uint8)
-        self._stream: torch.cuda.Stream | None = None
-        if self._device is not None:
-            self._stream = torch.cuda.Stream(self._device)
-            _register(self._memory)
+        self.pinning = Pinning(client.arena, self._device)
+        self._stream = None if self._device is None else torch.cuda.Stream(self._device)
         self._condition = threading.Condition()
         self._sealed_step = client.restored_step
         self._started_step = -1
@@ -148,9 +147,7 @@ class Capturer:
         """
         self._jobs.put(None)
         self._thread.join()
-        if self._stream is not None:
-            _check(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr()), "cudaHostUnregister")
-            self._stream = None
+        self.pinning.close()
         # This view would keep the arena mapped.
         self._memory = torch.empty(0, dtype=torch.uint8)
 
@@ -185,6 +182,8 @@ class Capturer:
         kinds = (Kind.EXTRAS,) if job.log is None else (Kind.LOG, Kind.EXTRAS)
         grant = self._client.acquire(job.step, job.committed, len(job.fragments), job.least, kinds)
         granted = list(zip(grant.bases, job.fragments, strict=False))
+        for slot in [*grant.bases, *grant.others.values()]:
+            self.pinning.pin(slot)
         self._reached("copy", job.step)
         moves = [move for slot, fragment in granted for move in self._base_moves(slot, fragment)]
         if job.log is not None:
@@ -291,13 +290,3 @@ class Capturer:
         with self._condition:
             self._sealed_step = max(self._sealed_step, step)
             self._condition.notify_all()
-
-
-def _register(memory: torch.Tensor) -> None:
-    """Pin the arena's pages, as a whole: one call per slot or tensor would be slow."""
-    _check(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0), "cudaHostRegister")
-
-
-def _check(status: object, what: str) -> None:
-    if int(status) != 0:  # type: ignore[call-overload]
-        raise KeeperError(f"{what} failed with CUDA error {int(status)}")  # type: ignore[call-overload]

@@ -79,11 +79,16 @@ class Restoration:
     def oldest(self) -> int:
         return self.bases[0][0] if self.bases else self.step
 
-    @property
-    def records(self) -> set[tuple[str, int]]:
-        """(source, slot) of every record that is read for it."""
-        read = [record for _, pieces in self.bases for _, record in pieces]
-        return {(record.source, record.slot) for record in [*read, *self.logs]}
+    def places(self) -> list[tuple[str, int]]:
+        """(source, slot) of every record that is read, in the order of reading."""
+        logs = {record.step: record for record in self.logs}
+        bases = dict(self.bases)
+        places: dict[tuple[str, int], None] = {}
+        for step in range(self.oldest, self.step + 1):
+            read = [logs[step]] if step in logs else []
+            for record in [*read, *(record for _, record in bases.get(step, ()))]:
+                places[record.source, record.slot] = None
+        return list(places)
 
     def ages(self) -> dict[int, int]:
         """How many elements are restored from each base step."""

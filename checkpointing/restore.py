@@ -32,12 +32,14 @@ class Target:
     Attributes:
         redo: steps the buffers' optimizer; None if no window of a log may be restored.
         rules: how the records belong together.
+        pin: called with a slot of the coordinate's own arena before it is read.
     """
 
     buffers: Sequence[StateBuffer]
     coordinate: str
     redo: Redo | None = None
     rules: Rules = WHOLE
+    pin: Callable[[int], None] = lambda slot: None
     applied: list[int] = field(default_factory=list)  # steps that were re-applied
 
 
@@ -46,27 +48,42 @@ def restore_from_memory(
 ) -> dict[str, bytes]:
     """Bring the buffers to ``step`` from sealed records and return the coordinate's extras.
 
-    Every record that is read is first verified against its checksum. Raises RecoveryError.
+    Every record is verified against its checksum before it is read, a few ahead of the copying. Raises RecoveryError;
+    the buffers may then hold some of the state.
     """
     by_place = {(r.source, r.slot): r for r in records}
     restoration = _restoration(target, by_place.values(), step)
     extras = _extras_of(target.coordinate, by_place.values(), step)
-    payloads: dict[tuple[str, int], memoryview] = {}
-    places = restoration.records | {(target.coordinate, extras.slot)}
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        for source, slot in sorted(places):
-            view = arenas[source].slots[slot]
-            try:
-                payloads[source, slot] = payload_of(view, verify(view, pool))
-            except RecordError as error:
-                raise RecoveryError(f"{source}, slot {slot}: {error}") from error
+    places = [(target.coordinate, extras.slot), *restoration.places()]
+    hashers = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+    with hashers, ThreadPoolExecutor(1) as verifier:
+        verified = {
+            place: verifier.submit(_verified, arenas[place[0]].slots[place[1]], place, hashers) for place in places
+        }
 
-    def read(source: str, slot: int, offset: int, into: Tensor) -> None:
-        into.copy_(torch.frombuffer(payloads[source, slot], dtype=torch.uint8, count=into.numel(), offset=offset))
+        def read(source: str, slot: int, offset: int, into: Tensor) -> None:
+            payload = verified[source, slot].result()
+            if source == target.coordinate:
+                target.pin(slot)
+            kept = torch.frombuffer(payload, dtype=torch.uint8, count=into.numel(), offset=offset)
+            into.copy_(kept, non_blocking=into.is_cuda)
 
-    _fill(target, restoration, read)
-    payload = payloads[target.coordinate, extras.slot]
+        try:
+            _fill(target, restoration, read)
+        except BaseException:
+            verifier.shutdown(cancel_futures=True)
+            raise
+        payload = verified[target.coordinate, extras.slot].result()
+    if any(b.tensor.is_cuda for b in target.buffers):
+        torch.cuda.synchronize()
     return {e.range.unit: bytes(payload[e.offset : e.offset + e.nbytes]) for e in extras.entries}
+
+
+def _verified(view: memoryview, place: tuple[str, int], hashers: ThreadPoolExecutor) -> memoryview:
+    try:
+        return payload_of(view, verify(view, hashers))
+    except RecordError as error:
+        raise RecoveryError(f"{place[0]}, slot {place[1]}: {error}") from error
 
 
 def restore_from_disk(target: Target, checkpoint: Checkpoint) -> dict[str, bytes]:
@@ -75,7 +92,7 @@ def restore_from_disk(target: Target, checkpoint: Checkpoint) -> dict[str, bytes
     Raises RecoveryError naming the damaged file, or the layer, expert and tensor that is absent.
     """
     restoration = _restoration(target, checkpoint.records, checkpoint.step)
-    sources = {source for source, _ in restoration.records}
+    sources = {source for source, _ in restoration.places()}
     problems = verify_files(checkpoint.path, [*sources, target.coordinate])
     if problems:
         raise RecoveryError(problems[0])

@@ -98,7 +98,7 @@ class Arena:
             raise ValueError(f"the arena has {size:,} bytes, its shape needs {shape.nbytes:,}")
         self.fd = fd
         self.shape = shape
-        # Touching every page here keeps page faults out of the copies.
+        # Mapping every page here keeps page faults out of the copies.
         flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0)
         self._map = mmap.mmap(fd, shape.nbytes, flags=flags)
         self.memory = memoryview(self._map)

@@ -72,7 +72,9 @@ class Snapshots:
         self.events.write("recover_begin")
         enabled = self.recipe.checkpoint.memory.enabled
         redo = Redo(self.zero_optimizer.optimizer)
-        target = Target(self.buffers, self.process.coordinate, redo)
+        pinning = self.capturer.pinning if self.capturer is not None else None
+        pin = pinning.pin if pinning is not None else lambda slot: None
+        target = Target(self.buffers, self.process.coordinate, redo, pin=pin)
         recovery = Recovery(self.client, self.run_dir, target, memory=enabled, fingerprint=self.origin.recipe)
         in_memory = self._gather(recovery.report_memory())
         # A slow disk is asked only when memory does not do.
@@ -96,6 +98,8 @@ class Snapshots:
             self.tap.recount()
             if recovery.tier != "memory":
                 self._begin_window(progress)
+        if pinning is not None:
+            pinning.pin_rest()
         self.committed = plan.step
         self.events.write("recovered", step=plan.step, tier=plan.tier, redone=target.applied)
         return plan

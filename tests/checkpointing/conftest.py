@@ -221,6 +221,11 @@ def run_dir(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
+def wal_job_class() -> type[WalJob]:
+    return WalJob
+
+
+@pytest.fixture
 def make_wal_job(make_job: Callable[..., Job]) -> Callable[..., Job]:
     return partial(make_job, WalJob)
 
