@@ -43,12 +43,14 @@ def write_checkpoint(
     tensors: Mapping[str, Any],
     metadata: Mapping[str, Any],
     progress: Callable[[int, int], None] = lambda written, total: None,
+    described: Mapping[str, str] | None = None,
 ) -> Path:
     """Write and commit ``step-N``: files, fsync, manifest, fsync, rename, fsync of the parent, then the hint.
 
     Args:
         parts: for each coordinate its base and extras records.
         tensors: ``{unit: {param, shape, dtype}}`` of the whole model.
+        described: for each coordinate how its partitions lie, needed to redo the log of a window.
         progress: called with (payload bytes written, payload bytes in all) after each piece.
     Raises OSError as the disk gives it; the unfinished folder is then removed. An earlier folder of the same step that
     does not verify is quarantined.
@@ -68,7 +70,10 @@ def write_checkpoint(
         files = {}
         for coordinate, records in sorted(parts.items()):
             name = f"{coordinate}.safetensors"
-            files[name] = write_tensors(work / name, records, {"step": str(step), "coordinate": coordinate}, advanced)
+            facts = {"step": str(step), "coordinate": coordinate}
+            if described is not None and coordinate in described:
+                facts["partitions"] = described[coordinate]
+            files[name] = write_tensors(work / name, records, facts, advanced)
         manifest = _manifest(step, sorted(parts), files, tensors, metadata)
         _write_durably(work / MANIFEST, json.dumps(manifest, indent=1).encode())
         _fsync_folder(work)

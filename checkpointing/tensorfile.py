@@ -157,6 +157,15 @@ def read_entries(path: Path) -> tuple[Stored, ...]:
     return tuple(found)
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """A file's free-form metadata. Raises OSError or ValueError if it is damaged."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > os.fstat(file.fileno()).st_size:
+            raise ValueError(f"{path}: the header's length is larger than the file")
+        return dict(json.loads(file.read(length)).get("__metadata__", {}))
+
+
 def checksum_file(path: Path) -> Written:
     digest, total = xxh3_128(), 0
     buffer = bytearray(_LARGEST)

@@ -78,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     export = verb("export", _export, "write a run's model as a Hugging Face folder")
     export.add_argument("run_dir", metavar="RUN", help="run folder, e.g. runs/quickstart")
     export.add_argument("out_dir", metavar="OUT", help="folder to make")
+    export.add_argument(
+        "--inexact", action="store_true", help="redo a log that another device or torch wrote; bits may differ"
+    )
 
     keeper = verb("keeper", _keeper, "stop, or look at, the process that holds a run's state in memory")
     keeper.add_argument("action", choices=("stop", "status"), help="stop writes the newest step to disk first")
@@ -159,7 +162,7 @@ def _drill(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from trainer import export
 
-    return export.main(arguments.run_dir, arguments.out_dir)
+    return export.main(arguments.run_dir, arguments.out_dir, arguments.inexact)
 
 
 def _keeper(arguments: argparse.Namespace) -> int:

@@ -30,6 +30,7 @@ from checkpointing.state.buffers import StateBuffer
 from checkpointing.state.extras import capture_rng, restore_rng
 from checkpointing.state.gradients import GradientTap
 from checkpointing.state.hash import state_hash
+from checkpointing.state.partitions import describe_partitions
 from checkpointing.state.zero import after_restore, optimizer_steps, zero_buffers
 from trainer.events import EventLog
 from trainer.failpoints import Failpoints
@@ -203,6 +204,7 @@ def open_snapshots(
         linger_s=checkpoint.linger_s,
         tensors=_describe_tensors(zero_optimizer),
         metadata=asdict(origin),
+        partitions=describe_partitions(buffers, zero_optimizer.optimizer),
         kill=failpoints.disk_kill(),
     )
     snapshots.protection, snapshots.client = protection, client

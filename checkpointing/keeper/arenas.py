@@ -78,6 +78,7 @@ class Keep:
     slots: list[Slot] = field(default_factory=list)
     tensors: Message = field(default_factory=dict)
     metadata: Message = field(default_factory=dict)
+    partitions: str = ""
 
     def __post_init__(self) -> None:
         places = self.arena.shape.slots()

@@ -92,6 +92,7 @@ class KeeperClient:
         linger_s: float = 600.0,
         tensors: Mapping[str, Any] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        partitions: str = "",
         kill: Mapping[str, Any] | None = None,
         node_coordinates: Sequence[str] | None = None,
     ) -> KeeperClient:
@@ -104,6 +105,7 @@ class KeeperClient:
             disk: ``{"every": steps (0: only at the end), "keep_last": count}``; None: no disk tier.
             tensors: ``{unit: {"param", "shape", "dtype", "elements"}}`` for the manifest; ``elements`` (optional) lets
                 a reader prove that the unit is whole.
+            partitions: how this worker's flat partitions lie, for whoever redoes its log from disk.
             kill: a drill, ``{"at": "disk", "step": N, "pids": [pid or "keeper", ...]}``.
         Raises KeeperRefused (another recipe, too little memory, coordinate taken) or KeeperError.
         """
@@ -121,6 +123,7 @@ class KeeperClient:
             "linger_s": linger_s,
             "tensors": dict(tensors or {}),
             "metadata": dict(metadata or {}),
+            "partitions": partitions,
             "kill": None if kill is None else dict(kill),
         }
         return cls(Path(run_dir).resolve(), hello)

@@ -37,6 +37,7 @@ class Persist:
     tensors: Mapping[str, Any]
     metadata: Mapping[str, Any]
     keep_last: int
+    partitions: Mapping[str, str]  # of each coordinate, how they lie; written with a window
 
 
 @dataclass
@@ -180,8 +181,15 @@ class Persister:
         parts = {}
         for coordinate, slots in job.slots.items():
             parts[coordinate] = [self._part(job, coordinate, slot) for slot in slots]
+        window = any(section.step is not None for sections in parts.values() for section in sections)
         write_checkpoint(
-            self.directory, job.step, parts, job.tensors, job.metadata, lambda w, t: self._progress(job, w, t)
+            self.directory,
+            job.step,
+            parts,
+            job.tensors,
+            job.metadata,
+            lambda written, total: self._progress(job, written, total),
+            job.partitions if window else None,
         )
         nbytes = sum(entry.nbytes for records in parts.values() for part in records for entry in part.entries)
         self._event("disk_written", job.step, job.attempt,

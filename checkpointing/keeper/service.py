@@ -235,6 +235,7 @@ class Service:
         keep.finished = False
         keep.rules = Rules(**request["rules"])
         keep.tensors, keep.metadata = request["tensors"], request["metadata"]
+        keep.partitions = request["partitions"]
         self.attempt = max(self.attempt, keep.attempt)
         self.job, self.local = request["coordinates"], request["node_coordinates"]
         self.disk, self.linger_s = request["disk"], request["linger_s"]
@@ -340,7 +341,8 @@ class Service:
         slots = {keep.coordinate: keep.of_step(step) for keep in held}
         keep_last = (self.disk or {}).get("keep_last", 2)
         metadata |= {"recipe": self.fingerprint, "attempt": self.attempt}
-        self.persister.submit(Persist(step, self.attempt, slots, tensors, metadata, keep_last))
+        partitions = {keep.coordinate: keep.partitions for keep in held if keep.partitions}
+        self.persister.submit(Persist(step, self.attempt, slots, tensors, metadata, keep_last, partitions))
 
     def persist_newest(self) -> int:
         common = [self.keeps[c].steps() for c in self.job if c in self.keeps]

@@ -26,6 +26,7 @@ from checkpointing.redo import Redo
 from checkpointing.restore import Target
 from checkpointing.state.buffers import StateBuffer, StateSpan
 from checkpointing.state.gradients import StepLog, settings_of
+from checkpointing.state.partitions import describe_partitions
 from checkpointing.units import Range
 
 FINGERPRINT = "0123456789abcdef"
@@ -78,8 +79,8 @@ class Job:
         self.make_state()
         self.clients = [
             KeeperClient.attach(self.run_dir, name, self.names, p.shape, FINGERPRINT, rules=p.rules,
-                                attempt=self.attempt, disk=self.disk, **self.options)
-            for name, p in zip(self.names, self.protections, strict=True)
+                                attempt=self.attempt, disk=self.disk, partitions=self.partitions(rank), **self.options)
+            for rank, (name, p) in enumerate(zip(self.names, self.protections, strict=True))
         ]  # fmt: skip
         self.capturers: list[Capturer] = []
 
@@ -87,6 +88,9 @@ class Job:
         self.buffers = [make_buffers(rank, self.world) for rank in range(self.world)]
         generations = self.generations or (4 if self.disk and self.disk["every"] else 3)
         self.protections = [dense(buffers, generations) for buffers in self.buffers]
+
+    def partitions(self, rank: int) -> str:
+        return ""
 
     def target(self, rank: int) -> Target:
         return Target(self.buffers[rank], self.names[rank])
@@ -176,6 +180,9 @@ class WalJob(Job):
 
     def target(self, rank: int) -> Target:
         return Target(self.buffers[rank], self.names[rank], Redo(self.optimizers[rank]))
+
+    def partitions(self, rank: int) -> str:
+        return describe_partitions(self.buffers[rank], self.optimizers[rank])
 
     def begin(self) -> None:
         super().begin()

@@ -10,9 +10,11 @@ import torch
 
 from checkpointing import records
 from checkpointing.keeper.client import stop_keeper
+from checkpointing.materialise import whole
 from checkpointing.records import Kind, State
+from checkpointing.recovery import RecoveryError
 from checkpointing.state.gradients import StepLog
-from checkpointing.store import Checkpoint, list_checkpoints
+from checkpointing.store import Checkpoint, list_checkpoints, verify
 
 pytestmark = pytest.mark.drill
 
@@ -150,6 +152,36 @@ def test_a_keeper_that_leaves_in_the_middle_of_a_window_writes_it_and_its_log(ru
     plan = recovered(again)
     assert (plan.step, plan.tier) == (7, "disk")
     assert again.state() == state == history[7]
+
+
+def test_a_window_on_disk_becomes_a_whole_checkpoint_by_redo(run_dir, make_wal_job, tmp_path):
+    job = make_wal_job(rotation=4, disk=DISK, whole=(4,))
+    job.run(*range(1, 8))
+    want = {b.name + str(r): b.tensor.clone() for r, buffers in enumerate(job.buffers) for b in buffers}
+    units = [
+        (span.range, b.name + str(r), span.offset) for r, bs in enumerate(job.buffers) for b in bs for span in b.spans
+    ]
+    job.close()
+    assert stop_keeper(run_dir)
+    window = Checkpoint.open(list_checkpoints(run_dir / "checkpoints")[-1][1])
+    done = whole(window, tmp_path / "scratch")
+    assert done.is_whole
+    assert (done.step, verify(done.path)) == (7, [])
+    for named, buffer, offset in units:
+        assert torch.equal(torch.from_numpy(done.read(named)), want[buffer][offset : offset + named.size]), named
+    assert done.extras("dp0001")["rng"] == b"rank 1 step 7"
+    assert whole(done, tmp_path / "unused") is done
+
+
+def test_a_log_of_another_torch_is_redone_only_on_request(run_dir, make_wal_job, tmp_path):
+    job = make_wal_job(rotation=4, disk=DISK, options={"metadata": {"device": "cuda", "torch": "1.0"}})
+    job.run(1, 2, 3)
+    job.close()
+    assert stop_keeper(run_dir)
+    window = Checkpoint.open(list_checkpoints(run_dir / "checkpoints")[-1][1])
+    with pytest.raises(RecoveryError, match=r"by torch 1\.0.*--inexact"):
+        whole(window, tmp_path / "scratch")
+    assert whole(window, tmp_path / "scratch", inexact=True).is_whole
 
 
 def test_the_keeper_killed_alone_keeps_the_window(make_wal_job):
