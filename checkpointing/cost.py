@@ -274,7 +274,7 @@ def _ceil(amount: float, unit: float) -> int:
 def does_not_fit(what: str, needed: int, budget: int) -> BudgetError:
     """The error for ``what``, with both figures in bytes."""
     return BudgetError(
-        f"{what} needs {needed:,} bytes ({_gib(needed)}) of memory for this worker, {budget:,} ({_gib(budget)}) are "
+        f"{what} needs {needed:,} bytes ({size(needed)}) of memory for this worker, {budget:,} ({size(budget)}) are "
         "allowed; raise checkpoint.memory.budget_gib, use fewer workers on this machine, or set "
         "checkpoint.memory.enabled: false"
     )
@@ -283,7 +283,7 @@ def does_not_fit(what: str, needed: int, budget: int) -> BudgetError:
 def _limits(binds: Binding, cost: Cost, budget: int) -> str:
     return {
         "nothing": "which no limit binds",
-        "budget": f"bound by the memory budget of {_gib(budget)}",
+        "budget": f"bound by the memory budget of {size(budget)}",
         "link": f"bound by the copy, {seconds(cost.copy_s)} a capture",
         "hash": f"bound by the keeper's checksums, {seconds(cost.hash_s)} a capture",
         "recipe": "as the recipe says",
@@ -293,8 +293,8 @@ def _limits(binds: Binding, cost: Cost, budget: int) -> str:
 def figures(cost: Cost) -> str:
     """A cost in words."""
     return (
-        f"{_gib(cost.bytes_per_step)} a step, {_gib(cost.memory_bytes)} of memory, predicted stall "
-        f"{seconds(cost.stall_s)} a step, recovery {seconds(cost.recovery_s)}"
+        f"{size(cost.bytes_per_step)} a step, {size(cost.memory_bytes)} of memory, predicted stall "
+        f"{seconds(cost.stall_s)} a step, restore {seconds(cost.recovery_s)}"
     )
 
 
@@ -303,5 +303,9 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
 
-def _gib(nbytes: float) -> str:
-    return f"{nbytes / 2**30:.3g} GiB"
+def size(nbytes: float) -> str:
+    """``12 B``, ``3.4 MiB``, ``120 GiB``."""
+    count, units = float(nbytes), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while count >= 1024 and len(units) > 1:
+        count, units = count / 1024, units[1:]
+    return f"{count:.0f} {units[0]}" if count >= 100 or units[0] == "B" else f"{count:.1f} {units[0]}"

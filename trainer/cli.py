@@ -136,16 +136,21 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
+    from checkpointing.keeper.memory import available_bytes
     from trainer.documents import matching_files
+    from trainer.events import read_events
     from trainer.plan import card
     from trainer.recipe import check_world, load_recipe, recipe_warnings
+    from trainer.runfolder import run_folder
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if under_launcher():
         world = os.environ["WORLD_SIZE"]
         check_world(recipe, int(world) if world.isdecimal() else 0)
     files = matching_files(recipe.data)
-    print(card(recipe, num_files=len(files), num_bytes=sum(path.stat().st_size for _, path in files)))
+    size = sum(path.stat().st_size for _, path in files)
+    events = read_events(run_folder(recipe))
+    print(card(recipe, num_files=len(files), num_bytes=size, available=available_bytes(), events=events))
     for warning in recipe_warnings(recipe):
         print(f"warning: {warning}", file=sys.stderr)
     return 0

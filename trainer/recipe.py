@@ -333,6 +333,12 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
             "checkpoint: memory is off and disk.every is 0, so a failure starts the run from step 0; "
             "turn one of them on"
         )
+    layers, k, ep = recipe.model.num_hidden_layers, checkpoint.pec.k_snapshot, recipe.parallel.ep
+    if checkpoint.mode == "pec" and k != "auto" and k * layers % ep:
+        warnings.append(
+            f"checkpoint.pec: k_snapshot={k} x {layers} layers is no multiple of parallel.ep={ep}, so some workers "
+            "write more than others"
+        )
     if recipe.train.min_lr_ratio == 1.0 and recipe.train.schedule == "cosine":
         warnings.append("train: min_lr_ratio 1 makes the cosine schedule constant")
     return warnings

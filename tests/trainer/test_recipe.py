@@ -317,6 +317,13 @@ def test_warns_when_nothing_would_survive(valid: Path) -> None:
     assert recipe_warnings(load_recipe(valid, ["checkpoint.memory.enabled=false", "checkpoint.disk.every=5"])) == []
 
 
+def test_warns_of_partial_checkpoints_that_load_workers_unequally(valid: Path) -> None:
+    pec = ["checkpoint.mode=pec", "adapter={}"]
+    assert recipe_warnings(load_recipe(valid, [*pec, "checkpoint.pec.k_snapshot=1"])) == []
+    odd = load_recipe(valid, [*pec, "checkpoint.pec.k_snapshot=1", "model.num_hidden_layers=3"])
+    assert "k_snapshot=1 x 3 layers is no multiple of parallel.ep=2" in recipe_warnings(odd)[0]
+
+
 def test_world_must_be_the_recipes(valid: Path) -> None:
     recipe = load_recipe(valid)
     check_world(recipe, 2)
