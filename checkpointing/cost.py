@@ -35,13 +35,13 @@ class Bandwidths:
     Attributes:
         device_to_host: None where state lies in host memory; captures then run at ``host_copy``.
         hash: of the keeper's checksums, all its threads together, as this worker's share.
-        disk: written and synced, as this worker's share.
+        disk: written and synced, as this worker's share; None if it was not measured.
     """
 
     device_to_host: float | None
     host_copy: float
     hash: float
-    disk: float
+    disk: float | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -257,9 +257,10 @@ def choose_interval(
     return DenseSchedule(every, binds, cost, f"every {every} steps, {_limits(binds, cost, budget)}: {figures(cost)}")
 
 
-def disk_interval(partition: Partition, times: StepTimes, rates: Bandwidths) -> int:
-    """The least steps between checkpoints on disk: writing one must end before the next begins (MoC-System)."""
-    return max(1, _ceil(partition.state_bytes / rates.disk, times.step))
+def disk_interval(partition: Partition, times: StepTimes, disk: float) -> int:
+    """The least steps between checkpoints on a disk of ``disk`` bytes/s: writing one must end before the next begins
+    (MoC-System)."""
+    return max(1, _ceil(partition.state_bytes / disk, times.step))
 
 
 def _ceil(amount: float, unit: float) -> int:

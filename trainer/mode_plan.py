@@ -7,7 +7,7 @@ such.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -16,10 +16,12 @@ from checkpointing.cost import (
     BudgetError,
     Partition,
     StepTimes,
+    WalSchedule,
     budget_share,
     choose_interval,
     choose_rotation,
     dense_cost,
+    disk_interval,
     figures,
     seconds,
 )
@@ -84,7 +86,7 @@ def _measured_rates(rows: list[Mapping[str, Any]]) -> Bandwidths | None:
     """The last row of kind ``bandwidth``."""
     for row in reversed(rows):
         if row.get("kind") == "bandwidth":
-            return Bandwidths(row["device_to_host"], row["host_copy"], row["hash"], row["disk"])
+            return Bandwidths(row["device_to_host"], row["host_copy"], row["hash"], row.get("disk"))
     return None
 
 
@@ -106,16 +108,37 @@ def _measured_times(rows: list[Mapping[str, Any]]) -> StepTimes | None:
     return StepTimes(whole, min(whole, median(pair[1] for pair in typical)))
 
 
-def budget_of(recipe: Recipe, available: int | None) -> int:
-    """Bytes for each worker, all of them on one machine.
+def budget_of(recipe: Recipe, available: int | None, local_workers: int | None = None) -> int:
+    """Bytes for each worker of a machine.
 
     Args:
         available: free memory of that machine; None if it is not known, which sets no limit.
+        local_workers: how many share it; by default all of the recipe's.
     """
-    gib, workers = recipe.checkpoint.memory.budget_gib, recipe.parallel.workers
+    gib, workers = recipe.checkpoint.memory.budget_gib, local_workers or recipe.parallel.workers
     if gib != "auto":
         return int(gib * _GIB) // workers
     return _UNLIMITED if available is None else budget_share(available, workers)
+
+
+def settle_rotation(
+    recipe: Recipe, partition: Partition, basis: Basis, budget: int, events: Iterable[Mapping[str, Any]]
+) -> WalSchedule:
+    """The rotation of a run in mode ``wal``: the recipe's, or that of its earlier attempts, or the best one now.
+
+    A run keeps its rotation, because the state in memory is cut by it, and because the memory that it holds is no
+    longer free. ``events`` are searched for rows of kind ``schedule``.
+
+    Raises BudgetError as :func:`checkpointing.cost.choose_rotation` does.
+    """
+    rotation = recipe.checkpoint.wal.rotation
+    if rotation != "auto":
+        return choose_rotation(partition, basis.times, basis.rates, budget, fixed=rotation)
+    earlier = [row["rotation"] for row in events if row.get("kind") == "schedule" and row.get("rotation")]
+    if not earlier:
+        return choose_rotation(partition, basis.times, basis.rates, budget)
+    kept = choose_rotation(partition, basis.times, basis.rates, _UNLIMITED, fixed=earlier[-1])
+    return replace(kept, reason=kept.reason.replace("as the recipe says", "as this run began"))
 
 
 def mode_rows(recipe: Recipe, share: Share, basis: Basis, budget: int) -> list[tuple[str, str]]:
@@ -125,7 +148,7 @@ def mode_rows(recipe: Recipe, share: Share, basis: Basis, budget: int) -> list[t
     """
     chosen = recipe.checkpoint.mode
     times, rates = basis.times, basis.rates
-    link = rates.capture / 1e9
+    link, disk = rates.capture / 1e9, recipe.checkpoint.disk
     rows = [
         (
             "capture",
@@ -141,6 +164,12 @@ def mode_rows(recipe: Recipe, share: Share, basis: Basis, budget: int) -> list[t
                 raise
             text = f"does not fit here: {error}"
         rows.append((f"{'*' if mode == chosen else ' '} {mode}", text))
+    if disk.every and rates.disk:
+        partition = Partition(share.parameters)
+        least = disk_interval(partition, times, rates.disk)
+        written = f"at {rates.disk / 1e9:.3g} GB/s a checkpoint takes {seconds(partition.state_bytes / rates.disk)}"
+        late = f", {least} steps: it delays the next one, due after {disk.every}" if least > disk.every else ""
+        rows.append(("  disk", written + late))
     return rows
 
 

@@ -186,8 +186,8 @@ def test_stall_counts_hashing_only_beyond_the_interval() -> None:
 
 
 def test_disk_interval_lets_each_write_end() -> None:
-    assert disk_interval(BILLION, STEP, H200) == 80
-    assert disk_interval(Partition(1), STEP, H200) == 1
+    assert disk_interval(BILLION, STEP, 1e9) == 80
+    assert disk_interval(Partition(1), STEP, 1e9) == 1
 
 
 def test_shares_and_values_that_cannot_be() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from checkpointing.cost import Bandwidths, Partition, StepTimes, budget_share, wal_memory
-from trainer.mode_plan import Share, basis_of, budget_of, mode_rows
+from checkpointing.cost import Bandwidths, BudgetError, Partition, StepTimes, budget_share, wal_memory
+from trainer.mode_plan import Basis, Share, basis_of, budget_of, mode_rows, settle_rotation
 from trainer.plan import PlanError, card, plan_run
 from trainer.recipe import load_recipe
 from trainer.schema import Recipe
@@ -48,10 +48,10 @@ def test_share_is_what_a_worker_trains() -> None:
 @pytest.mark.parametrize("mode", ["wal", "dense", "pec"])
 def test_each_mode_has_a_row_and_the_recipes_is_marked(mode: str) -> None:
     rows = rows_of(quickstart(f"checkpoint.mode={mode}"))
-    assert [name.strip("* ") for name in rows] == ["capture", "wal", "dense", "pec"]
+    assert [name.strip("* ") for name in rows] == ["capture", "wal", "dense", "pec", "disk"]
     assert [name for name in rows if name.startswith("*")] == [f"* {mode}"]
     for name, text in rows.items():
-        if name != "capture":
+        if name not in ("capture", "  disk"):
             assert all(part in text for part in ("a step", "of memory", "predicted stall", "restore")), text
             assert ("exact" in text) == ("pec" not in name), text
 
@@ -142,3 +142,27 @@ def test_a_run_whose_experts_do_not_train_has_no_pec() -> None:
     recipe = quickstart()
     share = Share(parameters=1000, experts=0, num_experts=32, moe_layers=4, active=10**6, top_k=4)
     assert "no routed experts train" in dict(mode_rows(recipe, share, basis_of(recipe, share), UNLIMITED))["  pec"]
+
+
+def test_a_disk_too_slow_for_its_interval_is_named() -> None:
+    slow = {**MEASURED, "disk": 1e6}
+    assert "it delays the next one, due after 50" in rows_of(quickstart(), events=[slow])["  disk"]
+    assert "delays" not in rows_of(quickstart(), events=[MEASURED])["  disk"]
+    assert "  disk" not in rows_of(quickstart("checkpoint.disk.every=0"), events=[MEASURED])
+    unknown = {name: value for name, value in MEASURED.items() if name != "disk"}
+    assert "  disk" not in rows_of(quickstart(), events=[unknown])
+
+
+def test_a_run_keeps_the_rotation_that_it_began_with() -> None:
+    partition = Partition(10**6)
+    basis = Basis(Bandwidths(None, 1e9, 1e9), StepTimes(1.0, 0.9), "")
+    auto, fixed = quickstart("checkpoint.mode=wal"), quickstart("checkpoint.mode=wal", "checkpoint.wal.rotation=7")
+    budget = wal_memory(partition, 9)
+    assert settle_rotation(auto, partition, basis, budget, []).rotation == 4
+    began = [{"kind": "schedule", "rotation": 6}, {"kind": "step"}, {"kind": "schedule", "rotation": 5}]
+    kept = settle_rotation(auto, partition, basis, 0, began)
+    assert kept.rotation == 5, "the latest, even if its memory is taken already"
+    assert "as this run began" in kept.reason
+    assert settle_rotation(fixed, partition, basis, budget, began).rotation == 7
+    with pytest.raises(BudgetError):
+        settle_rotation(auto, partition, basis, 1000, [])
