@@ -1,7 +1,7 @@
-"""Copying live state into slots beside the training step, and back.
+"""Copying live state into slots beside the training step.
 
 On CPU a thread copies with memmove, which releases the GIL and, unlike a tensor copy, starts no second pool of compute
-threads. On CUDA the arena is registered once as pinned memory and a side stream copies.
+threads. On CUDA each slot is registered once as pinned memory and a side stream copies.
 """
 
 from __future__ import annotations
@@ -12,17 +12,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 import torch
 
 from checkpointing.keeper.client import Grant, KeeperClient
 from checkpointing.keeper.protocol import KeeperError
+from checkpointing.pinning import Pinning
 from checkpointing.records import PAGE, Header, Kind, RecordError, encode_table, extras_entries, finish, whole_pages
-from checkpointing.state.buffers import StateBuffer, layout_of
+from checkpointing.slots import ArenaShape, Pool
+from checkpointing.state.buffers import StateBuffer
+from checkpointing.state.fragments import META_BYTES, Fragment, LogLayout
+from checkpointing.state.gradients import StepLog
 
 _PIECE = 64 << 20
 _SIGN_OF_LIFE_S = 5.0
-_Job = tuple[int, dict[str, bytes], int, "torch.cuda.Event | None"]
+Reached = Callable[[str, int], None]
+Move = tuple[torch.Tensor, torch.Tensor]
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -30,38 +36,62 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().view(torch.uint8)
 
 
+def arena_shape(
+    fragments: Sequence[Fragment], log: LogLayout | None, *, bases: int, logs: int, extras: int
+) -> ArenaShape:
+    """The memory that one worker needs: so many slots for base records, each as large as the largest fragment, for logs
+    and for extras."""
+    base = Pool(bases, max(len(f.table) for f in fragments), max(f.nbytes for f in fragments))
+    if log is None:
+        return ArenaShape(base, Pool(0, 0, 0), extras)
+    return ArenaShape(base, Pool(logs, len(log.table), log.nbytes), extras)
+
+
+@dataclass
+class Job:
+    """One capture: which fragments (the first ``least`` of them at least), the step's log, this rank's small state."""
+
+    step: int
+    fragments: Sequence[Fragment]
+    least: int
+    log: StepLog | None
+    extras: dict[str, bytes]
+    committed: int
+    event: torch.cuda.Event | None = None
+
+
 class Capturer:
-    """Copies all buffers into a fresh slot after a step, in the background.
+    """Copies fragments of the buffers and the step's log into fresh slots after a step, in the background.
 
     Args:
         client: attached to the keeper.
-        buffers: the buffers that the client was attached with.
-        reached: a drill's failpoint, called with ("capture", step) when half of a capture's bytes have been copied.
+        buffers: the buffers that fragments point into.
+        log: the layout of log records; None if steps are not logged.
+        reached: a drill's failpoint, called with ("copy", step) before a capture's first byte is copied, ("capture",
+            step) when half of them are, ("copied", step) when the keeper has been told that all are.
     """
 
     def __init__(
         self,
         client: KeeperClient,
         buffers: Sequence[StateBuffer],
-        reached: Callable[[str, int], None] | None = None,
+        log: LogLayout | None = None,
+        reached: Reached | None = None,
     ) -> None:
-        self._client, self._buffers, self._reached = client, buffers, reached
-        self._layout = layout_of(buffers)
-        self._table = encode_table(self._layout.entries)
+        self._client, self._buffers, self._log = client, buffers, log
+        self._reached = reached or (lambda point, step: None)
         devices = {b.tensor.device for b in buffers if b.tensor.is_cuda}
         assert len(devices) <= 1, "one worker's state lies on one device"
         self._device = next(iter(devices), None)
         self._memory = torch.frombuffer(client.arena.memory, dtype=torch.uint8)
-        self._stream: torch.cuda.Stream | None = None
-        if self._device is not None:
-            self._stream = torch.cuda.Stream(self._device)
-            _register(self._memory)
+        self.pinning = Pinning(client.arena, self._device)
+        self._stream = None if self._device is None else torch.cuda.Stream(self._device)
         self._condition = threading.Condition()
         self._sealed_step = client.restored_step
         self._started_step = -1
         self._copied_step = -1
         self._error: BaseException | None = None
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="capture", daemon=True)
         self._thread.start()
 
@@ -70,12 +100,22 @@ class Capturer:
         """The newest step that the keeper has sealed for this worker, -1 if none."""
         return self._sealed_step
 
-    def start(self, step: int, extras: dict[str, bytes], committed: int) -> None:
-        """Begin to capture the state as it is now, and return.
+    def start(
+        self,
+        step: int,
+        extras: dict[str, bytes],
+        committed: int,
+        fragments: Sequence[Fragment],
+        log: StepLog | None = None,
+        least: int | None = None,
+    ) -> None:
+        """Begin to capture these fragments of the state as it is now, and return.
 
         Args:
             extras: this rank's small state.
-            committed: the newest step that all ranks of the job have sealed; nothing at or above it is overwritten.
+            committed: the newest step that all ranks of the job can restore; what that needs is not overwritten.
+            fragments: if memory for all is not to be had at once, the first ``least`` will do.
+            log: what the step consumed.
         Raises the error of an earlier capture.
         """
         self._raise_error()
@@ -85,12 +125,14 @@ class Capturer:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self._device))
         self._started_step = step
-        self._jobs.put((step, extras, committed, event))
+        enough = len(fragments) if least is None else least
+        self._jobs.put(Job(step, fragments, enough, log, extras, committed, event))
 
     def wait_copied(self) -> float:
         """Wait until the last started capture holds its own copy of everything: call before state is changed.
 
-        Returns the seconds waited. Raises the error of the capture, or KeeperError if the keeper is silent for minutes.
+        The keeper knows of it then, and seals it even if this process dies at once. Returns the seconds waited. Raises
+        the error of the capture, or KeeperError if the keeper is silent for minutes.
         """
         return self._wait(lambda: self._copied_step >= self._started_step)
 
@@ -105,9 +147,7 @@ class Capturer:
         """
         self._jobs.put(None)
         self._thread.join()
-        if self._stream is not None:
-            _check(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr()), "cudaHostUnregister")
-            self._stream = None
+        self.pinning.close()
         # This view would keep the arena mapped.
         self._memory = torch.empty(0, dtype=torch.uint8)
 
@@ -129,7 +169,7 @@ class Capturer:
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             try:
-                self._capture(*job)
+                self._capture(job)
             except BaseException as error:
                 self._fail(error)
 
@@ -138,76 +178,109 @@ class Capturer:
             self._error = self._error or error
             self._condition.notify_all()
 
-    def _capture(self, step: int, extras: dict[str, bytes], committed: int, event: torch.cuda.Event | None) -> None:
-        grant = self._client.acquire(step, committed)
-        places = self._client.arena.shape.slots()
-        base = places[grant.slots[Kind.BASE]]
-        offset = self._client.arena.shape.payload_offset
-        half = self._layout.nbytes // 2
-        moves = self._moves(base.offset + offset)
-        if self._stream is not None:
-            self._copy_on_stream(moves, half, step, event)
-        else:
-            self._copy(moves, half, step)
-        self._close_record(Kind.BASE, grant, step, self._table, offset, self._layout.nbytes)
-        self._write_extras(grant, step, extras)
+    def _capture(self, job: Job) -> None:
+        kinds = (Kind.EXTRAS,) if job.log is None else (Kind.LOG, Kind.EXTRAS)
+        grant = self._client.acquire(job.step, job.committed, len(job.fragments), job.least, kinds)
+        granted = list(zip(grant.bases, job.fragments, strict=False))
+        for slot in [*grant.bases, *grant.others.values()]:
+            self.pinning.pin(slot)
+        self._reached("copy", job.step)
+        moves = [move for slot, fragment in granted for move in self._base_moves(slot, fragment)]
+        if job.log is not None:
+            moves += self._log_moves(grant.others[Kind.LOG], job.log)
+        self._copy(moves, job)
+        for slot, fragment in granted:
+            self._close_record(slot, Kind.BASE, grant, job.step, fragment.table, fragment.nbytes)
+        if job.log is not None:
+            self._close_log(grant, job.step, job.log)
+            job.log = None  # gradients stay in memory only until they are copied
+        self._write_extras(grant, job.step, job.extras)
+        sealed = self._client.copied(job.step, grant)
+        self._reached("copied", job.step)
         with self._condition:
-            self._copied_step = step
+            self._copied_step = job.step
             self._condition.notify_all()
-        self._client.copied(step, grant).add_done_callback(lambda done: self._on_sealed(step, done))
+        sealed.add_done_callback(lambda done: self._on_sealed(job.step, done))
 
-    def _moves(self, start: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-        """(from, to, payload bytes done afterwards), in pieces."""
-        for buffer, offset in zip(self._buffers, self._layout.offsets, strict=True):
-            source = bytes_of(buffer.tensor)
-            piece = _PIECE if buffer.nbytes > _PIECE else max(-(-buffer.nbytes // 2), 1)
-            for at in range(0, buffer.nbytes, piece):
-                stop = min(at + piece, buffer.nbytes)
-                yield source[at:stop], self._memory[start + offset + at : start + offset + stop], offset + stop
+    # What goes where
 
-    def _copy(self, moves: Iterator[tuple[torch.Tensor, torch.Tensor, int]], half: int, step: int) -> None:
-        reached = self._reached
-        for source, target, done in moves:
-            ctypes.memmove(target.data_ptr(), source.data_ptr(), source.numel())
-            if reached is not None and done >= half:
-                reached("capture", step)
-                reached = None
+    def _place(self, slot: int, kind: Kind) -> int:
+        """Where the payload of a slot starts in the arena."""
+        shape = self._client.arena.shape
+        pool = shape.base if kind is Kind.BASE else shape.log
+        return self._client.arena.places[slot].offset + pool.payload_offset
 
-    def _copy_on_stream(
-        self,
-        moves: Iterator[tuple[torch.Tensor, torch.Tensor, int]],
-        half: int,
-        step: int,
-        event: torch.cuda.Event | None,
-    ) -> None:
-        assert self._stream is not None
-        assert event is not None
-        reached = self._reached
+    def _base_moves(self, slot: int, fragment: Fragment) -> Iterator[Move]:
+        start = self._place(slot, Kind.BASE)
+        for piece in fragment.pieces:
+            source = bytes_of(self._buffers[piece.buffer].tensor[piece.lo : piece.hi])
+            yield from self._pieces(source, start + piece.offset)
+
+    def _log_moves(self, slot: int, log: StepLog) -> Iterator[Move]:
+        assert self._log is not None
+        start = self._place(slot, Kind.LOG)
+        for grad, offset, elements in zip(log.grads, self._log.offsets, self._log.elements, strict=not log.skipped):
+            if grad.numel() != elements or str(grad.dtype) != f"torch.{self._log.dtype}":
+                raise RecordError(f"a gradient of {grad.numel()} x {grad.dtype} is not of the log's layout")
+            yield from self._pieces(bytes_of(grad), start + offset)
+
+    def _pieces(self, source: torch.Tensor, start: int) -> Iterator[Move]:
+        for at in range(0, source.numel(), _PIECE):
+            stop = min(at + _PIECE, source.numel())
+            yield source[at:stop], self._memory[start + at : start + stop]
+
+    def _copy(self, moves: list[Move], job: Job) -> None:
+        half = len(moves) // 2
+        if self._stream is None:
+            for number, (source, target) in enumerate(moves):
+                if number == half:
+                    self._reached("capture", job.step)
+                ctypes.memmove(target.data_ptr(), source.data_ptr(), source.numel())
+            return
+        assert job.event is not None
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            self._stream.wait_event(event)
-            for source, target, done in moves:
+            self._stream.wait_event(job.event)
+            for number, (source, target) in enumerate(moves):
+                if number == half:
+                    self._reached("capture", job.step)
                 target.copy_(source, non_blocking=True)
-                if reached is not None and done >= half:
-                    self._stream.synchronize()
-                    reached("capture", step)
-                    reached = None
             copied = torch.cuda.Event()
             copied.record(self._stream)
         copied.synchronize()
+
+    # Closing records
+
+    def _close_log(self, grant: Grant, step: int, log: StepLog) -> None:
+        assert self._log is not None
+        slot = grant.others[Kind.LOG]
+        # On the side stream: another would wait for the training step that is queued behind it.
+        with torch.cuda.stream(self._stream):
+            meta = log.meta()
+        if len(meta) > META_BYTES:
+            raise RecordError(f"{len(meta):,} bytes of optimizer settings do not fit the log's {META_BYTES:,}")
+        view = self._client.arena.slots[slot]
+        at = self._client.arena.shape.log.payload_offset + self._log.meta_offset
+        view[at : at + META_BYTES] = meta.ljust(META_BYTES)
+        table = self._log.skipped_table if log.skipped else self._log.table
+        self._close_record(slot, Kind.LOG, grant, step, table, self._log.nbytes)
 
     def _write_extras(self, grant: Grant, step: int, extras: dict[str, bytes]) -> None:
         entries = extras_entries(extras)
         table, payload = encode_table(entries), b"".join(extras.values())
         offset = PAGE + whole_pages(len(table))
-        slot = self._client.arena.slots[grant.slots[Kind.EXTRAS]]
+        index = grant.others[Kind.EXTRAS]
+        slot = self._client.arena.slots[index]
         if offset + len(payload) > len(slot):
             raise RecordError(f"extras of {len(payload):,} bytes do not fit their slot of {len(slot):,}")
         slot[offset : offset + len(payload)] = payload
-        self._close_record(Kind.EXTRAS, grant, step, table, offset, len(payload))
+        header = Header(Kind.EXTRAS, step, self._client.attempt, grant.sequence, len(table), offset, len(payload))
+        finish(slot, header, table)
 
-    def _close_record(self, kind: Kind, grant: Grant, step: int, table: bytes, offset: int, nbytes: int) -> None:
+    def _close_record(self, slot: int, kind: Kind, grant: Grant, step: int, table: bytes, nbytes: int) -> None:
+        shape = self._client.arena.shape
+        offset = (shape.base if kind is Kind.BASE else shape.log).payload_offset
         header = Header(kind, step, self._client.attempt, grant.sequence, len(table), offset, nbytes)
-        finish(self._client.arena.slots[grant.slots[kind]], header, table)
+        finish(self._client.arena.slots[slot], header, table)
 
     def _on_sealed(self, step: int, done: Future[None]) -> None:
         error = done.exception()
@@ -217,13 +290,3 @@ class Capturer:
         with self._condition:
             self._sealed_step = max(self._sealed_step, step)
             self._condition.notify_all()
-
-
-def _register(memory: torch.Tensor) -> None:
-    """Pin the arena's pages, as a whole: one call per slot or tensor would be slow."""
-    _check(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0), "cudaHostRegister")
-
-
-def _check(status: object, what: str) -> None:
-    if int(status) != 0:  # type: ignore[call-overload]
-        raise KeeperError(f"{what} failed with CUDA error {int(status)}")  # type: ignore[call-overload]

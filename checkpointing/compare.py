@@ -71,11 +71,8 @@ def compare(ours: Checkpoint, theirs: Checkpoint) -> Iterator[Difference]:
     Raises RecoveryError for a checkpoint that is a window of the log, or that holds something twice.
     """
     for checkpoint in (ours, theirs):
-        if not checkpoint.is_whole:
-            raise RecoveryError(
-                f"{checkpoint.path} is a window of the log: its state is only known after recovery; start the run "
-                "again so that it writes a whole checkpoint"
-            )
+        if checkpoint.has_log:
+            raise RecoveryError(f"{checkpoint.path} is a window of the log; make it whole first")
         twice = overlaps(checkpoint.entries)
         if twice:
             raise RecoveryError(f"{checkpoint.path} holds {twice[0]} twice; compare another step")

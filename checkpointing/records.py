@@ -1,7 +1,8 @@
 """The binary record that a memory slot holds.
 
     page 0            header: what it is, how long, checksum, and the state word
-    page 1 ...        table: JSON, one row [range, dtype, payload offset, bytes] for each range
+    page 1 ...        table: a JSON line of the parts it holds, then one row [range, dtype, payload offset, bytes]
+                      for each range
     next whole page   payload: bytes of state; bytes that no row names are padding
 
 The state word is written last. A reader accepts only SEALED with a matching checksum. The checksum is a two-level
@@ -77,6 +78,14 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Table:
+    """What a record holds. ``parts`` are the numbers by which a schedule calls pieces of a worker's state."""
+
+    entries: tuple[Entry, ...]
+    parts: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
 class RecordInfo:
     """A record that was found sealed and whole: what it holds, and its place (``source`` is a coordinate)."""
 
@@ -104,13 +113,15 @@ def whole_pages(nbytes: int) -> int:
     return -(-nbytes // PAGE) * PAGE
 
 
-def encode_table(entries: Iterable[Entry]) -> bytes:
+def encode_table(entries: Iterable[Entry], parts: Sequence[int] = (0,)) -> bytes:
     rows = [[str(e.range), e.dtype, e.offset, e.nbytes] for e in entries]
-    return json.dumps(rows, separators=(",", ":")).encode()
+    return json.dumps(list(parts)).encode() + b"\n" + json.dumps(rows, separators=(",", ":")).encode()
 
 
-def decode_table(table: bytes) -> tuple[Entry, ...]:
-    return tuple(Entry(Range.parse(text), dtype, offset, nbytes) for text, dtype, offset, nbytes in json.loads(table))
+def decode_table(table: bytes) -> Table:
+    parts, _, rows = table.partition(b"\n")
+    entries = tuple(Entry(Range.parse(text), dtype, offset, nbytes) for text, dtype, offset, nbytes in json.loads(rows))
+    return Table(entries, tuple(json.loads(parts)))
 
 
 def state_of(record: memoryview) -> State:
@@ -200,8 +211,17 @@ def verify(record: memoryview, pool: Executor | None = None) -> Header:
     return header
 
 
-def entries_of(record: memoryview, header: Header) -> tuple[Entry, ...]:
+def table_of(record: memoryview, header: Header) -> Table:
     return decode_table(bytes(record[PAGE : PAGE + header.table_bytes]))
+
+
+def parts_of(record: memoryview, header: Header) -> tuple[int, ...]:
+    """The parts alone: the keeper asks at every seal, and rows can be thousands. Raises RecordError."""
+    table = bytes(record[PAGE : PAGE + header.table_bytes])
+    try:
+        return tuple(int(part) for part in json.loads(table[: table.index(b"\n")]))
+    except (ValueError, TypeError) as error:
+        raise RecordError(f"the record of step {header.step} has no readable table: {error}") from None
 
 
 def payload_of(record: memoryview, header: Header) -> memoryview:

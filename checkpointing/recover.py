@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -11,11 +10,13 @@ from checkpointing.keeper.events import append_event
 from checkpointing.records import RecordInfo
 from checkpointing.recovery import RecoveryError, RecoveryPlan, available_steps
 from checkpointing.remote import UnreachableError
-from checkpointing.restore import restore_from_disk, restore_from_memory
+from checkpointing.restore import Target, restore_from_disk, restore_from_memory
 from checkpointing.slots import Arena
-from checkpointing.state.buffers import StateBuffer, needs_of
+from checkpointing.state.buffers import needs_of
 from checkpointing.storage import MANIFEST, Place
 from checkpointing.store import Checkpoint, list_checkpoints, quarantine, verify
+
+_NEWEST = 4  # steps in memory that are reported: older ones are hardly ever chosen, and each proof takes time
 
 
 class Recovery:
@@ -28,6 +29,7 @@ class Recovery:
         fingerprint: this run's recipe: checkpoints of another are ignored. None takes any.
 
     Attributes:
+        tier: where this rank's state was restored from, "fresh" before that.
         problems: in words, damaged checkpoints that were found and set aside, and those of another recipe.
     """
 
@@ -35,8 +37,7 @@ class Recovery:
         self,
         client: KeeperClient | None,
         run_dir: Path,
-        coordinate: str,
-        buffers: Sequence[StateBuffer],
+        target: Target,
         memory: bool = True,
         fingerprint: str | None = None,
         checkpoints: Place | None = None,
@@ -44,19 +45,27 @@ class Recovery:
         self._checkpoints = checkpoints if checkpoints is not None else Path(run_dir) / "checkpoints"
         self._unreadable = ""
         self._uses_memory, self._fingerprint = memory, fingerprint
-        self._client, self._run_dir, self._coordinate, self._buffers = client, Path(run_dir), coordinate, buffers
-        self._needs = needs_of(buffers)
+        self._client, self._run_dir, self._target = client, Path(run_dir), target
+        self._coordinate, self._needs = target.coordinate, needs_of(target.buffers)
         self._report: dict[str, list[int]] = {}
+        self.tier = "fresh"
         self.problems: list[str] = []
 
     @cached_property
     def _memory(self) -> list[RecordInfo]:
-        if self._client is None:
+        if self._client is None or not self._uses_memory:
             return []
-        if self._uses_memory:
-            return self._client.inventory()
-        self._client.quiesce()
-        return []
+        return self._client.inventory()
+
+    def report_memory(self) -> tuple[list[int], int]:
+        """The newest steps that this rank could restore from memory, oldest first, and the newest step that the keeper
+        knows to be on disk. Does not touch the disk, nor wait for it.
+
+        Their bytes were verified by the keeper since this attempt began, most of them before it was asked.
+        """
+        steps = available_steps(self._needs, self._memory, self._coordinate, self._target.rules, _NEWEST)
+        self._report = {"memory": steps, "disk": []}
+        return list(steps), self._client.disk_step if self._client is not None and self._uses_memory else -1
 
     @cached_property
     def _disk(self) -> dict[int, Checkpoint]:
@@ -72,7 +81,7 @@ class Recovery:
                 recipe = checkpoint.manifest["metadata"].get("recipe")
                 if self._fingerprint is not None and recipe != self._fingerprint:
                     self.problems.append(f"{path}: ignored, it is of recipe {recipe}, not {self._fingerprint}")
-                elif available_steps(self._needs, checkpoint.records, self._coordinate):
+                elif available_steps(self._needs, checkpoint.records, self._coordinate, self._target.rules):
                     found[step] = checkpoint
             except UnreachableError as error:
                 self._without(error)
@@ -83,11 +92,13 @@ class Recovery:
     def report(self) -> dict[str, list[int]]:
         """The steps of each tier that this rank could restore completely, oldest first.
 
-        The keeper is asked first, and answers when it writes nothing: what is then on disk stays there.
-        Memory was re-verified by the keeper. On disk, checkpoints newer than this rank's newest step in memory are read
-        back whole, and set aside if damaged; older ones would not be chosen and are verified only if they are.
+        The keeper answers when it writes nothing: what is then on disk stays there. Checkpoints on disk that are newer
+        than this rank's newest step in memory are read back whole, and set aside if damaged; older ones would not be
+        chosen and are verified only if they are.
         """
-        memory = available_steps(self._needs, self._memory, self._coordinate)
+        memory, _ = self.report_memory()
+        if self._client is not None:
+            self._client.quiesce()
         newest = max(memory, default=-1)
         for step, checkpoint in sorted(self._disk.items(), reverse=True):
             try:
@@ -117,19 +128,19 @@ class Recovery:
             )
         extras = self._restore(plan) if plan.tier != "fresh" else {}
         if self._client is not None:
-            self._client.discard(plan.step)
+            self._client.discard(plan.step, from_memory=self.tier == "memory")
         return extras
 
     def _restore(self, plan: RecoveryPlan) -> dict[str, bytes]:
         # The same rule as the plan's: the plan's tier, or the other one if this rank has the step only there.
-        tier = plan.tier if plan.step in self._report[plan.tier] else "memory"
-        if plan.step not in self._report[tier]:
+        self.tier = plan.tier if plan.step in self._report[plan.tier] else "memory"
+        if plan.step not in self._report[self.tier]:
             raise RecoveryError(f"step {plan.step} is not complete on {self._coordinate}; report again and plan anew")
-        if tier == "memory":
+        if self.tier == "memory":
             return self._from_memory(plan.step)
         checkpoint = self._disk[plan.step]
         try:
-            return restore_from_disk(self._buffers, checkpoint, self._coordinate)
+            return restore_from_disk(self._target, checkpoint)
         except RecoveryError as error:
             problems = verify(checkpoint.path)
             if problems:
@@ -138,7 +149,7 @@ class Recovery:
 
     def _from_memory(self, step: int) -> dict[str, bytes]:
         assert self._client is not None
-        records = [r for r in self._memory if r.step == step]
+        records = [r for r in self._memory if r.step <= step]
         opened: dict[str, Arena] = {}
         needed = {n.range.key for n in self._needs}
         try:
@@ -146,7 +157,7 @@ class Recovery:
                 holds = any(e.range.key in needed for e in record.entries)
                 if record.source not in opened and (holds or record.source == self._coordinate):
                     opened[record.source] = self._client.arena_of(record.source)
-            return restore_from_memory(self._buffers, records, opened, self._coordinate)
+            return restore_from_memory(self._target, records, opened, step)
         finally:
             for source, arena in opened.items():
                 if source != self._coordinate:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from checkpointing.records import DTYPE_BYTES, Entry, Kind, RecordInfo
-from checkpointing.units import Key, Range, overlaps, uncovered
+from checkpointing.schedule import WHOLE, Rules
+from checkpointing.units import Key, Range, by_key, overlaps, uncovered
 
 TIERS = ("memory", "disk")
+GRADIENT = "grad"  # the kind under which a log keeps what an optimizer step consumed
 
 
 class RecoveryError(ValueError):
@@ -57,27 +59,131 @@ class RecoveryPlan:
     tiers: tuple[str, ...] = ()
 
 
-def available_steps(needs: Iterable[Need], records: Iterable[RecordInfo], coordinate: str) -> list[int]:
-    """Steps, oldest first, at which every needed range is held exactly once and this coordinate's extras are there."""
-    wanted = [need.range for need in needs]
-    by_step: dict[int, list[RecordInfo]] = {}
-    for record in records:
-        by_step.setdefault(record.step, []).append(record)
-    return [step for step, held in sorted(by_step.items()) if not missing(wanted, held, coordinate)]
+@dataclass(frozen=True)
+class Restoration:
+    """How one rank's state comes back: bases in the order of their steps, and the log from the oldest to ``step``.
+
+    Before the log of a step is applied, the bases of earlier steps must be in place; a base of that very step is put in
+    after it. Elements whose base is still to come hold anything: updates are elementwise.
+
+    Attributes:
+        bases: for each base step, oldest first, the pieces of it that are needed: what, and which record holds it.
+        logs: the records of steps oldest + 1 .. step, in order; none if every base is of ``step``.
+    """
+
+    step: int
+    bases: tuple[tuple[int, tuple[tuple[Range, RecordInfo], ...]], ...]
+    logs: tuple[RecordInfo, ...]
+
+    @property
+    def oldest(self) -> int:
+        return self.bases[0][0] if self.bases else self.step
+
+    def places(self) -> list[tuple[str, int]]:
+        """(source, slot) of every record that is read, in the order of reading."""
+        logs = {record.step: record for record in self.logs}
+        bases = dict(self.bases)
+        places: dict[tuple[str, int], None] = {}
+        for step in range(self.oldest, self.step + 1):
+            read = [logs[step]] if step in logs else []
+            for record in [*read, *(record for _, record in bases.get(step, ()))]:
+                places[record.source, record.slot] = None
+        return list(places)
+
+    def ages(self) -> dict[int, int]:
+        """How many elements are restored from each base step."""
+        return {step: sum(piece.size for piece, _ in pieces) for step, pieces in self.bases}
 
 
-def missing(wanted: Sequence[Range], records: Iterable[RecordInfo], coordinate: str) -> str:
-    """Why ``records`` (of one step) cannot restore ``wanted``; empty if they can."""
+def available_steps(
+    needs: Iterable[Need], records: Iterable[RecordInfo], coordinate: str, rules: Rules = WHOLE, newest: int = 0
+) -> list[int]:
+    """Steps, oldest first, at which every needed range can be had exactly once and this coordinate's extras are there.
+
+    With ``newest``, at most that many of the newest ones.
+    """
+    wanted = tuple(need.range for need in needs)
     records = list(records)
-    if not any(r.kind is Kind.EXTRAS and r.source == coordinate for r in records):
+    steps = sorted({r.step for r in records if r.kind is Kind.EXTRAS and r.source == coordinate}, reverse=True)
+    found: list[int] = []
+    for step in steps:
+        if newest and len(found) == newest:
+            break
+        if not isinstance(restoration_of(wanted, records, coordinate, step, rules), str):
+            found.append(step)
+    return sorted(found)
+
+
+def restoration_of(
+    wanted: Sequence[Range], records: Iterable[RecordInfo], coordinate: str, step: int, rules: Rules = WHOLE
+) -> Restoration | str:
+    """How ``records`` restore ``wanted`` at ``step``, or in words why they do not: the proof of completeness.
+
+    Each element comes from its newest base at or before the step. Unless ``rules.lossy``, the coordinate's log must
+    hold the gradient of every element for every step since the oldest of these bases.
+    """
+    records = [record for record in records if record.step <= step]
+    if not any(r.kind is Kind.EXTRAS and r.source == coordinate and r.step == step for r in records):
         return f"the extras of {coordinate} are absent"
-    keys = {r.key for r in wanted}
-    held = [e.range for r in records if r.kind is Kind.BASE for e in r.entries if e.range.key in keys]
-    absent = uncovered(wanted, held)
-    if absent:
-        return f"{absent[0]} is absent ({len(absent)} ranges in all)"
-    twice = overlaps(held)
-    return f"{twice[0]} is held twice" if twice else ""
+    remaining, bases = list(wanted), []
+    for at in sorted({r.step for r in records if r.kind is Kind.BASE}, reverse=True):
+        keys = {r.key for r in remaining}
+        held = [(e.range, r) for r in records if r.kind is Kind.BASE and r.step == at
+                for e in r.entries if e.range.key in keys]  # fmt: skip
+        twice = overlaps([piece for piece, _ in held])
+        if twice:
+            return f"{twice[0]} is held twice in step {at}"
+        pieces = _meeting(remaining, held)
+        if pieces:
+            bases.append((at, tuple(pieces)))
+            remaining = uncovered(remaining, [piece for piece, _ in pieces])
+        if not remaining:
+            break
+    if remaining:
+        return f"{remaining[0]} is absent ({len(remaining)} ranges in all)"
+    bases.reverse()
+    oldest = bases[0][0] if bases else step
+    if rules.lossy:
+        return Restoration(step, tuple(bases), ())
+    logs = _logs(wanted, records, coordinate, range(oldest + 1, step + 1))
+    return logs if isinstance(logs, str) else Restoration(step, tuple(bases), logs)
+
+
+def _meeting(remaining: Sequence[Range], held: Iterable[tuple[Range, RecordInfo]]) -> list[tuple[Range, RecordInfo]]:
+    """The parts of what is held that are still wanted."""
+    intervals = by_key(remaining)
+    pieces = []
+    for piece, record in held:
+        for lo, hi in intervals.get(piece.key, ()):
+            first, last = max(lo, piece.lo), min(hi, piece.hi)
+            if first < last:
+                pieces.append((Range(piece.unit, piece.kind, first, last), record))
+    return pieces
+
+
+def _logs(
+    wanted: Sequence[Range], records: Iterable[RecordInfo], coordinate: str, steps: range
+) -> tuple[RecordInfo, ...] | str:
+    held: dict[int, list[RecordInfo]] = {}
+    for record in records:
+        if record.kind is Kind.LOG and record.source == coordinate:
+            held.setdefault(record.step, []).append(record)
+    gradients = {Range(r.unit, GRADIENT, r.lo, r.hi) for r in wanted}
+    proved: set[frozenset[Range]] = set()  # most logs have the same table
+    logs = []
+    for step in steps:
+        found = held.get(step, [])
+        if len(found) != 1:
+            return f"the log of step {step} is {'absent' if not found else 'held twice'}"
+        ranges = frozenset(e.range for e in found[0].entries)
+        skipped = not any(r.kind == GRADIENT for r in ranges)
+        if not skipped and ranges not in proved:
+            absent = uncovered(gradients, ranges)
+            if absent:
+                return f"the log of step {step} lacks {absent[0]}"
+            proved.add(ranges)
+        logs.append(found[0])
+    return tuple(logs)
 
 
 def plan_recovery(reports: Sequence[Mapping[str, Sequence[int]]]) -> RecoveryPlan:
@@ -104,11 +210,23 @@ def plan_recovery(reports: Sequence[Mapping[str, Sequence[int]]]) -> RecoveryPla
     return RecoveryPlan(step, tier, f"{summary}; {why}, restored from {where}", tuple(choices[1:]), tiers)
 
 
+def memory_suffices(reports: Sequence[tuple[Sequence[int], int]]) -> bool:
+    """Whether a step that every rank has in memory is at least as new as any on disk, so that nobody need read there.
+
+    Args:
+        reports: for each rank its complete steps in memory, and the newest step known to be on disk.
+    """
+    common = set.intersection(*[set(steps) for steps, _ in reports])
+    return bool(common) and max(common) >= max(disk for _, disk in reports)
+
+
 def _summary(reports: Sequence[Mapping[str, Sequence[int]]]) -> str:
     parts = []
     for tier in TIERS:
         per_rank = [sorted(report.get(tier, ())) for report in reports]
-        if not any(per_rank):
+        if all(tier not in report for report in reports):
+            parts.append(f"{tier} was not asked")
+        elif not any(per_rank):
             parts.append(f"{tier} had no step")
         elif all(steps == per_rank[0] for steps in per_rank):
             parts.append(f"{tier} had {_steps(per_rank[0])} on all ranks")
@@ -119,6 +237,25 @@ def _summary(reports: Sequence[Mapping[str, Sequence[int]]]) -> str:
 
 def _steps(steps: Sequence[int]) -> str:
     return f"step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))}" if steps else "none"
+
+
+def restoring_moves(needs: Sequence[Need], restoration: Restoration) -> list[tuple[int, list[Transfer]]]:
+    """For each base step, oldest first, the copies that put its pieces where they are needed. Raises RecoveryError."""
+    where: dict[Key, list[Need]] = {}
+    for need in needs:
+        where.setdefault(need.range.key, []).append(need)
+    moves = []
+    for step, pieces in restoration.bases:
+        narrowed, holders = [], {}
+        for piece, record in pieces:
+            holders[record.source, record.slot] = record
+            for need in where[piece.key]:
+                lo, hi = max(need.range.lo, piece.lo), min(need.range.hi, piece.hi)
+                if lo < hi:
+                    offset = need.offset + (lo - need.range.lo) * DTYPE_BYTES[need.dtype]
+                    narrowed.append(Need(Range(piece.unit, piece.kind, lo, hi), need.dtype, need.buffer, offset))
+        moves.append((step, transfers(narrowed, holders.values())))
+    return moves
 
 
 def transfers(needs: Iterable[Need], records: Iterable[RecordInfo]) -> list[Transfer]:

@@ -1,80 +1,203 @@
-"""Copying verified bytes back into live tensors, from memory slots or from files."""
+"""Copying verified bytes back into live tensors, from memory slots or from files, and re-applying the log."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import RawIOBase
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from checkpointing.capture import bytes_of
-from checkpointing.records import Kind, RecordError, RecordInfo, payload_of, verify
-from checkpointing.recovery import RecoveryError, Transfer, transfers
+from checkpointing.records import Entry, Kind, RecordError, RecordInfo, payload_of, verify
+from checkpointing.recovery import GRADIENT, RecoveryError, Restoration, Transfer, restoration_of, restoring_moves
+from checkpointing.redo import LoggedStep, Redo, redo_steps
+from checkpointing.schedule import WHOLE, Rules
 from checkpointing.slots import Arena
 from checkpointing.state.buffers import StateBuffer, needs_of
 from checkpointing.store import Checkpoint
 from checkpointing.store import verify as verify_files
 
 _PIECE = 64 << 20
+Read = Callable[[str, int, int, Tensor], None]
+"""Fills a flat uint8 tensor from a record's payload, given the record's source, slot and offset in bytes."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a restore fills.
+
+    Attributes:
+        redo: steps the buffers' optimizer; None if no window of a log may be restored.
+        rules: how the records belong together.
+        pin: called with a slot of the coordinate's own arena before it is read.
+    """
+
+    buffers: Sequence[StateBuffer]
+    coordinate: str
+    redo: Redo | None = None
+    rules: Rules = WHOLE
+    pin: Callable[[int], None] = lambda slot: None
+    applied: list[int] = field(default_factory=list)  # steps that were re-applied
 
 
 def restore_from_memory(
-    buffers: Sequence[StateBuffer], records: Iterable[RecordInfo], arenas: Mapping[str, Arena], coordinate: str
+    target: Target, records: Iterable[RecordInfo], arenas: Mapping[str, Arena], step: int
 ) -> dict[str, bytes]:
-    """Fill the buffers from sealed records of one step and return the coordinate's extras.
+    """Bring the buffers to ``step`` from sealed records and return the coordinate's extras.
 
-    Every record that is read is first verified against its checksum. Raises RecoveryError.
+    Every record is verified against its checksum before it is read, a few ahead of the copying. Raises RecoveryError;
+    the buffers may then hold some of the state.
     """
     by_place = {(r.source, r.slot): r for r in records}
-    moves = transfers(needs_of(buffers), by_place.values())
-    extras = [r for r in by_place.values() if r.kind is Kind.EXTRAS and r.source == coordinate]
-    if len(extras) != 1:
-        raise RecoveryError(f"{len(extras)} extras records of {coordinate} where one is needed")
-    places = {(m.source, m.slot) for m in moves} | {(coordinate, extras[0].slot)}
-    payloads: dict[tuple[str, int], memoryview] = {}
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for source, slot in sorted(places):
-            view = arenas[source].slots[slot]
-            try:
-                payloads[source, slot] = payload_of(view, verify(view, pool))
-            except RecordError as error:
-                raise RecoveryError(f"{source}, slot {slot}: {error}") from error
-    tensors = {b.name: bytes_of(b.tensor) for b in buffers}
-    for move in moves:
-        payload = payloads[move.source, move.slot]
-        source = torch.frombuffer(payload, dtype=torch.uint8, count=move.nbytes, offset=move.source_offset)
-        tensors[move.buffer][move.buffer_offset : move.buffer_offset + move.nbytes].copy_(source)
-    payload = payloads[coordinate, extras[0].slot]
-    return {e.range.unit: bytes(payload[e.offset : e.offset + e.nbytes]) for e in extras[0].entries}
+    restoration = _restoration(target, by_place.values(), step)
+    extras = _extras_of(target.coordinate, by_place.values(), step)
+    places = [(target.coordinate, extras.slot), *restoration.places()]
+    hashers = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+    with hashers, ThreadPoolExecutor(1) as verifier:
+        verified = {
+            place: verifier.submit(_verified, arenas[place[0]].slots[place[1]], place, hashers) for place in places
+        }
+
+        def read(source: str, slot: int, offset: int, into: Tensor) -> None:
+            payload = verified[source, slot].result()
+            if source == target.coordinate:
+                target.pin(slot)
+            kept = torch.frombuffer(payload, dtype=torch.uint8, count=into.numel(), offset=offset)
+            into.copy_(kept, non_blocking=into.is_cuda)
+
+        try:
+            _fill(target, restoration, read)
+        except BaseException:
+            verifier.shutdown(cancel_futures=True)
+            raise
+        payload = verified[target.coordinate, extras.slot].result()
+    if any(b.tensor.is_cuda for b in target.buffers):
+        torch.cuda.synchronize()
+    return {e.range.unit: bytes(payload[e.offset : e.offset + e.nbytes]) for e in extras.entries}
 
 
-def restore_from_disk(buffers: Sequence[StateBuffer], checkpoint: Checkpoint, coordinate: str) -> dict[str, bytes]:
-    """Fill the buffers from a checkpoint, whose files are verified first, and return the coordinate's extras.
+def _verified(view: memoryview, place: tuple[str, int], hashers: ThreadPoolExecutor) -> memoryview:
+    try:
+        return payload_of(view, verify(view, hashers))
+    except RecordError as error:
+        raise RecoveryError(f"{place[0]}, slot {place[1]}: {error}") from error
+
+
+def restore_from_disk(target: Target, checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Bring the buffers to a checkpoint's step, after verifying its files, and return the coordinate's extras.
 
     Raises RecoveryError naming the damaged file, or the layer, expert and tensor that is absent.
     """
-    moves = transfers(needs_of(buffers), checkpoint.records)
-    problems = verify_files(checkpoint.path, [*{m.source for m in moves}, coordinate])
+    restoration = _restoration(target, checkpoint.records, checkpoint.step)
+    sources = {source for source, _ in restoration.places()}
+    problems = verify_files(checkpoint.path, [*sources, target.coordinate])
     if problems:
         raise RecoveryError(problems[0])
-    tensors = {b.name: bytes_of(b.tensor) for b in buffers}
-    for source in sorted({m.source for m in moves}):
-        with checkpoint.file_of(source).open("rb", buffering=0) as file:
-            for move in moves:
-                if move.source == source:
-                    _read_into(tensors[move.buffer], file, move)
-    return checkpoint.extras(coordinate)
+    files = {source: checkpoint.file_of(source).open("rb", buffering=0) for source in sorted(sources)}
+
+    def read(source: str, slot: int, offset: int, into: Tensor) -> None:
+        for at in range(0, into.numel(), _PIECE):
+            piece = bytearray(min(_PIECE, into.numel() - at))
+            files[source].seek(offset + at)
+            got = files[source].readinto(piece) or 0
+            if got != len(piece):
+                raise RecoveryError(f"{checkpoint.file_of(source)}: ended early at byte {offset + at + got:,}")
+            into[at : at + got].copy_(torch.frombuffer(piece, dtype=torch.uint8))
+
+    try:
+        _fill(target, restoration, read)
+    finally:
+        for file in files.values():
+            file.close()
+    return checkpoint.extras(target.coordinate)
 
 
-def _read_into(tensor: torch.Tensor, file: RawIOBase, move: Transfer) -> None:
-    for at in range(0, move.nbytes, _PIECE):
-        count = min(_PIECE, move.nbytes - at)
-        piece = bytearray(count)
-        file.seek(move.source_offset + at)
-        got = file.readinto(piece)
-        if got != count:
-            raise RecoveryError(f"{move.source}: the file ended early at byte {move.source_offset + at + (got or 0):,}")
-        start = move.buffer_offset + at
-        tensor[start : start + count].copy_(torch.frombuffer(piece, dtype=torch.uint8))
+def _restoration(target: Target, records: Iterable[RecordInfo], step: int) -> Restoration:
+    wanted = tuple(need.range for need in needs_of(target.buffers))
+    found = restoration_of(wanted, records, target.coordinate, step, target.rules)
+    if isinstance(found, str):
+        raise RecoveryError(f"step {step} cannot be restored: {found}; use another step")
+    if found.logs and target.redo is None:
+        raise RecoveryError(
+            f"step {step} lies in a window of the log (bases from step {found.oldest} on), and nothing here can step "
+            "its optimizer; use another step"
+        )
+    return found
+
+
+def _extras_of(coordinate: str, records: Iterable[RecordInfo], step: int) -> RecordInfo:
+    extras = [r for r in records if r.kind is Kind.EXTRAS and r.source == coordinate and r.step == step]
+    if len(extras) != 1:
+        raise RecoveryError(f"{len(extras)} extras records of {coordinate} where one is needed")
+    return extras[0]
+
+
+def _fill(target: Target, restoration: Restoration, read: Read) -> None:
+    """Put the oldest bases in place, then re-apply step after step, each time followed by the bases of that step."""
+    tensors = {b.name: bytes_of(b.tensor) for b in target.buffers}
+    moves = dict(restoring_moves(needs_of(target.buffers), restoration))
+
+    def place(step: int) -> None:
+        for move in moves.get(step, ()):
+            _carry_out(move, tensors[move.buffer], read)
+
+    if target.rules.lossy:
+        for step in moves:
+            place(step)
+        return
+    place(restoration.oldest)
+    if restoration.logs:
+        assert target.redo is not None
+        logs = [LoggedStep(_meta(record, read), *_gradients(target, record, read)) for record in restoration.logs]
+        redo_steps(target.redo, restoration.oldest, logs, place)
+        target.applied.extend(record.step for record in restoration.logs)
+
+
+def _carry_out(move: Transfer, tensor: Tensor, read: Read) -> None:
+    read(move.source, move.slot, move.source_offset, tensor[move.buffer_offset : move.buffer_offset + move.nbytes])
+
+
+def _meta(record: RecordInfo, read: Read) -> bytes:
+    entry = next((e for e in record.entries if e.range.kind == "meta"), None)
+    if entry is None:
+        raise RecoveryError(f"the log of step {record.step} says nothing of its step; use another step")
+    blob = torch.empty(entry.nbytes, dtype=torch.uint8)
+    read(record.source, record.slot, entry.offset, blob)
+    return blob.numpy().tobytes()
+
+
+def _gradients(target: Target, record: RecordInfo, read: Read) -> tuple[str, Callable[[int, Tensor], None]]:
+    """Their dtype, and what reads a group's by their names: neighbours in record and partition as one copy."""
+    entries: dict[str, list[Entry]] = {}
+    dtype = "float32"
+    for entry in record.entries:
+        if entry.range.kind == GRADIENT:
+            entries.setdefault(entry.range.unit, []).append(entry)
+            dtype = entry.dtype
+    masters = [buffer for buffer in target.buffers if buffer.name.endswith(".master")]
+
+    def read_group(index: int, into: Tensor) -> None:
+        size, flat = into.element_size(), bytes_of(into)
+        runs: list[list[int]] = []  # [offset in the record, offset in the partition, bytes]
+        for span in sorted(masters[index].spans, key=lambda s: s.offset):
+            entry = _holder(entries, span.range.unit, span.range.lo, span.range.hi, record.step)
+            at = entry.offset + (span.range.lo - entry.range.lo) * size
+            nbytes = span.range.size * size
+            if runs and runs[-1][0] + runs[-1][2] == at and runs[-1][1] + runs[-1][2] == span.offset * size:
+                runs[-1][2] += nbytes
+            else:
+                runs.append([at, span.offset * size, nbytes])
+        for at, offset, nbytes in runs:
+            read(record.source, record.slot, at, flat[offset : offset + nbytes])
+
+    return dtype, read_group
+
+
+def _holder(entries: Mapping[str, Sequence[Entry]], unit: str, lo: int, hi: int, step: int) -> Entry:
+    for entry in entries.get(unit, ()):
+        if entry.range.lo <= lo and hi <= entry.range.hi:
+            return entry
+    raise RecoveryError(f"the log of step {step} holds {unit}[{lo}:{hi}) in pieces; it was written in another layout")

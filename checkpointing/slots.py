@@ -1,7 +1,7 @@
 """The arena: one piece of shared memory per worker, cut into slots that hold records.
 
-Base slots come first, then as many slots for extras. The shape is a pure function of three numbers, so that the keeper
-and the worker agree on it without a superblock.
+Base slots come first, then log slots, then extras. The shape is a value, so that the keeper and the worker agree on it
+without a superblock.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from checkpointing.records import PAGE, Kind, whole_pages
 
@@ -27,37 +28,65 @@ class SlotPlace:
 
 
 @dataclass(frozen=True)
-class ArenaShape:
-    """Bytes of the largest base table and payload, and how many base slots there are."""
+class Pool:
+    """``count`` slots of one kind, with room for the largest table and payload (bytes) of their records."""
 
+    count: int
     table_bytes: int
     payload_bytes: int
-    generations: int
 
     @property
     def payload_offset(self) -> int:
-        """Where the payload starts in a base slot: the same page in every record of one layout."""
+        """Where the payload starts in a slot: the same page in every record of one layout."""
         return PAGE + whole_pages(self.table_bytes)
 
     @property
-    def base_bytes(self) -> int:
+    def slot_bytes(self) -> int:
         return self.payload_offset + whole_pages(self.payload_bytes)
+
+
+@dataclass(frozen=True)
+class ArenaShape:
+    """The pools of base and log records, and how many slots there are for extras."""
+
+    base: Pool
+    log: Pool
+    extras: int
 
     @property
     def nbytes(self) -> int:
-        return self.generations * (self.base_bytes + EXTRAS_BYTES)
+        return sum(count * size for _, count, size in self._pools())
+
+    def _pools(self) -> list[tuple[Kind, int, int]]:
+        return [
+            (Kind.BASE, self.base.count, self.base.slot_bytes),
+            (Kind.LOG, self.log.count, self.log.slot_bytes),
+            (Kind.EXTRAS, self.extras, EXTRAS_BYTES),
+        ]
 
     def slots(self) -> tuple[SlotPlace, ...]:
-        bases = [SlotPlace(i, Kind.BASE, i * self.base_bytes, self.base_bytes) for i in range(self.generations)]
-        first = self.generations * self.base_bytes
-        extras = [
-            SlotPlace(self.generations + i, Kind.EXTRAS, first + i * EXTRAS_BYTES, EXTRAS_BYTES)
-            for i in range(self.generations)
-        ]
-        return (*bases, *extras)
+        places: list[SlotPlace] = []
+        at = 0
+        for kind, count, size in self._pools():
+            for _ in range(count):
+                places.append(SlotPlace(len(places), kind, at, size))
+                at += size
+        return tuple(places)
 
-    def as_dict(self) -> dict[str, int]:
-        return asdict(self)
+    def as_list(self) -> list[Sequence[int]]:
+        """For JSON; :meth:`from_list` is its inverse."""
+        pools = [[p.count, p.table_bytes, p.payload_bytes] for p in (self.base, self.log)]
+        return [*pools, [self.extras]]
+
+    @classmethod
+    def from_list(cls, values: Sequence[Sequence[int]]) -> ArenaShape:
+        return cls(Pool(*values[0]), Pool(*values[1]), values[2][0])
+
+    def __str__(self) -> str:
+        return (
+            f"{self.base.count} x {self.base.slot_bytes:,} bytes of state, {self.log.count} x "
+            f"{self.log.slot_bytes:,} of log, {self.extras} of extras"
+        )
 
 
 class Arena:
@@ -69,11 +98,12 @@ class Arena:
             raise ValueError(f"the arena has {size:,} bytes, its shape needs {shape.nbytes:,}")
         self.fd = fd
         self.shape = shape
-        # Touching every page here keeps page faults out of the copies.
+        # Mapping every page here keeps page faults out of the copies.
         flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0)
         self._map = mmap.mmap(fd, shape.nbytes, flags=flags)
         self.memory = memoryview(self._map)
-        self.slots = [self.memory[p.offset : p.offset + p.nbytes] for p in shape.slots()]
+        self.places = shape.slots()
+        self.slots = [self.memory[p.offset : p.offset + p.nbytes] for p in self.places]
 
     def close(self) -> None:
         """Unmap. Views that callers still hold keep the mapping itself alive until they go."""

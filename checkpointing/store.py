@@ -27,19 +27,20 @@ from checkpointing.records import DTYPE_BYTES, Entry, Kind, RecordInfo
 from checkpointing.recovery import RecoveryError
 from checkpointing.remote import UnreachableError
 from checkpointing.storage import MANIFEST, Place, Storage, storage_of
-from checkpointing.tensorfile import Written, checksum_file, damaged_tensors, read_bytes, read_entries, write_tensors
+from checkpointing.tensorfile import (
+    Section,
+    Written,
+    checksum_file,
+    damaged_tensors,
+    read_bytes,
+    read_entries,
+    write_tensors,
+)
 from checkpointing.units import Range, overlaps
 
 FORMAT = 1
 _STEP = re.compile(r"step-(\d+)")
-
-
-@dataclass(frozen=True)
-class Part:
-    """One sealed record to write: its table, and the payload that the table's offsets point into."""
-
-    entries: Sequence[Entry]
-    payload: memoryview
+_KINDS = {"extras": Kind.EXTRAS, "grad": Kind.LOG, "meta": Kind.LOG}
 
 
 def step_path(directory: Place, step: int) -> Place:
@@ -49,16 +50,18 @@ def step_path(directory: Place, step: int) -> Place:
 def write_checkpoint(
     directory: Place,
     step: int,
-    parts: Mapping[str, Sequence[Part]],
+    parts: Mapping[str, Sequence[Section]],
     tensors: Mapping[str, Any],
     metadata: Mapping[str, Any],
     progress: Callable[[int, int], None] = lambda written, total: None,
+    described: Mapping[str, str] | None = None,
 ) -> Place:
     """Write and commit ``step-N``: files, then the manifest, then the hint. Local ones are fsynced and renamed.
 
     Args:
         parts: for each coordinate its base and extras records.
         tensors: ``{unit: {param, shape, dtype}}`` of the whole model.
+        described: for each coordinate how its partitions lie, needed to redo the log of a window.
         progress: called with (payload bytes written, payload bytes in all) after each piece.
     Raises OSError as the disk gives it, also if there is too little room for it; the unfinished folder is then removed.
     An earlier folder of the same step that does not verify is quarantined.
@@ -78,8 +81,10 @@ def write_checkpoint(
         files = {}
         for coordinate, records in sorted(parts.items()):
             name = f"{coordinate}.safetensors"
-            pairs = [(part.entries, part.payload) for part in records]
-            files[name] = write_tensors(work / name, pairs, {"step": str(step), "coordinate": coordinate}, advanced)
+            facts = {"step": str(step), "coordinate": coordinate}
+            if described is not None and coordinate in described:
+                facts["partitions"] = described[coordinate]
+            files[name] = write_tensors(work / name, records, facts, advanced)
         manifest = _manifest(step, sorted(parts), files, tensors, metadata)
         storage.commit(work, final, json.dumps(manifest, indent=1).encode())
     except BaseException:
@@ -284,15 +289,15 @@ class Checkpoint:
 
     @cached_property
     def records(self) -> tuple[RecordInfo, ...]:
-        """For each coordinate a base and an extras record; entries' offsets count from the start of its file."""
+        """For each coordinate a base and an extras record, and those of other steps if it is a window; entries' offsets
+        count from the start of the coordinate's file."""
         found = []
         for coordinate in self.manifest["coordinates"]:
-            entries = read_entries(self.file_of(coordinate))
-            for kind, part in (
-                (Kind.BASE, [e for e in entries if e.range.kind != "extras"]),
-                (Kind.EXTRAS, [e for e in entries if e.range.kind == "extras"]),
-            ):
-                found.append(RecordInfo(coordinate, kind, self.step, 0, 0, tuple(part)))
+            grouped: dict[tuple[int, Kind], list[Entry]] = {(self.step, Kind.BASE): [], (self.step, Kind.EXTRAS): []}
+            for stored in read_entries(self.file_of(coordinate)):
+                step = self.step if stored.step is None else stored.step
+                grouped.setdefault((step, _KINDS.get(stored.entry.range.kind, Kind.BASE)), []).append(stored.entry)
+            found += [RecordInfo(coordinate, kind, step, 0, 0, tuple(part)) for (step, kind), part in grouped.items()]
         return tuple(found)
 
     def file_of(self, coordinate: str) -> Place:
@@ -328,6 +333,11 @@ class Checkpoint:
     def is_whole(self) -> bool:
         """Whether all state in it is of its own step; if not, it is a window whose log must be re-applied first."""
         return all(record.step == self.step for record in self.records if record.kind is Kind.BASE)
+
+    @property
+    def has_log(self) -> bool:
+        """Whether gradients are in it, to be re-applied before anybody can tell its state."""
+        return any(record.kind is Kind.LOG for record in self.records)
 
     def extras(self, coordinate: str) -> dict[str, bytes]:
         record = next(r for r in self.records if r.kind is Kind.EXTRAS and r.source == coordinate)

@@ -11,6 +11,7 @@ import json
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from xxhash import xxh3_64, xxh3_64_hexdigest, xxh3_128
 
@@ -46,25 +47,49 @@ class Written:
     tensors: str = ""
 
 
-def key_of(entry: Entry) -> str:
-    return _EXTRAS + entry.range.unit if entry.range.kind == "extras" else str(entry.range)
+@dataclass(frozen=True)
+class Section:
+    """One record's worth of tensors: its table, the payload that the table's offsets point into, and the step it is of
+    if that is not the file's own."""
+
+    entries: Sequence[Entry]
+    payload: memoryview
+    step: int | None = None
 
 
-def range_of(key: str, nbytes: int) -> Range:
-    return Range(key.removeprefix(_EXTRAS), "extras", 0, nbytes) if key.startswith(_EXTRAS) else Range.parse(key)
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a file: ``entry.offset`` counts from the file's start; ``step`` as in :class:`Section`."""
+
+    entry: Entry
+    step: int | None
+
+
+def key_of(entry: Entry, step: int | None = None) -> str:
+    if entry.range.kind == "extras":
+        return _EXTRAS + entry.range.unit
+    return str(entry.range) if step is None else f"{entry.range}@{step}"
+
+
+def parse_key(key: str, nbytes: int) -> tuple[Range, int | None]:
+    """Inverse of :func:`key_of`. Raises ValueError."""
+    if key.startswith(_EXTRAS):
+        return Range(key.removeprefix(_EXTRAS), "extras", 0, nbytes), None
+    text, at, step = key.rpartition("@")
+    return (Range.parse(text), int(step)) if at else (Range.parse(key), None)
 
 
 def write_tensors(
     path: Place,
-    parts: Sequence[tuple[Sequence[Entry], memoryview]],
+    sections: Sequence[Section],
     metadata: dict[str, str],
     advanced: Callable[[int], None],
 ) -> Written:
-    """Write the entries of each (table, payload) and fsync. ``advanced(nbytes)`` is called after each piece."""
-    pieces = [(entry, payload) for entries, payload in parts for entry in entries]
+    """Write all sections' tensors and fsync. ``advanced(nbytes)`` is called after each piece."""
+    pieces = [(entry, section) for section in sections for entry in section.entries]
     # The widest types first, so that every tensor is aligned; the sort is stable, so neighbours stay neighbours.
     pieces.sort(key=lambda piece: -DTYPE_BYTES[piece[0].dtype])
-    header = _header([entry for entry, _ in pieces], metadata)
+    header = _header(pieces, metadata)
     total = sum(entry.nbytes for entry, _ in pieces)
     step = min(max(total // 16, _SMALLEST), _LARGEST)
     digest = xxh3_128()
@@ -76,17 +101,17 @@ def write_tensors(
                 _write(file, chunk, digest)
                 advanced(len(chunk))
         make_durable(file)
-    each = "".join(xxh3_64_hexdigest(data[e.offset : e.offset + e.nbytes]) for e, data in pieces)
+    each = "".join(xxh3_64_hexdigest(s.payload[e.offset : e.offset + e.nbytes]) for e, s in pieces)
     return Written(len(header) + total, digest.hexdigest(), each)
 
 
-def _header(entries: Sequence[Entry], metadata: dict[str, str]) -> bytes:
+def _header(pieces: Sequence[tuple[Entry, Section]], metadata: dict[str, str]) -> bytes:
     table: dict[str, object] = {"__metadata__": metadata}
     at = 0
-    for entry in entries:
+    for entry, section in pieces:
         size = DTYPE_BYTES[entry.dtype]
         assert entry.nbytes == entry.range.size * size
-        table[key_of(entry)] = {
+        table[key_of(entry, section.step)] = {
             "dtype": _NAMES[entry.dtype],
             "shape": [entry.range.size],
             "data_offsets": [at, at + entry.nbytes],
@@ -97,11 +122,12 @@ def _header(entries: Sequence[Entry], metadata: dict[str, str]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _runs(pieces: Sequence[tuple[Entry, memoryview]]) -> Iterator[memoryview]:
+def _runs(pieces: Sequence[tuple[Entry, Section]]) -> Iterator[memoryview]:
     """Neighbours in memory joined, so that thousands of small experts become a few writes."""
     start = stop = 0
     source: memoryview | None = None
-    for entry, payload in pieces:
+    for entry, section in pieces:
+        payload = section.payload
         if source is payload and entry.offset == stop:
             stop += entry.nbytes
             continue
@@ -118,23 +144,32 @@ def _write(file: io.RawIOBase, data: memoryview, digest: xxh3_128) -> None:
         data = data[file.write(data) or 0 :]
 
 
-def read_entries(path: Place) -> tuple[Entry, ...]:
-    """All tensors of a file; ``offset`` counts from its start. Raises OSError or ValueError if it is damaged."""
+def read_entries(path: Place) -> tuple[Stored, ...]:
+    """All tensors of a file. Raises OSError or ValueError if it is damaged."""
+    table, length = _read_header(path)
+    found = []
+    for key, tensor in table.items():
+        if key != "__metadata__":
+            start, stop = tensor["data_offsets"]
+            named, step = parse_key(key, stop - start)
+            found.append(Stored(Entry(named, _DTYPES[tensor["dtype"]], 8 + length + start, stop - start), step))
+    return tuple(found)
+
+
+def read_metadata(path: Place) -> dict[str, str]:
+    """A file's free-form metadata. Raises OSError or ValueError if it is damaged."""
+    return dict(_read_header(path)[0].get("__metadata__", {}))
+
+
+def _read_header(path: Place) -> tuple[dict[str, Any], int]:
+    """The header's table, and its length in bytes."""
     size = path.stat().st_size
     if size < 8:
         raise ValueError(f"{path}: {size} bytes are no tensor file")
     (length,) = struct.unpack("<Q", read_bytes(path, 0, 8))
     if 8 + length > size:
         raise ValueError(f"{path}: the header's length is larger than the file")
-    table = json.loads(bytes(read_bytes(path, 8, length)))
-    entries = []
-    for key, tensor in table.items():
-        if key != "__metadata__":
-            start, stop = tensor["data_offsets"]
-            entries.append(
-                Entry(range_of(key, stop - start), _DTYPES[tensor["dtype"]], 8 + length + start, stop - start)
-            )
-    return tuple(entries)
+    return json.loads(bytes(read_bytes(path, 8, length))), length
 
 
 def read_bytes(path: Place, offset: int, nbytes: int) -> bytearray:
@@ -170,7 +205,9 @@ def damaged_tensors(path: Place, expected: str) -> list[str]:
         if len(expected) != 16 * len(entries):
             return []
         digests = [expected[at : at + 16] for at in range(0, len(expected), 16)]
-        return [key_of(e) for e, digest in zip(entries, digests, strict=True) if _digest_of(path, e) != digest]
+        return [
+            key_of(s.entry, s.step) for s, d in zip(entries, digests, strict=True) if _digest_of(path, s.entry) != d
+        ]
     except UnreachableError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

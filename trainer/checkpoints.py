@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -121,7 +122,8 @@ def _row(source: Source, step: int, path: Place, now: float) -> Row:
     try:
         manifest = read_manifest(path)
         kept = "permanent" if is_permanent(path, step, source.permanent_every) else "ephemeral"
-        state = "whole" if Checkpoint(path, manifest).is_whole else "window of the log"
+        checkpoint = Checkpoint(path, manifest)
+        state = "whole" if checkpoint.is_whole else "window of the log" if checkpoint.has_log else "of several steps"
         written_at = manifest.get("written_at")
     except (RecoveryError, OSError, ValueError, KeyError) as error:
         return Row("disk", str(step), _bytes_in(path), "", _not_a_checkpoint(path, error))
@@ -248,6 +250,22 @@ def diff(ours: str, theirs: str, show_equal: bool) -> int:
     """Print what differs. Returns 1 if something does."""
     left, right = chosen(ours), chosen(theirs)
     print(f"A: {left.path}\nB: {right.path}")
+    with tempfile.TemporaryDirectory(prefix="planaria-diff-") as scratch:
+        return _print_differences(
+            _made_whole(left, Path(scratch, "a")), _made_whole(right, Path(scratch, "b")), show_equal
+        )
+
+
+def _made_whole(checkpoint: Checkpoint, scratch: Path) -> Checkpoint:
+    if not checkpoint.has_log:
+        return checkpoint
+    # Redo needs torch; whole checkpoints are compared without.
+    from checkpointing.materialise import whole
+
+    return whole(checkpoint, scratch)
+
+
+def _print_differences(left: Checkpoint, right: Checkpoint, show_equal: bool) -> int:
     equal = different = 0
     for found in compare(left, right):
         equal, different = equal + found.equal, different + (not found.equal)

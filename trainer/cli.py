@@ -79,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     export = verb("export", _export, "write a run's model as a Hugging Face folder")
     export.add_argument("run_dir", metavar="RUN", help="run folder, e.g. runs/quickstart")
     export.add_argument("out_dir", metavar="OUT", help="folder to make")
+    export.add_argument(
+        "--inexact", action="store_true", help="redo a log that another device or torch wrote; bits may differ"
+    )
 
     checkpoint = verbs.add_parser("checkpoint", help="look at, check, compare or delete a run's checkpoints")
     add_verbs(checkpoint)
@@ -137,16 +140,21 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
+    from checkpointing.keeper.memory import available_bytes
     from trainer.documents import matching_files
+    from trainer.events import read_events
     from trainer.plan import card
     from trainer.recipe import check_world, load_recipe, recipe_warnings
+    from trainer.runfolder import run_folder
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if under_launcher():
         world = os.environ["WORLD_SIZE"]
         check_world(recipe, int(world) if world.isdecimal() else 0)
     files = matching_files(recipe.data)
-    print(card(recipe, num_files=len(files), num_bytes=sum(path.stat().st_size for _, path in files)))
+    size = sum(path.stat().st_size for _, path in files)
+    events = read_events(run_folder(recipe))
+    print(card(recipe, num_files=len(files), num_bytes=size, available=available_bytes(), events=events))
     for warning in recipe_warnings(recipe):
         print(f"warning: {warning}", file=sys.stderr)
     return 0
@@ -163,7 +171,7 @@ def _drill(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from trainer import export
 
-    return export.main(arguments.run_dir, arguments.out_dir)
+    return export.main(arguments.run_dir, arguments.out_dir, arguments.inexact)
 
 
 def _keeper(arguments: argparse.Namespace) -> int:

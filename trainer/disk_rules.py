@@ -9,7 +9,7 @@ from checkpointing.remote import LocationError
 from checkpointing.storage import place_of
 
 if TYPE_CHECKING:
-    from trainer.recipe_checks import Finding, View
+    from trainer.recipe_view import Finding, View
 
 
 def _permanent(view: View) -> Iterator[Finding]:

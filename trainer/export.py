@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from checkpointing.materialise import whole
 from checkpointing.recovery import RecoveryError
 from checkpointing.store import Checkpoint, list_checkpoints, verify
 from lora.format import save_adapter
@@ -33,7 +34,7 @@ class ExportError(ValueError):
     """The run cannot be exported; the message says what is missing and where."""
 
 
-def main(run_dir: str, out_dir: str) -> int:
+def main(run_dir: str, out_dir: str, inexact: bool = False) -> int:
     run, out = Path(run_dir), Path(out_dir)
     recipe, checkpoint = open_run(run)
     if out.exists() and any(out.iterdir()):
@@ -41,7 +42,7 @@ def main(run_dir: str, out_dir: str) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        _write(recipe, run, checkpoint, temporary)
+        _write(recipe, run, checkpoint, temporary, inexact)
         temporary.chmod(0o755)
         if out.exists():
             out.rmdir()
@@ -53,8 +54,9 @@ def main(run_dir: str, out_dir: str) -> int:
     return 0
 
 
-def _write(recipe: Recipe, run: Path, checkpoint: Checkpoint, temporary: Path) -> None:
-    tensors = trained_tensors(checkpoint)
+def _write(recipe: Recipe, run: Path, checkpoint: Checkpoint, temporary: Path, inexact: bool) -> None:
+    with tempfile.TemporaryDirectory(prefix="planaria-", dir=temporary.parent) as scratch:
+        tensors = trained_tensors(whole(checkpoint, Path(scratch), inexact))
     if recipe.adapter:
         _copy_base(recipe, temporary)
         _write_adapter(recipe, tensors, temporary / "adapter")

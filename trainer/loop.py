@@ -160,7 +160,6 @@ def _report_step(run: Run, step: int, loss: float, seconds: float) -> None:
         consumed=run.progress.consumed,
         committed=run.snapshots.committed,
         stall_copied_s=stall.copied_s,
-        stall_sealed_s=stall.sealed_s,
     )
     if step % run.recipe.log.every == 0 or step == train.steps or step == 1:
         routing = run.meter.take()

@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
+from checkpointing.cost import BudgetError, size
 from lora.config import BankConfig
 from lora.presets import targets_of
+from trainer.mode_plan import Share, basis_of, budget_of, mode_rows
 from trainer.schema import DiskSection, ModelSection, Recipe
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -42,6 +45,7 @@ class Plan:
         weight_bytes, gradient_bytes, optimizer_bytes: per worker.
         snapshot_bytes: the keeper's memory per worker: 12 bytes per parameter of the partition and generation.
         generations: how many; without a memory tier the disk tier still needs some to write from.
+        share: what a worker captures, and what the modes' costs depend on.
     """
 
     total: Mapping[str, int]
@@ -55,6 +59,7 @@ class Plan:
     optimizer_bytes: int
     snapshot_bytes: int
     generations: int
+    share: Share
 
 
 def family_shapes(model: ModelSection, vocab_size: int) -> dict[str, tuple[int, ...]]:
@@ -184,10 +189,12 @@ def plan_run(recipe: Recipe) -> Plan:
     # of ep=2 and 4 workers each holds 1/2 of the experts, cut in 4/2 parts. Both come to 1/workers.
     partition = -(-training // workers)
     generations = _generations(recipe)
+    active = everything - expert_total + (expert_total * top_k // experts if experts else 0)
+    _check_pec(recipe, experts)
     return Plan(
         total=total,
         trained=trained,
-        active=everything - expert_total + (expert_total * top_k // experts if experts else 0),
+        active=active,
         experts_per_worker=experts // ep,
         num_layers=layers,
         tokens_per_step=recipe.train.global_batch_size * recipe.data.sequence_length,
@@ -196,7 +203,21 @@ def plan_run(recipe: Recipe) -> Plan:
         optimizer_bytes=partition * _MOMENTS_AND_MASTER,
         snapshot_bytes=partition * _MOMENTS_AND_MASTER * generations,
         generations=generations,
+        share=Share(partition, -(-expert_trained // workers), experts, layers, active, top_k),
     )
+
+
+def _check_pec(recipe: Recipe, experts: int) -> None:
+    """What the recipe alone cannot say: whether a folder's model has as many experts as ``pec`` counts."""
+    checkpoint = recipe.checkpoint
+    if checkpoint.mode != "pec":
+        return
+    for name, count in (("k_snapshot", checkpoint.pec.k_snapshot), ("k_persist", checkpoint.pec.k_persist)):
+        if count != "auto" and count > experts:
+            raise PlanError(
+                f"checkpoint.pec.{name}={count} is more than the {experts} experts of {recipe.model.path}; choose at "
+                "most that"
+            )
 
 
 def _generations(recipe: Recipe) -> int:
@@ -250,35 +271,49 @@ def _model(recipe: Recipe) -> tuple[Shapes, int, int]:
     return folder_shapes(folder), experts, number("num_experts_per_tok", "moe_topk", "top_k")
 
 
-def card(recipe: Recipe, *, num_files: int, num_bytes: int) -> str:
-    """The plan as text for a person. Raises PlanError."""
+def card(
+    recipe: Recipe,
+    *,
+    num_files: int,
+    num_bytes: int,
+    available: int | None = None,
+    events: Iterable[Mapping[str, Any]] = (),
+) -> str:
+    """The plan as text for a person. Raises PlanError.
+
+    Args:
+        available: free memory of this machine in bytes, if the run is to be here.
+        events: rows that an earlier attempt of the run wrote, for measured bandwidths and times.
+    """
     plan, parallel, disk = plan_run(recipe), recipe.parallel, recipe.checkpoint.disk
     dtype: str = parallel.dtype
     if dtype == "auto":
         dtype = "auto, counted as bf16" if _auto_bf16(recipe) else "auto, counted as fp32"
-    memory = recipe.checkpoint.memory
-    kept = f"{plan.generations} generations, {_bytes(plan.snapshot_bytes)} per worker"
+    memory, mode = recipe.checkpoint.memory, recipe.checkpoint.mode
+    every = f"every {memory.every} steps"
+    kept = f"{plan.generations} generations, {size(plan.snapshot_bytes)} per worker"
     without = f"off; {kept} to write from" if plan.generations else "off"
     rows = [
         ("run", f"{recipe.log.dir}/{recipe.log.run}"),
         ("model", recipe.model.path or f"new {recipe.model.family}"),
         ("layout", f"{parallel.workers} workers, ep {parallel.ep}, ZeRO-{parallel.zero}, {dtype}"),
         ("experts", f"{plan.experts_per_worker} a layer on each worker, {plan.num_layers} layers"),
-        ("text", f"{num_files} files, {_bytes(num_bytes)}"),
+        ("text", f"{num_files} files, {size(num_bytes)}"),
         ("step", f"{plan.tokens_per_step:,} tokens; {recipe.train.steps:,} steps"),
         *_parameters("parameters", plan.total),
         ("", f"{sum(plan.total.values()):>14,}  in all, {plan.active:,} used by a token"),
         *(_parameters("trained", plan.trained) if recipe.adapter else [("trained", "all of them")]),
         (
             "per worker",
-            f"weights {_bytes(plan.weight_bytes)}, gradients {_bytes(plan.gradient_bytes)}, "
-            f"optimizer {_bytes(plan.optimizer_bytes)}",
+            f"weights {size(plan.weight_bytes)}, gradients {size(plan.gradient_bytes)}, "
+            f"optimizer {size(plan.optimizer_bytes)}",
         ),
         (
             "memory tier",
-            f"every {memory.every} steps, {kept}" if memory.enabled else without,
+            (f"{every}, {kept}" if mode == "dense" else f"{every}, mode {mode}") if memory.enabled else without,
         ),
         ("disk tier", _disk_tier(disk)),
+        *(_modes(recipe, plan, available, events) if memory.enabled else []),
     ]
     return "\n".join(f"{name:<12} {text}" for name, text in rows)
 
@@ -291,12 +326,15 @@ def _disk_tier(disk: DiskSection) -> str:
     return f"every {disk.every} steps, the last {disk.keep_last}{always}{where}"
 
 
+def _modes(
+    recipe: Recipe, plan: Plan, available: int | None, events: Iterable[Mapping[str, Any]]
+) -> list[tuple[str, str]]:
+    basis = basis_of(recipe, plan.share, events)
+    try:
+        return mode_rows(recipe, plan.share, basis, budget_of(recipe, available))
+    except BudgetError as error:
+        raise PlanError(str(error)) from None
+
+
 def _parameters(title: str, counts: Mapping[str, int]) -> list[tuple[str, str]]:
     return [(title if i == 0 else "", f"{count:>14,}  {kind}") for i, (kind, count) in enumerate(counts.items())]
-
-
-def _bytes(count: int) -> str:
-    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.0f} {units[0]}" if size >= 100 or units[0] == "B" else f"{size:.1f} {units[0]}"

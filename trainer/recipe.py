@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -141,7 +141,7 @@ def _checked(document: Document) -> Recipe | None:
     try:
         recipe = _SCHEMA.validate_json(json.dumps(document.values), strict=True)
     except ValidationError as error:
-        errors = sorted(error.errors(include_url=False), key=lambda one: one["type"] == "missing")
+        errors = sorted(_alternatives_joined(error), key=lambda one: one["type"] == "missing")
         for one in errors:
             path: Path = tuple(one["loc"])
             already_said = (one["type"] == "missing" and path in bad) or (
@@ -161,6 +161,18 @@ def _checked(document: Document) -> Recipe | None:
     return recipe
 
 
+def _alternatives_joined(error: ValidationError) -> list[dict[str, Any]]:
+    """The errors; of a key that takes a number or ``auto``, both refusals as one of type ``number_or_auto``."""
+    errors: dict[tuple[Path, str], dict[str, Any]] = {}
+    for one in error.errors(include_url=False):
+        path, kind = tuple(one["loc"]), one["type"]
+        key = next((p for p in (path, path[:-1]) if schema_path(p) in _NUMBER_OR_AUTO), path)
+        if key != path:
+            kind = "number_or_auto"
+        errors[key, kind] = {**one, "loc": key, "type": kind}
+    return list(errors.values())
+
+
 def _with_bank(names: tuple[str, ...], path: Path) -> Path:
     return tuple(path[1] if part == "*" and len(path) > 2 else part for part in names)
 
@@ -171,6 +183,8 @@ _RANGES = {
     "less_than_equal": ("le", "at most"),
     "less_than": ("lt", "less than"),
 }
+_BOUNDS = tuple(_RANGES.values())
+_NUMBER_OR_AUTO = {path for path, key in KEYS.items() if Literal["auto"] in get_args(key.annotation)}
 _WANTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -196,6 +210,11 @@ def _message(path: Path, error: Mapping[str, Any]) -> str:
     if kind == "literal_error":
         choices = _choices(KEYS[names].annotation)
         return f"{key} is {_shown(value)}; choose {' or '.join(choices)}{word_hint(value, choices)}"
+    if kind == "number_or_auto":
+        base, *bounds = get_args(get_args(KEYS[names].annotation)[0])
+        plain = "a whole number" if base is int else "a number"
+        limits = [f"{words} {getattr(b, name):g}, " for b in bounds for name, words in _BOUNDS if hasattr(b, name)]
+        return f"{key} must be {plain}, {''.join(limits)}or auto, not {_shown(value)}; change it"
     if kind in _RANGES:
         bound, words = _RANGES[kind]
         return f"{key} must be {words} {error['ctx'][bound]:g}, not {_shown(value)}; change it"
@@ -280,6 +299,12 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
     for name in ("cache_dir", "text_key"):
         if data[name] is None:
             del data[name]
+    checkpoint = values["checkpoint"]
+    exact = checkpoint["pec"]["fallback"] if checkpoint["mode"] == "pec" else checkpoint["mode"]
+    if exact != "wal":
+        del checkpoint["wal"]
+    if checkpoint["mode"] != "pec":
+        del checkpoint["pec"]
     for bank in values["adapter"].values():
         bank["targets"] = list(bank["targets"])
         if bank["preset"] == "expert-lora":
@@ -315,6 +340,12 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
         warnings.append(
             "checkpoint: memory is off and disk.every is 0, so a failure starts the run from step 0; "
             "turn one of them on"
+        )
+    layers, k, ep = recipe.model.num_hidden_layers, checkpoint.pec.k_snapshot, recipe.parallel.ep
+    if checkpoint.mode == "pec" and k != "auto" and k * layers % ep:
+        warnings.append(
+            f"checkpoint.pec: k_snapshot={k} x {layers} layers is no multiple of parallel.ep={ep}, so some workers "
+            "write more than others"
         )
     if recipe.train.min_lr_ratio == 1.0 and recipe.train.schedule == "cosine":
         warnings.append("train: min_lr_ratio 1 makes the cosine schedule constant")

@@ -1,22 +1,21 @@
 """Rules that tie several keys of a recipe together.
 
-Each rule reads the values through a :class:`View`. A key that is missing or already wrong raises
-``Unknown`` there, which skips only the rules that need it: one run reports everything it can.
+Each rule reads the values through a :class:`~trainer.recipe_view.View`; the rules of ``checkpoint`` are in
+``trainer.checkpoint_checks``.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING
 from typing import Any
 
 from lora.presets import DEFAULT_TARGETS, EXPERT_TENSORS
+from trainer.checkpoint_checks import CHECKPOINT_RULES
 from trainer.disk_rules import DISK_RULES
-from trainer.schema import KEYS, schema_path
+from trainer.recipe_view import Finding, Unknown, View
+from trainer.schema import KEYS
 from trainer.yaml_lines import Path
-
-Finding = tuple[str | Path, str]  # key that the user should look at (dotted, or a path), message
 
 SHAPE = (
     "hidden_size",
@@ -33,47 +32,6 @@ TARGETS = {
     "mola": ("q_proj", "k_proj", "v_proj", "o_proj"),
 }
 BYTE_VOCABULARY = 257  # 256 bytes and <|endoftext|>
-
-
-class Unknown(Exception):
-    """A value that a rule needs is missing or already reported as wrong."""
-
-
-class View:
-    """Values of a recipe by dotted key, with the schema's defaults."""
-
-    def __init__(self, values: dict[str, Any], bad: set[Path]) -> None:
-        self.values = values
-        self.bad = bad
-
-    def __call__(self, key: str) -> Any:
-        path = tuple(key.split("."))
-        if self.reported(key):
-            raise Unknown
-        node: Any = self.values
-        for i, part in enumerate(path):
-            if not isinstance(node, dict):
-                raise Unknown
-            if part not in node:
-                default = KEYS[schema_path(path)].default
-                if KEYS[schema_path(path[: i + 1])].default is MISSING or default is MISSING:
-                    raise Unknown
-                return default
-            node = node[part]
-        return node
-
-    def reported(self, key: str) -> bool:
-        """Whether a problem with the key, a section around it or something in it is already known."""
-        path = tuple(key.split("."))
-        return any(wrong[: len(path)] == path or path[: len(wrong)] == wrong for wrong in self.bad)
-
-    def given(self, key: str) -> bool:
-        node: Any = self.values
-        for part in key.split("."):
-            if not isinstance(node, dict) or part not in node:
-                return False
-            node = node[part]
-        return True
 
 
 def findings(values: dict[str, Any], bad: set[Path]) -> Iterator[Finding]:
@@ -365,6 +323,7 @@ _RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (
     _batch,
     _warmup,
     _run_name,
+    *CHECKPOINT_RULES,
     *DISK_RULES,
 )
 _BANK_RULES: tuple[Callable[[View, str], Iterator[Finding]], ...] = (

@@ -22,6 +22,8 @@ Above0 = Annotated[float, Gt(0)]
 AtLeast0 = Annotated[float, Ge(0)]
 Probability = Annotated[float, Ge(0), Lt(1)]
 
+AutoCount = Count | Literal["auto"]
+
 _STRICT = {"extra": "forbid", "allow_inf_nan": False}
 
 
@@ -108,6 +110,7 @@ class MemorySection:
     __pydantic_config__ = _STRICT
     enabled: bool = True
     every: Count = 1
+    budget_gib: Above0 | Literal["auto"] = "auto"  # of each machine; auto: a share of what is free at the start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,11 +125,32 @@ class DiskSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WalSection:
+    __pydantic_config__ = _STRICT
+    rotation: Annotated[int, Ge(2)] | Literal["auto"] = "auto"  # steps in which every part is captured once
+
+
+@dataclass(frozen=True, kw_only=True)
+class PecSection:
+    """Partial experts: of each layer's experts, only some are captured at a time."""
+
+    __pydantic_config__ = _STRICT
+    k_snapshot: AutoCount = "auto"  # experts of each layer per capture in memory
+    k_persist: Count = 1  # of these, how many go to disk
+    selection: Literal["sequential", "load_aware"] = "sequential"
+    max_plt: Annotated[float, Gt(0), Le(1)] = 0.0375  # proportion of lost tokens
+    dynamic_k: bool = True
+    fallback: Literal["wal", "dense"] = "wal"  # the exact mode that max_plt switches to
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointSection:
     __pydantic_config__ = _STRICT
-    mode: Literal["dense"] = "dense"
+    mode: Literal["wal", "dense", "pec"] = "dense"
     memory: MemorySection = field(default_factory=MemorySection)
     disk: DiskSection = field(default_factory=DiskSection)
+    wal: WalSection = field(default_factory=WalSection)
+    pec: PecSection = field(default_factory=PecSection)
     linger_s: CountOrZero = 600  # how long the keeper waits without workers
 
 
@@ -169,7 +193,7 @@ class Key:
 
 
 def _keys(section: type, prefix: tuple[str, ...]) -> Iterator[Key]:
-    hints = get_type_hints(section)
+    hints = get_type_hints(section, include_extras=True)
     for entry in dataclasses.fields(section):
         path, hint = (*prefix, entry.name), hints[entry.name]
         banks = get_args(hint)[1] if get_origin(hint) is dict else None

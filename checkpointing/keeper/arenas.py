@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from checkpointing.keeper.loop import Connection
 from checkpointing.keeper.protocol import Message
-from checkpointing.records import Kind, RecordError, State, begin, read_header, set_state, state_of
+from checkpointing.records import Kind, RecordError, State, begin, parts_of, read_header, set_state, state_of
+from checkpointing.schedule import WHOLE, Held, Rules, is_superseded, needed_for, newest_bases, restorable_steps
 from checkpointing.slots import Arena, ArenaShape
-
-CAPTURED = (Kind.BASE, Kind.EXTRAS)
 
 
 @dataclass
@@ -22,6 +21,7 @@ class Slot:
     view: memoryview
     state: State = State.FREE
     step: int = -1
+    parts: tuple[int, ...] = ()
     sequence: int = -1
     users: int = 0
     doomed: bool = False
@@ -37,7 +37,7 @@ class Slot:
         self._become(State.QUARANTINED)
 
     def _become(self, state: State) -> None:
-        self.state, self.step, self.doomed = state, -1, False
+        self.state, self.step, self.parts, self.doomed = state, -1, (), False
         set_state(self.view, state)
 
     def release(self) -> None:
@@ -48,6 +48,10 @@ class Slot:
     @property
     def sealed(self) -> bool:
         return self.state is State.SEALED and not self.doomed
+
+    @property
+    def held(self) -> Held:
+        return Held(self.kind, self.step, self.parts)
 
 
 @dataclass
@@ -69,10 +73,12 @@ class Keep:
     pid: int = -1
     attempt: int = 0
     finished: bool = False
+    rules: Rules = WHOLE
     waiting: Waiting | None = None
     slots: list[Slot] = field(default_factory=list)
     tensors: Message = field(default_factory=dict)
     metadata: Message = field(default_factory=dict)
+    partitions: str = ""
 
     def __post_init__(self) -> None:
         places = self.arena.shape.slots()
@@ -92,10 +98,11 @@ class Keep:
             if state is State.SEALED:
                 try:
                     header = read_header(slot.view)
+                    parts = parts_of(slot.view, header)
                 except RecordError:
                     slot.quarantine()
                     continue
-                slot.state, slot.step, slot.sequence = state, header.step, header.sequence
+                slot.state, slot.step, slot.parts, slot.sequence = state, header.step, parts, header.sequence
             elif slot.index in held:
                 slot.state, slot.step = State.WRITING, held[slot.index]
             elif state is not State.FREE:
@@ -115,49 +122,63 @@ class Keep:
                 slot.free()
         self.abandon()
 
+    def sealed_records(self) -> list[Held]:
+        return [slot.held for slot in self.slots if slot.sealed]
+
     def steps(self) -> set[int]:
-        """Steps of which every kind of record is sealed here."""
-        return set.intersection(
-            *[{slot.step for slot in self.slots if slot.sealed and slot.kind is kind} for kind in CAPTURED]
-        )
+        """Steps that what is sealed here can restore."""
+        return restorable_steps(self.sealed_records(), self.rules)
 
     def newest(self) -> int:
         return max(self.steps(), default=-1)
 
     def of_step(self, step: int) -> list[Slot]:
-        return [slot for slot in self.slots if slot.sealed and slot.step == step]
+        """The slots that restoring a step reads."""
+        needed = needed_for(self.sealed_records(), step, self.rules)
+        return [slot for slot in self.slots if slot.sealed and slot.held in needed]
 
-    def choose(self, kinds: Iterable[Kind], committed: int, giving_way: Collection[int] = ()) -> list[Slot] | None:
-        """A slot of each kind that may be overwritten, or None if not all can be had.
+    def is_whole(self, step: int) -> bool:
+        """Whether a step can be restored without a log: all its bases are of that very step."""
+        return step in self.steps() and all(slot.step == step for slot in self.of_step(step))
 
-        Free ones first, then quarantined ones, then the oldest sealed below the committed step. At or above it nothing
-        is touched, so that at every instant one complete step exists everywhere. A reader whose slots' ``id()`` are in
-        ``giving_way`` does not count.
+    def choose(self, kinds: Sequence[Kind], committed: int, giving_way: Collection[int] = ()) -> list[Slot] | None:
+        """Slots of these kinds, in their order, that may be overwritten; None if not all can be had.
+
+        Free ones first, then quarantined ones, then the oldest that are superseded at the committed step. What a
+        restore of that step or a later one could need is not touched, so that at every instant one complete step
+        exists everywhere. A reader whose slots' ``id()`` are in ``giving_way`` does not count.
         """
+        bases = newest_bases(self.sealed_records(), committed)
+
+        def usable(slot: Slot) -> bool:
+            if slot.users != (id(slot) in giving_way):
+                return False
+            if slot.state in (State.FREE, State.QUARANTINED):
+                return True
+            return slot.sealed and is_superseded(slot.held, committed, bases, self.rules)
+
+        rest = sorted(filter(usable, self.slots), key=_preference)
         chosen = []
         for kind in kinds:
-            usable = [s for s in self.slots
-                      if s.kind is kind and s.users == (id(s) in giving_way) and _usable(s, committed)]  # fmt: skip
-            if not usable:
+            slot = next((s for s in rest if s.kind is kind), None)
+            if slot is None:
                 return None
-            chosen.append(min(usable, key=_preference))
+            rest.remove(slot)
+            chosen.append(slot)
         return chosen
 
     def grant(self, slots: Sequence[Slot], step: int, sequence: int) -> None:
         for slot in slots:
             begin(slot.view)
-            slot.state, slot.step, slot.sequence = State.WRITING, step, sequence
+            slot.state, slot.step, slot.parts, slot.sequence = State.WRITING, step, (), sequence
 
-    def sealed(self, slot: Slot, step: int) -> None:
-        """Note that a slot was sealed; it replaces an earlier record of the same step."""
+    def sealed(self, slot: Slot) -> None:
+        """Note that a slot was sealed; it replaces an earlier record of the same."""
+        slot.parts = parts_of(slot.view, read_header(slot.view))
         for other in self.slots:
-            if other is not slot and other.kind is slot.kind and other.sealed and other.step == step:
+            if other is not slot and other.sealed and other.held == slot.held:
                 other.free()
         slot.state = State.SEALED
-
-
-def _usable(slot: Slot, committed: int) -> bool:
-    return slot.state in (State.FREE, State.QUARANTINED) or (slot.sealed and slot.step < committed)
 
 
 def _preference(slot: Slot) -> tuple[int, int]:

@@ -10,9 +10,9 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from checkpointing.keeper.launch import connect, connect_or_start, is_alive, wait_for_end
 from checkpointing.keeper.protocol import (
@@ -24,13 +24,10 @@ from checkpointing.keeper.protocol import (
     receive_one,
     send_all,
 )
-from checkpointing.records import Kind, RecordInfo, decode_table, encode_table
+from checkpointing.records import Kind, RecordInfo, decode_table
+from checkpointing.schedule import WHOLE, Rules
 from checkpointing.slots import Arena, ArenaShape
 
-if TYPE_CHECKING:
-    from checkpointing.state.buffers import StateBuffer
-
-_CAPTURED = (Kind.BASE, Kind.EXTRAS)
 _HANDSHAKES = 5
 _DYING_S = 5.0
 _FINISH_S = 600.0
@@ -39,9 +36,11 @@ _STOP_S = 120.0
 
 @dataclass(frozen=True)
 class Grant:
-    """Slots that this worker may write: index of each kind, the records' sequence number, seconds waited for them."""
+    """Slots that this worker may write, by index: for bases, and for the other kinds that were asked for. The sequence
+    number of their records, and the seconds waited for them."""
 
-    slots: Mapping[Kind, int]
+    bases: tuple[int, ...]
+    others: Mapping[Kind, int]
     sequence: int
     waited_s: float
 
@@ -51,6 +50,7 @@ class KeeperClient:
     requests in flight are repeated to it.
 
     Attributes:
+        disk_step: the newest step that the keeper knew to be on disk at the last :meth:`inventory`; -1 for none.
         patience_s: how long :meth:`check_heard` bears with a keeper that says nothing.
     """
 
@@ -61,9 +61,10 @@ class KeeperClient:
         self.coordinate: str = hello["coordinate"]
         self.attempt: int = hello["attempt"]
         self.restored_step = -1
+        self.disk_step = -1
         self.keeper_pid = -1
         self._hello = hello
-        self._shape = ArenaShape(**hello["shape"])
+        self._shape = ArenaShape.from_list(hello["shape"])
         self._lock = threading.Lock()
         self._pending: dict[int, tuple[Message, Future[tuple[Message, list[int]]]]] = {}
         self._held: dict[int, int] = {}
@@ -83,15 +84,16 @@ class KeeperClient:
         run_dir: str | os.PathLike[str],
         coordinate: str,
         coordinates: Sequence[str],
-        buffers: Sequence[StateBuffer],
+        shape: ArenaShape,
         fingerprint: str,
+        rules: Rules = WHOLE,
         attempt: int = 0,
         disk: Mapping[str, Any] | None = None,
         linger_s: float = 600.0,
         tensors: Mapping[str, Any] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        partitions: str = "",
         kill: Mapping[str, Any] | None = None,
-        generations: int | None = None,
         node_coordinates: Sequence[str] | None = None,
         disk_fault: Mapping[str, Any] | None = None,
     ) -> KeeperClient:
@@ -99,30 +101,24 @@ class KeeperClient:
 
         Args:
             coordinates: all of the job; ``node_coordinates`` those of this node (default: all).
+            shape: of this worker's memory; see :func:`checkpointing.capture.arena_shape`.
+            rules: how this worker's records belong together.
             disk: ``{"every": steps (0: only at the end), "keep_last": count}``; None: no disk tier. Optional:
                 ``permanent_every`` (steps), ``url`` (instead of the run folder), ``hung_after_s``.
             tensors: ``{unit: {"param", "shape", "dtype", "elements"}}`` for the manifest; ``elements`` (optional) lets
                 a reader prove that the unit is whole.
+            partitions: how this worker's flat partitions lie, for whoever redoes its log from disk.
             disk_fault: a drill, see :class:`checkpointing.keeper.diskfault.DiskFault`.
             kill: a drill, ``{"at": "disk", "step": N, "pids": [pid or "keeper", ...]}``.
-            generations: base slots; default 3, or 4 with ``disk.every`` > 0, so that a running write blocks no capture.
-                2 are enough if only steps for the disk are captured: one holds the newest sealed step, and the other
-                is free as soon as its own write ends, on which nothing of this worker's has to happen. So a capture
-                may wait for the disk, but not for itself. 1 would never be free again.
         Raises KeeperRefused (another recipe, too little memory, coordinate taken) or KeeperError.
         """
-        from checkpointing.state.buffers import layout_of
-
-        layout = layout_of(buffers)
-        if generations is None:
-            generations = 4 if disk and disk.get("every", 0) > 0 else 3
-        shape = ArenaShape(len(encode_table(layout.entries)), layout.nbytes, generations)
         hello = {
             "op": "attach",
             "coordinate": coordinate,
             "coordinates": list(coordinates),
             "node_coordinates": list(node_coordinates or coordinates),
-            "shape": shape.as_dict(),
+            "shape": shape.as_list(),
+            "rules": asdict(rules),
             "fingerprint": fingerprint,
             "pid": os.getpid(),
             "attempt": attempt,
@@ -130,6 +126,7 @@ class KeeperClient:
             "linger_s": linger_s,
             "tensors": dict(tensors or {}),
             "metadata": dict(metadata or {}),
+            "partitions": partitions,
             "kill": None if kill is None else dict(kill),
             "disk_fault": None if disk_fault is None else dict(disk_fault),
         }
@@ -138,9 +135,10 @@ class KeeperClient:
     # Requests
 
     def inventory(self) -> list[RecordInfo]:
-        """All sealed records of all coordinates that this keeper holds, re-verified just now."""
+        """All sealed records of all coordinates that this keeper holds, re-verified since this attempt began."""
         answer = self._ask({"op": "inventory"})
-        tables = {digest: decode_table(table.encode()) for digest, table in answer["tables"].items()}
+        self.disk_step = answer["disk"]
+        tables = {digest: decode_table(table.encode()).entries for digest, table in answer["tables"].items()}
         return [
             RecordInfo(
                 r["source"], Kind(r["kind"]), r["step"], r["attempt"], r["sequence"], tables[r["table"]], r["slot"]
@@ -149,7 +147,7 @@ class KeeperClient:
         ]
 
     def quiesce(self) -> None:
-        """Wait until the keeper seals and writes nothing any more; :meth:`inventory` does so by itself."""
+        """Wait until the keeper seals and writes nothing any more; :meth:`inventory` waits for the seals only."""
         self._ask({"op": "quiesce"})
 
     def check_heard(self, since: float) -> None:
@@ -173,18 +171,31 @@ class KeeperClient:
             return self.arena
         answer, fds = self._request({"op": "arena", "coordinate": coordinate}).result()
         raise_if_error(answer)
-        return Arena(fds[0], ArenaShape(**answer["shape"]))
+        return Arena(fds[0], ArenaShape.from_list(answer["shape"]))
 
-    def acquire(self, step: int, committed: int, kinds: Sequence[Kind] = _CAPTURED) -> Grant:
-        """Slots for a step's records; blocks while none may be overwritten (back-pressure)."""
-        answer = self._ask({"op": "acquire", "step": step, "committed": committed, "kinds": [int(k) for k in kinds]})
-        slots = {Kind(int(kind)): index for kind, index in answer["slots"].items()}
-        return Grant(slots, answer["sequence"], answer["waited_s"])
+    def acquire(self, step: int, committed: int, bases: int = 1, least: int | None = None,
+                others: Sequence[Kind] = (Kind.EXTRAS,)) -> Grant:  # fmt: skip
+        """Slots for a step's records; blocks while none may be overwritten (back-pressure).
+
+        ``bases`` are asked for; if they cannot be had at once, ``least`` will do.
+        """
+        answer = self._ask(
+            {
+                "op": "acquire",
+                "step": step,
+                "committed": committed,
+                "bases": bases,
+                "least": bases if least is None else least,
+                "others": [int(kind) for kind in others],
+            }
+        )
+        slots = dict(zip(others, answer["others"], strict=True))
+        return Grant(tuple(answer["bases"]), slots, answer["sequence"], answer["waited_s"])
 
     def copied(self, step: int, grant: Grant) -> Future[None]:
         """Say that the granted slots hold COPIED records; the future is done when the keeper has sealed them."""
         sealed: Future[None] = Future()
-        indices = sorted(grant.slots.values())
+        indices = sorted([*grant.bases, *grant.others.values()])
 
         def answered(done: Future[tuple[Message, list[int]]]) -> None:
             with self._lock:
@@ -200,9 +211,10 @@ class KeeperClient:
         self._request({"op": "copied", "step": step, "slots": indices}).add_done_callback(answered)
         return sealed
 
-    def discard(self, after_step: int) -> None:
-        """Free this coordinate's records newer than the restored step; -1 frees all."""
-        self.restored_step = self._ask({"op": "discard", "after_step": after_step})["newest"]
+    def discard(self, after_step: int, from_memory: bool = True) -> None:
+        """Free this coordinate's records newer than the restored step; all of them if memory was not restored from."""
+        answer = self._ask({"op": "discard", "after_step": after_step, "from_memory": from_memory})
+        self.restored_step = answer["newest"]
 
     def finish(self, persist: bool, timeout_s: float = _FINISH_S) -> int:
         """Say that this worker ended well, and wait until all local ones have and all writing is done.
@@ -310,9 +322,9 @@ class KeeperClient:
     def _deliver(self, answer: Message, fds: list[int]) -> None:
         with self._lock:
             message, future = self._pending.pop(answer["id"])
-            if message["op"] == "acquire" and "slots" in answer:
+            if message["op"] == "acquire" and "bases" in answer:
                 # Before anybody can lose the connection again: a new keeper must not free these.
-                self._held |= dict.fromkeys(answer["slots"].values(), message["step"])
+                self._held |= dict.fromkeys([*answer["bases"], *answer["others"]], message["step"])
             if message["op"] == "finish" and "ok" in answer:
                 # The keeper leaves now: the end of the stream is no reason to start another.
                 self._closing = True

@@ -92,15 +92,17 @@ class Departure:
         """Go, if it is time to and nothing is being written; stay if the last step is not on disk."""
         if not self.reason or not self._service.persister.idle:
             return
-        for connection, request in self._finishing:
-            connection.answer(request, {"ok": True, "step": self._step, "problem": self._problem})
-        for connection, request in self._stopping:
-            connection.answer(request, self._answer_to_stop())
+        finishing, stopping = self._finishing, self._stopping
         self._finishing, self._stopping = [], []
+        # The events tell it before the workers are told.
         if self._problem and self._service.lease.holds():
             self._stay()
         else:
             self._service.loop.stop()
+        for connection, request in finishing:
+            connection.answer(request, {"ok": True, "step": self._step, "problem": self._problem})
+        for connection, request in stopping:
+            connection.answer(request, self._answer_to_stop())
 
     def _answer_to_stop(self) -> Message:
         if not self._problem:

@@ -26,12 +26,17 @@ class Inventory:
         self._running: dict[tuple[str, int], list[Callable[[], None]]] = {}
 
     def take(self, connection: Connection, request: Message, fds: list[int]) -> None:
-        """Answer with all sealed records of all coordinates, re-verified. Equal tables are sent once.
+        """Answer with all sealed records of all coordinates, re-verified, and the newest step known to be on disk.
+        Equal tables are sent once.
 
-        Not while one is being sealed. A write may be running: from here on it removes no old steps, since who asks may
-        choose from the disk, too.
+        Not while a capture is being sealed: it may be what makes a step complete.
         """
-        self._service.quiet.sealed(lambda: self._take(connection, request))
+        self._service.quiet.then(lambda: self._take(connection, request), writes=False)
+
+    def verify_ahead(self) -> None:
+        """A worker died: verify what the next attempt will ask for, while its workers still start."""
+        for keep in self._service.keeps.values():
+            self.check(keep, [slot for slot in keep.slots if slot.sealed], self._service.attempt + 1, lambda: None)
 
     def _take(self, connection: Connection, request: Message) -> None:
         attempt = max((k.attempt for k in self._service.keeps.values() if k.connection is connection), default=0)
@@ -84,7 +89,7 @@ class Inventory:
                     raise problem
             for callback in self._running.pop(key):
                 callback()
-            self._service.serve_waiting()
+            self._service.grants.serve()
 
         hashers = self._service.hashers
         self._service.in_background(lambda: verify(slot.view, hashers), checked)
@@ -110,7 +115,8 @@ class Inventory:
                         "table": digest,
                     }
                 )
-        connection.answer(request, {"ok": True, "records": records, "tables": tables})
+        disk = self._service.persister.newest
+        connection.answer(request, {"ok": True, "records": records, "tables": tables, "disk": disk})
 
 
 def _table_of(slot: Slot) -> tuple[Header, bytes]:

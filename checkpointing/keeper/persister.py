@@ -15,14 +15,14 @@ from checkpointing.keeper.diskfault import DiskFault
 from checkpointing.keeper.health import DiskHealth
 from checkpointing.keeper.launch import Lease
 from checkpointing.keeper.protocol import KeeperRefused
-from checkpointing.records import RecordError, entries_of, payload_of, verify
+from checkpointing.records import Kind, RecordError, payload_of, table_of, verify
 from checkpointing.recovery import RecoveryError
 from checkpointing.remote import LocationError
 from checkpointing.storage import Place, place_of
 from checkpointing.store import (
-    Part,
     abandon_newer,
     clean_unfinished,
+    list_checkpoints,
     read_manifest,
     retain,
     set_aside,
@@ -30,6 +30,7 @@ from checkpointing.store import (
     write_checkpoint,
 )
 from checkpointing.store import verify as verify_files
+from checkpointing.tensorfile import Section
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Persist:
     tensors: Mapping[str, Any]
     metadata: Mapping[str, Any]
     keep_last: int
-    permanent_every: int = 0
+    permanent_every: int
+    partitions: Mapping[str, str]  # of each coordinate, how they lie; written with a window
 
 
 @dataclass
@@ -90,10 +92,9 @@ class Persister:
         self.fault: DiskFault | None = None
         self.running: Persist | None = None
         self.queued: Persist | None = None
+        self.newest = max((step for step, _ in list_checkpoints(self.directory)), default=-1)
         # A running write whose step has been discarded: that step may be written anew.
         self._void: Persist | None = None
-        # Writes that must not delete old checkpoints, since a recovering worker may choose them.
-        self._sparing: list[Persist] = []
         self._opened: Place | None = None
         self._lease, self._call, self._event, self._on_done, self._hashers = lease, call, event, on_done, hashers
         self._thread = ThreadPoolExecutor(1, "persist")
@@ -108,14 +109,20 @@ class Persister:
         self.directory = place_of(url) if url else self._lease.run_dir / "checkpoints"
         if self.directory != self._opened:
             self._opened = self.directory
-            self._thread.submit(self._clean, self.directory)
+            self._thread.submit(self._open, self.directory)
 
-    def _clean(self, directory: Place) -> None:
+    def _open(self, directory: Place) -> None:
         try:
             self._check_lease()
             clean_unfinished(directory)
+            newest = max((step for step, _ in list_checkpoints(directory)), default=-1)
         except (OSError, RecoveryError) as error:
             self._event("disk_failed", error=f"{directory}: what a killed writer left is not removed: {error}")
+            return
+        self._call(lambda: self._found(newest))
+
+    def _found(self, newest: int) -> None:
+        self.newest = max(self.newest, newest)
 
     @property
     def idle(self) -> bool:
@@ -142,10 +149,6 @@ class Persister:
         slots = self.queued.slots.values() if self.queued is not None else ()
         return {id(slot) for held in slots for slot in held}
 
-    def spare_old(self) -> None:
-        """Have the writes that are known now delete nothing: a worker is about to choose what to recover from."""
-        self._sparing = [job for job in (self.running, self.queued) if job is not None]
-
     def discard(self, after_step: int) -> None:
         """Set newer checkpoints aside: training goes on from ``after_step`` and will write these steps anew.
 
@@ -155,6 +158,7 @@ class Persister:
             self.drop_queued("the run was taken back to an earlier step")
         if self.running is not None and self.running.step > after_step:
             self._void = self.running
+        self.newest = min(self.newest, after_step)
         self._thread.submit(self._abandon, after_step)
 
     def _abandon(self, after_step: int) -> None:
@@ -196,6 +200,8 @@ class Persister:
         pause_s = self.health.ended(problem)
         if problem:
             self._event("disk_failed", job.step, job.attempt, error=problem, retry_after_s=pause_s)
+        else:
+            self.newest = max(self.newest, job.step)
         queued, self.queued = self.queued, None
         if queued is not None:
             self._start(queued)
@@ -213,17 +219,22 @@ class Persister:
             set_aside(final, "abandoned")
         parts = {}
         for coordinate, slots in job.slots.items():
-            parts[coordinate] = [self._part(coordinate, slot) for slot in slots]
+            parts[coordinate] = [self._part(job, coordinate, slot) for slot in slots]
+        window = any(section.step is not None for sections in parts.values() for section in sections)
         write_checkpoint(
-            self.directory, job.step, parts, job.tensors, job.metadata, lambda w, t: self._progress(job, w, t)
+            self.directory,
+            job.step,
+            parts,
+            job.tensors,
+            job.metadata,
+            lambda written, total: self._progress(job, written, total),
+            job.partitions if window else None,
         )
         nbytes = sum(entry.nbytes for records in parts.values() for part in records for entry in part.entries)
         self._event("disk_written", job.step, job.attempt,
                      seconds=time.perf_counter() - started, bytes=nbytes)  # fmt: skip
         try:
             self._check_lease()
-            if any(job is spared for spared in self._sparing):
-                return ""
             removed = retain(self.directory, job.keep_last, final, job.permanent_every)
         except RecoveryError as error:
             return str(error)
@@ -231,12 +242,14 @@ class Persister:
             self._event("disk_removed", job.step, job.attempt, steps=removed)
         return ""
 
-    def _part(self, coordinate: str, slot: Slot) -> Part:
+    def _part(self, job: Persist, coordinate: str, slot: Slot) -> Section:
         try:
             header = verify(slot.view, self._hashers)
         except RecordError as error:
             raise RecordError(f"{coordinate}, slot {slot.index}: {error}; nothing was written") from None
-        return Part(entries_of(slot.view, header), payload_of(slot.view, header))
+        # Parts of a window, and its log, are of other steps than the checkpoint, and say so in their keys.
+        own = header.kind is Kind.EXTRAS or (header.kind is Kind.BASE and header.step == job.step)
+        return Section(table_of(slot.view, header).entries, payload_of(slot.view, header), None if own else header.step)
 
     def _progress(self, job: Persist, written: int, total: int) -> None:
         self._check_lease()

@@ -24,38 +24,27 @@ class Quiet:
     def __init__(self, service: Service) -> None:
         self.sealing = 0
         self._service = service
-        self._unsealed: list[Callable[[], None]] = []
-        self._waiting: list[Callable[[], None]] = []
+        self._waiting: list[tuple[Callable[[], None], bool]] = []
 
-    def sealed(self, function: Callable[[], None]) -> None:
-        """Call ``function`` once nothing is being sealed.
+    def then(self, function: Callable[[], None], writes: bool = True) -> None:
+        """Call ``function`` once nothing is being sealed and, with ``writes``, nothing is being written to disk.
 
-        A write may go on, slow or hung as the disk may be, since memory is the better tier; it deletes nothing.
+        After five minutes it is called all the same: a disk that hangs must not keep a run from going on.
         """
-        self._unsealed.append(function)
-        self.check()
-
-    def then(self, function: Callable[[], None]) -> None:
-        """Call ``function`` once nothing is being sealed or written, or after five minutes: a disk may hang."""
-        self._waiting.append(function)
-        self._service.loop.set_timer("quiet", _LONGEST_S, self._release)
+        self._waiting.append((function, writes))
+        self._service.loop.set_timer("quiet", _LONGEST_S, lambda: self._release(True))
         self.check()
 
     def check(self) -> None:
-        if self.sealing:
-            return
-        unsealed, self._unsealed = self._unsealed, []
-        if unsealed:
-            self._service.persister.spare_old()
-        for function in unsealed:
-            function()
-        if self._service.persister.idle:
-            self._release()
+        if not self.sealing:
+            self._release(self._service.persister.idle)
 
-    def _release(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        self._service.loop.set_timer("quiet", None)
-        for function in waiting:
+    def _release(self, written: bool) -> None:
+        ready = [function for function, writes in self._waiting if written or not writes]
+        self._waiting = [] if written else [pair for pair in self._waiting if pair[1]]
+        if not self._waiting:
+            self._service.loop.set_timer("quiet", None)
+        for function in ready:
             function()
 
     def answer(self, connection: Connection, request: Message, fds: list[int]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from checkpointing.keeper import launch
-from checkpointing.keeper.arenas import Keep, Slot, Waiting
+from checkpointing.keeper.arenas import Keep, Slot
 from checkpointing.keeper.departure import Departure
 from checkpointing.keeper.events import append_event
+from checkpointing.keeper.grants import Grants
 from checkpointing.keeper.health import DiskHealth
 from checkpointing.keeper.inventory import Inventory
 from checkpointing.keeper.loop import Connection, Loop
@@ -23,7 +23,8 @@ from checkpointing.keeper.memory import check_fits, create_memfd
 from checkpointing.keeper.persister import KillPoint, Persist, Persister, check_place
 from checkpointing.keeper.protocol import KeeperRefused, Message
 from checkpointing.keeper.quiet import Quiet
-from checkpointing.records import Kind, State, seal, state_of
+from checkpointing.records import State, seal, state_of
+from checkpointing.schedule import Rules
 from checkpointing.slots import Arena, ArenaShape
 
 
@@ -60,6 +61,7 @@ class Service:
         self.allocating: dict[str, int] = {}
         self.quiet = Quiet(self)
         self.departure = Departure(self)
+        self.grants = Grants(self)
         self.loop = Loop(self._listen(), self.on_message, self.on_closed, self.on_signal)
         self.loop.install_signals()
         self.jobs = ThreadPoolExecutor(4, "job")
@@ -117,7 +119,7 @@ class Service:
             "attach": self.attach,
             "inventory": self.inventory.take,
             "arena": self.give_arena,
-            "acquire": self.acquire,
+            "acquire": self.grants.acquire,
             "copied": self.copied,
             "discard": self.discard,
             "quiesce": self.quiet.answer,
@@ -146,7 +148,9 @@ class Service:
         for keep in self.keeps.values():
             if keep.connection is connection:
                 self._worker_gone(keep)
-                self.serve_waiting()
+                if not keep.finished:
+                    self.inventory.verify_ahead()
+                self.grants.serve()
                 self.departure.arm()
                 break
 
@@ -159,7 +163,7 @@ class Service:
     # Attaching
 
     def attach(self, connection: Connection, request: Message, fds: list[int]) -> None:
-        coordinate, shape = request["coordinate"], ArenaShape(**request["shape"])
+        coordinate, shape = request["coordinate"], ArenaShape.from_list(request["shape"])
         check_place(request["disk"])
         keep = self.keeps.get(coordinate)
         if keep is not None:
@@ -175,7 +179,7 @@ class Service:
         pending = sum(self.allocating.values())
         check_fits(
             pending + shape.nbytes * max(len(others), 1),
-            f"checkpointing of {len(others)} workers, with {shape.generations} generations",
+            f"checkpointing of {len(others)} workers, {shape} each,",
         )
         self.allocating[coordinate] = shape.nbytes
 
@@ -194,8 +198,8 @@ class Service:
     def _check_same(self, keep: Keep, shape: ArenaShape, request: Message, fds: list[int]) -> None:
         if keep.shape != shape:
             raise KeeperRefused(
-                f"{keep.coordinate}: this keeper's memory has the shape {keep.shape.as_dict()}, the worker wants "
-                f"{shape.as_dict()}; stop the keeper first"
+                f"{keep.coordinate}: this keeper's memory holds {keep.shape}, the worker wants {shape}; stop the "
+                "keeper first (planaria keeper stop RUN)"
             )
         if fds and os.fstat(fds[0]).st_ino != os.fstat(keep.arena.fd).st_ino:
             raise KeeperRefused(f"{keep.coordinate}: this keeper has other memory for it already")
@@ -205,7 +209,7 @@ class Service:
 
     def _adopt(self, coordinate: str, shape: ArenaShape, request: Message, fds: list[int]) -> Keep:
         """Memory that a worker brings from a keeper that died."""
-        keep = Keep(coordinate, Arena(fds.pop(0), shape))
+        keep = Keep(coordinate, Arena(fds.pop(0), shape), rules=Rules(**request["rules"]))
         self.keeps[coordinate] = keep
         sealed = keep.scan({int(slot): step for slot, step in request["held"].items()})
         self.sequence = max(self.sequence, *(slot.sequence for slot in keep.slots))
@@ -217,7 +221,7 @@ class Service:
         """The write that the dead keeper may have left undone."""
         for step in sorted(keep.steps(), reverse=True):
             if self.is_due(step):
-                self.persist(step)
+                self.persist(step, whole=True)
                 break
 
     def _enter(self, keep: Keep, connection: Connection, request: Message, adopted: bool) -> None:
@@ -230,7 +234,9 @@ class Service:
             keep.abandon()
         keep.connection, keep.pid, keep.attempt = connection, request["pid"], request["attempt"]
         keep.finished = False
+        keep.rules = Rules(**request["rules"])
         keep.tensors, keep.metadata = request["tensors"], request["metadata"]
+        keep.partitions = request["partitions"]
         self.attempt = max(self.attempt, keep.attempt)
         self.job, self.local = request["coordinates"], request["node_coordinates"]
         self.disk, self.linger_s = request["disk"], request["linger_s"]
@@ -244,7 +250,7 @@ class Service:
         keep = self.keeps.get(request["coordinate"])
         if keep is None:
             raise KeeperRefused(f"this keeper has no memory of {request['coordinate']}")
-        connection.answer(request, {"ok": True, "shape": keep.shape.as_dict()}, [keep.arena.fd])
+        connection.answer(request, {"ok": True, "shape": keep.shape.as_list()}, [keep.arena.fd])
 
     # Slots
 
@@ -255,49 +261,10 @@ class Service:
         raise KeeperRefused("attach first")
 
     def committed(self) -> int:
-        """The newest step that every coordinate of the job has sealed, as far as this node can tell."""
+        """The newest step that every coordinate of the job can restore, as far as this node can tell."""
         if not self.job or any(c not in self.keeps for c in self.job):
             return -1
-        return min(self.keeps[c].newest() for c in self.job)
-
-    def acquire(self, connection: Connection, request: Message, fds: list[int]) -> None:
-        keep = self.keep_of(connection)
-        if keep.waiting is not None:
-            raise KeeperRefused(f"{keep.coordinate} waits for slots already")
-        keep.waiting = Waiting(connection, request, time.monotonic())
-        if not self._grant(keep):
-            self.event("backpressure", request["step"], coordinate=keep.coordinate,
-                       slots=[f"{s.state.name} {s.step}" for s in keep.slots])  # fmt: skip
-
-    def _grant(self, keep: Keep) -> bool:
-        """Meet a waiting request if it can be met. A queued persist gives way, a running one does not."""
-        waiting = keep.waiting
-        if waiting is None:
-            return True
-        request = waiting.request
-        kinds = [Kind(kind) for kind in request["kinds"]]
-        committed = max(request["committed"], self.committed())
-        chosen = keep.choose(kinds, committed)
-        # Unless its memory is all that the last write of a leaving keeper has.
-        if chosen is None and not self.departure.reason:
-            chosen = keep.choose(kinds, committed, self.persister.queued_slots())
-            if chosen is not None:
-                self.persister.drop_queued("its memory is needed for the next capture")
-        if chosen is None:
-            return False
-        keep.waiting = None
-        self.sequence += 1
-        keep.grant(chosen, request["step"], self.sequence)
-        waited = time.monotonic() - waiting.since
-        granted = {str(int(slot.kind)): slot.index for slot in chosen}
-        waiting.connection.answer(
-            request, {"ok": True, "slots": granted, "sequence": self.sequence, "waited_s": waited}
-        )
-        return True
-
-    def serve_waiting(self) -> None:
-        for keep in self.keeps.values():
-            self._grant(keep)
+        return max(set.intersection(*(self.keeps[c].steps() for c in self.job)), default=-1)
 
     def copied(self, connection: Connection, request: Message, fds: list[int]) -> None:
         keep, step = self.keep_of(connection), request["step"]
@@ -325,7 +292,7 @@ class Service:
         self.quiet.sealing -= 1
         for slot in slots:
             if problem is None and state_of(slot.view) is State.SEALED:
-                keep.sealed(slot, step)
+                keep.sealed(slot)
             else:
                 slot.free()
         if problem is not None:
@@ -334,16 +301,17 @@ class Service:
             connection.answer(request, {"ok": True, "step": step})
             # What an earlier attempt's worker left half sealed must not be written while others recover.
             if self.is_due(step) and keep.attempt == self.attempt:
-                self.persist(step)
-        self.serve_waiting()
+                self.persist(step, whole=True)
+        self.grants.serve()
         self.quiet.check()
 
     def discard(self, connection: Connection, request: Message, fds: list[int]) -> None:
         keep = self.keep_of(connection)
-        keep.discard(request["after_step"])
+        # What was not restored from is of no use: left in place, it would hold memory that new captures need.
+        keep.discard(request["after_step"] if request["from_memory"] else -1)
         self.persister.discard(request["after_step"])
         connection.answer(request, {"ok": True, "newest": keep.newest()})
-        self.serve_waiting()
+        self.grants.serve()
 
     def status(self, connection: Connection, request: Message, fds: list[int]) -> None:
         keeps = {
@@ -361,24 +329,28 @@ class Service:
         due = bool(every) and step > 0 and step % every == 0 and not self.departure.reason
         return due and self.persister.health.ready(step)
 
-    def persist(self, step: int) -> None:
-        """Write a step if the whole job has it sealed here, unless that is under way."""
+    def persist(self, step: int, whole: bool = False) -> None:
+        """Write a step if the whole job can restore it from here (``whole``: without a log) and it is not under way."""
         keeps = [self.keeps.get(c) for c in self.job]
         if not keeps or self.persister.knows(step) or any(k is None or step not in k.steps() for k in keeps):
             return
-        whole = [keep for keep in keeps if keep is not None]
+        held = [keep for keep in keeps if keep is not None]
+        if whole and not all(keep.is_whole(step) for keep in held):
+            return
         tensors: Message = {}
         metadata: Message = {}
-        for keep in sorted(whole, key=lambda k: k.coordinate, reverse=True):
+        for keep in sorted(held, key=lambda k: k.coordinate, reverse=True):
             tensors |= keep.tensors
             metadata |= keep.metadata
-        slots = {keep.coordinate: keep.of_step(step) for keep in whole}
+        slots = {keep.coordinate: keep.of_step(step) for keep in held}
         disk = self.disk or {}
         keep_last, permanent_every = disk.get("keep_last", 2), disk.get("permanent_every", 0)
         metadata |= {"recipe": self.fingerprint, "attempt": self.attempt}
         if permanent_every and step % permanent_every == 0:
             metadata["permanent"] = True
-        self.persister.submit(Persist(step, self.attempt, slots, tensors, metadata, keep_last, permanent_every))
+        partitions = {keep.coordinate: keep.partitions for keep in held if keep.partitions}
+        job = Persist(step, self.attempt, slots, tensors, metadata, keep_last, permanent_every, partitions)
+        self.persister.submit(job)
 
     def persist_newest(self) -> int:
         common = [self.keeps[c].steps() for c in self.job if c in self.keeps]
@@ -388,7 +360,7 @@ class Service:
         return max(steps, default=-1)
 
     def on_persisted(self, job: Persist, problem: str) -> None:
-        self.serve_waiting()
+        self.grants.serve()
         self.departure.written(job.step, problem)
         self.quiet.check()
         self.departure.when_idle()

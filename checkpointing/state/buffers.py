@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from checkpointing.records import DTYPE_BYTES, Entry
+from checkpointing.records import DTYPE_BYTES
 from checkpointing.recovery import Need
 from checkpointing.units import Range
 
 if TYPE_CHECKING:
     import torch
-
-# A multiple of every vector width and of a DMA burst.
-_ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
@@ -57,29 +54,6 @@ class StateBuffer:
     @property
     def nbytes(self) -> int:
         return self.tensor.numel() * self.tensor.element_size()
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where buffers go in a base record's payload: ``offsets`` in bytes, in the buffers' order."""
-
-    entries: tuple[Entry, ...]
-    offsets: tuple[int, ...]
-    nbytes: int
-
-
-def layout_of(buffers: Sequence[StateBuffer]) -> Layout:
-    """Raises ValueError if two buffers share a name."""
-    names = [b.name for b in buffers]
-    if len(set(names)) != len(names):
-        raise ValueError(f"state buffers share a name: {sorted(n for n in names if names.count(n) > 1)[0]}")
-    entries, offsets, at = [], [], 0
-    for buffer in buffers:
-        size = DTYPE_BYTES[buffer.dtype]
-        offsets.append(at)
-        entries += [Entry(s.range, buffer.dtype, at + s.offset * size, s.range.size * size) for s in buffer.spans]
-        at += -(-buffer.nbytes // _ALIGNMENT) * _ALIGNMENT
-    return Layout(tuple(entries), tuple(offsets), at)
 
 
 def needs_of(buffers: Iterable[StateBuffer]) -> tuple[Need, ...]:

@@ -7,6 +7,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -18,9 +19,14 @@ import torch
 from checkpointing.capture import Capturer
 from checkpointing.keeper.client import KeeperClient, stop_keeper
 from checkpointing.keeper.launch import is_alive, read_info
+from checkpointing.protection import dense, wal
 from checkpointing.recover import Recovery
 from checkpointing.recovery import RecoveryPlan, plan_recovery
+from checkpointing.redo import Redo
+from checkpointing.restore import Target
 from checkpointing.state.buffers import StateBuffer, StateSpan
+from checkpointing.state.gradients import StepLog, settings_of
+from checkpointing.state.partitions import describe_partitions
 from checkpointing.units import Range
 
 FINGERPRINT = "0123456789abcdef"
@@ -51,6 +57,10 @@ def contents(buffers: Sequence[StateBuffer]) -> list[bytes]:
     ]
 
 
+def extras(rank: int, step: int) -> dict[str, bytes]:
+    return {"rng": f"rank {rank} step {step}".encode(), "empty": b""}
+
+
 @dataclass
 class Job:
     """All workers of a job in this process: clients, capturers and what each step's state was."""
@@ -59,31 +69,41 @@ class Job:
     world: int = 2
     attempt: int = 0
     disk: dict[str, int] | None = None
+    generations: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     reached: Callable[[str, int], None] | None = None
     history: dict[int, list[list[bytes]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.names = [f"dp{rank:04d}" for rank in range(self.world)]
-        self.buffers = [make_buffers(rank, self.world) for rank in range(self.world)]
+        self.make_state()
         self.clients = [
-            KeeperClient.attach(self.run_dir, name, self.names, buffers, FINGERPRINT, attempt=self.attempt,
-                                disk=self.disk, **self.options)
-            for name, buffers in zip(self.names, self.buffers, strict=True)
+            KeeperClient.attach(self.run_dir, name, self.names, p.shape, FINGERPRINT, rules=p.rules,
+                                attempt=self.attempt, disk=self.disk, partitions=self.partitions(rank), **self.options)
+            for rank, (name, p) in enumerate(zip(self.names, self.protections, strict=True))
         ]  # fmt: skip
         self.capturers: list[Capturer] = []
 
+    def make_state(self) -> None:
+        self.buffers = [make_buffers(rank, self.world) for rank in range(self.world)]
+        generations = self.generations or (4 if self.disk and self.disk["every"] else 3)
+        self.protections = [dense(buffers, generations) for buffers in self.buffers]
+
+    def partitions(self, rank: int) -> str:
+        return ""
+
+    def target(self, rank: int) -> Target:
+        return Target(self.buffers[rank], self.names[rank])
+
     def recover(self) -> tuple[RecoveryPlan, list[dict[str, bytes]], list[Recovery]]:
-        ranks = [
-            Recovery(client, self.run_dir, name, buffers)
-            for client, name, buffers in zip(self.clients, self.names, self.buffers, strict=True)
-        ]
+        ranks = [Recovery(client, self.run_dir, self.target(rank)) for rank, client in enumerate(self.clients)]
         plan = plan_recovery([rank.report() for rank in ranks])
         return plan, [rank.apply(plan) for rank in ranks], ranks
 
     def begin(self) -> None:
         self.capturers = [
-            Capturer(client, buffers, self.reached) for client, buffers in zip(self.clients, self.buffers, strict=True)
+            Capturer(client, buffers, p.log, self.reached)
+            for client, buffers, p in zip(self.clients, self.buffers, self.protections, strict=True)
         ]
 
     def step(self, step: int, wait: bool = True) -> None:
@@ -93,7 +113,7 @@ class Job:
             torch.manual_seed(100 * step + rank)
             for buffer in buffers:
                 buffer.tensor.copy_(torch.randn(buffer.tensor.numel()))
-            capturer.start(step, {"rng": f"rank {rank} step {step}".encode(), "empty": b""}, committed)
+            capturer.start(step, extras(rank, step), committed, self.protections[rank].fragments)
         self.history[step] = [contents(buffers) for buffers in self.buffers]
         for capturer in self.capturers:
             capturer.wait_copied()
@@ -123,6 +143,80 @@ class Job:
             capturer.close()
 
 
+@dataclass
+class WalJob(Job):
+    """Workers whose state is stepped by a real AdamW on two flat partitions each, captured in rotation and logged."""
+
+    rotation: int = 3
+    whole: tuple[int, ...] = ()  # steps that are captured whole
+
+    def make_state(self) -> None:
+        self.optimizers, self.buffers = [], []
+        for rank in range(self.world):
+            torch.manual_seed(rank)
+            flats = [torch.nn.Parameter(torch.randn(numel)) for numel in (1000, 77)]
+            optimizer = torch.optim.AdamW([{"params": [flat]} for flat in flats], lr=1e-2, fused=True)
+            for flat in flats:
+                optimizer.state[flat] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(flat.data),
+                                         "exp_avg_sq": torch.zeros_like(flat.data)}  # fmt: skip
+            self.optimizers.append(optimizer)
+            self.buffers.append([
+                StateBuffer(f"group{i}.{kind}", tensor, self._spans(rank, i, kind, flat.numel()))
+                for i, flat in enumerate(flats)
+                for kind, tensor in [("master", flat.data), *list(optimizer.state[flat].items())[1:]]
+            ])  # fmt: skip
+        disk = bool(self.disk)
+        self.protections = [wal(buffers, self.rotation, "float32", disk) for buffers in self.buffers]
+
+    def _spans(self, rank: int, group: int, kind: str, numel: int) -> tuple[StateSpan, ...]:
+        if group == 1:
+            return (StateSpan(Range(f"model.norm{rank}.weight", kind, 0, numel), 0),)
+        lo = 990 * rank  # ten elements of padding at the end
+        cut = 400 + 37 * rank
+        return (
+            StateSpan(Range("L00.E000.up", kind, lo, lo + cut), 0),
+            StateSpan(Range("L00.E001.up", kind, lo, lo + 990 - cut), cut),
+        )
+
+    def target(self, rank: int) -> Target:
+        return Target(self.buffers[rank], self.names[rank], Redo(self.optimizers[rank]))
+
+    def partitions(self, rank: int) -> str:
+        return describe_partitions(self.buffers[rank], self.optimizers[rank])
+
+    def begin(self) -> None:
+        super().begin()
+        for rank, capturer in enumerate(self.capturers):
+            if capturer.sealed_step < 0:
+                capturer.start(0, extras(rank, 0), -1, self.protections[rank].fragments)
+        self.history.setdefault(0, self.state())
+        for capturer in self.capturers:
+            capturer.wait_copied()
+
+    def step(self, step: int, wait: bool = True) -> None:
+        committed = min(c.sealed_step for c in self.capturers)
+        for rank, (optimizer, capturer) in enumerate(zip(self.optimizers, self.capturers, strict=True)):
+            torch.manual_seed(100 * step + rank)
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2 / step
+                group["params"][0].grad = torch.randn_like(group["params"][0])
+            groups = [
+                settings_of(group) | {"step": float(optimizer.state[group["params"][0]]["step"])}
+                for group in optimizer.param_groups
+            ]
+            log = StepLog([group["params"][0].grad for group in optimizer.param_groups], [], groups)
+            optimizer.step()
+            fragments = self.protections[rank].due(step)
+            fragments = fragments if step in self.whole else fragments[:1]
+            capturer.start(step, extras(rank, step), committed, fragments, log, least=1)
+        self.history[step] = self.state()
+        for capturer in self.capturers:
+            capturer.wait_copied()
+        if wait:
+            for capturer in self.capturers:
+                capturer.wait_sealed(step)
+
+
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Iterator[Path]:
     """A run folder; whatever keeper it has at the end of the test is ended."""
@@ -134,11 +228,21 @@ def run_dir(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
+def wal_job_class() -> type[WalJob]:
+    return WalJob
+
+
+@pytest.fixture
+def make_wal_job(make_job: Callable[..., Job]) -> Callable[..., Job]:
+    return partial(make_job, WalJob)
+
+
+@pytest.fixture
 def make_job(run_dir: Path) -> Iterator[Callable[..., Job]]:
     jobs: list[Job] = []
 
-    def make(**options: Any) -> Job:
-        jobs.append(Job(run_dir, **options))
+    def make(kind: type[Job] = Job, **options: Any) -> Job:
+        jobs.append(kind(run_dir, **options))
         return jobs[-1]
 
     yield make

@@ -16,25 +16,26 @@ from checkpointing.audit import audit
 from checkpointing.compare import compare, overlay
 from checkpointing.records import Entry, extras_entries
 from checkpointing.recovery import RecoveryError
-from checkpointing.store import Checkpoint, Part, write_checkpoint
+from checkpointing.store import Checkpoint, write_checkpoint
+from checkpointing.tensorfile import Section
 from checkpointing.units import Range
 
 UNIT = "L00.E003.down_proj"
 State = Mapping[tuple[str, str], torch.Tensor]
 
 
-def part_of(unit: str, kind: str, lo: int, values: torch.Tensor) -> Part:
+def part_of(unit: str, kind: str, lo: int, values: torch.Tensor) -> Section:
     dtype = str(values.dtype).removeprefix("torch.")
     data = values.contiguous().view(torch.uint8).numpy()
     entry = Entry(Range(unit, kind, lo, lo + values.numel()), dtype, 0, values.nbytes)
-    return Part([entry], memoryview(data).cast("B") if values.numel() else memoryview(b""))
+    return Section([entry], memoryview(data).cast("B") if values.numel() else memoryview(b""))
 
 
 def checkpoint_of(
     folder: Path, state: State, cuts: Sequence[int], workers: int = 1, extras: bytes = b"x"
 ) -> Checkpoint:
     """A checkpoint in which every tensor is cut at ``cuts``, the pieces dealt out to the workers."""
-    parts: dict[str, list[Part]] = {f"dp{rank:04d}": [] for rank in range(workers)}
+    parts: dict[str, list[Section]] = {f"dp{rank:04d}": [] for rank in range(workers)}
     tensors = {}
     for (unit, kind), whole in state.items():
         tensors[unit] = {"elements": whole.numel()}
@@ -42,7 +43,7 @@ def checkpoint_of(
         for index, (lo, hi) in enumerate(pairwise(bounds)):
             parts[f"dp{index % workers:04d}"].append(part_of(unit, kind, lo, whole[lo:hi]))
     for held in parts.values():
-        held.append(Part(extras_entries({"rng": extras}), memoryview(extras)))
+        held.append(Section(extras_entries({"rng": extras}), memoryview(extras)))
     return Checkpoint.open(write_checkpoint(folder, 4, parts, tensors, {}))
 
 

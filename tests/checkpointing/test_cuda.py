@@ -7,8 +7,10 @@ import torch
 
 from checkpointing.capture import Capturer
 from checkpointing.keeper.client import KeeperClient
+from checkpointing.protection import dense
 from checkpointing.recover import Recovery
 from checkpointing.recovery import plan_recovery
+from checkpointing.restore import Target
 from checkpointing.state.buffers import StateBuffer, StateSpan
 from checkpointing.units import Range
 
@@ -25,7 +27,8 @@ def test_what_is_captured_is_the_state_at_the_start_and_it_restores(run_dir):
         StateBuffer(kind, torch.zeros(elements, device="cuda"), (StateSpan(Range("w", kind, 0, elements), 0),))
         for kind in ("master", "exp_avg")
     ]
-    client = KeeperClient.attach(run_dir, "dp0000", ["dp0000"], buffers, "0123456789abcdef")
+    protection = dense(buffers, 3)
+    client = KeeperClient.attach(run_dir, "dp0000", ["dp0000"], protection.shape, "0123456789abcdef")
     capturer = Capturer(client, buffers)
     work = torch.randn(4096, 4096, device="cuda")
     for step in range(1, 6):
@@ -34,12 +37,12 @@ def test_what_is_captured_is_the_state_at_the_start_and_it_restores(run_dir):
             for _ in range(10):
                 work = torch.tanh(work @ work)
             buffer.tensor.fill_(step)
-        capturer.start(step, {"rng": bytes([step])}, capturer.sealed_step)
+        capturer.start(step, {"rng": bytes([step])}, capturer.sealed_step, protection.fragments)
         capturer.wait_copied()
         for buffer in buffers:
             buffer.tensor.fill_(-step)
     capturer.wait_sealed(5)
-    rank = Recovery(client, run_dir, "dp0000", buffers)
+    rank = Recovery(client, run_dir, Target(buffers, "dp0000"))
     plan = plan_recovery([rank.report()])
     assert plan.step == 5
     assert rank.apply(plan) == {"rng": b"\x05"}
@@ -53,7 +56,8 @@ def test_pinned_shared_memory_copies_as_fast_as_pinned_memory(run_dir):
     elements = 256 << 20
     tensor = torch.ones(elements, device="cuda")
     buffers = [StateBuffer("master", tensor, (StateSpan(Range("w", "master", 0, elements), 0),))]
-    client = KeeperClient.attach(run_dir, "dp0000", ["dp0000"], buffers, "0123456789abcdef")
+    protection = dense(buffers, 3)
+    client = KeeperClient.attach(run_dir, "dp0000", ["dp0000"], protection.shape, "0123456789abcdef")
     capturer = Capturer(client, buffers)
     pinned = torch.empty(elements, pin_memory=True)
 
@@ -65,7 +69,7 @@ def test_pinned_shared_memory_copies_as_fast_as_pinned_memory(run_dir):
         end.synchronize()
         return begin.elapsed_time(end)
 
-    place = client.arena.shape.slots()[0].offset + client.arena.shape.payload_offset
+    place = client.arena.places[0].offset + client.arena.shape.base.payload_offset
     shared = capturer._memory[place : place + 4 * elements].view(torch.float32)
     times = [
         (milliseconds(lambda: pinned.copy_(tensor, non_blocking=True)),

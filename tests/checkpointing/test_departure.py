@@ -152,7 +152,7 @@ def test_a_keeper_that_says_nothing_is_named(make_job, monkeypatch):
     keeper = job.clients[0].keeper_pid
     os.kill(keeper, signal.SIGSTOP)
     try:
-        job.capturers[0].start(2, {}, 1)
+        job.capturers[0].start(2, {}, 1, job.protections[0].fragments)
         with pytest.raises(KeeperError, match=rf"pid {keeper}\) has not said anything"):
             job.capturers[0].wait_copied()
     finally:

@@ -15,7 +15,7 @@ from checkpointing.keeper import launch
 from checkpointing.records import Entry
 from checkpointing.recover import Recovery
 from checkpointing.recovery import RecoveryError, plan_recovery
-from checkpointing.store import Checkpoint, Part, list_checkpoints, verify, write_checkpoint
+from checkpointing.store import Checkpoint, Section, list_checkpoints, verify, write_checkpoint
 from checkpointing.units import Range
 
 pytestmark = pytest.mark.drill
@@ -146,14 +146,14 @@ def let_it_end(run_dir):
 
 
 def test_two_generations_are_enough_when_only_disk_steps_are_captured(run_dir, make_job, events, wait_until):
-    job = make_job(world=2, disk=DISK, options={"generations": 2})
+    job = make_job(world=2, disk=DISK, generations=2)
     (run_dir / "checkpoints").mkdir()
     hang_the_next_write(run_dir)
     job.begin()
     job.step(2)
     job.step(4)
     for rank, capturer in enumerate(job.capturers):
-        capturer.start(6, {"rng": b"%d" % rank}, 4)
+        capturer.start(6, {"rng": b"%d" % rank}, 4, job.protections[rank].fragments)
     # One slot is being written to a disk that hangs, the other holds the newest step: now captures have to wait.
     wait_until(lambda: {row["coordinate"] for row in events("backpressure")} == {"dp0000", "dp0001"})
     assert events("disk_skipped") == [], "giving up the queued step would not have helped"
@@ -166,13 +166,13 @@ def test_two_generations_are_enough_when_only_disk_steps_are_captured(run_dir, m
 
 
 def test_recovery_from_disk_waits_for_the_write_that_is_running(run_dir, make_job, events, wait_until):
-    job = make_job(world=1, disk={"every": 2, "keep_last": 1}, options={"generations": 2})
+    job = make_job(world=1, disk={"every": 2, "keep_last": 1}, generations=2)
     job.run(2)
     wait_until(lambda: events("disk_written"))
     hang_the_next_write(run_dir)
     job.run(4)
     wait_until(lambda: steps_on_disk(run_dir) == [2, 4])
-    rank = Recovery(job.clients[0], run_dir, "dp0000", job.buffers[0], memory=False)
+    rank = Recovery(job.clients[0], run_dir, job.target(0), memory=False)
     reports = []
     thread = threading.Thread(target=lambda: reports.append(rank.report()))
     thread.start()
@@ -189,7 +189,7 @@ def test_a_folder_that_is_being_removed_is_not_called_damaged(run_dir, make_job,
     job = make_job(world=1, disk=DISK)
     job.run(1, 2)
     wait_until(lambda: events("disk_written"))
-    rank = Recovery(None, run_dir, "dp0000", job.buffers[0])
+    rank = Recovery(None, run_dir, job.target(0))
     report = rank.report()
     (run_dir / "checkpoints" / "step-2" / "manifest.json").unlink()
     with pytest.raises(RecoveryError):
@@ -202,9 +202,9 @@ def test_checkpoints_of_another_recipe_are_not_restored(run_dir, make_job, wait_
     job = make_job(world=1, disk=DISK)
     job.run(1, 2)
     wait_until(lambda: events("disk_written"))
-    ours = Recovery(job.clients[0], run_dir, "dp0000", job.buffers[0], memory=False, fingerprint="0123456789abcdef")
+    ours = Recovery(job.clients[0], run_dir, job.target(0), memory=False, fingerprint="0123456789abcdef")
     assert ours.report()["disk"] == [2]
-    theirs = Recovery(job.clients[0], run_dir, "dp0000", job.buffers[0], memory=False, fingerprint="f" * 16)
+    theirs = Recovery(job.clients[0], run_dir, job.target(0), memory=False, fingerprint="f" * 16)
     assert theirs.report()["disk"] == []
     assert "step-2: ignored, it is of recipe 0123456789abcdef" in theirs.problems[0]
 
@@ -227,7 +227,7 @@ def test_steps_of_an_abandoned_course_are_set_aside_and_written_anew(run_dir, ma
 
 
 def test_a_step_of_another_recipe_is_not_taken_for_this_runs(run_dir, make_job, wait_until, events):
-    parts = [Part([Entry(Range("x", "master", 0, 2), "float32", 0, 8)], memoryview(bytes(8)))]
+    parts = [Section([Entry(Range("x", "master", 0, 2), "float32", 0, 8)], memoryview(bytes(8)))]
     write_checkpoint(run_dir / "checkpoints", 2, {"dp0000": parts}, {}, {"recipe": "f" * 16})
     make_job(world=1, disk=DISK).run(1, 2)
     wait_until(lambda: events("disk_written"))

@@ -16,7 +16,8 @@ from checkpointing.keeper.diskfault import DiskFault
 from checkpointing.keeper.health import DiskHealth
 from checkpointing.keeper.protocol import KeeperRefused
 from checkpointing.recover import Recovery
-from checkpointing.recovery import RecoveryError, plan_recovery
+from checkpointing.recovery import RecoveryError, memory_suffices, plan_recovery
+from checkpointing.restore import Target
 from checkpointing.storage import place_of
 from checkpointing.store import Checkpoint, list_checkpoints, verify
 
@@ -81,27 +82,13 @@ def test_a_hung_disk_is_said_and_memory_recovers_without_waiting(run_dir, make_j
     assert 0 < hung["bytes"] < hung["total"]
     assert keeper_status(run_dir)[1]["disk"]["writing"]["hung"]
     job.wipe()
-    plan, extras, _ = job.recover()
+    rank = Recovery(job.clients[0], run_dir, job.target(0))
+    reports = [rank.report_memory()]
+    assert memory_suffices(reports)
+    extras = rank.apply(plan_recovery([{"memory": steps} for steps, _ in reports]))
     assert events("disk_written") == [], "the write still hangs"
-    assert (plan.step, plan.tier) == (7, "memory")
     assert job.state() == job.history[7]
-    assert extras[0]["rng"] == b"rank 0 step 7"
-
-
-@pytest.mark.drill
-def test_a_write_that_goes_on_during_a_recovery_deletes_nothing(run_dir, make_job, events, wait_until):
-    fault = {"kind": "hang", "seconds": 1.0, "first": 6}
-    job = make_job(world=1, disk={"every": 2, "keep_last": 1}, options={"disk_fault": fault})
-    job.begin()
-    for step in (2, 4):
-        job.run(step)
-        wait_until(lambda step=step: steps_on_disk(run_dir) == [step])
-    job.run(6)
-    Recovery(job.clients[0], run_dir, "dp0000", job.buffers[0]).report()
-    assert steps_on_disk(run_dir) == [4], "it did not wait for the write"
-    wait_until(lambda: events("disk_written")[-1]["step"] == 6)
-    job.run(8)
-    wait_until(lambda: [row["steps"] for row in events("disk_removed")] == [[2], [4, 6]])
+    assert extras["rng"] == b"rank 0 step 7"
 
 
 @pytest.mark.drill
@@ -121,17 +108,11 @@ def test_checkpoints_lie_behind_a_url(run_dir, make_job, events, wait_until, tmp
     for client in job.clients:
         client.discard(after_step=-1)
     job.wipe()
-    ranks = [
-        Recovery(client, run_dir, name, buffers, checkpoints=place)
-        for client, name, buffers in zip(job.clients, job.names, job.buffers, strict=True)
-    ]
+    ranks = [Recovery(c, run_dir, job.target(rank), checkpoints=place) for rank, c in enumerate(job.clients)]
     # discard() took all newer ones away: what was abandoned is still there, but is not restored.
     assert [rank.report() for rank in ranks] == [{"memory": [], "disk": []}] * 2
     (place / "step-10" / "manifest.abandoned.json").copy_to(place / "step-10" / "manifest.json")
-    ranks = [
-        Recovery(None, run_dir, name, buffers, checkpoints=place)
-        for name, buffers in zip(job.names, job.buffers, strict=True)
-    ]
+    ranks = [Recovery(None, run_dir, job.target(rank), checkpoints=place) for rank in range(2)]
     plan = plan_recovery([rank.report() for rank in ranks])
     assert [rank.apply(plan)["rng"] for rank in ranks] == [b"rank 0 step 10", b"rank 1 step 10"]
     assert job.state() == job.history[10]
@@ -150,7 +131,7 @@ def test_no_run_begins_afresh_while_its_checkpoints_cannot_be_read(tmp_path, mon
         raise RuntimeError("no route to host")
 
     monkeypatch.setattr(type(place.fs), "info", refuse)
-    rank = Recovery(None, tmp_path, "dp0000", [], checkpoints=place)
+    rank = Recovery(None, tmp_path, Target([], "dp0000"), checkpoints=place)
     report = rank.report()
     assert report == {"memory": [], "disk": []}
     assert "no route to host" in rank.problems[0]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def test_a_wrong_token_and_another_recipe_are_refused(run_dir, make_job):
     assert answer["refused"]
     assert "token" in answer["error"]
     with pytest.raises(KeeperRefused, match="another run folder"):
-        KeeperClient.attach(run_dir, "dp0001", ["dp0001"], job.buffers[0], "f" * 16)
+        KeeperClient.attach(run_dir, "dp0001", ["dp0001"], job.protections[0].shape, "f" * 16)
 
 
 def test_a_coordinate_of_a_living_worker_is_not_given_away(run_dir, make_job, spawn):
@@ -75,7 +76,7 @@ def test_a_coordinate_of_a_living_worker_is_not_given_away(run_dir, make_job, sp
 
     def intrude(pipe, attempt):
         try:
-            KeeperClient.attach(run_dir, "dp0000", ["dp0000"], job.buffers[0], FINGERPRINT, attempt=attempt)
+            KeeperClient.attach(run_dir, "dp0000", ["dp0000"], job.protections[0].shape, FINGERPRINT, attempt=attempt)
             pipe.send("attached")
         except KeeperRefused as error:
             pipe.send("refused" if "living process" in str(error) else str(error))
@@ -86,11 +87,11 @@ def test_a_coordinate_of_a_living_worker_is_not_given_away(run_dir, make_job, sp
 
 def test_too_little_memory_is_refused_with_the_bytes(run_dir, make_job, events):
     job = make_job(world=1)
-    generations = memory.available_bytes() // job.clients[0].arena.shape.base_bytes + 1000
+    shape = job.clients[0].arena.shape
+    count = memory.available_bytes() // shape.base.slot_bytes + 1000
+    larger = replace(shape, base=replace(shape.base, count=count))
     with pytest.raises(KeeperRefused, match=r"needs [\d,]+ bytes .* are available"):
-        KeeperClient.attach(
-            run_dir, "dp0001", ["dp0000", "dp0001"], job.buffers[0], FINGERPRINT, generations=generations
-        )
+        KeeperClient.attach(run_dir, "dp0001", ["dp0000", "dp0001"], larger, FINGERPRINT)
     job.run(1)
 
 
@@ -174,7 +175,7 @@ def test_back_pressure_is_visible_and_ends(run_dir, make_job, events):
     job.begin()
     slow, fast = job.capturers
     for step in (1, 2, 3, 4):
-        fast.start(step, {}, -1)
+        fast.start(step, {}, -1, job.protections[1].fragments)
         if step < 4:
             fast.wait_sealed(step)
     # The other rank has nothing sealed, so that nothing is committed and all three generations are taken.
@@ -184,7 +185,7 @@ def test_back_pressure_is_visible_and_ends(run_dir, make_job, events):
     assert [state_of(s) for s, p in zip(slots, job.clients[1].arena.shape.slots(), strict=True)
             if p.kind is Kind.BASE] == [State.SEALED] * 3  # fmt: skip
     for step in (1, 2):
-        slow.start(step, {}, -1)
+        slow.start(step, {}, -1, job.protections[0].fragments)
         slow.wait_sealed(step)
     fast.wait_sealed(4)
     row = events("backpressure")[0]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from checkpointing import records
 from checkpointing.records import PAGE, Entry, Header, Kind, RecordError, State
-from checkpointing.slots import EXTRAS_BYTES, ArenaShape
+from checkpointing.slots import EXTRAS_BYTES, ArenaShape, Pool
 from checkpointing.units import Range
 
 TABLE = (
@@ -23,7 +23,7 @@ def written(payload: bytes = bytes(range(256)) * 4) -> memoryview:
     record = memoryview(bytearray(4 * PAGE))
     records.begin(record)
     record[2 * PAGE : 2 * PAGE + len(payload)] = payload
-    table = records.encode_table(TABLE)
+    table = records.encode_table(TABLE, (2, 5))
     records.finish(record, Header(Kind.BASE, 7, 2, 40, len(table), 2 * PAGE, len(payload)), table)
     return record
 
@@ -38,7 +38,8 @@ def test_a_sealed_record_reads_back():
     record = sealed()
     header = records.verify(record)
     assert (header.kind, header.step, header.attempt, header.sequence) == (Kind.BASE, 7, 2, 40)
-    assert records.entries_of(record, header) == TABLE
+    assert records.table_of(record, header) == records.Table(TABLE, (2, 5))
+    assert records.parts_of(record, header) == (2, 5)
     assert records.payload_of(record, header).tobytes() == bytes(range(256)) * 4
 
 
@@ -96,14 +97,20 @@ def test_a_record_too_large_for_its_slot_is_refused():
         records.finish(record, Header(Kind.BASE, 7, 0, 0, len(table), 2 * PAGE, 2 * PAGE + 1), table)
 
 
-@given(st.integers(0, 50_000), st.integers(0, 50_000), st.integers(1, 5))
-def test_slots_are_whole_pages_side_by_side(table, payload, generations):
-    shape = ArenaShape(table, payload, generations)
+pools = st.builds(Pool, st.integers(0, 5), st.integers(0, 50_000), st.integers(0, 50_000))
+
+
+@given(pools, pools, st.integers(1, 5))
+def test_slots_are_whole_pages_side_by_side(base, log, extras):
+    shape = ArenaShape(base, log, extras)
     at = 0
     for slot in shape.slots():
         assert slot.offset == at
         assert at % PAGE == 0
-        assert slot.nbytes >= (shape.payload_offset + payload if slot.kind is Kind.BASE else EXTRAS_BYTES)
+        pool = {Kind.BASE: base, Kind.LOG: log}.get(slot.kind)
+        assert slot.nbytes >= (pool.payload_offset + pool.payload_bytes if pool else EXTRAS_BYTES)
         at += slot.nbytes
     assert at == shape.nbytes
-    assert [s.kind for s in shape.slots()].count(Kind.EXTRAS) == generations
+    kinds = [slot.kind for slot in shape.slots()]
+    assert [kinds.count(kind) for kind in Kind] == [base.count, log.count, extras]
+    assert ArenaShape.from_list(shape.as_list()) == shape

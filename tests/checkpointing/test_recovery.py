@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from checkpointing.records import Entry, Kind, RecordInfo
 from checkpointing.recovery import Need, RecoveryError, available_steps, plan_recovery, transfers
-from checkpointing.state.buffers import StateBuffer, StateSpan, layout_of, needs_of
+from checkpointing.state.buffers import StateBuffer, StateSpan, needs_of
+from checkpointing.state.fragments import rotation
 from checkpointing.units import Range
 
 UNIT = "L03.E017.down_proj"
@@ -129,4 +130,4 @@ def test_buffers_are_checked():
     with pytest.raises(ValueError, match="complex64"):
         StateBuffer("b", torch.zeros(8, dtype=torch.complex64), (span,))
     with pytest.raises(ValueError, match="share a name"):
-        layout_of([StateBuffer("b", torch.zeros(8), (span,))] * 2)
+        rotation([StateBuffer("b", torch.zeros(8), (span,))] * 2, 1)

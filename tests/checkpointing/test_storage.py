@@ -18,7 +18,6 @@ from checkpointing.remote import LocationError, RemotePath, UnreachableError
 from checkpointing.storage import LocalStorage, Place, place_of
 from checkpointing.store import (
     Checkpoint,
-    Part,
     abandon_newer,
     clean_unfinished,
     list_checkpoints,
@@ -28,6 +27,7 @@ from checkpointing.store import (
     verify,
     write_checkpoint,
 )
+from checkpointing.tensorfile import Section
 from checkpointing.units import Range
 
 UNITS = ("L00.E000.down_proj", "L00.E001.down_proj")
@@ -87,8 +87,8 @@ def write(
         ]
         extras = {"rng": b"rank %d" % rank, "empty": b""}
         parts[f"dp{rank:04d}"] = [
-            Part(entries, memoryview(values).cast("B")),
-            Part(extras_entries(extras), memoryview(b"".join(extras.values()))),
+            Section(entries, memoryview(values).cast("B")),
+            Section(extras_entries(extras), memoryview(b"".join(extras.values()))),
         ]
     metadata = {"recipe": "r"} | ({"permanent": True} if permanent else {})
     return write_checkpoint(place, step, parts, {unit: {"elements": 250} for unit in UNITS}, metadata, progress)

@@ -14,14 +14,15 @@ from safetensors import safe_open
 from checkpointing import store
 from checkpointing.records import Entry, extras_entries
 from checkpointing.recovery import RecoveryError
-from checkpointing.store import Checkpoint, Part, list_checkpoints, quarantine, retain, verify, write_checkpoint
+from checkpointing.store import Checkpoint, list_checkpoints, quarantine, retain, verify, write_checkpoint
+from checkpointing.tensorfile import Section
 from checkpointing.units import Range
 
 UNIT = "L00.E003.down_proj"
 EXTRAS = {"rng": b"abc", "cursor": b""}
 
 
-def parts_of(rank: int, step: int) -> list[Part]:
+def parts_of(rank: int, step: int) -> list[Section]:
     """Half of an fp32 unit with padding around it, a bf16 unit before it in memory, and extras."""
     master = torch.arange(600, dtype=torch.float32) + 1000 * rank + step
     small = torch.arange(33).bfloat16()
@@ -34,8 +35,8 @@ def parts_of(rank: int, step: int) -> list[Part]:
         Entry(Range(UNIT, "master", 600 * rank + 250, 600 * rank + 600), "float32", 1512, 1400),
     ]
     return [
-        Part(entries, memoryview(payload.numpy()).cast("B")),
-        Part(extras_entries(EXTRAS), memoryview(b"".join(EXTRAS.values()))),
+        Section(entries, memoryview(payload.numpy()).cast("B")),
+        Section(extras_entries(EXTRAS), memoryview(b"".join(EXTRAS.values()))),
     ]
 
 
@@ -178,7 +179,7 @@ def test_a_unit_that_is_not_whole_is_named(tmp_path):
     folder = write_checkpoint(tmp_path / "b", 4, {"dp0000": first}, {UNIT: {"elements": 1200}}, {})
     with pytest.raises(RecoveryError, match=r"lacks L00\.E003\.down_proj#master\[600:1200\)"):
         Checkpoint.open(folder).assemble(UNIT, "master")
-    more = Part([Entry(Range(UNIT, "master", 599, 700), "float32", 512, 404)], second[0].payload)
+    more = Section([Entry(Range(UNIT, "master", 599, 700), "float32", 512, 404)], second[0].payload)
     folder = write_checkpoint(tmp_path / "c", 4, {"dp0000": first, "dp0001": [more]}, {}, {})
     with pytest.raises(RecoveryError, match=r"master\[599:600\) twice"):
         Checkpoint.open(folder).assemble(UNIT, "master")

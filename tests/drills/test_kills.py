@@ -99,7 +99,7 @@ def wait_for_step(job, step, attempt):
 @pytest.mark.parametrize(
     ("name", "settings", "tier", "resumed"),
     [
-        ("every third step", ["checkpoint.memory.every=3", "checkpoint.disk.every=0"], "memory", (6,)),
+        ("every third step", ["checkpoint={mode: dense, memory: {every: 3}}"], "memory", (6,)),
         ("disk alone", ["checkpoint.memory.enabled=false", "checkpoint.disk.every=3"], "disk", (3, 6)),
     ],
 )

@@ -12,7 +12,8 @@ import pytest
 
 from checkpointing.records import Entry
 from checkpointing.storage import place_of
-from checkpointing.store import Part, list_checkpoints, set_aside, write_checkpoint
+from checkpointing.store import list_checkpoints, set_aside, write_checkpoint
+from checkpointing.tensorfile import Section
 from checkpointing.units import Range
 from trainer.checkpoints import age, memory_rows, split_step
 from trainer.cli import main
@@ -26,7 +27,7 @@ def write(place, step: int, change: float = 0.0, metadata=None) -> Path:
     for rank, unit in enumerate(UNITS):
         values = np.arange(100, dtype=np.float32) + rank + change
         parts[f"dp{rank:04d}"] = [
-            Part([Entry(Range(unit, "master", 0, 100), "float32", 0, 400)], memoryview(values).cast("B"))
+            Section([Entry(Range(unit, "master", 0, 100), "float32", 0, 400)], memoryview(values).cast("B"))
         ]
     return write_checkpoint(place, step, parts, {unit: {"elements": 100} for unit in UNITS}, metadata or {})
 
@@ -198,19 +199,21 @@ def test_arguments_are_checked(arguments: list[str]) -> None:
 @pytest.mark.drill
 def test_what_the_live_keeper_holds_is_listed_and_its_write_protected(tmp_path: Path) -> None:
     code = """
-import sys, torch, json
+import sys, torch
 from checkpointing.capture import Capturer
 from checkpointing.keeper.client import KeeperClient, keeper_status, stop_keeper
+from checkpointing.protection import dense
 from checkpointing.state.buffers import StateBuffer, StateSpan
 from checkpointing.units import Range
 from trainer.cli import main
 run = sys.argv[1]
 buffers = [StateBuffer("b", torch.arange(8.0), (StateSpan(Range("norm", "master", 0, 8), 0),))]
-client = KeeperClient.attach(run, "dp0000", ["dp0000"], buffers, "f" * 16, disk={"every": 2, "keep_last": 2},
-                             disk_fault={"kind": "hang", "seconds": 5})
-capturer = Capturer(client, buffers)
+protection = dense(buffers, 4)
+client = KeeperClient.attach(run, "dp0000", ["dp0000"], protection.shape, "f" * 16, rules=protection.rules,
+                             disk={"every": 2, "keep_last": 2}, disk_fault={"kind": "hang", "seconds": 5})
+capturer = Capturer(client, buffers, protection.log)
 for step in (1, 2, 3):
-    capturer.start(step, {}, step - 1)
+    capturer.start(step, {}, step - 1, protection.fragments)
     capturer.wait_copied()
     capturer.wait_sealed(step)
 while not keeper_status(run)[1]["disk"]["writing"].get("written"):

@@ -170,13 +170,15 @@ HOLD_STEPS = """
 import sys, torch
 from checkpointing.capture import Capturer
 from checkpointing.keeper.client import KeeperClient
+from checkpointing.protection import dense
 from checkpointing.state.buffers import StateBuffer, StateSpan
 from checkpointing.units import Range
 buffers = [StateBuffer("b", torch.arange(8.0), (StateSpan(Range("norm", "master", 0, 8), 0),))]
-client = KeeperClient.attach(sys.argv[1], "dp0000", ["dp0000"], buffers, "f" * 16, disk={"every": 0, "keep_last": 2})
+p = dense(buffers, 3)
+client = KeeperClient.attach(sys.argv[1], "dp0000", ["dp0000"], p.shape, "f" * 16, disk={"every": 0, "keep_last": 2})
 capturer = Capturer(client, buffers)
 for step in (1, 2):
-    capturer.start(step, {}, step - 1)
+    capturer.start(step, {}, step - 1, p.fragments)
     capturer.wait_copied()
     capturer.wait_sealed(step)
 client.close()

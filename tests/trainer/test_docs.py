@@ -15,5 +15,5 @@ def test_every_recipe_key_is_documented():
     sections = [BankConfig, *(v for k, v in vars(schema).items() if k.endswith("Section"))]
     keys = {field.name for section in sections for field in dataclasses.fields(section)}
     assert len(keys) > 50
-    assert keys - named - {"memory", "disk", "kind", "vocab_size"} == set()
-    assert {"memory.every", "disk.every"} <= set(re.findall(r"`([\w.]+)`", DOC))
+    assert keys - named - {"memory", "disk", "wal", "pec", "kind", "vocab_size"} == set()
+    assert {"memory.every", "disk.every", "wal.rotation", "pec.k_snapshot"} <= set(re.findall(r"`([\w.]+)`", DOC))

@@ -187,6 +187,8 @@ def test_misfits_are_named(folder: Path, tmp_path: Path) -> None:
         with_path(folder, "parallel.ep=3", "parallel.workers=3", "train.global_batch_size=12")
     )
     assert "2048 positions" in refused(with_path(folder, "data.sequence_length=4096"))
+    pec = ("checkpoint.mode=pec", "checkpoint.pec.k_snapshot=9")
+    assert "k_snapshot=9 is more than the 8 experts" in refused(with_path(folder, *pec))
     (tmp_path / "config.json").write_text('{"num_experts": 8')
     assert "cannot be read" in refused(with_path(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 8}))

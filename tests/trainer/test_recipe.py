@@ -79,7 +79,7 @@ def test_broken_recipe_is_refused_with_exactly_these_problems(path: Path) -> Non
 
 
 def test_number_of_broken_recipes() -> None:
-    assert len(BROKEN) == 41
+    assert len(BROKEN) == 47
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -103,6 +103,9 @@ def test_values_types_and_resolved_defaults(valid: Path) -> None:
     assert recipe.log.run == "tiny"
     assert recipe.checkpoint.memory.every == 1
     assert recipe.checkpoint.disk.every == 0
+    assert recipe.checkpoint.memory.budget_gib == "auto"
+    assert recipe.checkpoint.wal.rotation == "auto"
+    assert recipe.checkpoint.pec.k_snapshot == "auto"
     assert recipe.adapter["experts"].targets == ("gate_up_proj", "down_proj")
     assert recipe.adapter["attention"].targets == ("q_proj", "v_proj")
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -289,11 +292,36 @@ def test_fingerprint_changes_with_what_changes_the_bits(valid: Path) -> None:
         assert recipe_fingerprint(load_recipe(valid, [other])) != base, other
 
 
+@pytest.mark.parametrize(
+    ("overrides", "sections"),
+    [
+        (["checkpoint.mode=dense"], set()),
+        (["checkpoint.mode=wal", "checkpoint.wal.rotation=6"], {"wal"}),
+        (["checkpoint.mode=pec", "checkpoint.pec.k_snapshot=4"], {"pec", "wal"}),
+        (["checkpoint.mode=pec", "checkpoint.pec={k_snapshot: 8, k_persist: 2, fallback: dense}"], {"pec"}),
+        (["checkpoint.mode=pec", "adapter={}", "checkpoint.memory.budget_gib=1.5"], {"pec", "wal"}),
+    ],
+)
+def test_modes_keep_their_own_keys(valid: Path, tmp_path: Path, overrides: list[str], sections: set[str]) -> None:
+    recipe = load_recipe(valid, overrides)
+    written = yaml.safe_load(recipe_to_yaml(recipe))["checkpoint"]
+    assert written.keys() & {"wal", "pec"} == sections
+    (tmp_path / "copy.yaml").write_text(recipe_to_yaml(recipe))
+    assert load_recipe(tmp_path / "copy.yaml") == recipe
+
+
 def test_warns_when_nothing_would_survive(valid: Path) -> None:
     assert recipe_warnings(load_recipe(valid)) == []
     off = load_recipe(valid, ["checkpoint.memory.enabled=false"])
     assert "from step 0" in recipe_warnings(off)[0]
     assert recipe_warnings(load_recipe(valid, ["checkpoint.memory.enabled=false", "checkpoint.disk.every=5"])) == []
+
+
+def test_warns_of_partial_checkpoints_that_load_workers_unequally(valid: Path) -> None:
+    pec = ["checkpoint.mode=pec", "adapter={}"]
+    assert recipe_warnings(load_recipe(valid, [*pec, "checkpoint.pec.k_snapshot=1"])) == []
+    odd = load_recipe(valid, [*pec, "checkpoint.pec.k_snapshot=1", "model.num_hidden_layers=3"])
+    assert "k_snapshot=1 x 3 layers is no multiple of parallel.ep=2" in recipe_warnings(odd)[0]
 
 
 def test_world_must_be_the_recipes(valid: Path) -> None:

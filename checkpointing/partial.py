@@ -1,0 +1,326 @@
+"""Partial experts: which experts each checkpoint holds, how old the others are, and what that costs.
+
+MoC-System (ASPLOS'25, arXiv 2408.04307): a checkpoint holds everything that is not an expert, and K of the N experts
+of each layer. What is restored later has experts of different ages. N experts lie on ``ep`` ranks, N/ep on each, in
+contiguous blocks; with more workers than that, ZeRO cuts each rank's experts, in layer order, over the workers that
+hold the same ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import ceil
+
+from checkpointing.cost import SLACK, STATE_BYTES, Bandwidths, Cost, StepTimes, capture_cost, does_not_fit, figures
+from checkpointing.units import Range
+from moe.refs import ExpertRef
+
+GROUP_ELEMENTS = 178_956_971  # DeepSpeed's limit of one parameter group
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The routed experts of a model and how they are spread.
+
+    Attributes:
+        layers: global indices of the MoE layers, ascending.
+        count: N, experts of each layer.
+        ep: ranks that share one set of them.
+        replicas: workers that hold the same ones, over which ZeRO cuts their state.
+
+    Raises ValueError if ``ep`` does not divide ``count``.
+    """
+
+    layers: tuple[int, ...]
+    count: int
+    ep: int = 1
+    replicas: int = 1
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.ep < 1 or self.replicas < 1 or self.count % self.ep:
+            raise ValueError(f"ep={self.ep} must divide {self.count} experts")
+
+    def all(self) -> Iterable[ExpertRef]:
+        return (ExpertRef(layer, expert) for layer in self.layers for expert in range(self.count))
+
+
+# -- selection ---------------------------------------------------------------------------------------------------------
+
+
+def turn(experts: Experts, index: int) -> int:
+    """The expert whose turn comes at ``index`` (0 <= index < N): one of each EP rank, then the next of each.
+
+    Within a rank the order is van der Corput's: any few consecutive turns spread over the rank's experts, so also over
+    the workers among which ZeRO may have cut a layer.
+    """
+    rank, local = index % experts.ep, index // experts.ep
+    block = experts.count // experts.ep
+    return rank * block + _spread(block)[local]
+
+
+@cache
+def _spread(count: int) -> tuple[int, ...]:
+    """0 ... count - 1 in the order of their bit-reversed fractions."""
+    width = max(count - 1, 1).bit_length()
+    reversed_bits = [int(f"{i:0{width}b}"[::-1], 2) for i in range(count)]
+    place = {bits: i for i, bits in enumerate(sorted(reversed_bits))}
+    return tuple(place[bits] for bits in reversed_bits)
+
+
+def select(experts: Experts, checkpoint: int, k: int) -> tuple[ExpertRef, ...]:
+    """The experts that checkpoint number ``checkpoint`` holds, K of each layer.
+
+    Sequential selection, interleaved over layers and EP ranks. The paper has select(c, l) = {(l + cK + j) mod N};
+    here (cK + lK + j) mod N are turns, see :func:`turn`: a checkpoint's turns are consecutive over its layers, so that
+    each EP rank has equally many experts whenever ep divides K x layers. Every expert is held once in any N/K
+    consecutive checkpoints if K divides N, else at least once in the next whole number of them.
+
+    Raises ValueError unless 1 <= k <= N.
+    """
+    _check_k(experts, k)
+    return tuple(
+        ExpertRef(layer, expert)
+        for place, layer in enumerate(experts.layers)
+        for expert in sorted(turn(experts, (checkpoint * k + place * k + j) % experts.count) for j in range(k))
+    )
+
+
+def select_loaded(experts: Experts, unsaved: Sequence[Sequence[int]], k: int) -> tuple[ExpertRef, ...]:
+    """The K experts of each layer with the most tokens since they were last captured; of equal ones the lower index.
+
+    Args:
+        unsaved: tokens per layer and expert, summed over all ranks: every rank must pass the same.
+
+    Raises ValueError unless 1 <= k <= N and ``unsaved`` has that shape.
+    """
+    _check_k(experts, k)
+    if [len(row) for row in unsaved] != [experts.count] * len(experts.layers):
+        raise ValueError(f"unsaved tokens must be of {len(experts.layers)} layers with {experts.count} experts each")
+    return tuple(
+        ExpertRef(layer, expert)
+        for layer, row in zip(experts.layers, unsaved, strict=True)
+        for expert in sorted(sorted(range(experts.count), key=lambda e: (-row[e], e))[:k])
+    )
+
+
+def _check_k(experts: Experts, k: int) -> None:
+    if not 1 <= k <= experts.count:
+        raise ValueError(f"K={k} of {experts.count} experts: choose 1 to {experts.count}")
+
+
+# -- balance -----------------------------------------------------------------------------------------------------------
+
+
+def expert_of(unit: str) -> ExpertRef | None:
+    """The expert that a unit is a tensor of, e.g. of ``L03.E017.down_proj``; None for what is no expert's."""
+    try:
+        return ExpertRef.parse(".".join(unit.split(".")[:2]))
+    except ValueError:
+        return None
+
+
+def bytes_per_rank(
+    chosen: Iterable[ExpertRef], placement: Mapping[int, Iterable[Range]], element_bytes: int = 4
+) -> dict[int, int]:
+    """Bytes of the chosen experts on each rank.
+
+    Args:
+        placement: the ranges of every kind that lie on each rank.
+    """
+    wanted = set(chosen)
+    return {
+        rank: sum(r.size for r in ranges if expert_of(r.unit) in wanted) * element_bytes
+        for rank, ranges in placement.items()
+    }
+
+
+def imbalance(loads: Iterable[int]) -> float:
+    """The largest over the mean; 1.0 is balanced."""
+    loads = list(loads)
+    return max(loads) * len(loads) / sum(loads) if any(loads) else 1.0
+
+
+def zero_placement(
+    experts: Experts, tensors: Mapping[str, int], kind: str = "master", group_elements: int = GROUP_ELEMENTS
+) -> dict[int, list[Range]]:
+    """Where ZeRO puts the experts' state, one kind of it: rank -> ranges.
+
+    Each EP rank's stacked tensors, in layer order, are filled into groups of at most ``group_elements`` (a larger
+    tensor is a group of its own); each group is flattened and cut into ``replicas`` equal parts. The part's number x ep
+    + EP rank is the rank, as in ``moe.layout``.
+
+    Args:
+        tensors: elements of each tensor of one expert, in the order of the model's parameters.
+    """
+    block = experts.count // experts.ep
+    groups: list[list[tuple[int, str, int]]] = []
+    room = 0
+    for layer in experts.layers:
+        for name, size in tensors.items():
+            if not groups or size * block > room:
+                groups.append([])
+                room = group_elements
+            groups[-1].append((layer, name, size))
+            room -= size * block
+    placement: dict[int, list[Range]] = {rank: [] for rank in range(experts.ep * experts.replicas)}
+    for ep_rank in range(experts.ep):
+        for group in groups:
+            for replica, piece in _cut(group, range(ep_rank * block, (ep_rank + 1) * block), experts.replicas, kind):
+                placement[replica * experts.ep + ep_rank].append(piece)
+    return placement
+
+
+def _cut(group: list[tuple[int, str, int]], local: range, replicas: int, kind: str) -> Iterable[tuple[int, Range]]:
+    """(replica, range) of the ``local`` experts in one flattened group of (layer, tensor, elements of one expert)."""
+    part = -(-sum(size for _, _, size in group) * len(local) // replicas)
+    at = 0
+    for layer, name, size in group:
+        for expert in local:
+            unit = f"{ExpertRef(layer, expert)}.{name}"
+            for replica in range(at // part, (at + size - 1) // part + 1):
+                lo, hi = max(at, replica * part), min(at + size, (replica + 1) * part)
+                yield replica, Range(unit, kind, lo - at, hi - at)
+            at += size
+
+
+# -- ages --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ages:
+    """The step at which each expert was last captured in one tier; -1 for never."""
+
+    steps: Mapping[ExpertRef, int]
+
+    @classmethod
+    def unsaved(cls, experts: Experts) -> Ages:
+        return cls(dict.fromkeys(experts.all(), -1))
+
+    def saved(self, step: int, chosen: Iterable[ExpertRef]) -> Ages:
+        """After ``chosen`` were captured at ``step``."""
+        return Ages({**self.steps, **dict.fromkeys(chosen, step)})
+
+    def persisted(self, memory: Ages, chosen: Iterable[ExpertRef]) -> Ages:
+        """Ages on disk after the copies in memory of ``chosen`` were written."""
+        return Ages({**self.steps, **{ref: memory.steps[ref] for ref in chosen}})
+
+    def newest(self, other: Ages) -> Ages:
+        """Of each expert the newer copy of two tiers or machines. Raises ValueError if they know other experts."""
+        if self.steps.keys() != other.steps.keys():
+            raise ValueError(f"ages of {len(self.steps)} and {len(other.steps)} experts cannot be joined")
+        return Ages({ref: max(step, other.steps[ref]) for ref, step in self.steps.items()})
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is a copy of every expert."""
+        return all(step >= 0 for step in self.steps.values())
+
+    def behind(self, step: int) -> dict[ExpertRef, int]:
+        """Steps of updates that each expert lacks in a state restored at ``step``; those with none are left out."""
+        return {ref: step - age for ref, age in sorted(self.steps.items()) if age < step}
+
+    def lines(self, step: int) -> list[str]:
+        """What a recovery at ``step`` restores, a line for each layer: every expert with its age.
+
+        >>> Ages({ExpertRef(0, 0): 4, ExpertRef(0, 1): 3}).lines(4)
+        ['L00: E000 step 4, E001 step 3 (-1)']
+        """
+        layers: dict[int, list[str]] = {}
+        for ref, age in sorted(self.steps.items()):
+            lag = f" ({age - step})" if age < step else ""
+            layers.setdefault(ref.layer, []).append(f"E{ref.expert:03d} step {age}{lag}")
+        return [f"L{layer:02d}: {', '.join(row)}" for layer, row in layers.items()]
+
+    def dump(self) -> bytes:
+        return json.dumps({str(ref): step for ref, step in sorted(self.steps.items())}).encode()
+
+    @classmethod
+    def load(cls, blob: bytes) -> Ages:
+        """Inverse of :meth:`dump`. Raises ValueError for anything else."""
+        values = json.loads(blob)
+        if not isinstance(values, dict) or not all(type(step) is int for step in values.values()):
+            raise ValueError("not the ages of experts: expected a JSON object of expert -> step")
+        return cls({ExpertRef.parse(text): step for text, step in values.items()})
+
+
+# -- cost --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SparsePartition:
+    """One worker's parameters, those of experts apart. ``count``: N. ``disk``: as in ``cost.Partition``."""
+
+    others: int
+    experts: int
+    count: int
+    disk: bool = False
+
+
+@dataclass(frozen=True)
+class PecSchedule:
+    """``k``: experts of each layer per capture; ``hidden``: whether copying them hides behind forward and backward."""
+
+    k: int
+    hidden: bool
+    cost: Cost
+    reason: str
+
+
+def pec_bytes(partition: SparsePartition, k: int) -> float:
+    """C_pec = (P_ne + K/N P_e) (B_w + B_o) of MoC-System, per worker. Here B_w + B_o is 12: the bf16 weights
+    are the rounded masters and need not be kept."""
+    return (partition.others + partition.experts * k / partition.count) * STATE_BYTES
+
+
+def pec_memory(partition: SparsePartition, k: int) -> int:
+    """Bytes of all slots: the newest copy of everything, room for captures under way, and for one on disk."""
+    newest = (partition.others + partition.experts) * STATE_BYTES
+    return newest + ceil(pec_bytes(partition, k) * (SLACK + partition.disk))
+
+
+def choose_k(
+    partition: SparsePartition,
+    every: int,
+    times: StepTimes,
+    rates: Bandwidths,
+    budget: int,
+    fixed: int | None = None,
+) -> PecSchedule:
+    """The largest K with T_snapshot <= T_F&B (MoC-System, adaptive configuration) that fits ``budget`` bytes; K = 1 if
+    not even that hides.
+
+    Args:
+        every: steps between captures.
+        fixed: the recipe's K, which is kept or refused.
+
+    Raises:
+        BudgetError: the fixed K, or K = 1, needs more than ``budget``.
+    """
+    candidates = [fixed] if fixed is not None else range(1, partition.count + 1)
+    costs = {k: _pec_cost(partition, k, every, times, rates) for k in candidates}
+    fitting = {k: cost for k, cost in costs.items() if cost.memory_bytes <= budget}
+    if not fitting:
+        raise does_not_fit(f"mode pec with k_snapshot={min(costs)}", costs[min(costs)].memory_bytes, budget)
+    hiding = [k for k, cost in fitting.items() if not cost.stall_s]
+    k = max(hiding) if hiding else min(fitting)
+    cost, hidden = fitting[k], bool(hiding)
+    if fixed is not None:
+        why = "as the recipe says"
+    elif k == partition.count:
+        why = "all of them: nothing is lost"
+    elif not hidden:
+        why = "although not even one hides behind forward and backward"
+    elif k + 1 in fitting:
+        why = "the most without a stall"
+    else:
+        why = "the most that the memory budget allows"
+    reason = f"{k} of {partition.count} experts a layer every {every} steps, {why}: {figures(cost)}"
+    return PecSchedule(k, hidden, cost, reason)
+
+
+def _pec_cost(partition: SparsePartition, k: int, every: int, times: StepTimes, rates: Bandwidths) -> Cost:
+    whole = (partition.others + partition.experts) * STATE_BYTES
+    return capture_cost(pec_bytes(partition, k), pec_memory(partition, k), every, times, rates, whole, 0)

@@ -1,0 +1,58 @@
+"""A mode applied to one worker's live state: its parts, its log, and the memory that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from checkpointing.capture import arena_shape
+from checkpointing.schedule import Rules, wal_part
+from checkpointing.slots import ArenaShape
+from checkpointing.state.buffers import StateBuffer
+from checkpointing.state.fragments import Fragment, LogLayout, log_layout, rotation
+
+SLACK = 3  # captures that may be under way beyond the committed step: one being copied, others being sealed
+
+
+@dataclass(frozen=True)
+class Protection:
+    """What is captured of a worker after a step, and in which memory.
+
+    Attributes:
+        log: the layout of log records; None if steps are not logged.
+    """
+
+    rules: Rules
+    fragments: tuple[Fragment, ...]
+    log: LogLayout | None
+    shape: ArenaShape
+
+    def due(self, step: int) -> list[Fragment]:
+        """All fragments, the one whose turn it is after ``step`` first."""
+        turn = wal_part(step, len(self.fragments))
+        return [self.fragments[turn], *self.fragments[:turn], *self.fragments[turn + 1 :]]
+
+
+def dense(buffers: Sequence[StateBuffer], generations: int) -> Protection:
+    """The whole state each time.
+
+    ``generations`` base slots: 3 for a memory tier (the committed step, one being sealed, one being copied), 4 with
+    writes to disk during the run, so that a running one blocks no capture. 2 are enough if only steps for the disk are
+    captured: one holds the newest sealed step, the other is free as soon as its own write ends. 1 never would be.
+    """
+    fragments = rotation(buffers, 1)
+    shape = arena_shape(fragments, None, bases=generations, logs=0, extras=generations)
+    return Protection(Rules(), tuple(fragments), None, shape)
+
+
+def wal(buffers: Sequence[StateBuffer], parts: int, dtype: str, disk: bool) -> Protection:
+    """``parts`` fragments in rotation and a log of gradients in ``dtype``.
+
+    A restore of the committed step needs each part once and the log of parts - 1 steps. ``disk``: room for one more
+    whole state, which is captured at once and written while the rotation goes on.
+    """
+    fragments = rotation(buffers, parts)
+    log = log_layout(buffers, dtype)
+    bases = parts + SLACK + (parts if disk else 0)
+    shape = arena_shape(fragments, log, bases=bases, logs=parts - 1 + SLACK, extras=SLACK + 2)
+    return Protection(Rules(parts), tuple(fragments), log, shape)

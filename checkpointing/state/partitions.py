@@ -1,0 +1,51 @@
+"""A worker's flat partitions as text, so that another process can build the same ones and redo its log."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpointing.state.buffers import StateBuffer, StateSpan
+from checkpointing.units import Range
+
+
+def describe_partitions(buffers: Sequence[StateBuffer], optimizer: torch.optim.Optimizer) -> str:
+    """JSON: the optimizer's class and, for each buffer, its name, dtype, elements and spans."""
+    rows = [[b.name, b.dtype, b.tensor.numel(), [[str(span.range), span.offset] for span in b.spans]] for b in buffers]
+    return json.dumps({"optimizer": type(optimizer).__name__, "buffers": rows}, separators=(",", ":"))
+
+
+def build_partitions(
+    text: str, settings: Sequence[dict[str, Any]], device: str
+) -> tuple[list[StateBuffer], torch.optim.Optimizer]:
+    """Empty partitions of the described layout, and the optimizer over their masters.
+
+    Args:
+        settings: of each parameter group, as a log has them.
+    """
+    described = json.loads(text)
+    buffers = [
+        StateBuffer(
+            name,
+            torch.zeros(elements, dtype=getattr(torch, dtype), device=device),
+            tuple(StateSpan(Range.parse(named), offset) for named, offset in spans),
+        )
+        for name, dtype, elements, spans in described["buffers"]
+    ]
+    kinds: dict[str, dict[str, Tensor]] = {}
+    for buffer in buffers:
+        group, _, kind = buffer.name.partition(".")
+        kinds.setdefault(group, {})[kind] = buffer.tensor
+    groups, states = [], []
+    for (_, tensors), setting in zip(kinds.items(), settings, strict=True):
+        master = torch.nn.Parameter(tensors.pop("master"))
+        groups.append({name: value for name, value in setting.items() if name != "step"} | {"params": [master]})
+        count_device = device if setting.get("fused") or setting.get("capturable") else "cpu"
+        states.append((master, {"step": torch.zeros((), device=count_device), **tensors}))
+    optimizer = getattr(torch.optim, described["optimizer"])(groups)
+    optimizer.state.update(states)
+    return buffers, optimizer
