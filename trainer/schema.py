@@ -143,7 +143,7 @@ class PecSection:
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSection:
     __pydantic_config__ = _STRICT
-    mode: Literal["wal", "dense", "pec"] = "dense"
+    mode: Literal["wal", "dense", "pec"] = "wal"
     memory: MemorySection = field(default_factory=MemorySection)
     disk: DiskSection = field(default_factory=DiskSection)
     wal: WalSection = field(default_factory=WalSection)

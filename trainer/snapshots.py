@@ -20,8 +20,10 @@ from typing import Any
 import torch.distributed as dist
 
 from checkpointing.capture import Capturer
+from checkpointing.cost import Partition
 from checkpointing.keeper.client import KeeperClient
 from checkpointing.protection import Protection, dense, wal
+from checkpointing.records import DTYPE_BYTES
 from checkpointing.recover import Recovery
 from checkpointing.recovery import RecoveryPlan, memory_suffices, plan_recovery
 from checkpointing.redo import Redo
@@ -37,6 +39,7 @@ from trainer.failpoints import Failpoints
 from trainer.origin import Origin
 from trainer.progress import Progress
 from trainer.rendezvous import Process
+from trainer.rotation import settle
 from trainer.schema import Recipe
 
 
@@ -212,11 +215,6 @@ def open_snapshots(
     return snapshots
 
 
-def rotation_of(recipe: Recipe) -> int:
-    rotation = recipe.checkpoint.wal.rotation
-    return 8 if rotation == "auto" else rotation
-
-
 def _protect(snapshots: Snapshots) -> Protection:
     """The recipe's mode, applied to this worker's state. Without a memory tier every capture is whole, for the disk."""
     checkpoint = snapshots.recipe.checkpoint
@@ -226,7 +224,10 @@ def _protect(snapshots: Snapshots) -> Protection:
         return dense(snapshots.buffers, generations=4 if checkpoint.disk.every > 0 else 3)
     snapshots.tap = GradientTap(snapshots.zero_optimizer)
     disk = checkpoint.disk.every > 0 or checkpoint.disk.final
-    return wal(snapshots.buffers, rotation_of(snapshots.recipe), snapshots.tap.dtype, disk)
+    width = DTYPE_BYTES[snapshots.tap.dtype]
+    partition = Partition(sum(b.tensor.numel() for b in snapshots.buffers) // 3, width, disk)
+    rotation = settle(snapshots.recipe, snapshots.process, snapshots.run_dir, snapshots.events, partition)
+    return wal(snapshots.buffers, rotation, snapshots.tap.dtype, disk)
 
 
 def _describe_tensors(zero_optimizer: Any) -> dict[str, dict[str, Any]]:
