@@ -93,6 +93,8 @@ class Snapshots:
             print(f"recovery: {plan.reason}", flush=True)
             self.events.write("recovery_plan", step=plan.step, tier=plan.tier, reason=plan.reason)
         extras = recovery.apply(plan)
+        if target.applied and self.process.rank == 0:
+            print(f"recovery: steps {target.applied[0]} to {target.applied[-1]} redone from the log", flush=True)
         if plan.tier != "fresh":
             self.origin.check(extras["origin"])
             progress.load(extras["progress"])
