@@ -22,6 +22,7 @@ import torch.distributed as dist
 from checkpointing.capture import Capturer
 from checkpointing.cost import Partition
 from checkpointing.keeper.client import KeeperClient
+from checkpointing.phases import Board
 from checkpointing.protection import Protection, dense, wal
 from checkpointing.records import DTYPE_BYTES
 from checkpointing.recover import Recovery
@@ -187,6 +188,7 @@ def open_snapshots(
     events: EventLog,
     failpoints: Failpoints,
     origin: Origin,
+    board: Board | None = None,
 ) -> Snapshots:
     """Attach to the node's keeper, starting one if there is none, and register this worker's state."""
     buffers = zero_buffers(zero_optimizer)
@@ -211,6 +213,7 @@ def open_snapshots(
         metadata=asdict(origin),
         partitions=describe_partitions(buffers, zero_optimizer.optimizer),
         kill=failpoints.disk_kill(),
+        board=board,
     )
     snapshots.protection, snapshots.client = protection, client
     snapshots.capturer = Capturer(client, buffers, protection.log, reached=failpoints.reached)

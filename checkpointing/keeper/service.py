@@ -22,6 +22,7 @@ from checkpointing.keeper.memory import check_fits, create_memfd
 from checkpointing.keeper.persister import KillPoint, Persist, Persister
 from checkpointing.keeper.protocol import KeeperRefused, Message
 from checkpointing.keeper.quiet import Quiet
+from checkpointing.keeper.watch import Watch
 from checkpointing.records import State, seal, state_of
 from checkpointing.schedule import Rules
 from checkpointing.slots import Arena, ArenaShape
@@ -69,6 +70,7 @@ class Service:
         self.hashers = ThreadPoolExecutor(min(8, max(1, (os.cpu_count() or 2) // 2)), "hash")
         self.persister = Persister(lease, self.loop.call, self.event, self.on_persisted, self.hashers)
         self.inventory = Inventory(self)
+        self.watch = Watch(self)
         self.departure.arm()
         self.event("keeper_started", pid=os.getpid())
 
@@ -126,6 +128,7 @@ class Service:
             "status": self.status,
             "finish": self.departure.finish,
             "stop": self.departure.stop,
+            "retire": self.departure.retire,
         }
         try:
             if not connection.authenticated:
@@ -157,12 +160,14 @@ class Service:
     def _worker_gone(self, keep: Keep) -> None:
         keep.connection = None
         keep.abandon()
+        where = self.watch.forget(keep.pid)
         if not keep.finished:
-            self.event("worker_gone", pid=keep.pid, coordinate=keep.coordinate)
+            self.event("worker_gone", pid=keep.pid, coordinate=keep.coordinate, **where)
 
     # Attaching
 
     def attach(self, connection: Connection, request: Message, fds: list[int]) -> None:
+        self.watch.adopt(request, fds)
         coordinate, shape = request["coordinate"], ArenaShape.from_list(request["shape"])
         keep = self.keeps.get(coordinate)
         if keep is not None:
