@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from checkpointing.keeper.events import append_event
@@ -34,6 +34,7 @@ def worker_environment(workers: int) -> dict[str, str]:
     """What every worker needs, however many share this machine."""
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    environment.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's: it would start them at its import
     # torchrun's own store outlives an attempt and would serve dead workers' addresses to the next one.
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     root = str(Path(__file__).resolve().parent.parent)
@@ -80,13 +81,36 @@ class Job:
         self.run_dir = run_folder(recipe).resolve()
         self.environment = {**worker_environment(recipe.parallel.workers), VARIABLE: str(refusal)}
         self.endings: list[Ending | None] = []
+        self._body = self._preload() if may_fork(recipe) else None
+
+    def _preload(self) -> Callable[[], int] | None:
+        """Import once what every worker of every attempt needs: a copy of this process has it at once.
+
+        None if some library has started a thread, which a copy would lack.
+        """
+        os.environ.update(self.environment)
+        import trainer.worker  # noqa: F401
+        from trainer import engine
+
+        engine.preload()
+        return self._be_worker if len(os.listdir("/proc/self/task")) == 1 else None
+
+    def _be_worker(self) -> int:
+        from trainer import cli
+
+        return cli.main(self.command[self.command.index("train") :])
 
     def run(self, signals: Signals) -> int:
         """Returns the exit status. Whenever it returns, no worker lives."""
         parallel = self.recipe.parallel
         for restart in range(parallel.restarts + 1):
             workers = Workers(
-                self.command, parallel.workers, self.environment, parallel.deadlines.build, self._report_stuck
+                self.command,
+                parallel.workers,
+                self.environment,
+                parallel.deadlines.build,
+                self._report_stuck,
+                self._body,
             )
             with workers:
                 ended = workers.wait(signals)
@@ -141,6 +165,12 @@ class Job:
 
     def _ending(self, pids: set[int]) -> Ending | None:
         return ending_of([row for row in read_events(self.run_dir) if row.get("pid") in pids])
+
+
+def may_fork(recipe: Recipe) -> bool:
+    """Whether workers may be copies of the launcher: CUDA must not be touched before a process forks."""
+    device = recipe.parallel.device
+    return device == "cpu" or (device == "auto" and not Path("/dev/nvidiactl").exists())
 
 
 def part(recipe: Recipe, signals: Signals) -> str:

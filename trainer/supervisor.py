@@ -13,6 +13,8 @@ import select
 import signal
 import socket
 import subprocess
+import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType, TracebackType
@@ -52,12 +54,51 @@ class Signals:
             os.write(self._write, b"!")
 
 
+class Forked:
+    """A copy of this process that runs ``body`` and exits with what it returns. The interface is Popen's."""
+
+    def __init__(self, body: Callable[[], int]) -> None:
+        self.returncode: int | None = None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            status = 1
+            try:
+                status = body()
+            except SystemExit as leaving:
+                status = leaving.code if isinstance(leaving.code, int) else 1
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)  # what the launcher would do at its own end is none of the worker's business
+
+    def poll(self) -> int | None:
+        return self._reap(os.WNOHANG)
+
+    def wait(self) -> int | None:
+        return self._reap(0)
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def _reap(self, options: int) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, options)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+
 @dataclass
 class Worker:
     """One process. ``status`` is None while it lives, then its exit status, negative for a signal."""
 
     rank: int
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     pidfd: int
     board: Board
     stopwatch: Stopwatch
@@ -76,6 +117,7 @@ class Workers:
         environment: what they inherit.
         import_s: how long they may take from their start to their first own phase; 0: for ever.
         on_stuck: told (worker, posted phase, seconds) before a worker is killed that no keeper watches.
+        body: if given, workers are copies of this process that call it, instead of running ``command``.
     """
 
     def __init__(
@@ -85,10 +127,12 @@ class Workers:
         environment: Mapping[str, str],
         import_s: float,
         on_stuck: Callable[[Worker, Any, float], None],
+        body: Callable[[], int] | None = None,
     ) -> None:
         self.workers: list[Worker] = []
         self._command, self._count, self._environment = list(command), count, environment
         self._import_s, self._on_stuck = import_s, on_stuck
+        self._body = body
         self._ticker = Ticker()
 
     def __enter__(self) -> Workers:
@@ -122,8 +166,15 @@ class Workers:
         if rank == 0:
             inherited.append(listener.fileno())
             variables[STORE_VARIABLE] = str(listener.fileno())
+        if self._body is None:
+            process: subprocess.Popen[bytes] | Forked = self._execute(variables, inherited)
+        else:
+            process = self._fork(self._body, variables, inherited, listener)
+        return Worker(rank, process, os.pidfd_open(process.pid), board, Stopwatch(board))
+
+    def _execute(self, variables: dict[str, str], inherited: list[int]) -> subprocess.Popen[bytes]:
         launcher = os.getpid()
-        process = subprocess.Popen(
+        return subprocess.Popen(
             self._command,
             env=variables,
             stdin=subprocess.DEVNULL,
@@ -131,7 +182,27 @@ class Workers:
             start_new_session=True,  # Ctrl-C is the launcher's business
             preexec_fn=lambda: _die_with(launcher),
         )
-        return Worker(rank, process, os.pidfd_open(process.pid), board, Stopwatch(board))
+
+    def _fork(
+        self, body: Callable[[], int], variables: dict[str, str], inherited: list[int], listener: socket.socket
+    ) -> Forked:
+        launcher = os.getpid()
+
+        def begin() -> int:
+            _die_with(launcher)
+            os.setsid()
+            for number in _STOPPING:
+                signal.signal(number, signal.SIG_DFL)
+            for worker in self.workers:
+                worker.board.close()
+                os.close(worker.pidfd)
+            if listener.fileno() not in inherited:
+                listener.close()
+            os.dup2(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), 0)
+            os.environ.update(variables)
+            return body()
+
+        return Forked(begin)
 
     def wait(self, signals: Signals) -> list[Worker]:
         """Wait until all have ended well, one has not, or a signal came. Returns those that have ended.

@@ -36,7 +36,7 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        return sum(asdict(self).values())
+        return float(sum(asdict(self).values()))
 
     def __str__(self) -> str:
         parts = " + ".join(f"{name} {value:.2f}" for name, value in asdict(self).items())

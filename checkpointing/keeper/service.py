@@ -42,6 +42,10 @@ def serve(run_dir: Path, fingerprint: str, linger_s: float, ready_fd: int) -> in
             service = Service(launch.Lease(run_dir, life), fingerprint, linger_s)
             os.close(starting)
             ready.write("ready")
+            ready.flush()
+        except BrokenPipeError:
+            service.withdraw("its starter died")
+            return 1
         except Exception as error:
             ready.write(f"{type(error).__name__}: {error}")
             raise
@@ -93,14 +97,18 @@ class Service:
 
     def run(self) -> int:
         self.loop.run()
+        self.withdraw(self.departure.reason)
+        return 0
+
+    def withdraw(self, reason: str) -> None:
+        """Take away the files by which workers find this keeper."""
         # A second starter either finds this keeper whole or, after these lines, finds none.
         if self.lease.holds():
             launch.lock(self.run_dir / "keeper.start", wait=True)
         if self.lease.holds():
             for name in (self.run_dir / "keeper.json", launch.socket_path(self.run_dir)):
                 name.unlink(missing_ok=True)
-        self.event("keeper_exit", reason=self.departure.reason)
-        return 0
+        self.event("keeper_exit", reason=reason)
 
     def event(self, kind: str, step: int | None = None, attempt: int | None = None, **fields: object) -> None:
         """A row in the run's events, unless the run folder has become another run's; from any thread."""
