@@ -31,23 +31,22 @@ from checkpointing.store import clean_unfinished
 
 def serve(run_dir: Path, fingerprint: str, linger_s: float, ready_fd: int) -> int:
     """Be the run's keeper until the run ends. Tells ``ready_fd`` "ready", or "exists" if another one lives."""
-    with open(ready_fd, "w") as ready:
+    with open(ready_fd, "wb", buffering=0) as ready:
         try:
             starting = launch.lock(run_dir / "keeper.start", wait=True)
             assert starting is not None
             life = launch.lock(run_dir / "keeper.lock", wait=False)
             if life is None:
-                ready.write("exists")
+                ready.write(b"exists")
                 return 0
             service = Service(launch.Lease(run_dir, life), fingerprint, linger_s)
             os.close(starting)
-            ready.write("ready")
-            ready.flush()
+            ready.write(b"ready")
         except BrokenPipeError:
             service.withdraw("its starter died")
             return 1
         except Exception as error:
-            ready.write(f"{type(error).__name__}: {error}")
+            ready.write(f"{type(error).__name__}: {error}".encode())
             raise
     return service.run()
 
