@@ -5,6 +5,7 @@ The keeper, which is nobody's child, holds their memory meanwhile.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -56,7 +57,9 @@ def train(recipe_path: str, overrides: Sequence[str]) -> int:
             job = Job(recipe, command, Path(scratch) / "refusal")
             status = job.run(signals)
         if status == RESUMABLE:
-            print(part(recipe, signals), file=sys.stderr)
+            words = part(recipe, signals)
+            with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
+                print(words, file=sys.stderr)
     return status
 
 
