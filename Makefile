@@ -10,7 +10,8 @@ PURE := moe/refs.py moe/layout.py checkpointing/units.py checkpointing/records.p
         checkpointing/plt.py lora/config.py lora/presets.py inference/policies.py trainer/cli.py trainer/recipe.py trainer/plan.py \
         trainer/schema.py trainer/faults.py trainer/recipe_view.py trainer/recipe_checks.py \
         trainer/checkpoint_checks.py trainer/mode_plan.py trainer/disk_rules.py trainer/checkpoints.py \
-        trainer/checkpoint_cli.py
+        trainer/checkpoint_cli.py checkpointing/phases.py trainer/phases.py trainer/endings.py trainer/supervisor.py \
+        trainer/timesplit.py
 
 .PHONY: install demo test lint clean
 

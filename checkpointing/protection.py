@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from checkpointing.capture import arena_shape
+from checkpointing.cost import SLACK
 from checkpointing.schedule import Rules, wal_part
 from checkpointing.slots import ArenaShape
 from checkpointing.state.buffers import StateBuffer
 from checkpointing.state.fragments import Fragment, LogLayout, log_layout, rotation
-
-SLACK = 3  # captures that may be under way beyond the committed step: one being copied, others being sealed
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,8 @@ class Redo:
     def begin(self, log: LoggedStep) -> None:
         """Set the step counts to what they were before this step, the first that is applied."""
         for partition, group in zip(self.partitions, json.loads(log.meta)["groups"], strict=True):
-            self._twin.state[partition]["step"].fill_(group["step"])
+            if "step" in self._twin.state[partition]:  # SGD counts none
+                self._twin.state[partition]["step"].fill_(group["step"])
 
     def apply(self, step: int, log: LoggedStep) -> None:
         """One optimizer step. Raises RecoveryError if the log is of another optimizer."""
@@ -56,7 +57,7 @@ class Redo:
         for index, (partition, settings, factor) in enumerate(
             zip(self.partitions, facts["groups"], facts["factors"], strict=True)
         ):
-            _check_count(step, index, self._twin.state[partition]["step"], settings["step"])
+            _check_count(step, index, self._twin.state[partition].get("step"), settings["step"])
             # Padding, which no log names, stays zero.
             logged = torch.zeros(partition.numel(), dtype=getattr(torch, log.dtype), device=partition.device)
             log.read(index, logged)
@@ -77,8 +78,8 @@ class Redo:
             self._twin.param_groups = every
 
 
-def _check_count(step: int, index: int, count: Tensor, logged: float) -> None:
-    if not count.is_cuda and float(count) != logged:
+def _check_count(step: int, index: int, count: Tensor | None, logged: float) -> None:
+    if count is not None and not count.is_cuda and float(count) != logged:
         raise RecoveryError(
             f"the log of step {step} was written after {logged:g} optimizer steps of group {index}, "
             f"{float(count):g} are applied: steps are missing between"

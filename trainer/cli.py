@@ -131,6 +131,11 @@ def _train(arguments: argparse.Namespace) -> int:
     if under_launcher():
         if refused():
             return USER_MISTAKE  # restarted after a mistake that a restart cannot mend
+        from trainer.endings import check_restarts
+        from trainer.recipe import load_recipe
+        from trainer.runfolder import run_folder
+
+        check_restarts(run_folder(load_recipe(arguments.recipe, arguments.overrides)))
         from trainer import worker
 
         return worker.main(arguments.recipe, arguments.overrides)

@@ -12,6 +12,7 @@ from typing import Any
 
 from checkpointing.keeper.client import stop_keeper
 from trainer.events import read_events
+from trainer.timesplit import Seconds
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 KILL = "rank=1,step=110,at=optimizer"
@@ -60,7 +61,6 @@ def print_table(killed: Path, lora: Path, generated: str, seconds: float) -> Non
     verdict = json.loads((killed / "verdict.json").read_text())
     rows = read_events(killed)
     held, tuned = _heldout(rows), _heldout(read_events(lora))
-    split = verdict["seconds"]
     exact = verdict["state_hash_undisturbed"] == verdict["state_hash_killed"]
     body, _, figures = generated.strip().rpartition("\n")
     adapter = sum(f.stat().st_size for f in (lora / "export" / "adapter").iterdir())
@@ -72,8 +72,7 @@ def print_table(killed: Path, lora: Path, generated: str, seconds: float) -> Non
                             f"{'beaten' if held[-1]['loss'] < held[0]['unigram_entropy'] else 'not beaten'}"),
         ("killed at", verdict["kill"]),
         ("recovered from", f"{verdict['tier']}, step {verdict['resumed_step']}, {verdict['steps_lost']} step(s) lost"),
-        ("recovery time", f"{verdict['total_s']:.1f} s = detect {split['detect']:.1f} + restart {split['restart']:.1f} "
-                          f"+ load {split['load']:.2f} + redo {split['redo']:.1f}"),
+        ("recovery time", str(Seconds(**verdict["seconds"]))),
         ("bit-exact", "yes" if exact else "NO"),
         ("  undisturbed", verdict["state_hash_undisturbed"]),
         ("  killed", verdict["state_hash_killed"]),

@@ -25,22 +25,9 @@ from trainer.faults import KillSpec
 from trainer.launch import RESUMABLE
 from trainer.recipe import RecipeError, load_recipe
 from trainer.schema import Recipe
+from trainer.timesplit import Seconds, split_seconds
 
 RUN_TIMEOUT_S = 3600
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """Where the time of a recovery went, from the kill to the step that was in flight being done again."""
-
-    detect: float
-    restart: float
-    load: float
-    redo: float
-
-    @property
-    def total(self) -> float:
-        return self.detect + self.restart + self.load + self.redo
 
 
 @dataclass(frozen=True)
@@ -171,7 +158,7 @@ def judge(
         steps_lost=max(0, reached - resumed),
         optimizer_steps=executed,
         steps=steps,
-        seconds=_seconds(killed, strike, reached) if worker_died and strike else Seconds(0, 0, 0, 0),
+        seconds=split_seconds(killed, strike, reached) if worker_died and strike else Seconds(),
         state_hash_undisturbed=hashes[0],
         state_hash_killed=hashes[1],
         problems=tuple(problems),
@@ -192,17 +179,6 @@ def _sample_problems(recipe: Recipe, calm: list[dict[str, Any]], killed: list[di
     return [f"steps {wrong} did not consume the samples of the undisturbed run"] if wrong else []
 
 
-def _seconds(rows: list[dict[str, Any]], strike: dict[str, Any], reached: int) -> Seconds:
-    """Split the recovery: kill, last worker gone, new workers ready, state loaded, the lost step done again."""
-    after = [row for row in rows if row["time"] >= strike["time"]]
-    starts = [row["time"] for row in after if row["kind"] == "recover_begin"]
-    began = min(starts, default=strike["time"])
-    gone = max((r["time"] for r in after if r["kind"] == "worker_gone" and r["time"] < began), default=strike["time"])
-    loaded = max((r["time"] for r in after if r["kind"] == "recovered"), default=began)
-    redone = min((r["time"] for r in after if r["kind"] == "step" and r["step"] >= reached), default=loaded)
-    return Seconds(gone - strike["time"], began - gone, loaded - began, max(0.0, redone - loaded))
-
-
 def _first(rows: list[dict[str, Any]], kind: str) -> dict[str, Any] | None:
     return next((row for row in rows if row["kind"] == kind), None)
 
@@ -212,13 +188,11 @@ def _last(rows: list[dict[str, Any]], kind: str) -> dict[str, Any] | None:
 
 
 def format_verdict(verdict: Verdict) -> str:
-    s = verdict.seconds
     lines = [
         f"{'PASS' if verdict.passed else 'FAIL'}: killed at {verdict.kill}, resumed from {verdict.tier} "
         f"at step {verdict.resumed_step}, {verdict.steps_lost} step(s) lost",
         f"  optimizer steps over all attempts: {verdict.optimizer_steps} for {verdict.steps}",
-        f"  recovery {s.total:.1f} s = detect {s.detect:.1f} + restart {s.restart:.1f} + load {s.load:.2f} "
-        f"+ redo {s.redo:.1f}",
+        f"  recovery {verdict.seconds}",
         f"  state hash undisturbed {verdict.state_hash_undisturbed}",
         f"  state hash killed      {verdict.state_hash_killed}",
         *(f"  problem: {problem}" for problem in verdict.problems),

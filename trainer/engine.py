@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
 import os
 import warnings
@@ -34,6 +36,12 @@ def prepare_deepspeed() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), dist_init_required=False)
+
+
+def preload() -> None:
+    """Import what DeepSpeed would import in ``initialize``: over a second, which a worker then need not spend."""
+    with contextlib.suppress(ImportError):  # another version keeps it elsewhere, and then imports it late
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

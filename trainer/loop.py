@@ -18,6 +18,7 @@ from trainer.data import DataBundle, batch_ids, sample_order
 from trainer.engine import set_learning_rate
 from trainer.events import EventLog
 from trainer.failpoints import Failpoints
+from trainer.phases import Phases
 from trainer.progress import Progress
 from trainer.rendezvous import Process
 from trainer.schedules import learning_rate
@@ -42,6 +43,7 @@ class Run:
     events: EventLog
     failpoints: Failpoints
     meter: RoutingMeter
+    phases: Phases
     watch: AdapterWatch | None = None
     progress: Progress = field(default_factory=Progress)
 
@@ -54,6 +56,7 @@ def fit(run: Run) -> None:
     for step in range(run.progress.step + 1, train.steps + 1):
         started = time.monotonic()
         loss = train_step(run, step)
+        run.phases.enter("capture", step)
         run.snapshots.after_step(step, run.progress)
         if run.watch is not None:
             run.watch = _check_adapters(run, run.watch)
@@ -79,15 +82,19 @@ def train_step(run: Run, step: int) -> float:
     set_learning_rate(engine, rate)
     total = torch.zeros((), device=run.process.device)
     for micro in range(run.recipe.accumulation):
+        run.phases.enter("forward", step)
         ids_BS = next_batch(run, step, micro)
         with batch_context(BatchContext(aux_scale=1 / run.recipe.accumulation)):
             loss = engine(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss
+        run.phases.enter("backward", step)
         engine.backward(loss)
         total += loss.detach().float() / run.recipe.accumulation
         if micro == run.recipe.accumulation - 1:
+            run.phases.enter("exchange", step)
             mean = _exchange(run, total)
             _check_finite(run, step, "loss", mean)
             run.events.write("optimizer", step=step)
+            run.phases.enter("optimizer", step)
         engine.step()
     run.progress.step = step
     _check_finite(run, step, "gradient norm", _grad_norm(engine))
@@ -198,6 +205,7 @@ def heldout_loss(run: Run) -> float:
 
 
 def _report_heldout(run: Run, step: int) -> None:
+    run.phases.enter("evaluate", step)
     loss = heldout_loss(run)
     if run.process.rank == 0:
         entropy = run.data.unigram_entropy_nats

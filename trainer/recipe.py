@@ -322,10 +322,11 @@ def recipe_fingerprint(recipe: Recipe) -> str:
     """16 hex digits that change with everything that can change the run's bits.
 
     Left out is what only says how a run is kept and watched, so that it may change when a run is resumed: ``log``,
-    ``checkpoint``, ``parallel.restarts``, ``data.cache_dir`` and the evaluation's frequency and size.
+    ``checkpoint``, ``parallel.restarts``, ``parallel.deadlines``, ``data.cache_dir`` and the evaluation's frequency and
+    size.
     """
     values = recipe_values(recipe)
-    del values["log"], values["checkpoint"], values["parallel"]["restarts"]
+    del values["log"], values["checkpoint"], values["parallel"]["restarts"], values["parallel"]["deadlines"]
     del values["train"]["eval_every"], values["train"]["eval_sequences"]
     values["data"].pop("cache_dir", None)
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))

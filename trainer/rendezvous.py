@@ -9,11 +9,15 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import time
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from trainer.supervisor import STORE_VARIABLE
 
 _PR_SET_PDEATHSIG = 1
 
@@ -46,6 +50,13 @@ def die_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def process_started() -> float:
+    """When this process was started, as ``time.time`` tells it, to 10 ms."""
+    ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - age_s
+
+
 def choose_device(wanted: str, local_rank: int) -> torch.device:
     """``auto`` is CUDA if there is one. Raises DeviceError when CUDA is wanted and absent."""
     if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
@@ -65,12 +76,14 @@ def join(device_wanted: str, timeout: timedelta = timedelta(minutes=30)) -> Proc
     if device.type == "cuda":
         torch.cuda.set_device(device)
     agent_hosts_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    bound = environment.get(STORE_VARIABLE)  # our own launcher's: a socket that nobody else can take
     store = dist.TCPStore(
         environment["MASTER_ADDR"],
         int(environment["MASTER_PORT"]),
         world,
         is_master=rank == 0 and not agent_hosts_store,
         timeout=timedelta(minutes=5),
+        master_listen_fd=int(bound) if bound else None,
     )
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",

@@ -75,6 +75,19 @@ class DataSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeadlinesSection:
+    """Seconds that a worker may stay in one phase before it counts as stuck and is killed; 0: for ever."""
+
+    __pydantic_config__ = _STRICT
+    step: AtLeast0 = 10.0  # forward, backward, exchange, optimizer, capture: each of them
+    first_step: AtLeast0 = 300.0  # the same, in the first step after a start
+    build: AtLeast0 = 600.0  # imports, joining, data, model, engine
+    load: AtLeast0 = 300.0
+    evaluate: AtLeast0 = 300.0
+    finish: AtLeast0 = 900.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelSection:
     __pydantic_config__ = _STRICT
     workers: Count = 1
@@ -83,6 +96,7 @@ class ParallelSection:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: fp32 on CPU, bf16 on GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
     restarts: CountOrZero = 3
+    deadlines: DeadlinesSection = field(default_factory=DeadlinesSection)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +160,7 @@ class PecSection:
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSection:
     __pydantic_config__ = _STRICT
-    mode: Literal["wal", "dense", "pec"] = "dense"
+    mode: Literal["wal", "dense", "pec"] = "wal"
     memory: MemorySection = field(default_factory=MemorySection)
     disk: DiskSection = field(default_factory=DiskSection)
     wal: WalSection = field(default_factory=WalSection)

@@ -20,8 +20,11 @@ from typing import Any
 import torch.distributed as dist
 
 from checkpointing.capture import Capturer
+from checkpointing.cost import Partition
 from checkpointing.keeper.client import KeeperClient
+from checkpointing.phases import Board
 from checkpointing.protection import Protection, dense, wal
+from checkpointing.records import DTYPE_BYTES
 from checkpointing.recover import Recovery
 from checkpointing.recovery import RecoveryPlan, memory_suffices, plan_recovery
 from checkpointing.redo import Redo
@@ -37,6 +40,7 @@ from trainer.failpoints import Failpoints
 from trainer.origin import Origin
 from trainer.progress import Progress
 from trainer.rendezvous import Process
+from trainer.rotation import settle
 from trainer.runfolder import checkpoints_of
 from trainer.schema import Recipe
 
@@ -92,6 +96,8 @@ class Snapshots:
             print(f"recovery: {plan.reason}", flush=True)
             self.events.write("recovery_plan", step=plan.step, tier=plan.tier, reason=plan.reason)
         extras = recovery.apply(plan)
+        if target.applied and self.process.rank == 0:
+            print(f"recovery: steps {target.applied[0]} to {target.applied[-1]} redone from the log", flush=True)
         if plan.tier != "fresh":
             self.origin.check(extras["origin"])
             progress.load(extras["progress"])
@@ -184,6 +190,7 @@ def open_snapshots(
     events: EventLog,
     failpoints: Failpoints,
     origin: Origin,
+    board: Board | None = None,
 ) -> Snapshots:
     """Attach to the node's keeper, starting one if there is none, and register this worker's state."""
     buffers = zero_buffers(zero_optimizer)
@@ -209,15 +216,11 @@ def open_snapshots(
         partitions=describe_partitions(buffers, zero_optimizer.optimizer),
         kill=failpoints.disk_kill(),
         disk_fault=failpoints.disk_fault(),
+        board=board,
     )
     snapshots.protection, snapshots.client = protection, client
     snapshots.capturer = Capturer(client, buffers, protection.log, reached=failpoints.reached)
     return snapshots
-
-
-def rotation_of(recipe: Recipe) -> int:
-    rotation = recipe.checkpoint.wal.rotation
-    return 8 if rotation == "auto" else rotation
 
 
 def _protect(snapshots: Snapshots) -> Protection:
@@ -229,7 +232,10 @@ def _protect(snapshots: Snapshots) -> Protection:
         return dense(snapshots.buffers, generations=4 if checkpoint.disk.every > 0 else 3)
     snapshots.tap = GradientTap(snapshots.zero_optimizer)
     disk = checkpoint.disk.every > 0 or checkpoint.disk.final
-    return wal(snapshots.buffers, rotation_of(snapshots.recipe), snapshots.tap.dtype, disk)
+    width = DTYPE_BYTES[snapshots.tap.dtype]
+    partition = Partition(sum(b.tensor.numel() for b in snapshots.buffers) // 3, width, disk)
+    rotation = settle(snapshots.recipe, snapshots.process, snapshots.run_dir, snapshots.events, partition)
+    return wal(snapshots.buffers, rotation, snapshots.tap.dtype, disk)
 
 
 def _describe_tensors(zero_optimizer: Any) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from trainer.events import EventLog, read_events
 from trainer.failpoints import Failpoints
 from trainer.loop import Run, fit
 from trainer.origin import Origin
+from trainer.phases import Phases, longest_deadline_s
 from trainer.recipe import RecipeError, check_world, load_recipe
 from trainer.refusal import is_users_mistake, refuse
-from trainer.rendezvous import Process, die_with_launcher, join
+from trainer.rendezvous import Process, die_with_launcher, join, process_started
 from trainer.runfolder import check_place, claim, lock, next_attempt, run_folder
 from trainer.schema import Recipe
 from trainer.snapshots import Snapshots, open_snapshots
@@ -40,14 +42,18 @@ USER_MISTAKE = 2
 def main(recipe_path: str, overrides: Sequence[str]) -> int:
     """Run this worker to the end of the recipe. Returns the exit status."""
     die_with_launcher()
+    times = {"spawned": process_started(), "imported": time.time()}
     recipe = load_recipe(recipe_path, overrides)
     check_world(recipe, int(os.environ["WORLD_SIZE"]))
+    phases = Phases.open(recipe.parallel.deadlines)
+    phases.enter("build")
     try:
-        process = join(recipe.parallel.device)
-        train(recipe, process)
+        process = join(recipe.parallel.device, _patience(recipe))
+        times["joined"] = time.time()
+        train(recipe, process, phases, times)
         dist.barrier()
     except Exception as error:
-        status = _explain(error)
+        status = _explain(error, recipe, phases)
         sys.stderr.flush()
         # The others may be inside a collective: no clean shutdown can be agreed on. The launcher restarts everyone.
         os._exit(status)
@@ -55,8 +61,29 @@ def main(recipe_path: str, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _explain(error: Exception) -> int:
+def _patience(recipe: Recipe) -> timedelta:
+    """How long a collective may wait: longer than any phase of the peer that it waits for."""
+    longest_s = longest_deadline_s(recipe.parallel.deadlines)
+    return timedelta(seconds=longest_s + 60) if longest_s is not None else timedelta(days=30)
+
+
+def _explain(error: Exception, recipe: Recipe, phases: Phases) -> int:
     """Say what went wrong, in as many words as it takes; returns the exit status."""
+    status = _say(error)
+    if status != USER_MISTAKE:
+        folder, lost_peer = run_folder(recipe), _lost_peer(error)
+        words = (str(error).splitlines() or [""])[0][:300]
+        with EventLog(folder, int(os.environ["RANK"]), max(0, next_attempt(folder) - 1)) as events:
+            events.write("failed", phases.step, pid=os.getpid(), phase=phases.phase, lost_peer=lost_peer,
+                         error=f"{type(error).__name__}: {words}")  # fmt: skip
+    return status
+
+
+def _lost_peer(error: Exception) -> bool:
+    return isinstance(error, ConnectionError | dist.DistBackendError) or "by peer" in str(error)
+
+
+def _say(error: Exception) -> int:
     rank = os.environ.get("RANK")
     if isinstance(error, RecoveryError | KeeperRefused):
         # What damaged bytes or a keeper that is still leaving call for is another attempt, which sees them set aside.
@@ -69,20 +96,21 @@ def _explain(error: Exception) -> int:
         refuse(str(error))
         return USER_MISTAKE
     text = str(error)
-    if isinstance(error, ConnectionError | dist.DistBackendError) or "by peer" in text:
+    if _lost_peer(error):
         print(f"rank {rank}: lost another worker ({text.splitlines()[0][:200]})", file=sys.stderr)
     else:
         print(f"rank {rank} failed:\n{''.join(traceback.format_exception(error))}", file=sys.stderr)
     return 1
 
 
-def train(recipe: Recipe, process: Process) -> None:
+def train(recipe: Recipe, process: Process, phases: Phases, times: dict[str, float]) -> None:
     run_dir, attempt, finished = _enter_folder(recipe, process)
     events = EventLog(run_dir, process.rank, attempt)
-    events.write("start", pid=os.getpid(), world=process.world, device=str(process.device))
+    events.write("start", pid=os.getpid(), world=process.world, device=str(process.device), **times)
     failpoints = Failpoints.from_environment(rank=process.rank, attempt=attempt, run_dir=run_dir, events=events)
-    run = prepare(recipe, process, run_dir, events, failpoints)
+    run = prepare(recipe, process, run_dir, events, failpoints, phases)
     events.write("ready")
+    phases.enter("load")
     plan = run.snapshots.recover(run.progress)
     if plan.tier == "fresh" and finished:
         if process.rank == 0:
@@ -91,10 +119,13 @@ def train(recipe: Recipe, process: Process) -> None:
         return
     run.engine.module.train()
     fit(run)
+    phases.enter("finish", run.progress.step)
     _finish(run)
 
 
-def prepare(recipe: Recipe, process: Process, run_dir: Path, events: EventLog, failpoints: Failpoints) -> Run:
+def prepare(
+    recipe: Recipe, process: Process, run_dir: Path, events: EventLog, failpoints: Failpoints, phases: Phases
+) -> Run:
     """Data, model, engine and checkpoints of this worker, everything but the state."""
     _make_deterministic(process)
     prepare_deepspeed()
@@ -107,9 +138,9 @@ def prepare(recipe: Recipe, process: Process, run_dir: Path, events: EventLog, f
     engine = create_engine(model, recipe, training_dtype(recipe, process.device), recipe.accumulation)
     inner = engine.optimizer.optimizer
     origin = Origin.of(recipe, process, data.key, inner)
-    snapshots = open_snapshots(recipe, process, run_dir, engine.optimizer, events, failpoints, origin)
+    snapshots = open_snapshots(recipe, process, run_dir, engine.optimizer, events, failpoints, origin, phases.board)
     watch = AdapterWatch(model) if recipe.adapter else None
-    run = Run(recipe, process, run_dir, data, engine, snapshots, events, failpoints, meter, watch)
+    run = Run(recipe, process, run_dir, data, engine, snapshots, events, failpoints, meter, phases, watch)
     _place_failpoints(run, model, inner)
     seed_streams(recipe.train.seed, "train", process.rank)
     return run

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpointing.keeper.launch import connect, connect_or_start, is_alive, wait_for_end
+from checkpointing.keeper.launch import connect, connect_or_start, is_alive, process_start_time, wait_for_end
 from checkpointing.keeper.protocol import (
     EndOfStream,
     Inbox,
@@ -24,6 +24,7 @@ from checkpointing.keeper.protocol import (
     receive_one,
     send_all,
 )
+from checkpointing.phases import Board
 from checkpointing.records import Kind, RecordInfo, decode_table
 from checkpointing.schedule import WHOLE, Rules
 from checkpointing.slots import Arena, ArenaShape
@@ -56,8 +57,9 @@ class KeeperClient:
 
     patience_s = 120.0
 
-    def __init__(self, run_dir: Path, hello: Message) -> None:
+    def __init__(self, run_dir: Path, hello: Message, board: Board | None = None) -> None:
         self.run_dir = run_dir
+        self._board = board
         self.coordinate: str = hello["coordinate"]
         self.attempt: int = hello["attempt"]
         self.restored_step = -1
@@ -96,6 +98,7 @@ class KeeperClient:
         kill: Mapping[str, Any] | None = None,
         node_coordinates: Sequence[str] | None = None,
         disk_fault: Mapping[str, Any] | None = None,
+        board: Board | None = None,
     ) -> KeeperClient:
         """Attach this worker to the run's keeper, starting one if none lives.
 
@@ -108,8 +111,8 @@ class KeeperClient:
             tensors: ``{unit: {"param", "shape", "dtype", "elements"}}`` for the manifest; ``elements`` (optional) lets
                 a reader prove that the unit is whole.
             partitions: how this worker's flat partitions lie, for whoever redoes its log from disk.
-            disk_fault: a drill, see :class:`checkpointing.keeper.diskfault.DiskFault`.
-            kill: a drill, ``{"at": "disk", "step": N, "pids": [pid or "keeper", ...]}``.
+            kill: a drill, ``{"at": "disk", "step": N, "pids": [pid or "keeper", ...]}``; ``disk_fault``: another.
+            board: where this worker posts its phases; the keeper kills it when one takes too long.
         Raises KeeperRefused (another recipe, too little memory, coordinate taken) or KeeperError.
         """
         hello = {
@@ -129,8 +132,9 @@ class KeeperClient:
             "partitions": partitions,
             "kill": None if kill is None else dict(kill),
             "disk_fault": None if disk_fault is None else dict(disk_fault),
+            "board": None if board is None else process_start_time(os.getpid()),
         }
-        return cls(Path(run_dir).resolve(), hello)
+        return cls(Path(run_dir).resolve(), hello, board)
 
     # Requests
 
@@ -282,7 +286,8 @@ class KeeperClient:
             self.keeper_pid = info.pid
             inbox = Inbox()
             try:
-                send_all(sock, self._hello | also | {"id": 0, "token": info.token}, fds)
+                also_board = [] if self._board is None else [self._board.fd]
+                send_all(sock, self._hello | also | {"id": 0, "token": info.token}, [*fds, *also_board])
                 answer, received = receive_one(sock, inbox)
             except (KeeperError, OSError) as error:
                 sock.close()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _FIRST_LINGER_S = 60.0
 _LONGEST_RETRY_S = 300.0
 _NO_WORKERS = "no workers"
+_SEALING_POLL_S = 0.02
 
 
 class Departure:
@@ -33,6 +34,7 @@ class Departure:
         self._service = service
         self._finishing: list[tuple[Connection, Message]] = []
         self._stopping: list[tuple[Connection, Message]] = []
+        self._retiring: list[tuple[Connection, Message]] = []
         self._had_workers = False
         self._failures = 0
         # The step that must be on disk before the end, -1 if none, and what is still wrong with that.
@@ -48,6 +50,7 @@ class Departure:
     def closed(self, connection: Connection) -> None:
         self._finishing = [pair for pair in self._finishing if pair[0] is not connection]
         self._stopping = [pair for pair in self._stopping if pair[0] is not connection]
+        self._retiring = [pair for pair in self._retiring if pair[0] is not connection]
 
     def arm(self, seconds: float | None = None) -> None:
         """Leave after so long (default: what the recipe asks for) unless a worker is attached."""
@@ -68,6 +71,22 @@ class Departure:
     def stop(self, connection: Connection, request: Message, fds: list[int]) -> None:
         self._stopping.append((connection, request))
         self.leave("stop", request.get("persist", True) and self._service.disk is not None)
+
+    def retire(self, connection: Connection, request: Message, fds: list[int]) -> None:
+        """The job was stopped: write the newest step and end. What has no disk tier stays in memory, and so do we.
+
+        A step that is being sealed just now is waited for: its worker is dead, its bytes are here.
+        """
+        service = self._service
+        if service.quiet.sealing:
+            service.loop.set_timer("retire", _SEALING_POLL_S, lambda: self.retire(connection, request, fds))
+            return
+        newest = service.committed()
+        if service.disk is None and newest >= 0:
+            connection.answer(request, {"ok": True, "stays": True, "on_disk": -1, "in_memory": newest, "problem": ""})
+            return
+        self._retiring.append((connection, request))
+        self.leave("retired", service.disk is not None)
 
     def leave(self, reason: str, persist: bool) -> None:
         """End once nothing is being written and, if ``persist``, the newest complete step is on disk."""
@@ -92,8 +111,8 @@ class Departure:
         """Go, if it is time to and nothing is being written; stay if the last step is not on disk."""
         if not self.reason or not self._service.persister.idle:
             return
-        finishing, stopping = self._finishing, self._stopping
-        self._finishing, self._stopping = [], []
+        finishing, stopping, retiring = self._finishing, self._stopping, self._retiring
+        self._finishing, self._stopping, self._retiring = [], [], []
         # The events tell it before the workers are told.
         if self._problem and self._service.lease.holds():
             self._stay()
@@ -103,11 +122,18 @@ class Departure:
             connection.answer(request, {"ok": True, "step": self._step, "problem": self._problem})
         for connection, request in stopping:
             connection.answer(request, self._answer_to_stop())
+        for connection, request in retiring:
+            connection.answer(request, self._answer_to_retire())
 
     def _answer_to_stop(self) -> Message:
         if not self._problem:
             return {"ok": True}
         return {"error": f"the keeper stays, because step {self._step} could not be written: {self._problem}"}
+
+    def _answer_to_retire(self) -> Message:
+        kept = bool(self._problem)
+        on_disk, in_memory = (-1, self._step) if kept else (self._step, -1)
+        return {"ok": True, "stays": kept, "on_disk": on_disk, "in_memory": in_memory, "problem": self._problem}
 
     def _stay(self) -> None:
         reason, self.reason = self.reason, ""

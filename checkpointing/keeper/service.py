@@ -23,6 +23,7 @@ from checkpointing.keeper.memory import check_fits, create_memfd
 from checkpointing.keeper.persister import KillPoint, Persist, Persister, check_place
 from checkpointing.keeper.protocol import KeeperRefused, Message
 from checkpointing.keeper.quiet import Quiet
+from checkpointing.keeper.watch import Watch
 from checkpointing.records import State, seal, state_of
 from checkpointing.schedule import Rules
 from checkpointing.slots import Arena, ArenaShape
@@ -30,19 +31,22 @@ from checkpointing.slots import Arena, ArenaShape
 
 def serve(run_dir: Path, fingerprint: str, linger_s: float, ready_fd: int) -> int:
     """Be the run's keeper until the run ends. Tells ``ready_fd`` "ready", or "exists" if another one lives."""
-    with open(ready_fd, "w") as ready:
+    with open(ready_fd, "wb", buffering=0) as ready:
         try:
             starting = launch.lock(run_dir / "keeper.start", wait=True)
             assert starting is not None
             life = launch.lock(run_dir / "keeper.lock", wait=False)
             if life is None:
-                ready.write("exists")
+                ready.write(b"exists")
                 return 0
             service = Service(launch.Lease(run_dir, life), fingerprint, linger_s)
             os.close(starting)
-            ready.write("ready")
+            ready.write(b"ready")
+        except BrokenPipeError:
+            service.withdraw("its starter died")
+            return 1
         except Exception as error:
-            ready.write(f"{type(error).__name__}: {error}")
+            ready.write(f"{type(error).__name__}: {error}".encode())
             raise
     return service.run()
 
@@ -69,6 +73,7 @@ class Service:
         health = DiskHealth(self.loop.set_timer, self.event)
         self.persister = Persister(lease, self.loop.call, self.event, self.on_persisted, self.hashers, health)
         self.inventory = Inventory(self)
+        self.watch = Watch(self)
         self.departure.arm()
         self.event("keeper_started", pid=os.getpid())
 
@@ -91,14 +96,18 @@ class Service:
 
     def run(self) -> int:
         self.loop.run()
+        self.withdraw(self.departure.reason)
+        return 0
+
+    def withdraw(self, reason: str) -> None:
+        """Take away the files by which workers find this keeper."""
         # A second starter either finds this keeper whole or, after these lines, finds none.
         if self.lease.holds():
             launch.lock(self.run_dir / "keeper.start", wait=True)
         if self.lease.holds():
             for name in (self.run_dir / "keeper.json", launch.socket_path(self.run_dir)):
                 name.unlink(missing_ok=True)
-        self.event("keeper_exit", reason=self.departure.reason)
-        return 0
+        self.event("keeper_exit", reason=reason)
 
     def event(self, kind: str, step: int | None = None, attempt: int | None = None, **fields: object) -> None:
         """A row in the run's events, unless the run folder has become another run's; from any thread."""
@@ -126,6 +135,7 @@ class Service:
             "status": self.status,
             "finish": self.departure.finish,
             "stop": self.departure.stop,
+            "retire": self.departure.retire,
         }
         try:
             if not connection.authenticated:
@@ -157,12 +167,14 @@ class Service:
     def _worker_gone(self, keep: Keep) -> None:
         keep.connection = None
         keep.abandon()
+        where = self.watch.forget(keep.pid)
         if not keep.finished:
-            self.event("worker_gone", pid=keep.pid, coordinate=keep.coordinate)
+            self.event("worker_gone", pid=keep.pid, coordinate=keep.coordinate, **where)
 
     # Attaching
 
     def attach(self, connection: Connection, request: Message, fds: list[int]) -> None:
+        self.watch.adopt(request, fds)
         coordinate, shape = request["coordinate"], ArenaShape.from_list(request["shape"])
         check_place(request["disk"])
         keep = self.keeps.get(coordinate)

@@ -1,5 +1,6 @@
 """Real jobs for drills: whole process trees, started as a user starts them, reaped whatever happens."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -81,6 +82,20 @@ def start(folder):
     yield start_job
     for job in jobs:
         job.reap()
+
+
+@pytest.fixture(scope="session")
+def nothing_left():
+    """Fails unless no process, memfd, lock or port of a run folder remains."""
+    return load_module("leftovers").nothing_left
+
+
+def load_module(name):
+    """A helper beside the tests: pytest imports test files by path, so that they are no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

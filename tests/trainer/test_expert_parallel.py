@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from checkpointing.units import Range, overlaps, uncovered
-from trainer.launch import torchrun_arguments, worker_environment
+from trainer.launch import worker_environment
 
 HERE = Path(__file__).parent
 
@@ -20,7 +20,8 @@ def reports(tmp_path_factory):
     for world, ep, zero in [(1, 1, 1), (2, 2, 1), (4, 2, 2)]:
         out = folder / f"{world}.json"
         worker = [str(HERE / "ep_worker.py"), str(out), str(ep), str(zero)]
-        command = [sys.executable, "-m", "torch.distributed.run", *torchrun_arguments(world, 0, worker)]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "--max-restarts=0"]
+        command = [sys.executable, *torchrun, *worker]
         environment = {**worker_environment(world), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, timeout=150, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[:6000]

@@ -115,7 +115,10 @@ def test_the_recipes_own_numbers_are_priced() -> None:
         "rotation 9, as the recipe says"
         in rows_of(quickstart("checkpoint.mode=wal", "checkpoint.wal.rotation=9"))["* wal"]
     )
-    assert "every 7 steps, as the recipe says" in rows_of(quickstart("checkpoint.memory.every=7"))["* dense"]
+    assert (
+        "every 7 steps, as the recipe says"
+        in rows_of(quickstart("checkpoint.mode=dense", "checkpoint.memory.every=7"))["* dense"]
+    )
     pec = rows_of(quickstart("checkpoint.mode=pec", "checkpoint.pec.k_snapshot=8", "train.steps=10000"))["* pec"]
     assert "8 of 32 experts a layer every 1 steps, as the recipe says" in pec
     assert "a fault loses 0.01% of the tokens" in pec, "3/2 of 10,000 steps"

@@ -1,0 +1,77 @@
+"""The rotation of mode ``wal``, settled once at a run's start from what this machine can do."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from checkpointing.bandwidth import measure
+from checkpointing.cost import Bandwidths, Partition
+from checkpointing.keeper.memory import available_bytes
+from trainer.events import EventLog, read_events
+from trainer.mode_plan import basis_of, budget_of, settle_rotation
+from trainer.plan import plan_run
+from trainer.rendezvous import Process
+from trainer.schema import Recipe
+
+
+def settle(recipe: Recipe, process: Process, run_dir: Path, events: EventLog, partition: Partition) -> int:
+    """The recipe's rotation, the one this run began with, or the best for its memory and bandwidth. A collective.
+
+    All workers measure at once, since they share a machine; rank 0 decides for all with the slowest figures, and writes
+    events ``bandwidth`` and ``schedule``. Raises cost.BudgetError, on every rank, if nothing fits the memory budget.
+    """
+    known: list[Any] = [None]
+    if process.rank == 0:
+        rows = read_events(run_dir)
+        kept = [row["rotation"] for row in rows if row["kind"] == "schedule" and row.get("rotation")]
+        fixed = recipe.checkpoint.wal.rotation
+        known = [fixed if fixed != "auto" else kept[-1] if kept else None]
+    dist.broadcast_object_list(known, src=0)
+    if known[0] is not None:
+        return int(known[0])
+    outcome: list[Any] = [None]
+    rates = _slowest(process)
+    if process.rank == 0:
+        try:
+            basis = basis_of(recipe, plan_run(recipe).share)
+            basis = type(basis)(rates, basis.times, basis.note)
+            schedule = settle_rotation(recipe, partition, basis, budget_of(recipe, available_bytes()), ())
+            events.write("bandwidth", **vars(rates))
+            events.write("schedule", rotation=schedule.rotation, reason=schedule.reason)
+            print(f"checkpoints: {schedule.reason}", flush=True)
+            outcome = [schedule.rotation]
+        except ValueError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return int(outcome[0])
+
+
+def _slowest(process: Process) -> Bandwidths:
+    """What every worker can count on."""
+    threads = max(1, min(8, (os.cpu_count() or 2) // 2) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    mine = measure(threads, nbytes=32 << 20, device_to_host=_device_copy if process.device.type == "cuda" else None)
+    everyone: list[Any] = [None] * process.world
+    dist.all_gather_object(everyone, mine)
+    return Bandwidths(
+        None if mine.device_to_host is None else min(rates.device_to_host for rates in everyone),
+        min(rates.host_copy for rates in everyone),
+        min(rates.hash for rates in everyone),
+    )
+
+
+def _device_copy(nbytes: int) -> float:
+    source = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    target = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    target.copy_(source, non_blocking=True)
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
