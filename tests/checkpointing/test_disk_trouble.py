@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 
-from checkpointing.keeper.client import keeper_status
+from checkpointing.audit import audit
+from checkpointing.compare import compare
+from checkpointing.keeper.client import keeper_status, stop_keeper
 from checkpointing.keeper.diskfault import DiskFault
 from checkpointing.keeper.health import DiskHealth
 from checkpointing.keeper.protocol import KeeperRefused
+from checkpointing.materialise import whole
 from checkpointing.recover import Recovery
 from checkpointing.recovery import RecoveryError, memory_suffices, plan_recovery
 from checkpointing.restore import Target
@@ -116,6 +119,30 @@ def test_checkpoints_lie_behind_a_url(run_dir, make_job, events, wait_until, tmp
     plan = plan_recovery([rank.report() for rank in ranks])
     assert [rank.apply(plan)["rng"] for rank in ranks] == [b"rank 0 step 10", b"rank 1 step 10"]
     assert job.state() == job.history[10]
+
+
+@pytest.mark.drill
+def test_a_window_of_the_log_lies_behind_a_url_like_any_other(run_dir, make_wal_job, tmp_path):
+    place = place_of(f"dir::file://{tmp_path / 'elsewhere'}")
+    job = make_wal_job(rotation=4, disk={**DISK, "every": 4, "url": str(place)}, whole=(4,))
+    job.run(*range(1, 8))
+    history = job.history
+    job.close()
+    assert stop_keeper(run_dir)
+    window = Checkpoint.open(list_checkpoints(place)[-1][1])
+    assert window.has_log
+    assert audit(window.path) == []
+    with pytest.raises(RecoveryError, match="window of the log"):
+        list(compare(window, window))
+    found = list(compare(whole(window, tmp_path / "a"), whole(window, tmp_path / "b")))
+    assert found
+    assert all(f.equal for f in found)
+    job.make_state()
+    ranks = [Recovery(None, run_dir, job.target(rank), checkpoints=place) for rank in range(2)]
+    plan = plan_recovery([rank.report() for rank in ranks])
+    for rank in ranks:
+        rank.apply(plan)
+    assert (plan.step, job.state()) == (7, history[7])
 
 
 @pytest.mark.drill

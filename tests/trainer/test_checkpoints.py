@@ -75,6 +75,20 @@ def test_ls_shows_what_is_there_and_what_is_not_a_checkpoint(run: Path, capsys: 
     assert "unfinished" in cells["step-10.tmp"]
 
 
+def test_ls_tells_windows_and_mixed_ages_from_whole_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def section(kind: str, step: int | None) -> Section:
+        entry = Entry(Range(UNITS[0], kind, 0, 2), "float32", 0, 8)
+        return Section([entry], memoryview(bytes(8)), step)
+
+    write_checkpoint(tmp_path, 2, {"dp0000": [section("master", None)]}, {}, {})
+    write_checkpoint(tmp_path, 4, {"dp0000": [section("master", 3), section("grad", 4)]}, {}, {})
+    write_checkpoint(tmp_path, 6, {"dp0000": [section("master", 5)]}, {}, {})
+    assert main(["checkpoint", "ls", str(tmp_path)]) == 0
+    states = [line.split(" s  ")[-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert states == ["whole", "window of the log", "of several steps"]
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 0
+
+
 def test_permanence_is_also_the_recipes(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "recipe.yaml").write_text(
         recipe_to_yaml(load_recipe("recipes/quickstart.yaml", ["checkpoint.disk={every: 2, permanent_every: 4}"]))
