@@ -67,7 +67,8 @@ def advise(address: int, nbytes: int, advice: int, threads: int = 1) -> float:
 def prefaulted(nbytes: int, pages: str, threads: int, times: dict[str, float]) -> Iterator[int]:
     """A memfd all of whose pages exist; yields the descriptor and notes the seconds that it took.
 
-    ``pages``: "4k", "sparse" (4 KiB, without fallocate before), "advised" (4 KiB with MADV_HUGEPAGE) or "hugetlb" (reserved 2 MiB pages).
+    ``pages``: "4k", "sparse" (4 KiB, without fallocate before), "advised" (4 KiB with MADV_HUGEPAGE)
+    or "hugetlb" (reserved 2 MiB pages).
     """
     fd = os.memfd_create("benchmark", os.MFD_CLOEXEC | (os.MFD_HUGETLB if pages == "hugetlb" else 0))
     try:
