@@ -35,7 +35,7 @@ from benchmarks.ceilings import device_copy_gbps, disk_gbps, hash_gbps, memcpy_g
 from benchmarks.machine import describe_machine, result_path, save, say
 from benchmarks.report import summarise, tables
 from benchmarks.workload import CONFIGS, Job, build_job, device_of, shrunk
-from checkpointing.keeper.protocol import KeeperError
+from checkpointing.keeper.protocol import KeeperRefused
 from checkpointing.state.zero import zero_buffers
 from trainer.rendezvous import die_with_launcher, join
 
@@ -159,7 +159,7 @@ class Benchmark:
     def _open(self, mode: str) -> Planaria | None:
         try:
             arm = Planaria(self.job, mode)
-        except KeeperError as error:  # too little memory, on every rank of this node alike
+        except KeeperRefused as error:  # too little memory, on every rank of this node alike
             self.skip(mode, str(error))
             return None
         assert arm.snapshots.client is not None

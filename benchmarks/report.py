@@ -135,7 +135,7 @@ def tables(result: Mapping[str, Any]) -> str:
     lines += [_cost_line(arm, row) for arm, row in summary["rows"].items()]
     lines += [
         f"{arm}: a capture alone, without training beside it, {1e3 * row['capture_alone_s']:.1f} ms, "
-        f"{row['capture_alone_gbps']:.1f} GB/s a rank; costs from {row['cost_range'][0]:.1%} to {row['cost_range'][1]:.1%}"
+        f"{row['capture_alone_gbps']:.1f} GB/s a rank; cost {row['cost_range'][0]:.1%} to {row['cost_range'][1]:.1%}"
         for arm, row in summary["rows"].items()
         if row["saves_every_step"]
     ]
