@@ -86,9 +86,11 @@ class Planaria:
 
     every_step = True
 
-    def __init__(self, job: Job, mode: str) -> None:
+    def __init__(self, job: Job, mode: str, rotation: int | None = None) -> None:
         self.name, self.job, self.progress = mode, job, Progress()
         checkpoint: dict[str, Any] = {"mode": mode, "memory": {"every": 1}, "disk": {"every": 0, "final": False}}
+        if mode == "wal" and rotation is not None:
+            checkpoint["wal"] = {"rotation": rotation}
         checkpoint["linger_s"] = 30  # should this process die, its memory is given back soon
         self.recipe = recipe_of(job.config, mode, job.folder, job.process, checkpoint)
         self.attempt = 0
@@ -176,8 +178,11 @@ class Planaria:
         self.snapshots = self._open()
 
     def close(self) -> None:
-        """Leave and end the keeper, which gives its memory back."""
-        self.leave()
+        """Leave and end the keeper, which gives its memory back. Also after a failure."""
+        assert self.snapshots.capturer is not None
+        assert self.snapshots.client is not None
+        self.snapshots.client.close()
+        self.snapshots.capturer.close()
         dist.barrier()
         if self.job.process.rank == 0:
             stop_keeper(self.snapshots.run_dir, persist=False)

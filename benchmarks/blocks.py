@@ -25,7 +25,7 @@ from trainer.events import read_events
 from trainer.loop import train_step
 from trainer.progress import Progress
 
-_LONGEST_SAVE = 400  # steps
+_LONGEST_SAVE = 1000  # steps
 _PIECE = 64 << 20
 Figures = dict[str, Any]
 
@@ -96,6 +96,7 @@ class Stepper:
         self.clocked.stall_s = self.clocked.untimed_s = 0.0
         started = time.perf_counter()
         train_step(run, number)
+        run.phases.enter("capture", number)
         self.clocked.after_step(number, run.progress)
         if timed:
             self.durations.append(time.perf_counter() - started - self.clocked.untimed_s)

@@ -35,6 +35,7 @@ from benchmarks.ceilings import device_copy_gbps, disk_gbps, hash_gbps, memcpy_g
 from benchmarks.machine import describe_machine, result_path, save, say
 from benchmarks.report import summarise, tables
 from benchmarks.workload import CONFIGS, Job, build_job, device_of, shrunk
+from checkpointing.cost import BudgetError
 from checkpointing.keeper.protocol import KeeperRefused
 from checkpointing.state.zero import zero_buffers
 from trainer.rendezvous import die_with_launcher, join
@@ -104,7 +105,7 @@ class Benchmark:
         self.result["skipped"][what] = why
         self.say(f"{what}: left out, {why}")
 
-    def attempt(self, what: str, work: Callable[[], None]) -> None:
+    def attempt(self, what: str, work: Callable[[], object]) -> None:
         """Do the work; alone on a machine, go on without it if it fails. Other ranks would wait for this one."""
         try:
             work()
@@ -143,23 +144,24 @@ class Benchmark:
         )
         return figures
 
-    def compare_modes(self, modes: Sequence[str]) -> None:
+    def compare_modes(self, modes: Sequence[str], rotation: int | None) -> None:
         """Every mode of the product against off in turn, then its recoveries."""
-        arms = [self._open(mode) for mode in modes]
+        arms = [self._open(mode, rotation) for mode in modes]
         for _ in range(self.job.config.rounds):
             for arm in filter(None, arms):
-                if self.budget.allows(arm.name):
-                    self.block(self.off)
-                    self.block(arm)
+                if arm.name not in self.result["skipped"] and self.budget.allows(arm.name):
+                    self.attempt(arm.name, lambda arm=arm: self._pair(arm))
             self.save()
         for arm in filter(None, arms):
-            self.attempt(f"{arm.name} recovery", lambda arm=arm: self._recover(arm))
-            self._close(arm)
+            if arm.name not in self.result["skipped"]:
+                self.attempt(f"{arm.name} recovery", lambda arm=arm: self._recover(arm))
+            arm.close()
+            self.say(f"{arm.name}: closed")
 
-    def _open(self, mode: str) -> Planaria | None:
+    def _open(self, mode: str, rotation: int | None) -> Planaria | None:
         try:
-            arm = Planaria(self.job, mode)
-        except KeeperRefused as error:  # too little memory, on every rank of this node alike
+            arm = Planaria(self.job, mode, rotation)
+        except (KeeperRefused, BudgetError) as error:  # too little memory, on every rank of this node alike
             self.skip(mode, str(error))
             return None
         assert arm.snapshots.client is not None
@@ -183,9 +185,9 @@ class Benchmark:
         self.say(f"{arm.name} recoveries: {found}")
         self.save()
 
-    def _close(self, arm: Planaria) -> None:
-        arm.close()
-        self.say(f"{arm.name}: closed")
+    def _pair(self, arm: Arm) -> dict[str, Any]:
+        self.block(self.off)
+        return self.block(arm)
 
     def compare_peers(self, arms: Sequence[DeepSpeed | Dcp]) -> None:
         """Each peer's saves against off in turn; then loads of its last save."""
@@ -193,8 +195,7 @@ class Benchmark:
 
         def save_once(arm: DeepSpeed | Dcp) -> None:
             saved.pop(arm.name, None)
-            self.block(self.off)
-            saved[arm.name] = self.block(arm)["saved"]
+            saved[arm.name] = self._pair(arm)["saved"]
             self.save()
 
         for _ in range(self.job.config.saves):
@@ -231,6 +232,7 @@ def main() -> None:
     parser.add_argument("--budget-seconds", type=float, default=540, help="begin nothing that would end later")
     parser.add_argument("--rounds", type=int, help="of blocks per mode, instead of the config's")
     parser.add_argument("--modes", nargs="*", default=["wal", "dense"])
+    parser.add_argument("--rotation", type=int, help="of mode wal; default: what the product finds best here")
     parser.add_argument("--no-peers", action="store_true", help="leave DeepSpeed and torch out")
     parser.add_argument("--work", help="a folder for run folders and saves, emptied of them; default: a temporary one")
     parser.add_argument("--json", help="where to write the figures")
@@ -252,7 +254,7 @@ def main() -> None:
         benchmark.measure_ceilings()
         benchmark.block(benchmark.off)  # the first steps are slow; this block is not counted
         benchmark.result["blocks"].clear()
-        benchmark.compare_modes(options.modes)
+        benchmark.compare_modes(options.modes, options.rotation)
         if options.no_peers:
             benchmark.skip("peers", "--no-peers was given")
         else:

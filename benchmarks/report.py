@@ -36,7 +36,7 @@ def noise(blocks: Sequence[Mapping[str, Any]]) -> float:
     if len(medians) < 2:
         return float("nan")
     low, _, high = statistics.quantiles(medians, n=4)
-    return (high - low) / 2 / statistics.median(medians)
+    return float((high - low) / 2 / statistics.median(medians))
 
 
 def summarise(result: Mapping[str, Any]) -> dict[str, Any]:

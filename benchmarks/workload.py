@@ -21,6 +21,7 @@ from trainer.events import EventLog
 from trainer.failpoints import Failpoints
 from trainer.loop import Run
 from trainer.origin import Origin
+from trainer.phases import Phases
 from trainer.recipe import load_recipe
 from trainer.rendezvous import Process
 from trainer.schema import Recipe
@@ -186,7 +187,8 @@ def build_job(config: Config, process: Process, folder: Path) -> Job:
     origin = Origin.of(recipe, process, "random", engine.optimizer.optimizer)
     off = open_snapshots(recipe, process, run_dir, engine.optimizer, events, failpoints, origin)
     seed_streams(recipe.train.seed, "train", process.rank)
-    run = Run(recipe, process, run_dir, data, engine, off, events, failpoints, meter)  # type: ignore[arg-type]
+    phases = Phases.open(recipe.parallel.deadlines)  # nobody watches them: measuring is not training
+    run = Run(recipe, process, run_dir, data, engine, off, events, failpoints, meter, phases)  # type: ignore[arg-type]
     return Job(config, folder, run, parameters)
 
 
