@@ -111,7 +111,7 @@ def test_a_url_and_a_bare_folder_will_do(run: Path, tmp_path: Path, capsys: pyte
     assert main(["checkpoint", "verify", url, "4"]) == 0
     assert main(["checkpoint", "diff", f"{url}:4", f"{run / 'checkpoints'}:2"]) == 0
     assert main(["checkpoint", "rm", url, "6"]) == 0
-    assert not (tmp_path / "far" / "step-6").exists()
+    assert [p.name for p in place_of(url).iterdir()] == ["latest", "step-4"]
 
 
 def test_the_recipe_says_where_they_lie(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
