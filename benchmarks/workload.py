@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import yaml
 
-from checkpointing.phases import Board
 from checkpointing.state.extras import seed_streams
 from moe.convert import observe_gates
 from moe.stats import RoutingMeter
@@ -22,7 +21,6 @@ from trainer.events import EventLog
 from trainer.failpoints import Failpoints
 from trainer.loop import Run
 from trainer.origin import Origin
-from trainer.phases import Phases
 from trainer.phases import Phases
 from trainer.recipe import load_recipe
 from trainer.rendezvous import Process

@@ -11,6 +11,17 @@ import torch
 from torch import Tensor
 
 
+def expert_counts(index: Tensor, num_experts: int) -> Tensor:
+    """How often each expert occurs in ``index`` (any shape): [E] int64, on its device, without waiting for it.
+
+    ``bincount`` reads its result's size back to the host, so on a GPU indices are compared instead.
+    """
+    index_S = index.flatten()
+    if not index_S.is_cuda:
+        return torch.bincount(index_S, minlength=num_experts)
+    return (index_S[:, None] == torch.arange(num_experts, device=index_S.device)).sum(0)
+
+
 @dataclass(frozen=True)
 class RoutingStats:
     """``counts_ME``: token copies sent to each expert of each MoE layer."""
@@ -37,7 +48,7 @@ class RoutingMeter:
         self._counts: dict[int, Tensor] = {}
 
     def add(self, layer: int, top_k_index_TK: Tensor, num_experts: int) -> None:
-        counts_E = torch.bincount(top_k_index_TK.flatten(), minlength=num_experts)
+        counts_E = expert_counts(top_k_index_TK, num_experts)
         self._counts[layer] = self._counts[layer] + counts_E if layer in self._counts else counts_E
 
     def take(self) -> RoutingStats | None:
