@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,12 +9,17 @@ from typing import Any
 _TOLERABLE = 0.02  # of a run's time, for the interval at which a costly save may be made
 
 
+def _off_beside(blocks: Sequence[Mapping[str, Any]], place: int) -> float | None:
+    """The median step of the blocks without checkpoints before and after a block: between them a drift cancels."""
+    beside = [b for b in (*blocks[max(place - 1, 0) : place], *blocks[place + 1 : place + 2]) if b["arm"] == "off"]
+    return statistics.mean(statistics.median(b["durations"]) for b in beside) if beside else None
+
+
 def paired_costs(blocks: Sequence[Mapping[str, Any]], arm: str) -> list[float]:
-    """For each block of ``arm`` its median step over that of the block without checkpoints before it, minus 1."""
+    """For each block of ``arm`` its median step over that of the blocks without checkpoints beside it, minus 1."""
     costs = []
-    for before, block in itertools.pairwise(blocks):
-        if block["arm"] == arm and before["arm"] == "off":
-            off = statistics.median(before["durations"])
+    for place, block in enumerate(blocks):
+        if block["arm"] == arm and (off := _off_beside(blocks, place)):
             costs.append(statistics.median(block["durations"]) / off - 1)
     return costs
 
@@ -23,9 +27,8 @@ def paired_costs(blocks: Sequence[Mapping[str, Any]], arm: str) -> list[float]:
 def extra_seconds(blocks: Sequence[Mapping[str, Any]], arm: str) -> list[float]:
     """For each save of ``arm``, what the steps from it until it was safe took beyond as many without checkpoints."""
     extra = []
-    for before, block in itertools.pairwise(blocks):
-        if block["arm"] == arm and before["arm"] == "off":
-            off = statistics.median(before["durations"])
+    for place, block in enumerate(blocks):
+        if block["arm"] == arm and (off := _off_beside(blocks, place)):
             extra.append(sum(block["durations"]) - off * len(block["durations"]))
     return extra
 

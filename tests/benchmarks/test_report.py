@@ -12,11 +12,12 @@ def block(arm, durations, stalls=None, drain_s=0.5):
 OFF = block("off", [1.0, 1.0, 9.0])  # one outlier, which a median must not feel
 
 
-def test_cost_is_of_the_block_beside_it():
+def test_cost_is_of_the_blocks_on_both_sides():
     slow_off = block("off", [2.0, 2.0, 2.0])
-    blocks = [OFF, block("wal", [1.1, 1.1, 1.1]), slow_off, block("wal", [2.2, 2.2, 7.0])]
+    blocks = [OFF, block("wal", [1.65, 1.65, 1.65]), slow_off, block("wal", [2.2, 2.2, 7.0])]
     assert paired_costs(blocks, "wal") == pytest.approx([0.1, 0.1])
     assert paired_costs(blocks, "dense") == []
+    assert paired_costs([block("dense", [1.0]), block("wal", [1.0])], "wal") == [], "nothing to compare with"
 
 
 def test_extra_seconds_count_every_step_until_the_save_is_safe():
