@@ -62,6 +62,15 @@ def test_summary_compares_each_arm_with_wal():
     assert summary["recoveries"]["dcp async"]["total_s_over_wal"] == pytest.approx(4.0)
 
 
+def test_no_ratio_to_a_cost_that_is_lost_in_noise():
+    blocks = [OFF, block("wal", [0.99] * 3, [0.01] * 3), OFF, block("dcp async", [4.0, 1.0], [3.0, 0.0])]
+    found = result(blocks=blocks)
+    summary = summarise(found)
+    assert summary["rows"]["dcp async"]["extra_s_per_save_over_wal"] is None
+    assert summary["rows"]["dcp async"]["stall_s_over_wal"] == pytest.approx(300)
+    assert "dcp async" in tables(found | {"summary": summary})
+
+
 def test_one_wrong_load_makes_the_row_wrong():
     wrong = result(recoveries={"dcp async": [{"total_s": 1.0, "exact": True}, {"total_s": 1.0, "exact": False}]})
     assert summarise(wrong)["recoveries"]["dcp async"]["exact"] is False
