@@ -209,7 +209,7 @@ class Benchmark:
                 self.attempt(f"{arm.name} load", lambda arm=arm: self._load(arm, saved[arm.name]))
             else:
                 self.skip(f"{arm.name} load", "there is no save, or the time ran out")
-            arm.close()
+            self.attempt(f"{arm.name} close", arm.close)
             self.save()
 
     def _load(self, arm: DeepSpeed | Dcp, saved: list[int]) -> None:

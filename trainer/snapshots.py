@@ -217,6 +217,7 @@ def open_snapshots(
         kill=failpoints.disk_kill(),
         disk_fault=failpoints.disk_fault(),
         board=board,
+        populate=process.device.type != "cuda",
     )
     snapshots.protection, snapshots.client = protection, client
     snapshots.capturer = Capturer(client, buffers, protection.log, reached=failpoints.reached)

@@ -57,7 +57,8 @@ class KeeperClient:
 
     patience_s = 120.0
 
-    def __init__(self, run_dir: Path, hello: Message, board: Board | None = None) -> None:
+    def __init__(self, run_dir: Path, hello: Message, board: Board | None = None, populate: bool = True) -> None:
+        self._populate = populate
         self.run_dir = run_dir
         self._board = board
         self.coordinate: str = hello["coordinate"]
@@ -95,6 +96,7 @@ class KeeperClient:
         tensors: Mapping[str, Any] | None = None,
         metadata: Mapping[str, Any] | None = None,
         partitions: str = "",
+        populate: bool = True,
         kill: Mapping[str, Any] | None = None,
         node_coordinates: Sequence[str] | None = None,
         disk_fault: Mapping[str, Any] | None = None,
@@ -110,6 +112,7 @@ class KeeperClient:
                 ``permanent_every`` (steps), ``url`` (instead of the run folder), ``hung_after_s``.
             tensors: ``{unit: {"param", "shape", "dtype", "elements"}}`` for the manifest; ``elements`` (optional) lets
                 a reader prove that the unit is whole.
+            populate: map every page now; where slots are pinned for a GPU, that does it, for those that are needed.
             partitions: how this worker's flat partitions lie, for whoever redoes its log from disk.
             kill: a drill, ``{"at": "disk", "step": N, "pids": [pid or "keeper", ...]}``; ``disk_fault``: another.
             board: where this worker posts its phases; the keeper kills it when one takes too long.
@@ -134,7 +137,7 @@ class KeeperClient:
             "disk_fault": None if disk_fault is None else dict(disk_fault),
             "board": None if board is None else process_start_time(os.getpid()),
         }
-        return cls(Path(run_dir).resolve(), hello, board)
+        return cls(Path(run_dir).resolve(), hello, board, populate)
 
     # Requests
 
@@ -277,7 +280,7 @@ class KeeperClient:
 
     def _first_attach(self) -> tuple[Arena, socket.socket, Inbox]:
         sock, inbox, fds = self._handshake({}, [])
-        return Arena(fds[0], self._shape, populate=True), sock, inbox
+        return Arena(fds[0], self._shape, self._populate), sock, inbox
 
     def _handshake(self, also: Message, fds: Sequence[int]) -> tuple[socket.socket, Inbox, list[int]]:
         """Attach on a new connection. A keeper that is just dying may still accept one: then wait for its end."""
