@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from benchmarks.workload import Job, recipe_of
-from checkpointing.keeper.client import stop_keeper
+from checkpointing.keeper.control import stop_keeper
 from checkpointing.state.zero import after_restore, optimizer_steps, zero_buffers
 from trainer.progress import Progress
 from trainer.snapshots import Snapshots

@@ -26,8 +26,8 @@ from checkpointing.state.fragments import META_BYTES, Fragment, LogLayout
 from checkpointing.state.gradients import StepLog
 
 _PIECE = 64 << 20
-# On a GPU: a training step that reads something back waits behind the pieces that are under way, and no longer.
-_DEVICE_PIECE, _IN_FLIGHT = 16 << 20, 2
+# Pieces: a training step that reads something back waits behind those that are under way, and no longer.
+_IN_FLIGHT = 2
 _SIGN_OF_LIFE_S = 5.0
 Reached = Callable[[str, int], None]
 Move = tuple[torch.Tensor, torch.Tensor]
@@ -227,9 +227,8 @@ class Capturer:
             yield from self._pieces(bytes_of(grad), start + offset)
 
     def _pieces(self, source: torch.Tensor, start: int) -> Iterator[Move]:
-        size = _PIECE if self._stream is None else _DEVICE_PIECE
-        for at in range(0, source.numel(), size):
-            stop = min(at + size, source.numel())
+        for at in range(0, source.numel(), _PIECE):
+            stop = min(at + _PIECE, source.numel())
             yield source[at:stop], self._memory[start + at : start + stop]
 
     def _copy(self, moves: list[Move], job: Job) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from checkpointing.audit import audit
 from checkpointing.compare import Difference, compare
-from checkpointing.keeper.client import keeper_status
+from checkpointing.keeper.control import keeper_status
 from checkpointing.keeper.protocol import KeeperError
 from checkpointing.recovery import RecoveryError
 from checkpointing.storage import MANIFEST, UNFINISHED, Place, place_of

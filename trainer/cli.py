@@ -194,7 +194,7 @@ def _keeper(arguments: argparse.Namespace) -> int:
 
 
 def _stop_keeper(run_dir: str, discard: bool) -> bool:
-    from checkpointing.keeper.client import stop_keeper
+    from checkpointing.keeper.control import stop_keeper
 
     found = stop_keeper(run_dir, persist=not discard, timeout_s=10.0 if discard else 600.0)
     if found:
@@ -203,7 +203,7 @@ def _stop_keeper(run_dir: str, discard: bool) -> bool:
 
 
 def _show_keeper(run_dir: str, _: bool) -> bool:
-    from checkpointing.keeper.client import keeper_status
+    from checkpointing.keeper.control import keeper_status
 
     found = keeper_status(run_dir)
     if found is None:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from checkpointing.keeper.client import stop_keeper
+from checkpointing.keeper.control import stop_keeper
 from trainer.events import read_events
 from trainer.timesplit import Seconds
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpointing.keeper.client import stop_keeper
+from checkpointing.keeper.control import stop_keeper
 from trainer.data import cache_root
 from trainer.events import read_events
 from trainer.failpoints import KILL_VARIABLE

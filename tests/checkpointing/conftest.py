@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from checkpointing.capture import Capturer
-from checkpointing.keeper.client import KeeperClient, stop_keeper
+from checkpointing.keeper.client import KeeperClient
+from checkpointing.keeper.control import stop_keeper
 from checkpointing.keeper.launch import is_alive, read_info
 from checkpointing.protection import dense, wal
 from checkpointing.recover import Recovery

@@ -9,7 +9,8 @@ import signal
 import pytest
 
 from checkpointing.keeper import launch
-from checkpointing.keeper.client import KeeperClient, stop_keeper
+from checkpointing.keeper.client import KeeperClient
+from checkpointing.keeper.control import stop_keeper
 from checkpointing.keeper.protocol import KeeperError
 from checkpointing.store import list_checkpoints
 

@@ -13,7 +13,7 @@ import pytest
 
 from checkpointing.audit import audit
 from checkpointing.compare import compare
-from checkpointing.keeper.client import keeper_status, stop_keeper
+from checkpointing.keeper.control import keeper_status, stop_keeper
 from checkpointing.keeper.diskfault import DiskFault
 from checkpointing.keeper.health import DiskHealth
 from checkpointing.keeper.protocol import KeeperRefused

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from checkpointing.keeper import launch, memory
-from checkpointing.keeper.client import KeeperClient, stop_keeper
+from checkpointing.keeper.client import KeeperClient
+from checkpointing.keeper.control import stop_keeper
 from checkpointing.keeper.protocol import Inbox, KeeperError, KeeperRefused, receive_one, send_all
 from checkpointing.records import Kind, State, state_of
 

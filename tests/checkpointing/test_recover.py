@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from checkpointing import records
-from checkpointing.keeper.client import stop_keeper
+from checkpointing.keeper.control import stop_keeper
 from checkpointing.records import Kind, State
 from checkpointing.recovery import RecoveryError, plan_recovery
 from checkpointing.store import list_checkpoints

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from checkpointing import records
-from checkpointing.keeper.client import stop_keeper
+from checkpointing.keeper.control import stop_keeper
 from checkpointing.materialise import whole
 from checkpointing.records import Kind, State
 from checkpointing.recovery import RecoveryError

@@ -6,7 +6,8 @@ import signal
 import pytest
 
 from checkpointing.keeper import launch
-from checkpointing.keeper.client import KeeperClient, keeper_status
+from checkpointing.keeper.client import KeeperClient
+from checkpointing.keeper.control import keeper_status
 from checkpointing.phases import Board
 
 FINGERPRINT = "0123456789abcdef"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpointing.keeper.client import stop_keeper
+from checkpointing.keeper.control import stop_keeper
 from trainer.events import read_events
 from trainer.failpoints import KILL_VARIABLE
 from trainer.launch import worker_environment

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpointing.keeper.client import stop_keeper
+from checkpointing.keeper.control import stop_keeper
 from checkpointing.store import list_checkpoints
 
 pytestmark = [pytest.mark.drill, pytest.mark.slow]

@@ -215,7 +215,8 @@ def test_what_the_live_keeper_holds_is_listed_and_its_write_protected(tmp_path: 
     code = """
 import sys, torch
 from checkpointing.capture import Capturer
-from checkpointing.keeper.client import KeeperClient, keeper_status, stop_keeper
+from checkpointing.keeper.client import KeeperClient
+from checkpointing.keeper.control import keeper_status, stop_keeper
 from checkpointing.protection import dense
 from checkpointing.state.buffers import StateBuffer, StateSpan
 from checkpointing.units import Range
