@@ -33,6 +33,7 @@ class Target:
         redo: steps the buffers' optimizer; None if no window of a log may be restored.
         rules: how the records belong together.
         pin: called with a slot of the coordinate's own arena before it is read.
+        halfway: a drill's failpoint, called with the step when half of the pieces of state are in place.
     """
 
     buffers: Sequence[StateBuffer]
@@ -40,6 +41,7 @@ class Target:
     redo: Redo | None = None
     rules: Rules = WHOLE
     pin: Callable[[int], None] = lambda slot: None
+    halfway: Callable[[int], None] = lambda step: None
     applied: list[int] = field(default_factory=list)  # steps that were re-applied
 
 
@@ -139,9 +141,15 @@ def _fill(target: Target, restoration: Restoration, read: Read) -> None:
     """Put the oldest bases in place, then re-apply step after step, each time followed by the bases of that step."""
     tensors = {b.name: bytes_of(b.tensor) for b in target.buffers}
     moves = dict(restoring_moves(needs_of(target.buffers), restoration))
+    left = sum(map(len, moves.values()))
+    half = left // 2
 
     def place(step: int) -> None:
+        nonlocal left
         for move in moves.get(step, ()):
+            if left == half:
+                target.halfway(restoration.step)
+            left -= 1
             _carry_out(move, tensors[move.buffer], read)
 
     if target.rules.lossy:
