@@ -110,6 +110,8 @@ class Snapshots:
             self.tap.recount()
             if recovery.tier != "memory":
                 self._begin_window(progress)
+            else:
+                self._renew(target, progress)
         if pinning is not None:
             pinning.pin_rest()
         self.committed = plan.step
@@ -127,6 +129,15 @@ class Snapshots:
         assert self.protection is not None
         self._captured = progress.step
         self.capturer.start(progress.step, self._extras(progress), -1, self.protection.fragments)
+
+    def _renew(self, target: Target, progress: Progress) -> None:
+        """Capture again what a damaged record left with too old a base."""
+        assert self.capturer is not None
+        assert self.protection is not None
+        fragments = self.protection.outgrown(progress.step, target.bases)
+        if fragments:
+            self._captured = progress.step
+            self.capturer.start(progress.step, self._extras(progress), -1, fragments)
 
     # -- the training step ---------------------------------------------------------------------------------------
 
