@@ -11,7 +11,8 @@ PURE := moe/refs.py moe/layout.py checkpointing/units.py checkpointing/records.p
         trainer/schema.py trainer/faults.py trainer/recipe_view.py trainer/recipe_checks.py \
         trainer/checkpoint_checks.py trainer/mode_plan.py trainer/disk_rules.py trainer/checkpoints.py \
         trainer/checkpoint_cli.py checkpointing/phases.py trainer/phases.py trainer/endings.py trainer/supervisor.py \
-        trainer/timesplit.py benchmarks/report.py
+        trainer/timesplit.py checkpointing/keeper/faults.py trainer/leftovers.py trainer/matrix.py \
+        trainer/matrix_verdict.py benchmarks/report.py
 
 .PHONY: install demo test lint clean
 

@@ -161,7 +161,7 @@ class Job:
         """Attach to the keeper of an arm's run folder, as a worker does when it starts."""
         run_dir = Path(recipe.log.dir) / recipe.log.run
         events = EventLog(run_dir, self.process.rank, attempt)
-        failpoints = Failpoints(None, rank=self.process.rank, run_dir=run_dir, events=events)
+        failpoints = Failpoints((), rank=self.process.rank, run_dir=run_dir, events=events)
         origin = Origin.of(recipe, self.process, "random", self.zero_optimizer.optimizer)
         return open_snapshots(recipe, self.process, run_dir, self.zero_optimizer, events, failpoints, origin)
 
@@ -182,7 +182,7 @@ def build_job(config: Config, process: Process, folder: Path) -> Job:
     engine.module.train()
     run_dir = folder / recipe.log.run
     events = EventLog(run_dir, process.rank, 0)
-    failpoints = Failpoints(None, rank=process.rank, run_dir=run_dir, events=events)
+    failpoints = Failpoints((), rank=process.rank, run_dir=run_dir, events=events)
     data = SimpleNamespace(train=RandomTokens(config.vocab, config.sequence))
     origin = Origin.of(recipe, process, "random", engine.optimizer.optimizer)
     off = open_snapshots(recipe, process, run_dir, engine.optimizer, events, failpoints, origin)

@@ -70,7 +70,8 @@ class Capturer:
         buffers: the buffers that fragments point into.
         log: the layout of log records; None if steps are not logged.
         reached: a drill's failpoint, called with ("copy", step) before a capture's first byte is copied, ("capture",
-            step) when half of them are, ("copied", step) when the keeper has been told that all are.
+            step) when half of them are, ("copied", step) when all are and the records say so, ("told", step) when the
+            keeper has been told.
     """
 
     def __init__(
@@ -197,8 +198,9 @@ class Capturer:
             self._close_log(grant, job.step, job.log)
             job.log = None  # gradients stay in memory only until they are copied
         self._write_extras(grant, job.step, job.extras)
-        sealed = self._client.copied(job.step, grant)
         self._reached("copied", job.step)
+        sealed = self._client.copied(job.step, grant)
+        self._reached("told", job.step)
         with self._condition:
             self._copied_step = job.step
             self._condition.notify_all()

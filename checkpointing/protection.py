@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from checkpointing.capture import arena_shape
@@ -11,6 +11,7 @@ from checkpointing.schedule import Rules, wal_part
 from checkpointing.slots import ArenaShape
 from checkpointing.state.buffers import StateBuffer
 from checkpointing.state.fragments import Fragment, LogLayout, log_layout, rotation
+from checkpointing.units import Range, uncovered
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,16 @@ class Protection:
         """All fragments, the one whose turn it is after ``step`` first."""
         turn = wal_part(step, len(self.fragments))
         return [self.fragments[turn], *self.fragments[:turn], *self.fragments[turn + 1 :]]
+
+    def outgrown(self, step: int, restored: Iterable[tuple[int, Range]]) -> list[Fragment]:
+        """The fragments to capture at once after a recovery of ``step``, given each piece and the step of its base.
+
+        A damaged record leaves its part with a base that is older than one rotation. Until its turn came again, the log
+        would have to reach back further than there is memory for, and no slot would ever be free.
+        """
+        oldest = step - self.rules.parts + 1
+        young = [piece for base, piece in restored if base >= oldest]
+        return [f for f in self.fragments if uncovered([entry.range for entry in f.entries], young)]
 
 
 def dense(buffers: Sequence[StateBuffer], generations: int) -> Protection:

@@ -19,6 +19,7 @@ from checkpointing.slots import Arena
 from checkpointing.state.buffers import StateBuffer, needs_of
 from checkpointing.store import Checkpoint
 from checkpointing.store import verify as verify_files
+from checkpointing.units import Range
 
 _PIECE = 64 << 20
 Read = Callable[[str, int, int, Tensor], None]
@@ -33,6 +34,7 @@ class Target:
         redo: steps the buffers' optimizer; None if no window of a log may be restored.
         rules: how the records belong together.
         pin: called with a slot of the coordinate's own arena before it is read.
+        halfway: a drill's failpoint, called with the step when half of the pieces of state are in place.
     """
 
     buffers: Sequence[StateBuffer]
@@ -40,7 +42,9 @@ class Target:
     redo: Redo | None = None
     rules: Rules = WHOLE
     pin: Callable[[int], None] = lambda slot: None
+    halfway: Callable[[int], None] = lambda step: None
     applied: list[int] = field(default_factory=list)  # steps that were re-applied
+    bases: list[tuple[int, Range]] = field(default_factory=list)  # what was restored from the base of which step
 
 
 def restore_from_memory(
@@ -130,18 +134,26 @@ def _restoration(target: Target, records: Iterable[RecordInfo], step: int) -> Re
 
 def _extras_of(coordinate: str, records: Iterable[RecordInfo], step: int) -> RecordInfo:
     extras = [r for r in records if r.kind is Kind.EXTRAS and r.source == coordinate and r.step == step]
-    if len(extras) != 1:
-        raise RecoveryError(f"{len(extras)} extras records of {coordinate} where one is needed")
-    return extras[0]
+    if not extras:
+        raise RecoveryError(f"no extras record of {coordinate} of step {step}; use another step")
+    # Two, if the keeper died when a step had just been captured again.
+    return max(extras, key=lambda r: r.sequence)
 
 
 def _fill(target: Target, restoration: Restoration, read: Read) -> None:
     """Put the oldest bases in place, then re-apply step after step, each time followed by the bases of that step."""
     tensors = {b.name: bytes_of(b.tensor) for b in target.buffers}
     moves = dict(restoring_moves(needs_of(target.buffers), restoration))
+    target.bases.extend((step, piece) for step, pieces in restoration.bases for piece, _ in pieces)
+    left = sum(map(len, moves.values()))
+    half = left // 2
 
     def place(step: int) -> None:
+        nonlocal left
         for move in moves.get(step, ()):
+            if left == half:
+                target.halfway(restoration.step)
+            left -= 1
             _carry_out(move, tensors[move.buffer], read)
 
     if target.rules.lossy:

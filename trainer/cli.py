@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from trainer.checkpoint_cli import add_verbs
+from trainer.faults import POINTS
 from trainer.refusal import is_users_mistake, refused
 
 FAILED, USER_MISTAKE = 1, 2
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
+    if list(argv[:2]) == ["drill", "matrix"]:
+        argv = ["drill matrix", *argv[2:]]
     arguments, rest = parser.parse_known_args(argv)
     # argparse stops collecting overrides at the first option behind the recipe; take the later ones too.
     unknown = [text for text in rest if text.startswith("-") or not hasattr(arguments, "overrides")]
@@ -66,15 +69,17 @@ def _parser() -> argparse.ArgumentParser:
     train = verb("train", _train, "train, or go on with, the run that a recipe describes")
     validate = verb("validate", _validate, "check a recipe and print what it would train, without training")
     drill = verb("drill", _drill, "kill a worker mid-run and compare the end with an undisturbed run")
-    for sub in (train, validate, drill):
+    matrix = verb("drill matrix", _drill_matrix, "kill every process at every point, damage what is kept, compare")
+    for sub in (train, validate, drill, matrix):
         sub.add_argument("recipe", help="path of a YAML recipe")
         sub.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
     drill.add_argument(
         "--kill",
         metavar="SPEC",
-        help="rank=N,step=N,at=forward|optimizer|capture|disk[,who=worker|keeper|both]",
+        help=f"rank=N,step=N,at={'|'.join(POINTS)}[,who=worker|keeper|both]",
     )
     drill.add_argument("--json", metavar="FILE", help="write the verdict here, too")
+    _add_matrix_options(matrix)
 
     export = verb("export", _export, "write a run's model as a Hugging Face folder")
     export.add_argument("run_dir", metavar="RUN", help="run folder, e.g. runs/quickstart")
@@ -106,10 +111,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_matrix_options(matrix: argparse.ArgumentParser) -> None:
+    matrix.add_argument("--ranks", type=_counts, default=(), metavar="N,N", help="counts of workers, e.g. 2,4")
+    matrix.add_argument("--only", default="", metavar="PATTERN", help="cases whose names match, e.g. '*optimizer*'")
+    matrix.add_argument("--reduced", action="store_true", help="a few cases, about a minute")
+    matrix.add_argument("--json", metavar="DIR", help="where the verdicts go, a file for each case")
+    matrix.add_argument("--resume", action="store_true", help="leave out what passed in an earlier call")
+
+
 def _count(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_count(part) for part in text.split(","))
 
 
 def _fraction(text: str) -> float:
@@ -171,6 +188,13 @@ def _drill(arguments: argparse.Namespace) -> int:
 
     kill = KillSpec.parse(arguments.kill) if arguments.kill is not None else None
     return drill.main(arguments.recipe, kill, arguments.json, arguments.overrides)
+
+
+def _drill_matrix(arguments: argparse.Namespace) -> int:
+    from trainer import matrix_run
+
+    options = (arguments.ranks, arguments.only, arguments.reduced, arguments.json, arguments.resume)
+    return matrix_run.main(arguments.recipe, arguments.overrides, *options)
 
 
 def _export(arguments: argparse.Namespace) -> int:

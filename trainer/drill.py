@@ -94,8 +94,14 @@ def check_kill(recipe: Recipe, kill: KillSpec) -> None:
     if not 1 <= kill.step <= recipe.train.steps:
         problems.append(f"--kill: step={kill.step} is outside the recipe's 1..{recipe.train.steps}")
     every = recipe.checkpoint.disk.every
-    if kill.at == "disk" and not (every and every <= recipe.train.steps):
-        problems.append("--kill: at=disk needs checkpoints on disk; set checkpoint.disk.every")
+    if kill.at in ("disk", "rename") and not (every and every <= recipe.train.steps):
+        problems.append(f"--kill: at={kill.at} needs checkpoints on disk; set checkpoint.disk.every")
+    if kill.at == "between" and recipe.parallel.workers == 1:
+        problems.append("--kill: at=between needs another worker; set parallel.workers")
+    if kill.at == "alltoall" and recipe.parallel.ep == 1:
+        problems.append("--kill: at=alltoall needs experts on several workers; set parallel.ep")
+    if kill.at == "recovery":
+        problems.append("--kill: at=recovery needs a kill before it; planaria drill matrix has these cases")
     if recipe.parallel.restarts == 0:
         problems.append("--kill: parallel.restarts is 0, so nobody would restart the workers")
     if problems:

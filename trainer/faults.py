@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-POINTS = ("forward", "optimizer", "capture", "disk")
+from checkpointing.keeper.faults import POINTS as KEEPER_POINTS
+
+WORKER_POINTS = ("forward", "alltoall", "backward", "optimizer", "copy", "capture", "copied", "told", "recovery")
+AFTER_OPTIMIZER = ("copy", "capture", "copied", "told", *KEEPER_POINTS)  # the step itself is complete there
+POINTS = (*WORKER_POINTS, *KEEPER_POINTS)
 VICTIMS = ("worker", "keeper", "both")
 DISK_FAULTS = {"throttle": "bytes_per_s", "full": "", "hang": "seconds"}  # and the number that each needs
 
@@ -15,7 +19,9 @@ class FaultError(ValueError):
 
 @dataclass(frozen=True)
 class KillSpec:
-    """One SIGKILL: in step ``step`` (from 1) of worker ``rank``, at the named point.
+    """One SIGKILL: when worker ``rank`` first reaches the named point at or after step ``step`` (from 1).
+
+    Points in the keeper are in what it does with this worker's captures.
 
     >>> str(KillSpec.parse("rank=1,step=7,at=capture"))
     'rank=1,step=7,at=capture,who=worker'
@@ -60,6 +66,32 @@ class KillSpec:
 
     def __str__(self) -> str:
         return f"rank={self.rank},step={self.step},at={self.at},who={self.who}"
+
+    @property
+    def in_keeper(self) -> bool:
+        """Whether it is the keeper that strikes."""
+        return self.at in KEEPER_POINTS
+
+    @property
+    def ends_attempt(self) -> bool:
+        """Whether a worker dies, so that all are started again."""
+        return self.who != "keeper"
+
+    def is_at(self, point: str, step: int) -> bool:
+        return self.at == point and self.step <= step
+
+
+Attempts = tuple[tuple[KillSpec, ...], ...]
+
+
+def parse_attempts(text: str) -> Attempts:
+    """The kills of each attempt of a run: attempts are separated by ``;``, kills within one by ``+``."""
+    return tuple(tuple(KillSpec.parse(kill) for kill in part.split("+") if kill) for part in text.split(";"))
+
+
+def format_attempts(attempts: Attempts) -> str:
+    """Inverse of :func:`parse_attempts`."""
+    return ";".join("+".join(map(str, kills)) for kills in attempts)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ The order within step t, on every rank:
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class Snapshots:
     buffers: list[StateBuffer]
     origin: Origin
     events: EventLog
+    failpoints: Failpoints
     protection: Protection | None = None
     client: KeeperClient | None = None
     capturer: Capturer | None = None
@@ -80,7 +82,8 @@ class Snapshots:
         redo = Redo(self.zero_optimizer.optimizer)
         pinning = self.capturer.pinning if self.capturer is not None else None
         pin = pinning.pin if pinning is not None else lambda slot: None
-        target = Target(self.buffers, self.process.coordinate, redo, pin=pin)
+        halfway = partial(self.failpoints.reached, "recovery")
+        target = Target(self.buffers, self.process.coordinate, redo, pin=pin, halfway=halfway)
         place = checkpoints_of(self.recipe, self.run_dir)
         recovery = Recovery(self.client, self.run_dir, target, enabled, self.origin.recipe, place)
         in_memory = self._gather(recovery.report_memory())
@@ -107,6 +110,8 @@ class Snapshots:
             self.tap.recount()
             if recovery.tier != "memory":
                 self._begin_window(progress)
+            else:
+                self._renew(target, progress)
         if pinning is not None:
             pinning.pin_rest()
         self.committed = plan.step
@@ -124,6 +129,15 @@ class Snapshots:
         assert self.protection is not None
         self._captured = progress.step
         self.capturer.start(progress.step, self._extras(progress), -1, self.protection.fragments)
+
+    def _renew(self, target: Target, progress: Progress) -> None:
+        """Capture again what a damaged record left with too old a base."""
+        assert self.capturer is not None
+        assert self.protection is not None
+        fragments = self.protection.outgrown(progress.step, target.bases)
+        if fragments:
+            self._captured = progress.step
+            self.capturer.start(progress.step, self._extras(progress), -1, fragments)
 
     # -- the training step ---------------------------------------------------------------------------------------
 
@@ -196,7 +210,7 @@ def open_snapshots(
     buffers = zero_buffers(zero_optimizer)
     checkpoint = recipe.checkpoint
     writes = checkpoint.disk.every > 0 or checkpoint.disk.final
-    snapshots = Snapshots(recipe, process, run_dir, zero_optimizer, buffers, origin, events)
+    snapshots = Snapshots(recipe, process, run_dir, zero_optimizer, buffers, origin, events, failpoints)
     if not (checkpoint.memory.enabled or writes):
         return snapshots
     protection = _protect(snapshots)
@@ -214,7 +228,7 @@ def open_snapshots(
         tensors=_describe_tensors(zero_optimizer),
         metadata=asdict(origin),
         partitions=describe_partitions(buffers, zero_optimizer.optimizer),
-        kill=failpoints.disk_kill(),
+        kill=failpoints.keeper_kill(),
         disk_fault=failpoints.disk_fault(),
         board=board,
         populate=process.device.type != "cuda",

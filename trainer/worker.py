@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from checkpointing.keeper.protocol import KeeperRefused
+from checkpointing.keeper.protocol import KeeperRefused, TooLittleMemory
 from checkpointing.recovery import RecoveryError
 from checkpointing.state.extras import seed_streams
 from lora.watch import AdapterWatch
@@ -25,7 +25,7 @@ from trainer import data as data_module
 from trainer.build import build_model, training_dtype
 from trainer.engine import create_engine, prepare_deepspeed
 from trainer.events import EventLog, read_events
-from trainer.failpoints import Failpoints
+from trainer.failpoints import Failpoints, place_failpoints
 from trainer.loop import Run, fit
 from trainer.origin import Origin
 from trainer.phases import Phases, longest_deadline_s
@@ -85,6 +85,9 @@ def _lost_peer(error: Exception) -> bool:
 
 def _say(error: Exception) -> int:
     rank = os.environ.get("RANK")
+    if isinstance(error, TooLittleMemory):
+        refuse(str(error))
+        return USER_MISTAKE
     if isinstance(error, RecoveryError | KeeperRefused):
         # What damaged bytes or a keeper that is still leaving call for is another attempt, which sees them set aside.
         print(f"rank {rank}: {error}", file=sys.stderr)
@@ -141,20 +144,9 @@ def prepare(
     snapshots = open_snapshots(recipe, process, run_dir, engine.optimizer, events, failpoints, origin, phases.board)
     watch = AdapterWatch(model) if recipe.adapter else None
     run = Run(recipe, process, run_dir, data, engine, snapshots, events, failpoints, meter, phases, watch)
-    _place_failpoints(run, model, inner)
+    place_failpoints(run, model, [block.experts for block in blocks], inner)
     seed_streams(recipe.train.seed, "train", process.rank)
     return run
-
-
-def _place_failpoints(run: Run, model: Any, inner: torch.optim.Optimizer) -> None:
-    def in_forward(*_: object) -> None:
-        if model.training:
-            run.failpoints.reached("forward", run.progress.step + 1)
-
-    layers = model.model.layers
-    layers[len(layers) // 2].register_forward_pre_hook(in_forward)
-    # ZeRO steps the inner optimizer once per parameter group: after the first group the step is half done.
-    inner.register_step_post_hook(lambda *_: run.failpoints.reached("optimizer", run.progress.step + 1))
 
 
 def _make_deterministic(process: Process) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # The workers of whoever started it still have to import torch and to read their data before they attach.
 _FIRST_LINGER_S = 60.0
+_REFUSED_LINGER_S = 1.0
 _LONGEST_RETRY_S = 300.0
 _NO_WORKERS = "no workers"
 _SEALING_POLL_S = 0.02
@@ -60,6 +61,11 @@ class Departure:
         attached = any(keep.connection is not None for keep in service.keeps.values())
         persist = service.disk is not None
         service.loop.set_timer("linger", None if attached else seconds, lambda: self.leave(_NO_WORKERS, persist))
+
+    def refused(self) -> None:
+        """There was no memory for a worker: with none at all there is nothing to stay for."""
+        if not self._service.keeps:
+            self.arm(_REFUSED_LINGER_S)
 
     def finish(self, connection: Connection, request: Message, fds: list[int]) -> None:
         self._service.keep_of(connection).finished = True

@@ -11,7 +11,7 @@ from xxhash import xxh3_64_hexdigest
 from checkpointing.keeper.arenas import Keep, Slot
 from checkpointing.keeper.loop import Connection
 from checkpointing.keeper.protocol import Message
-from checkpointing.records import PAGE, Header, RecordError, read_header, verify
+from checkpointing.records import PAGE, Header, RecordError, decode_table, read_header, verify
 
 if TYPE_CHECKING:
     from checkpointing.keeper.service import Service
@@ -23,6 +23,7 @@ class Inventory:
         # (coordinate, slot) -> (record's sequence, attempt it was verified for): ranks that restart together share one
         # verification, the next restart verifies anew.
         self._verified: dict[tuple[str, int], tuple[int, int]] = {}
+        self._sound: set[str] = set()  # digests of tables that a worker can read
         self._running: dict[tuple[str, int], list[Callable[[], None]]] = {}
 
     def take(self, connection: Connection, request: Message, fds: list[int]) -> None:
@@ -82,9 +83,7 @@ class Inventory:
             if problem is None:
                 self._verified[key] = (slot.sequence, attempt)
             else:
-                slot.quarantine()
-                self._service.event("quarantined", step, tier="memory", coordinate=keep.coordinate, slot=slot.index,
-                                    problem=str(problem))  # fmt: skip
+                self._set_aside(keep, slot, step, problem)
                 if not isinstance(problem, RecordError):
                     raise problem
             for callback in self._running.pop(key):
@@ -94,6 +93,11 @@ class Inventory:
         hashers = self._service.hashers
         self._service.in_background(lambda: verify(slot.view, hashers), checked)
 
+    def _set_aside(self, keep: Keep, slot: Slot, step: int, problem: BaseException) -> None:
+        slot.quarantine()
+        self._service.event("quarantined", step, tier="memory", coordinate=keep.coordinate, slot=slot.index,
+                            problem=str(problem))  # fmt: skip
+
     def _answer(self, connection: Connection, request: Message) -> None:
         tables: dict[str, str] = {}
         records = []
@@ -101,8 +105,15 @@ class Inventory:
             for slot in keep.slots:
                 if not slot.sealed:
                     continue
-                header, table = _table_of(slot)
-                digest = xxh3_64_hexdigest(table)
+                try:
+                    header, table = _table_of(slot)
+                    digest = xxh3_64_hexdigest(table)
+                    if digest not in self._sound:
+                        decode_table(table)
+                        self._sound.add(digest)
+                except (RecordError, ValueError, TypeError) as error:  # damaged since it was verified ahead
+                    self._set_aside(keep, slot, slot.step, error)
+                    continue
                 tables[digest] = table.decode()
                 records.append(
                     {
@@ -120,5 +131,8 @@ class Inventory:
 
 
 def _table_of(slot: Slot) -> tuple[Header, bytes]:
+    """Raises RecordError if the header is not what it was when the slot was sealed."""
     header = read_header(slot.view)
+    if (header.kind, header.step) != (slot.kind, slot.step):
+        raise RecordError(f"the header of step {slot.step}'s {slot.kind.name.lower()} record is of another record")
     return header, bytes(slot.view[PAGE : PAGE + header.table_bytes])

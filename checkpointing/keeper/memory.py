@@ -8,7 +8,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from checkpointing.keeper.protocol import KeeperRefused
+from checkpointing.keeper.protocol import TooLittleMemory
 
 _GIB = 1 << 30
 _MADV_POPULATE_WRITE = 23
@@ -61,10 +61,10 @@ def _group_figures(group: Path, limit: str, used: str, cache: str) -> tuple[int,
 
 
 def check_fits(needed: int, what: str) -> None:
-    """Raises KeeperRefused with both figures if ``needed`` bytes are not available."""
+    """Raises TooLittleMemory with both figures if ``needed`` bytes are not available."""
     available = available_bytes()
     if needed > available:
-        raise KeeperRefused(
+        raise TooLittleMemory(
             f"{what} needs {needed:,} bytes ({needed / _GIB:.2f} GiB) of memory, {available:,} "
             f"({available / _GIB:.2f} GiB) are available; free memory, use fewer workers on this node, or "
             "set checkpoint.memory.enabled: false (2 generations instead of 3 or 4; none at all only with "
@@ -79,7 +79,7 @@ def create_memfd(name: str, nbytes: int) -> int:
         os.posix_fallocate(fd, 0, nbytes)
     except OSError as error:
         os.close(fd)
-        raise KeeperRefused(f"cannot allocate {nbytes:,} bytes for {name}: {error.strerror}") from error
+        raise TooLittleMemory(f"cannot allocate {nbytes:,} bytes for {name}: {error.strerror}") from error
     _prefault(fd, nbytes)
     return fd
 

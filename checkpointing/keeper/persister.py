@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -12,6 +10,7 @@ from typing import Any
 
 from checkpointing.keeper.arenas import Slot
 from checkpointing.keeper.diskfault import DiskFault
+from checkpointing.keeper.faults import Faults
 from checkpointing.keeper.health import DiskHealth
 from checkpointing.keeper.launch import Lease
 from checkpointing.keeper.protocol import KeeperRefused
@@ -47,29 +46,6 @@ class Persist:
     partitions: Mapping[str, str]  # of each coordinate, how they lie; written with a window
 
 
-@dataclass
-class KillPoint:
-    """A drill: half-way through the first write at or after ``step``, SIGKILL ``pids`` (-1 is the keeper). Once."""
-
-    step: int
-    pids: tuple[int, ...]
-    done: bool = False
-
-    @classmethod
-    def parse(cls, kill: Mapping[str, Any] | None) -> KillPoint | None:
-        if not kill or kill.get("at") != "disk":
-            return None
-        return cls(int(kill["step"]), tuple(-1 if pid == "keeper" else int(pid) for pid in kill["pids"]))
-
-    def due(self, step: int, written: int, total: int) -> bool:
-        return not self.done and step >= self.step and 2 * written >= total
-
-    def strike(self) -> None:
-        self.done = True
-        for pid in sorted(self.pids, reverse=True):  # the keeper last: it is the one that strikes
-            os.kill(os.getpid() if pid < 0 else pid, signal.SIGKILL)
-
-
 class Persister:
     """A running write and at most one queued. The queued one is soft: a capture that needs its memory gets it.
 
@@ -85,10 +61,10 @@ class Persister:
         on_done: Callable[[Persist, str], None],
         hashers: Executor,
         health: DiskHealth,
+        faults: Faults,
     ) -> None:
         self.directory: Place = lease.run_dir / "checkpoints"
         self.health = health
-        self.kill: KillPoint | None = None
         self.fault: DiskFault | None = None
         self.running: Persist | None = None
         self.queued: Persist | None = None
@@ -97,6 +73,7 @@ class Persister:
         self._void: Persist | None = None
         self._opened: Place | None = None
         self._lease, self._call, self._event, self._on_done, self._hashers = lease, call, event, on_done, hashers
+        self._faults = faults
         self._thread = ThreadPoolExecutor(1, "persist")
 
     def use(self, disk: Mapping[str, Any] | None, fault: Mapping[str, Any] | None) -> None:
@@ -256,9 +233,8 @@ class Persister:
         self.health.progress(written, total)
         if self.fault is not None:
             self.fault.strike(job.step, written, total)
-        if self.kill is not None and self.kill.due(job.step, written, total):
-            self._event("kill", job.step, job.attempt, at="disk", pids=self.kill.pids)
-            self.kill.strike()
+        if 2 * written >= total:
+            self._faults.reached("disk", job.step)
 
 
 def check_place(disk: Mapping[str, Any] | None) -> None:

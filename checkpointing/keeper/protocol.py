@@ -33,6 +33,15 @@ class KeeperRefused(ValueError):
     """The keeper works but will not do this: another recipe's run, too little memory, a coordinate already taken."""
 
 
+class TooLittleMemory(KeeperRefused):
+    """The slots do not fit the machine or its control group; the message has both figures."""
+
+
+def refusal(error: KeeperRefused) -> Message:
+    """The fields of an answer that has :func:`raise_if_error` raise this error again."""
+    return {"error": str(error), "refused": True, "memory": isinstance(error, TooLittleMemory)}
+
+
 def encode(message: Message, fds: Sequence[int] = ()) -> bytes:
     body = json.dumps(message | {"fds": len(fds)}, separators=(",", ":")).encode()
     return _LENGTH.pack(len(body)) + body
@@ -102,5 +111,6 @@ def receive_one(sock: socket.socket, inbox: Inbox) -> tuple[Message, list[int]]:
 
 def raise_if_error(answer: Message) -> Message:
     if "error" in answer:
-        raise (KeeperRefused if answer.get("refused") else KeeperError)(answer["error"])
+        refused = TooLittleMemory if answer.get("memory") else KeeperRefused
+        raise (refused if answer.get("refused") else KeeperError)(answer["error"])
     return answer

@@ -15,13 +15,14 @@ from checkpointing.keeper import launch
 from checkpointing.keeper.arenas import Keep, Slot
 from checkpointing.keeper.departure import Departure
 from checkpointing.keeper.events import append_event
+from checkpointing.keeper.faults import Faults
 from checkpointing.keeper.grants import Grants
 from checkpointing.keeper.health import DiskHealth
 from checkpointing.keeper.inventory import Inventory
 from checkpointing.keeper.loop import Connection, Loop
 from checkpointing.keeper.memory import check_fits, create_memfd
-from checkpointing.keeper.persister import KillPoint, Persist, Persister, check_place
-from checkpointing.keeper.protocol import KeeperRefused, Message
+from checkpointing.keeper.persister import Persist, Persister, check_place
+from checkpointing.keeper.protocol import KeeperRefused, Message, TooLittleMemory, refusal
 from checkpointing.keeper.quiet import Quiet
 from checkpointing.keeper.watch import Watch
 from checkpointing.records import State, seal, state_of
@@ -71,7 +72,10 @@ class Service:
         self.jobs = ThreadPoolExecutor(4, "job")
         self.hashers = ThreadPoolExecutor(min(8, max(1, (os.cpu_count() or 2) // 2)), "hash")
         health = DiskHealth(self.loop.set_timer, self.event)
-        self.persister = Persister(lease, self.loop.call, self.event, self.on_persisted, self.hashers, health)
+        self.faults = Faults(self.event)
+        self.persister = Persister(
+            lease, self.loop.call, self.event, self.on_persisted, self.hashers, health, self.faults
+        )
         self.inventory = Inventory(self)
         self.watch = Watch(self)
         self.departure.arm()
@@ -143,8 +147,10 @@ class Service:
                     raise KeeperRefused("wrong token: read keeper.json again")
                 connection.authenticated = True
             operations[request["op"]](connection, request, fds)
-        except KeeperRefused as refusal:
-            connection.answer(request, {"error": str(refusal), "refused": True})
+        except KeeperRefused as error:
+            connection.answer(request, refusal(error))
+            if isinstance(error, TooLittleMemory):
+                self.departure.refused()
         except Exception as error:
             traceback.print_exc()
             connection.answer(request, {"error": f"{type(error).__name__}: {error}"})
@@ -200,7 +206,7 @@ class Service:
             problem = done.exception()
             if problem is not None:
                 refused = isinstance(problem, KeeperRefused)
-                connection.answer(request, {"error": str(problem), "refused": refused})
+                connection.answer(request, refusal(problem) if refused else {"error": str(problem)})
                 return
             self.keeps[coordinate] = Keep(coordinate, Arena(done.result(), shape))
             self._enter(self.keeps[coordinate], connection, request, adopted=False)
@@ -253,7 +259,7 @@ class Service:
         self.job, self.local = request["coordinates"], request["node_coordinates"]
         self.disk, self.linger_s = request["disk"], request["linger_s"]
         self.persister.use(self.disk, request.get("disk_fault"))
-        self.persister.kill = self.persister.kill or KillPoint.parse(request.get("kill"))
+        self.faults.arm(keep.coordinate, request.get("kill"))
         self.departure.attached()
         slots = [{"kind": s.kind, "state": s.state.name, "step": s.step} for s in keep.slots]
         connection.answer(request, {"ok": True, "slots": slots}, [keep.arena.fd])
@@ -292,6 +298,7 @@ class Service:
             slot.state = State.COPIED
 
         def work() -> None:
+            self.faults.before_seal(step, keep.coordinate)
             for slot in fresh:
                 seal(slot.view, self.hashers)
 
@@ -310,6 +317,7 @@ class Service:
         if problem is not None:
             connection.answer(request, {"error": f"step {step} of {keep.coordinate} was not sealed: {problem}"})
         else:
+            self.faults.reached("sealed", step, keep.coordinate)
             connection.answer(request, {"ok": True, "step": step})
             # What an earlier attempt's worker left half sealed must not be written while others recover.
             if self.is_due(step) and keep.attempt == self.attempt:

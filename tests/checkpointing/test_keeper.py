@@ -15,8 +15,9 @@ import pytest
 from checkpointing.keeper import launch, memory
 from checkpointing.keeper.client import KeeperClient
 from checkpointing.keeper.control import stop_keeper
-from checkpointing.keeper.protocol import Inbox, KeeperError, KeeperRefused, receive_one, send_all
+from checkpointing.keeper.protocol import Inbox, KeeperError, KeeperRefused, TooLittleMemory, receive_one, send_all
 from checkpointing.records import Kind, State, state_of
+from checkpointing.slots import ArenaShape, Pool
 
 ROOT = Path(__file__).resolve().parents[2]
 FINGERPRINT = "0123456789abcdef"
@@ -91,9 +92,17 @@ def test_too_little_memory_is_refused_with_the_bytes(run_dir, make_job, events):
     shape = job.clients[0].arena.shape
     count = memory.available_bytes() // shape.base.slot_bytes + 1000
     larger = replace(shape, base=replace(shape.base, count=count))
-    with pytest.raises(KeeperRefused, match=r"needs [\d,]+ bytes .* are available"):
+    with pytest.raises(TooLittleMemory, match=r"needs [\d,]+ bytes .* are available"):
         KeeperClient.attach(run_dir, "dp0001", ["dp0000", "dp0001"], larger, FINGERPRINT)
     job.run(1)
+
+
+def test_a_keeper_that_had_no_memory_for_anyone_leaves_at_once(run_dir, wait_until):
+    count = memory.available_bytes() // (1 << 20) + 1000
+    too_large = ArenaShape(Pool(count, 0, 1 << 20), Pool(0, 0, 0), 1)
+    with pytest.raises(TooLittleMemory):
+        KeeperClient.attach(run_dir, "dp0000", ["dp0000"], too_large, FINGERPRINT, linger_s=600)
+    wait_until(lambda: launch.read_info(run_dir) is None)
 
 
 def test_a_long_run_folder_gets_a_short_socket(tmp_path):

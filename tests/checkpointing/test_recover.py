@@ -121,6 +121,20 @@ def test_a_flipped_byte_in_memory_is_detected_and_the_older_step_used(make_job, 
     job.run(3, 4, 5, 6)
 
 
+@pytest.mark.parametrize(("kind", "offset"), [(Kind.BASE, records.PAGE + 1), (Kind.EXTRAS, 24)])
+def test_a_record_damaged_after_it_was_verified_is_not_reported(make_job, events, kind, offset):
+    """Its table, or its step: the keeper verifies ahead, and the worker that asks must not stumble over it."""
+    job = make_job()
+    job.run(1, 2, 3)
+    assert max(r.step for r in job.clients[0].inventory()) == 3
+    slot_of(job, 1, kind, 3)[offset] ^= 0x20
+    plan, _, _ = job.recover()
+    assert (plan.step, plan.tier) == (2, "memory")
+    assert job.state() == job.history[2]
+    (row,) = events("quarantined")
+    assert (row["coordinate"], row["step"]) == ("dp0001", 3)
+
+
 def test_a_byte_flipped_after_the_report_is_not_restored(make_job):
     job = make_job(world=1)
     job.run(1, 2, 3)

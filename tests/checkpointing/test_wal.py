@@ -12,7 +12,8 @@ from checkpointing import records
 from checkpointing.keeper.control import stop_keeper
 from checkpointing.materialise import whole
 from checkpointing.records import Kind, State
-from checkpointing.recovery import RecoveryError
+from checkpointing.recover import Recovery
+from checkpointing.recovery import RecoveryError, plan_recovery
 from checkpointing.state.gradients import StepLog
 from checkpointing.store import Checkpoint, list_checkpoints, verify
 
@@ -210,6 +211,29 @@ def test_memory_of_an_older_course_does_not_block_a_new_window(run_dir, make_wal
     job.begin()
     job.run(9, 10, 11)
     assert recovered(job).step == 11
+
+
+def test_a_part_left_with_an_old_base_is_captured_again_before_the_log_is_full(make_wal_job):
+    """Else the steps to redo would outgrow the slots of the log, and no capture would ever find room again."""
+    job = make_wal_job(rotation=3)
+    job.run(*range(1, 9))
+    flip(slots_of(job, 1, Kind.BASE)[8])
+    targets = [job.target(rank) for rank in range(2)]
+    ranks = [Recovery(client, job.run_dir, t) for client, t in zip(job.clients, targets, strict=True)]
+    plan = plan_recovery([rank.report() for rank in ranks])
+    for rank in ranks:
+        rank.apply(plan)
+    assert (plan.step, targets[1].applied) == (8, [6, 7, 8])
+    outgrown = [p.outgrown(8, t.bases) for p, t in zip(job.protections, targets, strict=True)]
+    assert [[f.parts for f in fragments] for fragments in outgrown] == [[], [(8 % 3,)]]
+    for capturer in job.capturers:
+        capturer.close()
+    job.begin()
+    job.capturers[1].start(8, {"rng": b"rank 1 step 8", "empty": b""}, -1, outgrown[1])
+    job.capturers[1].wait_copied()
+    job.run(*range(9, 15))
+    assert recovered(job).step == 14
+    assert job.state() == job.history[14]
 
 
 def test_without_gradients_a_skipped_step_is_a_step(make_wal_job):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from trainer.events import FILE_NAME, EventLog, read_events
-from trainer.faults import FaultError, KillSpec
+from trainer.faults import POINTS, FaultError, KillSpec, format_attempts, parse_attempts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -105,10 +105,20 @@ def test_rows_of_processes_that_are_killed_stay_whole(tmp_path: Path) -> None:
 
 def test_kill_spec_round_trip() -> None:
     assert KillSpec.parse("rank=1,step=7") == KillSpec(1, 7, "forward", "worker")
-    for at in ("forward", "optimizer", "capture", "disk"):
+    for at in POINTS:
         for who in ("worker", "keeper", "both"):
             spec = KillSpec(rank=3, step=12, at=at, who=who)
             assert KillSpec.parse(str(spec)) == spec
+
+
+def test_kills_of_several_attempts_round_trip() -> None:
+    text = "rank=0,step=3,at=told,who=keeper+rank=1,step=5,at=seal,who=worker;;rank=1,step=1,at=recovery,who=both"
+    attempts = parse_attempts(text)
+    assert [len(kills) for kills in attempts] == [2, 0, 1]
+    assert format_attempts(attempts) == text
+    assert parse_attempts("") == ((),)
+    assert attempts[2][0].is_at("recovery", 7)
+    assert not attempts[0][0].is_at("told", 2)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +131,7 @@ def test_kill_spec_round_trip() -> None:
         ("rank=-1,step=1", "rank='-1'"),
         ("rank=1,step=0", "step=0 is too small"),
         ("rank=1,step=²", "step='²'"),
-        ("rank=1,step=1,at=backward", "at='backward' is no point"),
+        ("rank=1,step=1,at=lunch", "at='lunch' is no point"),
         ("rank=1,step=1,who=me", "who='me' is nobody"),
         ("rank=1,step=1,when=now", "'when=now' is no field"),
         ("rank=1,rank=2,step=1", "rank is given twice"),
