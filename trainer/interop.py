@@ -204,11 +204,12 @@ def import_deepspeed(folder: str, run: str, tag: str | None = None) -> int:
 
 def write_imported(read: DeepSpeedFolder, place: Path) -> Path:
     """The folder's state as a checkpoint of ours. Raises DeepSpeedFormatError for what does not fit together."""
+    buffers = [state_buffers(read, rank) for rank in range(len(read.ranks))]
+    tensors = described_tensors(read)
+    _check_weights(read, [buffer for share in buffers for buffer in share], tensors)
     progress = Progress(read.step, int(read.model["global_samples"]), "", [optimizer_step(read)])
-    sections = {
-        f"dp{rank:04d}": sections_of(state_buffers(read, rank), {"progress": progress.dump()})
-        for rank in range(len(read.ranks))
-    }
+    extras = {"progress": progress.dump()}
+    sections = {f"dp{rank:04d}": sections_of(share, extras) for rank, share in enumerate(buffers)}
     metadata = {
         "recipe": "",
         "imported_from": str(read.path),
@@ -217,22 +218,21 @@ def write_imported(read: DeepSpeedFolder, place: Path) -> Path:
         "optimizer": "AdamW",
     }
     place.mkdir(parents=True, exist_ok=True)
-    written = write_checkpoint(place, read.step, sections, described_tensors(read), metadata)
-    _check_weights(read, Checkpoint.open(Path(str(written))))
-    return Path(str(written))
+    return Path(str(write_checkpoint(place, read.step, sections, tensors, metadata)))
 
 
-def _check_weights(read: DeepSpeedFolder, checkpoint: Checkpoint) -> None:
+def _check_weights(read: DeepSpeedFolder, buffers: Sequence[StateBuffer], tensors: Mapping[str, Any]) -> None:
     """The weights in the folder must be the masters' casts: an expert's file of another save is found here."""
-    try:
-        trained = trained_tensors(checkpoint)
-        for name, file, weight in saved_weights(read):
-            path, expert = name
-            ours = trained[path] if expert is None else trained[path][expert]
-            if not torch.equal(ours, weight):
-                raise ForeignFolderError(
-                    f"{file}: {path} is not the cast of its master weights; two saves are mixed there"
-                )
-    except BaseException:
-        shutil.rmtree(checkpoint.path)  # type: ignore[arg-type]
-        raise
+    masters = {unit: torch.empty(fact["elements"]) for unit, fact in tensors.items()}
+    for buffer in buffers:
+        for span in buffer.spans if buffer.name.endswith(".master") else ():
+            part = buffer.tensor[span.offset : span.offset + span.range.size]
+            masters[span.range.unit][span.range.lo : span.range.hi] = part
+    units: dict[tuple[str, int | None], list[str]] = {}
+    for unit, fact in tensors.items():
+        for name in {(fact["param"], fact["expert"]), (fact["param"], None)}:
+            units.setdefault(name, []).append(unit)
+    for name, file, weight in saved_weights(read):
+        ours = torch.cat([masters[unit] for unit in units[name]]).to(weight.dtype)
+        if not torch.equal(ours, weight.reshape(-1)):
+            raise ForeignFolderError(f"{file}: {name[0]} is not the cast of its masters; two saves are mixed")

@@ -62,7 +62,7 @@ def torchrun(workers, *arguments):
 
 
 def layout(workers, ep, zero):
-    return [f"parallel.workers={workers}", f"parallel.ep={ep}", f"parallel.zero={zero}"]
+    return [f"parallel.workers={workers}", f"parallel.ep={ep}", f"parallel.zero={zero}", "train.warmup_steps=0"]
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,9 @@ def test_a_killed_run_recovers_from_its_own_memory(chain, start):
 
 def test_what_does_not_fit_is_refused_in_words(chain, start):
     source = f"checkpoint.load_from={chain['one']}"
-    job = start("layout-wider", ["train.steps=9", source, "model.moe_intermediate_size=24", "train.seed=3"])
+    job = start(
+        "layout-wider", ["train.steps=9", "parallel.zero=1", source, "model.moe_intermediate_size=24", "train.seed=3"]
+    )
     assert job.wait() == 2
     text = job.output.read_text()
     assert "Traceback" not in text
