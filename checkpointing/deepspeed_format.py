@@ -202,7 +202,8 @@ def optimizer_step(folder: DeepSpeedFolder) -> float:
 
 def state_buffers(folder: DeepSpeedFolder, rank: int) -> list[StateBuffer]:
     """A rank's masters and moments as named ranges. Raises DeepSpeedFormatError if the ranks leave a gap."""
-    state, buffers = folder.ranks[rank], []
+    state = folder.ranks[rank]
+    buffers: list[StateBuffer] = []
     for group, shapes in enumerate(folder.shapes):
         spans = tuple(_spans(folder, group, rank, shapes))
         moments = state["base_optimizer_state"]["state"][group]
@@ -311,14 +312,21 @@ class ModelFacts:
 
 
 def write_model(
-    tag_dir: Path, facts: ModelFacts, weights: Mapping[str, Tensor], experts: Mapping[str, int], expert_parallel: bool
+    tag_dir: Path,
+    facts: ModelFacts,
+    weights: Mapping[str, Tensor],
+    experts: Mapping[str, int],
+    shared: Mapping[str, str],
+    expert_parallel: bool,
 ) -> None:
-    """Weights, whole, by path; ``experts`` has the layer of each stacked expert tensor.
+    """Weights, whole, by path; ``experts`` has the layer of each stacked expert tensor, ``shared`` the path that another
+    one is tied to.
 
     Without expert parallelism DeepSpeed keeps stacked experts among the other weights.
     """
     layers = sorted(set(experts.values())) if expert_parallel else []
     module = {path: w for path, w in weights.items() if not (expert_parallel and path in experts)}
+    module |= {path: weights[kept] for path, kept in shared.items()}
     counts = []
     for number, layer in enumerate(layers):
         stacked = {path: weights[path] for path, at in experts.items() if at == layer}
@@ -327,7 +335,7 @@ def write_model(
         for e in range(count):
             names = {_expert_key(path, e): tensor[e].clone() for path, tensor in stacked.items()}
             torch.save(names, tag_dir / expert_file(number, e))
-    states = {
+    states: dict[str, Any] = {
         "module": OrderedDict(module),
         "buffer_names": [],
         "optimizer": None,
@@ -335,7 +343,7 @@ def write_model(
             OrderedDict((name, torch.Size(shape)) for name, shape in group.items()) for group in facts.shapes
         ],
         "frozen_param_shapes": None,
-        "shared_params": {},
+        "shared_params": dict(shared),
         "frozen_param_fragments": None,
         "lr_scheduler": None,
         "data_sampler": None,
@@ -375,7 +383,7 @@ def write_rank(
     """
     masters = [group["params"][0].detach() for group in optimizer.param_groups]
     used = [max((start + size for start, size in group.values()), default=0) for group in fragments]
-    states = {
+    states: dict[str, Any] = {
         "dynamic_loss_scale": False,
         "overflow": False,
         "clip_grad": facts.clip_grad,

@@ -22,7 +22,7 @@ from checkpointing.materialise import whole
 from checkpointing.resize import load_resized, tensor_differences
 from checkpointing.state.extras import restore_rng, seed_streams
 from checkpointing.state.zero import after_restore, describe_tensors, optimizer_steps
-from checkpointing.storage import place_of
+from checkpointing.storage import MANIFEST, place_of
 from checkpointing.store import Checkpoint, list_checkpoints, verify
 from trainer.checkpoints import CheckpointError, source_of
 from trainer.events import read_events
@@ -181,7 +181,7 @@ def choose(text: str, earlier: str | None = None) -> Checkpoint:
     Raises LoadError if there is none, or if a named one is damaged.
     """
     place = place_of(earlier or text)
-    if earlier is not None or (place / "manifest.json").exists():
+    if earlier is not None or (place / MANIFEST).exists():
         problems = verify(place)
         if not problems:
             return Checkpoint.open(place)

@@ -45,6 +45,8 @@ from trainer.recipe import load_recipe
 from trainer.schedules import learning_rate
 from trainer.schema import Recipe
 
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
 
 class ForeignFolderError(ValueError):
     """A folder cannot be imported; the message says where and why."""
@@ -132,7 +134,9 @@ def _write_deepspeed(checkpoint: Checkpoint, recipe: Recipe, tag_dir: Path) -> N
         for unit, fact in tensors.items()
         if fact["expert"] is not None
     }
-    write_model(tag_dir, facts, trained_tensors(checkpoint), layers, expert_parallel=layout.ep > 1)
+    weights = trained_tensors(checkpoint)
+    tied = {} if _HEAD in weights or _EMBEDDING not in weights else {_HEAD: _EMBEDDING}
+    write_model(tag_dir, facts, weights, layers, tied, expert_parallel=layout.ep > 1)
     counts = [layout.workers // degree for degree in degrees]
     for rank, share in enumerate(shares):
         write_rank(tag_dir, rank, facts, share.optimizer, share.fragments, counts, FRAGMENT_CLASS)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from checkpointing.state.zero import zero_buffers
 from trainer import worker
 from trainer.snapshots import Snapshots
 
@@ -23,7 +24,7 @@ def dump(out, snapshots, progress):
     zero = snapshots.zero_optimizer
     spans = [
         (*_place(span.range), buffer.tensor[span.offset : span.offset + span.range.size].clone())
-        for buffer in snapshots.buffers
+        for buffer in zero_buffers(zero)  # read anew: DeepSpeed's load replaces the tensors of the moments
         for span in buffer.spans
     ]
     weights = {p.address.param: p.detach().clone() for group in zero.bit16_groups for p in group}

@@ -30,7 +30,7 @@ from trainer.progress import Progress
 from trainer.recipe import load_recipe, recipe_to_yaml
 
 EXPERTS = 4
-DENSE = {"model.embed.weight": (5, 3), "model.norm.weight": (3,)}
+DENSE = {"model.embed_tokens.weight": (5, 3), "model.norm.weight": (3,)}
 STACKED = {
     f"model.layers.{layer}.mlp.experts.{tensor}": (EXPERTS, *shape)
     for layer in (0, 2)
@@ -127,6 +127,13 @@ def test_every_layout_comes_back_bit_equal(where: tuple[int, int], dtype: str) -
             progress = Progress()
             progress.load(again.extras(coordinate)["progress"])
             assert (progress.step, progress.samples, progress.optimizer_steps) == (6, 48, [5.0])
+
+
+def test_a_tied_head_is_among_the_weights_as_state_dicts_have_it(tmp_path: Path) -> None:
+    read = read_folder(exported(written(tmp_path / "ours", 2, 2), tmp_path / "theirs"), CHECKPOINT_CLASSES)
+    module = read.model["module"]
+    assert torch.equal(module["lm_head.weight"], module["model.embed_tokens.weight"])
+    assert read.model["shared_params"] == {"lm_head.weight": "model.embed_tokens.weight"}
 
 
 def test_layouts_hold_the_same_state(tmp_path: Path) -> None:
