@@ -319,7 +319,7 @@ def write_model(
     shared: Mapping[str, str],
     expert_parallel: bool,
 ) -> None:
-    """Weights, whole, by path; ``experts`` has the layer of each stacked expert tensor, ``shared`` what a path is tied to.
+    """Weights, whole, by path; ``experts`` has each stacked tensor's layer, ``shared`` the path that one is tied to.
 
     Without expert parallelism DeepSpeed keeps stacked experts among the other weights.
     """
