@@ -7,7 +7,7 @@ can give other bits, and is refused unless asked for.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,19 @@ def whole(checkpoint: Checkpoint, scratch: Path, inexact: bool = False) -> Check
         return checkpoint
     device = _device(checkpoint, inexact)
     sections: dict[str, list[Section]] = {}
+    partitions: dict[str, str] = {}
     for coordinate in checkpoint.manifest["coordinates"]:
         described = read_metadata(checkpoint.file_of(coordinate)).get("partitions")
         if described is None:
             raise RecoveryError(f"{checkpoint.file_of(coordinate)} does not say how partitions lie; use another step")
         buffers, optimizer = build_partitions(described, _settings(checkpoint, coordinate), device)
         extras = restore_from_disk(Target(buffers, coordinate, Redo(optimizer)), checkpoint)
-        sections[coordinate] = _sections(buffers, extras)
+        partitions[coordinate] = described
+        sections[coordinate] = sections_of(buffers, extras)
     manifest = checkpoint.manifest
-    path = write_checkpoint(scratch, checkpoint.step, sections, manifest["tensors"], manifest["metadata"])
+    path = write_checkpoint(
+        scratch, checkpoint.step, sections, manifest["tensors"], manifest["metadata"], described=partitions
+    )
     return Checkpoint.open(path)
 
 
@@ -73,7 +77,8 @@ def _settings(checkpoint: Checkpoint, coordinate: str) -> list[dict[str, Any]]:
         return json.loads(file.read(meta.nbytes))["groups"]
 
 
-def _sections(buffers: list[StateBuffer], extras: dict[str, bytes]) -> list[Section]:
+def sections_of(buffers: Sequence[StateBuffer], extras: dict[str, bytes]) -> list[Section]:
+    """What a whole checkpoint holds of one coordinate: its state in one piece, and its extras."""
     (fragment,) = rotation(buffers, 1)
     payload = torch.empty(fragment.nbytes, dtype=torch.uint8)
     for piece in fragment.pieces:

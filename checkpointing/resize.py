@@ -22,16 +22,16 @@ _PIECE = 64 << 20
 
 
 def load_resized(buffers: Sequence[StateBuffer], checkpoint: Checkpoint) -> None:
-    """Fill the buffers, whatever layout wrote the checkpoint; all its files are verified first.
+    """Fill the buffers, whatever layout wrote the checkpoint; the files that are read are verified first.
 
     Raises RecoveryError for a damaged file, a window whose log must be redone first, or a range that is absent, held
     twice or of another dtype; nothing is then changed.
     """
-    problems = verify(checkpoint.path)
-    if problems:
-        raise RecoveryError(problems[0])
     _check_whole(checkpoint)
     moves = transfers(needs_of(buffers), checkpoint.records)
+    problems = verify(checkpoint.path, sorted({move.source for move in moves}))
+    if problems:
+        raise RecoveryError(problems[0])
     tensors = {buffer.name: bytes_of(buffer.tensor) for buffer in buffers}
     for move in moves:
         file, into = checkpoint.file_of(move.source), tensors[move.buffer][move.buffer_offset :]

@@ -8,6 +8,9 @@ then insists on an expert parameter group and finds none.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 
@@ -31,8 +34,30 @@ class _ExpertParallel(Experts):
         self.ep_group = groups._get_expert_parallel_group(name)
 
 
+EXPERT_PREFIX = "deepspeed_moe.experts.deepspeed_experts."
+
+
 class _TrainedExpertParallel(_ExpertParallel, MoE):
-    """Experts (or adapters on them) that train. DeepSpeed's own constructor and forward are never used."""
+    """Experts (or adapters on them) that train. DeepSpeed's own constructor and forward are never used.
+
+    In a state dict each expert has its own keys, under the names by which DeepSpeed's ``save_checkpoint`` and
+    ``load_checkpoint`` tell experts apart; names of ours would make it fail.
+    """
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name, stacked_L in self._parameters.items():
+            if stacked_L is None:
+                continue
+            for i in range(self.num_local_experts):
+                expert = stacked_L[i]
+                destination[f"{prefix}{EXPERT_PREFIX}{i}.{name}"] = expert if keep_vars else expert.detach()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in self._parameters:
+            keys = [f"{prefix}{EXPERT_PREFIX}{i}.{name}" for i in range(self.num_local_experts)]
+            if all(key in state_dict for key in keys):
+                state_dict[prefix + name] = torch.stack([state_dict.pop(key) for key in keys])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def bind_expert_parallel(experts: Experts) -> None:

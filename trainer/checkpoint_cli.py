@@ -12,7 +12,7 @@ _PICK = "as above, with the step; the newest without"
 
 def add_verbs(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="checkpoint_verb", required=True, metavar="VERB")
-    for add in (_add_ls, _add_verify, _add_diff, _add_rm):
+    for add in (_add_ls, _add_verify, _add_diff, _add_rm, _add_export, _add_import):
         add(verbs)
 
 
@@ -52,6 +52,25 @@ def _add_rm(verbs: Verbs) -> None:
     sub.add_argument("--force", action="store_true", help="even the newest that verifies, or a permanent one")
 
 
+def _add_export(verbs: Verbs) -> None:
+    sub = sub_verb(verbs, "export", _export, "write a checkpoint as another tool's folder")
+    sub.add_argument("run_dir", metavar="RUN[:STEP]", help="run folder; the newest step without")
+    sub.add_argument("out_dir", metavar="OUT", help="folder to make")
+    form = sub.add_mutually_exclusive_group(required=True)
+    form.add_argument("--hf", dest="form", action="store_const", const="hf", help="weights, for transformers")
+    form.add_argument(
+        "--deepspeed", dest="form", action="store_const", const="deepspeed", help="weights and optimizer, same layout"
+    )
+    sub.add_argument("--inexact", action="store_true", help="redo a log that another device or torch wrote")
+
+
+def _add_import(verbs: Verbs) -> None:
+    sub = sub_verb(verbs, "import", _import, "make a checkpoint of what DeepSpeed's save_checkpoint wrote")
+    sub.add_argument("folder", metavar="DS_FOLDER", help="folder with the file 'latest', or one tag's folder in it")
+    sub.add_argument("run_dir", metavar="RUN", help="folder to make it in, for checkpoint.load_from")
+    sub.add_argument("--tag", help="instead of the one that 'latest' names")
+
+
 def _step(text: str) -> int:
     if not (text.isascii() and text.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a step")
@@ -80,3 +99,15 @@ def _rm(arguments: argparse.Namespace) -> int:
     from trainer import checkpoints
 
     return checkpoints.rm(arguments.run_dir, arguments.names, arguments.force)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from trainer import interop
+
+    return interop.export(arguments.run_dir, arguments.out_dir, arguments.form, arguments.inexact)
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from trainer import interop
+
+    return interop.import_deepspeed(arguments.folder, arguments.run_dir, arguments.tag)

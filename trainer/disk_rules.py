@@ -1,4 +1,4 @@
-"""Rules for the keys of ``checkpoint.disk``; the other rules are in ``trainer.recipe_checks``."""
+"""Rules for ``checkpoint.disk`` and for keys that name places; the other rules are in ``trainer.recipe_checks``."""
 
 from __future__ import annotations
 
@@ -33,19 +33,27 @@ def _permanent(view: View) -> Iterator[Finding]:
 
 
 def _url(view: View) -> Iterator[Finding]:
-    url = view("checkpoint.disk.url")
+    yield from _place(view, "checkpoint.disk.url")
+
+
+def _load_from(view: View) -> Iterator[Finding]:
+    yield from _place(view, "checkpoint.load_from")
+
+
+def _place(view: View, key: str) -> Iterator[Finding]:
+    url = view(key)
     if url is None:
         return
     if "\0" in url:
-        yield "checkpoint.disk.url", "checkpoint.disk.url holds a zero character; write a folder or a URL"
+        yield key, f"{key} holds a zero character; write a folder or a URL"
         return
     if "memory" in (link.partition("://")[0] for link in url.split("::")):
-        yield "checkpoint.disk.url", f"checkpoint.disk.url={url!r} ends with its process; choose a folder or a store"
+        yield key, f"{key}={url!r} ends with its process; choose a folder or a store"
         return
     try:
         place_of(url)
     except LocationError as error:
-        yield "checkpoint.disk.url", f"checkpoint.disk.url: {error}"
+        yield key, f"{key}: {error}"
 
 
-DISK_RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (_permanent, _url)
+DISK_RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (_permanent, _url, _load_from)

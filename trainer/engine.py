@@ -19,11 +19,18 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
 from deepspeed.ops import __compatible_ops__
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils.tensor_fragment import fragment_address
 
 from moe.deepspeed_ep import bind_expert_parallel
 from moe.experts import Experts
 from trainer.schema import Recipe
+
+DEEPSPEED_VERSION = deepspeed.__version__
+FRAGMENT_CLASS = fragment_address
+CHECKPOINT_CLASSES = (fragment_address, LossScaler, ZeroStageEnum)  # what its checkpoints pickle besides tensors
 
 
 def prepare_deepspeed() -> None:

@@ -34,9 +34,9 @@ class ExportError(ValueError):
     """The run cannot be exported; the message says what is missing and where."""
 
 
-def main(run_dir: str, out_dir: str, inexact: bool = False) -> int:
+def main(run_dir: str, out_dir: str, inexact: bool = False, step: int | None = None) -> int:
     run, out = Path(run_dir), Path(out_dir)
-    recipe, checkpoint = open_run(run)
+    recipe, checkpoint = open_run(run, step)
     if out.exists() and any(out.iterdir()):
         raise ExportError(f"{out} exists and is not empty; give another folder or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -65,8 +65,11 @@ def _write(recipe: Recipe, run: Path, checkpoint: Checkpoint, temporary: Path, i
         _copy_tokenizer(run, temporary)
 
 
-def open_run(run: Path) -> tuple[Recipe, Checkpoint]:
-    """A run's recipe and its newest checkpoint whose every byte verifies. Raises ExportError if there is none."""
+def open_run(run: Path, step: int | None = None) -> tuple[Recipe, Checkpoint]:
+    """A run's recipe, and its checkpoint of ``step``, by default the newest, whose every byte verifies.
+
+    Raises ExportError if there is none.
+    """
     if not (run / "recipe.yaml").is_file():
         raise ExportError(f"{run} is not a run folder: it has no recipe.yaml")
     try:
@@ -75,13 +78,16 @@ def open_run(run: Path) -> tuple[Recipe, Checkpoint]:
         raise ExportError(f"{run}: its recipe does not load: {error}") from error
     reasons: list[str] = []
     place = checkpoints_of(recipe, run)
-    for _step, folder in reversed(list_checkpoints(place)):
+    for found, folder in reversed(list_checkpoints(place)):
+        if step not in (None, found):
+            continue
         problems = verify(folder)
         if not problems:
             return recipe, Checkpoint.open(folder)
         reasons += problems
-    found = "; ".join(reasons) or "none was written; set checkpoint.disk.final=true and run again"
-    raise ExportError(f"{place} has no usable checkpoint: {found}")
+    absent = "none was written; set checkpoint.disk.final=true and run again"
+    why = "; ".join(reasons) or (absent if step is None else f"step {step} is not there")
+    raise ExportError(f"{place} has no usable checkpoint: {why}")
 
 
 def trained_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -313,6 +313,7 @@ def card(
             (f"{every}, {kept}" if mode == "dense" else f"{every}, mode {mode}") if memory.enabled else without,
         ),
         ("disk tier", _disk_tier(disk)),
+        *([("begins with", recipe.checkpoint.load_from)] if recipe.checkpoint.load_from else []),
         *(_modes(recipe, plan, available, events) if memory.enabled else []),
     ]
     return "\n".join(f"{name:<12} {text}" for name, text in rows)

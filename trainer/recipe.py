@@ -279,6 +279,9 @@ def _resolved(recipe: Recipe, path: FilePath) -> Recipe:
     if disk.url is not None and isinstance(place, FilePath):
         # The keeper, which writes there, has a current folder of its own.
         checkpoint = dataclasses.replace(checkpoint, disk=dataclasses.replace(disk, url=os.path.abspath(place)))
+    source = place_of(checkpoint.load_from or "")
+    if checkpoint.load_from is not None and isinstance(source, FilePath):
+        checkpoint = dataclasses.replace(checkpoint, load_from=os.path.abspath(source))
     return dataclasses.replace(recipe, model=model, data=data, adapter=banks, log=log, checkpoint=checkpoint)
 
 
@@ -296,6 +299,8 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
         del data["tokenizer"]["vocab_size"]
     if values["checkpoint"]["disk"]["url"] is None:
         del values["checkpoint"]["disk"]["url"]
+    if values["checkpoint"]["load_from"] is None:
+        del values["checkpoint"]["load_from"]
     for name in ("cache_dir", "text_key"):
         if data[name] is None:
             del data[name]
@@ -322,13 +327,15 @@ def recipe_fingerprint(recipe: Recipe) -> str:
     """16 hex digits that change with everything that can change the run's bits.
 
     Left out is what only says how a run is kept and watched, so that it may change when a run is resumed: ``log``,
-    ``checkpoint``, ``parallel.restarts``, ``parallel.deadlines``, ``data.cache_dir`` and the evaluation's frequency and
-    size.
+    ``checkpoint`` but for its ``load_from``, ``parallel.restarts``, ``parallel.deadlines``, ``data.cache_dir`` and the
+    evaluation's frequency and size.
     """
     values = recipe_values(recipe)
     del values["log"], values["checkpoint"], values["parallel"]["restarts"], values["parallel"]["deadlines"]
     del values["train"]["eval_every"], values["train"]["eval_sequences"]
     values["data"].pop("cache_dir", None)
+    if recipe.checkpoint.load_from is not None:
+        values["load_from"] = recipe.checkpoint.load_from
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

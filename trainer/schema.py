@@ -165,6 +165,7 @@ class CheckpointSection:
     disk: DiskSection = field(default_factory=DiskSection)
     wal: WalSection = field(default_factory=WalSection)
     pec: PecSection = field(default_factory=PecSection)
+    load_from: Text | None = None  # a run, or one of its checkpoints, whose state a new run begins with
     linger_s: CountOrZero = 600  # how long the keeper waits without workers
 
 

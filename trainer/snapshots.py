@@ -35,7 +35,8 @@ from checkpointing.state.extras import capture_rng, restore_rng
 from checkpointing.state.gradients import GradientTap
 from checkpointing.state.hash import state_hash
 from checkpointing.state.partitions import describe_partitions
-from checkpointing.state.zero import after_restore, optimizer_steps, zero_buffers
+from checkpointing.state.zero import after_restore, describe_tensors, optimizer_steps, zero_buffers
+from trainer.begin_from import begin_from, data_order
 from trainer.events import EventLog
 from trainer.failpoints import Failpoints
 from trainer.origin import Origin
@@ -106,6 +107,8 @@ class Snapshots:
             progress.load(extras["progress"])
             after_restore(self.zero_optimizer, progress.optimizer_steps)
             restore_rng(extras)
+        elif self.recipe.checkpoint.load_from is not None:
+            begin_from(self, progress)
         if self.tap is not None:
             self.tap.recount()
             if recovery.tier != "memory":
@@ -225,8 +228,8 @@ def open_snapshots(
         attempt=events.attempt,
         disk=disk,
         linger_s=checkpoint.linger_s,
-        tensors=_describe_tensors(zero_optimizer),
-        metadata=asdict(origin),
+        tensors=describe_tensors(zero_optimizer),
+        metadata=asdict(origin) | data_order(recipe),
         partitions=describe_partitions(buffers, zero_optimizer.optimizer),
         kill=failpoints.keeper_kill(),
         disk_fault=failpoints.disk_fault(),
@@ -251,20 +254,3 @@ def _protect(snapshots: Snapshots) -> Protection:
     partition = Partition(sum(b.tensor.numel() for b in snapshots.buffers) // 3, width, disk)
     rotation = settle(snapshots.recipe, snapshots.process, snapshots.run_dir, snapshots.events, partition)
     return wal(snapshots.buffers, rotation, snapshots.tap.dtype, disk)
-
-
-def _describe_tensors(zero_optimizer: Any) -> dict[str, dict[str, Any]]:
-    """What a reader needs to turn units back into parameters: unit -> parameter path, global shape, expert, dtype."""
-    described = {}
-    for group in zero_optimizer.bit16_groups:
-        for param in group:
-            address = param.address
-            for i, span in enumerate(address.units()):
-                described[span.unit] = {
-                    "param": address.param,
-                    "shape": list(address.global_shape),
-                    "expert": address.first_expert + i if address.is_expert else None,
-                    "elements": span.stop - span.start,
-                    "dtype": str(param.dtype).removeprefix("torch."),
-                }
-    return described

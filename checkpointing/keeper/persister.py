@@ -43,7 +43,7 @@ class Persist:
     metadata: Mapping[str, Any]
     keep_last: int
     permanent_every: int
-    partitions: Mapping[str, str]  # of each coordinate, how they lie; written with a window
+    partitions: Mapping[str, str]  # of each coordinate, how they lie
 
 
 class Persister:
@@ -197,7 +197,6 @@ class Persister:
         parts = {}
         for coordinate, slots in job.slots.items():
             parts[coordinate] = [self._part(job, coordinate, slot) for slot in slots]
-        window = any(section.step is not None for sections in parts.values() for section in sections)
         write_checkpoint(
             self.directory,
             job.step,
@@ -205,7 +204,7 @@ class Persister:
             job.tensors,
             job.metadata,
             lambda written, total: self._progress(job, written, total),
-            job.partitions if window else None,
+            job.partitions,
         )
         nbytes = sum(entry.nbytes for records in parts.values() for part in records for entry in part.entries)
         self._event("disk_written", job.step, job.attempt,

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from checkpointing.state.buffers import StateBuffer, StateSpan
+from checkpointing.state.gradients import settings_of
 from checkpointing.units import Range
 
 
 def describe_partitions(buffers: Sequence[StateBuffer], optimizer: torch.optim.Optimizer) -> str:
-    """JSON: the optimizer's class and, for each buffer, its name, dtype, elements and spans."""
+    """JSON: the optimizer's class, each group's settings and, for each buffer, its name, dtype, elements and spans."""
     rows = [[b.name, b.dtype, b.tensor.numel(), [[str(span.range), span.offset] for span in b.spans]] for b in buffers]
-    return json.dumps({"optimizer": type(optimizer).__name__, "buffers": rows}, separators=(",", ":"))
+    groups = [settings_of(group) for group in optimizer.param_groups]
+    described = {"optimizer": type(optimizer).__name__, "groups": groups, "buffers": rows}
+    return json.dumps(described, separators=(",", ":"))
 
 
 def build_partitions(

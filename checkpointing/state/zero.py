@@ -81,3 +81,20 @@ def after_restore(zero_optimizer: Any, steps: list[float]) -> None:
     for flat, step in zip(zero_optimizer.single_partition_of_fp32_groups, steps, strict=True):
         inner.state[flat]["step"].fill_(step)
     zero_optimizer.update_lp_params()
+
+
+def describe_tensors(zero_optimizer: Any) -> dict[str, dict[str, Any]]:
+    """What a reader needs to turn units back into parameters: unit -> parameter path, global shape, expert, dtype."""
+    described = {}
+    for group in zero_optimizer.bit16_groups:
+        for param in group:
+            address = param.address
+            for i, span in enumerate(address.units()):
+                described[span.unit] = {
+                    "param": address.param,
+                    "shape": list(address.global_shape),
+                    "expert": address.first_expert + i if address.is_expert else None,
+                    "elements": span.stop - span.start,
+                    "dtype": str(param.dtype).removeprefix("torch."),
+                }
+    return described

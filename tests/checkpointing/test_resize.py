@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpointing.capture import bytes_of
-from checkpointing.materialise import _sections
+from checkpointing.materialise import sections_of
 from checkpointing.recovery import RecoveryError
 from checkpointing.resize import gathered_hash, load_resized, tensor_differences
 from checkpointing.state.buffers import StateBuffer, StateSpan
@@ -45,7 +45,7 @@ def partitions(cuts: list[int], filled: bool) -> list[list[StateBuffer]]:
 
 def written(folder: Path, cuts: list[int]) -> Checkpoint:
     ranks = partitions(cuts, filled=True)
-    sections = {f"dp{rank:04d}": _sections(buffers, {"rng": b"r"}) for rank, buffers in enumerate(ranks)}
+    sections = {f"dp{rank:04d}": sections_of(buffers, {"rng": b"r"}) for rank, buffers in enumerate(ranks)}
     tensors = {unit: {"elements": size} for unit, size in SIZES.items()}
     return Checkpoint.open(write_checkpoint(folder, 3, sections, tensors, {}))
 

@@ -16,6 +16,7 @@ from checkpointing.recover import Recovery
 from checkpointing.recovery import RecoveryError, plan_recovery
 from checkpointing.state.gradients import StepLog
 from checkpointing.store import Checkpoint, list_checkpoints, verify
+from checkpointing.tensorfile import read_metadata
 
 pytestmark = pytest.mark.drill
 
@@ -172,6 +173,8 @@ def test_a_window_on_disk_becomes_a_whole_checkpoint_by_redo(run_dir, make_wal_j
         assert torch.equal(torch.from_numpy(done.read(named)), want[buffer][offset : offset + named.size]), named
     assert done.extras("dp0001")["rng"] == b"rank 1 step 7"
     assert whole(done, tmp_path / "unused") is done
+    told = [read_metadata(c.file_of(name))["partitions"] for c in (window, done) for name in c.manifest["coordinates"]]
+    assert len(set(told)) == len(told) // 2, "an export needs to know how the partitions lay"
 
 
 def test_a_log_of_another_torch_is_redone_only_on_request(run_dir, make_wal_job, tmp_path):

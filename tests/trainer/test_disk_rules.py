@@ -33,6 +33,7 @@ def quickstart(*overrides: str) -> Recipe:
         ("checkpoint.disk.url=abfs://x", "adlfs"),
         ("checkpoint.disk.url=memory://x", "ends with its process"),
         ("checkpoint.disk.url=simplecache::memory://x", "ends with its process"),
+        ("checkpoint.load_from=nowhere://x", "checkpoint.load_from: nowhere://x: Protocol not known"),
         ("checkpoint.disk.hung_after_s=0", "checkpoint.disk.hung_after_s must be more than 0"),
     ],
 )
