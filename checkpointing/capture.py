@@ -49,12 +49,14 @@ def arena_shape(
 
 @dataclass
 class Job:
-    """One capture: which fragments (the first ``least`` of them at least), the step's log, this rank's small state."""
+    """One capture: which fragments (the first ``least`` of them at least), the step's log, which parts go to disk, this
+    rank's small state."""
 
     step: int
     fragments: Sequence[Fragment]
     least: int
     log: StepLog | None
+    persist: Sequence[int] | None
     extras: dict[str, bytes]
     committed: int
     event: torch.cuda.Event | None = None
@@ -108,6 +110,7 @@ class Capturer:
         fragments: Sequence[Fragment],
         log: StepLog | None = None,
         least: int | None = None,
+        persist: Sequence[int] | None = None,
     ) -> None:
         """Begin to capture these fragments of the state as it is now, and return.
 
@@ -116,6 +119,7 @@ class Capturer:
             committed: the newest step that all ranks of the job can restore; what that needs is not overwritten.
             fragments: if memory for all is not to be had at once, the first ``least`` will do.
             log: what the step consumed.
+            persist: the parts that a checkpoint on disk of this step holds anew, see ``KeeperClient.copied``.
         Raises the error of an earlier capture.
         """
         self._raise_error()
@@ -126,7 +130,7 @@ class Capturer:
             event.record(torch.cuda.current_stream(self._device))
         self._started_step = step
         enough = len(fragments) if least is None else least
-        self._jobs.put(Job(step, fragments, enough, log, extras, committed, event))
+        self._jobs.put(Job(step, fragments, enough, log, persist, extras, committed, event))
 
     def wait_copied(self) -> float:
         """Wait until the last started capture holds its own copy of everything: call before state is changed.
@@ -195,7 +199,7 @@ class Capturer:
             self._close_log(grant, job.step, job.log)
             job.log = None  # gradients stay in memory only until they are copied
         self._write_extras(grant, job.step, job.extras)
-        sealed = self._client.copied(job.step, grant)
+        sealed = self._client.copied(job.step, grant, job.persist)
         self._reached("copied", job.step)
         with self._condition:
             self._copied_step = job.step

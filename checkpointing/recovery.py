@@ -96,7 +96,7 @@ class Restoration:
         return {step: sum(piece.size for piece, _ in pieces) for step, pieces in self.bases}
 
     def expert_steps(self) -> dict[ExpertRef, int]:
-        """The step that each expert is restored as of: of its oldest element, or the restored one if a log is redone."""
+        """The step as of which each expert is restored: its oldest element's, or the restored one if a log is redone."""
         steps: dict[ExpertRef, int] = {}
         for at, pieces in reversed(self.bases):
             refs = {ref for piece, _ in pieces if (ref := expert_of(piece.unit)) is not None}
@@ -129,8 +129,8 @@ def restoration_of(
     """How ``records`` restore ``wanted`` at ``step``, or in words why they do not: the proof of completeness.
 
     Each element comes from its newest base at or before the step. The coordinate's log must hold the gradient of every
-    element for every step since the oldest of these bases. If ``rules.lossy`` there is no log: experts may be older, and
-    what is no expert's must be of the step itself.
+    element for every step since the oldest of these bases. If ``rules.lossy`` there is no log: experts may be older,
+    and what is no expert's must be of the step itself.
     """
     records = [record for record in records if record.step <= step]
     if not any(r.kind is Kind.EXTRAS and r.source == coordinate and r.step == step for r in records):

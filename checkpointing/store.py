@@ -1,6 +1,7 @@
 """The disk tier: checkpoints that exist if and only if their manifest, written last, verifies.
 
 checkpoints/step-12/dp0000.safetensors   one file per worker coordinate; keys do not depend on ranks
+checkpoints/step-12/dp0000.experts-8.safetensors   mode pec: experts first written with step 8, shared with step-8
 checkpoints/step-12/manifest.json        sizes, checksums and what wrote them
 checkpoints/latest                       a hint for people; never trusted
 """
@@ -8,6 +9,7 @@ checkpoints/latest                       a hint for people; never trusted
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -23,12 +25,14 @@ from xxhash import xxh3_128_hexdigest
 
 from checkpointing.records import DTYPE_BYTES, Entry, Kind, RecordInfo
 from checkpointing.recovery import RecoveryError
+from checkpointing.schedule import WHOLE, Rules
 from checkpointing.tensorfile import Section, Written, checksum_file, read_entries, write_tensors
 from checkpointing.units import Range, overlaps
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d+)")
+_NO_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
 _KINDS = {"extras": Kind.EXTRAS, "grad": Kind.LOG, "meta": Kind.LOG}
 
 
@@ -44,11 +48,13 @@ def write_checkpoint(
     metadata: Mapping[str, Any],
     progress: Callable[[int, int], None] = lambda written, total: None,
     described: Mapping[str, str] | None = None,
+    carried: Mapping[str, tuple[Path, Written]] | None = None,
 ) -> Path:
     """Write and commit ``step-N``: files, fsync, manifest, fsync, rename, fsync of the parent, then the hint.
 
     Args:
-        parts: for each coordinate its base and extras records.
+        parts: for each coordinate its base and extras records; more for ``COORDINATE.experts-STEP``.
+        carried: files of older checkpoints that this one shares, by name.
         tensors: ``{unit: {param, shape, dtype}}`` of the whole model.
         described: for each coordinate how its partitions lie, needed to redo the log of a window.
         progress: called with (payload bytes written, payload bytes in all) after each piece.
@@ -74,7 +80,10 @@ def write_checkpoint(
             if described is not None and coordinate in described:
                 facts["partitions"] = described[coordinate]
             files[name] = write_tensors(work / name, records, facts, advanced)
-        manifest = _manifest(step, sorted(parts), files, tensors, metadata)
+        for name, (source, facts_of_file) in (carried or {}).items():
+            link_file(source, work / name)
+            files[name] = facts_of_file
+        manifest = _manifest(step, sorted({coordinate_of(name) for name in files}), files, tensors, metadata)
         _write_durably(work / MANIFEST, json.dumps(manifest, indent=1).encode())
         _fsync_folder(work)
         if final.exists():
@@ -89,6 +98,23 @@ def write_checkpoint(
         _write_durably(directory / "latest.tmp", f"{final.name}\n".encode())
         (directory / "latest.tmp").rename(directory / "latest")
     return final
+
+
+def coordinate_of(name: str) -> str:
+    """Of a file of a checkpoint."""
+    return name.partition(".")[0]
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Have a file in a second folder, too: as a hard link, or as a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        shutil.copyfile(source, target)
+        with target.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def _manifest(
@@ -175,7 +201,7 @@ def verify(step_dir: Path, coordinates: Sequence[str] | None = None) -> list[str
         return [str(error)]
     problems = []
     for name, facts in manifest["files"].items():
-        if coordinates is not None and name.removesuffix(".safetensors") not in coordinates:
+        if coordinates is not None and coordinate_of(name) not in coordinates:
             continue
         try:
             found = checksum_file(step_dir / name)
@@ -257,28 +283,49 @@ class Checkpoint:
 
     @cached_property
     def records(self) -> tuple[RecordInfo, ...]:
-        """For each coordinate a base and an extras record, and those of other steps if it is a window; entries' offsets
-        count from the start of the coordinate's file."""
+        """For each coordinate a base and an extras record, and those of other steps if it is a window or has older
+        experts. Entries' offsets count from the start of the file, whose number among its coordinate's is ``slot``."""
         found = []
         for coordinate in self.manifest["coordinates"]:
-            grouped: dict[tuple[int, Kind], list[Entry]] = {(self.step, Kind.BASE): [], (self.step, Kind.EXTRAS): []}
-            for stored in read_entries(self.file_of(coordinate)):
-                step = self.step if stored.step is None else stored.step
-                grouped.setdefault((step, _KINDS.get(stored.entry.range.kind, Kind.BASE)), []).append(stored.entry)
-            found += [RecordInfo(coordinate, kind, step, 0, 0, tuple(part)) for (step, kind), part in grouped.items()]
+            for slot in range(-1, len(self._files[coordinate]) - 1):
+                grouped: dict[tuple[int, Kind], list[Entry]] = {}
+                if slot < 0:
+                    grouped = {(self.step, Kind.BASE): [], (self.step, Kind.EXTRAS): []}
+                for stored in read_entries(self.file_of(coordinate, slot)):
+                    step = self.step if stored.step is None else stored.step
+                    grouped.setdefault((step, _KINDS.get(stored.entry.range.kind, Kind.BASE)), []).append(stored.entry)
+                found += [
+                    RecordInfo(coordinate, kind, step, 0, 0, tuple(entries), slot)
+                    for (step, kind), entries in grouped.items()
+                ]
         return tuple(found)
 
     @property
-    def is_whole(self) -> bool:
-        """Whether all state in it is of its own step; if not, it is a window whose log must be re-applied first."""
-        return all(record.step == self.step for record in self.records if record.kind is Kind.BASE)
+    def rules(self) -> Rules:
+        """How its records belong together."""
+        return Rules(fresh=1) if self.manifest["metadata"].get("lossy") else WHOLE
 
-    def file_of(self, coordinate: str) -> Path:
-        return self.path / f"{coordinate}.safetensors"
+    @cached_property
+    def _files(self) -> dict[str, list[str]]:
+        """Names by coordinate; the one that holds its extras first."""
+        files: dict[str, list[str]] = {coordinate: [] for coordinate in self.manifest["coordinates"]}
+        for name in sorted(self.manifest["files"], key=lambda name: (len(name), name)):
+            files[coordinate_of(name)].append(name)
+        return files
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing must be done to it first; if not, it is a window whose log must be re-applied."""
+        return not any(record.kind is Kind.LOG for record in self.records)
+
+    def file_of(self, coordinate: str, slot: int = -1) -> Path:
+        """The file that a record of this ``slot`` is in."""
+        return self.path / self._files[coordinate][slot + 1]
 
     @cached_property
     def _held(self) -> dict[Range, tuple[Path, Entry]]:
-        return {e.range: (self.file_of(r.source), e) for r in self.records if r.kind is Kind.BASE for e in r.entries}
+        bases = sorted((r for r in self.records if r.kind is Kind.BASE), key=lambda r: r.step)  # the newest counts
+        return {e.range: (self.file_of(r.source, r.slot), e) for r in bases for e in r.entries}
 
     @property
     def entries(self) -> tuple[Range, ...]:

@@ -79,6 +79,8 @@ class Keep:
     tensors: Message = field(default_factory=dict)
     metadata: Message = field(default_factory=dict)
     partitions: str = ""
+    former: Keep | None = None  # memory that this one replaces as soon as it holds a step
+    for_disk: dict[int, list[int] | None] = field(default_factory=dict)  # step -> parts to write anew; None: all
 
     def __post_init__(self) -> None:
         places = self.arena.shape.slots()
@@ -138,8 +140,8 @@ class Keep:
         return [slot for slot in self.slots if slot.sealed and slot.held in needed]
 
     def is_whole(self, step: int) -> bool:
-        """Whether a step can be restored without a log: all its bases are of that very step."""
-        return step in self.steps() and all(slot.step == step for slot in self.of_step(step))
+        """Whether a step can be restored without a log: all its bases are of that very step, or need not be."""
+        return step in self.steps() and (self.rules.lossy or all(slot.step == step for slot in self.of_step(step)))
 
     def choose(self, kinds: Sequence[Kind], committed: int, giving_way: Collection[int] = ()) -> list[Slot] | None:
         """Slots of these kinds, in their order, that may be overwritten; None if not all can be had.
@@ -176,7 +178,8 @@ class Keep:
         """Note that a slot was sealed; it replaces an earlier record of the same."""
         slot.parts = parts_of(slot.view, read_header(slot.view))
         for other in self.slots:
-            if other is not slot and other.sealed and other.held == slot.held:
+            same = other.step == slot.step and other.kind is slot.kind and other.parts == slot.parts
+            if same and other is not slot and other.sealed:
                 other.free()
         slot.state = State.SEALED
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import threading
 import time
@@ -14,9 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpointing.keeper.launch import connect, connect_or_start, is_alive, process_start_time, wait_for_end
+from checkpointing.keeper.commands import keeper_status, stop_keeper
+from checkpointing.keeper.launch import connect_or_start, process_start_time, wait_for_end
 from checkpointing.keeper.protocol import (
-    EndOfStream,
     Inbox,
     KeeperError,
     Message,
@@ -29,10 +28,11 @@ from checkpointing.records import Kind, RecordInfo, decode_table
 from checkpointing.schedule import WHOLE, Rules
 from checkpointing.slots import Arena, ArenaShape
 
+__all__ = ["Grant", "KeeperClient", "keeper_status", "stop_keeper"]
+
 _HANDSHAKES = 5
 _DYING_S = 5.0
 _FINISH_S = 600.0
-_STOP_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,6 @@ class KeeperClient:
         self.disk_step = -1
         self.keeper_pid = -1
         self._hello = hello
-        self._shape = ArenaShape.from_list(hello["shape"])
         self._lock = threading.Lock()
         self._pending: dict[int, tuple[Message, Future[tuple[Message, list[int]]]]] = {}
         self._held: dict[int, int] = {}
@@ -98,6 +97,7 @@ class KeeperClient:
         kill: Mapping[str, Any] | None = None,
         node_coordinates: Sequence[str] | None = None,
         board: Board | None = None,
+        any_shape: bool = False,
     ) -> KeeperClient:
         """Attach this worker to the run's keeper, starting one if none lives.
 
@@ -109,6 +109,7 @@ class KeeperClient:
             tensors: ``{unit: {"param", "shape", "dtype", "elements"}}`` for the manifest; ``elements`` (optional) lets
                 a reader prove that the unit is whole.
             partitions: how this worker's flat partitions lie, for whoever redoes its log from disk.
+            any_shape: take memory of another shape or rules as it is, if the keeper has such; see :meth:`reshape`.
             kill: a drill, ``{"at": "disk", "step": N, "pids": [pid or "keeper", ...]}``.
             board: where this worker posts its phases; the keeper kills it when one takes too long.
         Raises KeeperRefused (another recipe, too little memory, coordinate taken) or KeeperError.
@@ -130,6 +131,7 @@ class KeeperClient:
             "partitions": partitions,
             "kill": None if kill is None else dict(kill),
             "board": None if board is None else process_start_time(os.getpid()),
+            "any_shape": any_shape,
         }
         return cls(Path(run_dir).resolve(), hello, board)
 
@@ -174,6 +176,30 @@ class KeeperClient:
         raise_if_error(answer)
         return Arena(fds[0], ArenaShape.from_list(answer["shape"]))
 
+    @property
+    def rules(self) -> Rules:
+        """How the records in this worker's memory belong together."""
+        return Rules(**self._hello["rules"])
+
+    def reshape(self, shape: ArenaShape, rules: Rules) -> None:
+        """Take other memory instead of the present; ``arena`` is then another, and nobody may use the former.
+
+        The keeper keeps the former until the new one holds a step that all workers of this machine can restore, and
+        goes back to it if they die before. If there is not enough memory for both, the former is freed first.
+        Raises KeeperRefused if there is too little even then.
+        """
+        wanted = {"shape": shape.as_list(), "rules": asdict(rules)}
+        answer, fds = self._request({"op": "reshape", "released": False, **wanted}).result()
+        if raise_if_error(answer).get("release"):
+            self.arena.close()  # there is no room for both
+            answer, fds = self._request({"op": "reshape", "released": True, **wanted}).result()
+        raise_if_error(answer)
+        with self._lock:
+            self.arena.close()
+            self.arena = Arena(fds[0], shape, populate=True)
+            self._hello |= wanted
+        self.restored_step = -1
+
     def acquire(self, step: int, committed: int, bases: int = 1, least: int | None = None,
                 others: Sequence[Kind] = (Kind.EXTRAS,)) -> Grant:  # fmt: skip
         """Slots for a step's records; blocks while none may be overwritten (back-pressure).
@@ -193,8 +219,12 @@ class KeeperClient:
         slots = dict(zip(others, answer["others"], strict=True))
         return Grant(tuple(answer["bases"]), slots, answer["sequence"], answer["waited_s"])
 
-    def copied(self, step: int, grant: Grant) -> Future[None]:
-        """Say that the granted slots hold COPIED records; the future is done when the keeper has sealed them."""
+    def copied(self, step: int, grant: Grant, persist: Sequence[int] | None = None) -> Future[None]:
+        """Say that the granted slots hold COPIED records; the future is done when the keeper has sealed them.
+
+        ``persist``: the parts that a checkpoint on disk of this step holds anew (the others stay as the last one has
+        them); none: this step is not to be written yet; None: all.
+        """
         sealed: Future[None] = Future()
         indices = sorted([*grant.bases, *grant.others.values()])
 
@@ -209,7 +239,13 @@ class KeeperClient:
             else:
                 sealed.set_result(None)
 
-        self._request({"op": "copied", "step": step, "slots": indices}).add_done_callback(answered)
+        message = {
+            "op": "copied",
+            "step": step,
+            "slots": indices,
+            "persist": None if persist is None else list(persist),
+        }
+        self._request(message).add_done_callback(answered)
         return sealed
 
     def discard(self, after_step: int, from_memory: bool = True) -> None:
@@ -273,10 +309,11 @@ class KeeperClient:
         return future
 
     def _first_attach(self) -> tuple[Arena, socket.socket, Inbox]:
-        sock, inbox, fds = self._handshake({}, [])
-        return Arena(fds[0], self._shape, populate=True), sock, inbox
+        sock, inbox, answer, fds = self._handshake({}, [])
+        self._hello |= {"shape": answer["shape"], "rules": answer["rules"]}
+        return Arena(fds[0], ArenaShape.from_list(answer["shape"]), populate=True), sock, inbox
 
-    def _handshake(self, also: Message, fds: Sequence[int]) -> tuple[socket.socket, Inbox, list[int]]:
+    def _handshake(self, also: Message, fds: Sequence[int]) -> tuple[socket.socket, Inbox, Message, list[int]]:
         """Attach on a new connection. A keeper that is just dying may still accept one: then wait for its end."""
         for tries_left in range(_HANDSHAKES - 1, -1, -1):
             sock, info = connect_or_start(self.run_dir, self._hello["fingerprint"], self._hello["linger_s"])
@@ -295,7 +332,7 @@ class KeeperClient:
             if "error" in answer:
                 sock.close()
             raise_if_error(answer)
-            return sock, inbox, received
+            return sock, inbox, answer, received
         raise AssertionError("unreachable")
 
     def _receive(self) -> None:
@@ -337,7 +374,7 @@ class KeeperClient:
         with self._lock:
             self._sock.close()
             held = {str(index): step for index, step in self._held.items()}
-            sock, inbox, fds = self._handshake({"held": held}, [self.arena.fd])
+            sock, inbox, _, fds = self._handshake({"held": held}, [self.arena.fd])
             for fd in fds:
                 os.close(fd)
             self._sock, self._inbox = sock, inbox
@@ -350,48 +387,3 @@ class KeeperClient:
             pending, self._pending = list(self._pending.values()), {}
         for _, future in pending:
             future.set_exception(KeeperError(f"the keeper is lost: {error}"))
-
-
-def keeper_status(run_dir: str | os.PathLike[str], timeout_s: float = 10.0) -> tuple[int, Message] | None:
-    """The live keeper's pid, and for each coordinate whether it is attached and which steps are sealed.
-
-    None if none lives. Raises OSError or KeeperError if it does not answer.
-    """
-    found = connect(Path(run_dir).resolve())
-    if found is None:
-        return None
-    sock, info = found
-    with sock:
-        sock.settimeout(timeout_s)
-        send_all(sock, {"op": "status", "id": 0, "token": info.token})
-        return info.pid, raise_if_error(receive_one(sock, Inbox())[0])
-
-
-def stop_keeper(run_dir: str | os.PathLike[str], persist: bool = True, timeout_s: float = _STOP_S) -> bool:
-    """Have the run's keeper end, writing the newest step first if it has a disk tier. False if none lives.
-
-    Returns when it is gone. Raises KeeperError, and lets it live, if that step is not on disk, be it that it cannot be
-    written or that this takes longer than the timeout. Without ``persist`` it is killed after the timeout.
-    """
-    found = connect(Path(run_dir).resolve())
-    if found is None:
-        return False
-    sock, info = found
-    with sock:
-        sock.settimeout(timeout_s)
-        try:
-            send_all(sock, {"op": "stop", "id": 0, "token": info.token, "persist": persist})
-            raise_if_error(receive_one(sock, Inbox())[0])
-        except TimeoutError:
-            if persist:
-                raise KeeperError(
-                    f"the keeper (pid {info.pid}) is still writing after {timeout_s:g} s; wait for it, or have it "
-                    "end without writing"
-                ) from None
-        except (ConnectionError, EndOfStream):
-            pass  # It was leaving already.
-    wait_for_end(info.pid, timeout_s)
-    if is_alive(info):
-        os.kill(info.pid, signal.SIGKILL)
-        wait_for_end(info.pid)
-    return True

@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from checkpointing.carry import Older, Part, Selection, split
 from checkpointing.keeper.arenas import Slot
 from checkpointing.keeper.launch import Lease
 from checkpointing.records import Kind, RecordError, payload_of, table_of, verify
@@ -24,7 +26,7 @@ from checkpointing.store import (
     write_checkpoint,
 )
 from checkpointing.store import verify as verify_files
-from checkpointing.tensorfile import Section
+from checkpointing.tensorfile import Section, Written
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Persist:
     metadata: Mapping[str, Any]
     keep_last: int
     partitions: Mapping[str, str]  # of each coordinate, how they lie; written with a window
+    experts: Mapping[str, Selection]  # of each coordinate in mode pec, empty in others
 
 
 @dataclass
@@ -178,10 +181,18 @@ class Persister:
                 self._event("disk_kept", job.step, job.attempt, path=str(final))
                 return ""
             set_aside(final, "abandoned")
-        parts = {}
+        parts: dict[str, list[Section]] = {}
+        carried: dict[str, tuple[Path, Written]] = {}
+        older = Older.find(self.directory, job.step, job.metadata["recipe"]) if job.experts else None
         for coordinate, slots in job.slots.items():
-            parts[coordinate] = [self._part(job, coordinate, slot) for slot in slots]
-        window = any(section.step is not None for sections in parts.values() for section in sections)
+            sealed = [self._part(job, coordinate, slot) for slot in slots]
+            if coordinate in job.experts:
+                files, shared = split(job.step, coordinate, sealed, job.experts[coordinate], older)
+                parts |= files
+                carried |= shared
+            else:
+                parts[coordinate] = [part.section for part in sealed]
+        window = not job.experts and any(s.step is not None for sections in parts.values() for s in sections)
         write_checkpoint(
             self.directory,
             job.step,
@@ -190,6 +201,7 @@ class Persister:
             job.metadata,
             lambda written, total: self._progress(job, written, total),
             job.partitions if window else None,
+            carried,
         )
         nbytes = sum(entry.nbytes for records in parts.values() for part in records for entry in part.entries)
         self._event("disk_written", job.step, job.attempt,
@@ -203,14 +215,16 @@ class Persister:
             self._event("disk_removed", job.step, job.attempt, steps=removed)
         return ""
 
-    def _part(self, job: Persist, coordinate: str, slot: Slot) -> Section:
+    def _part(self, job: Persist, coordinate: str, slot: Slot) -> Part:
         try:
             header = verify(slot.view, self._hashers)
         except RecordError as error:
             raise RecordError(f"{coordinate}, slot {slot.index}: {error}; nothing was written") from None
         # Parts of a window, and its log, are of other steps than the checkpoint, and say so in their keys.
         own = header.kind is Kind.EXTRAS or (header.kind is Kind.BASE and header.step == job.step)
-        return Section(table_of(slot.view, header).entries, payload_of(slot.view, header), None if own else header.step)
+        table = table_of(slot.view, header)
+        section = Section(table.entries, payload_of(slot.view, header), None if own else header.step)
+        return Part(header.kind, header.step, table.parts, section)
 
     def _progress(self, job: Persist, written: int, total: int) -> None:
         self._check_lease()

@@ -8,9 +8,11 @@ import socket
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from checkpointing.carry import Selection
 from checkpointing.keeper import launch
 from checkpointing.keeper.arenas import Keep, Slot
 from checkpointing.keeper.departure import Departure
@@ -22,11 +24,14 @@ from checkpointing.keeper.memory import check_fits, create_memfd
 from checkpointing.keeper.persister import KillPoint, Persist, Persister
 from checkpointing.keeper.protocol import KeeperRefused, Message
 from checkpointing.keeper.quiet import Quiet
+from checkpointing.keeper.reshaping import Reshaping
 from checkpointing.keeper.watch import Watch
 from checkpointing.records import State, seal, state_of
 from checkpointing.schedule import Rules
 from checkpointing.slots import Arena, ArenaShape
 from checkpointing.store import clean_unfinished
+
+_REMEMBERED = 8  # steps whose selection for the disk is kept
 
 
 def serve(run_dir: Path, fingerprint: str, linger_s: float, ready_fd: int) -> int:
@@ -66,6 +71,7 @@ class Service:
         self.quiet = Quiet(self)
         self.departure = Departure(self)
         self.grants = Grants(self)
+        self.reshaping = Reshaping(self)
         clean_unfinished(self.run_dir / "checkpoints")
         self.loop = Loop(self._listen(), self.on_message, self.on_closed, self.on_signal)
         self.loop.install_signals()
@@ -127,6 +133,7 @@ class Service:
         operations = {
             "attach": self.attach,
             "inventory": self.inventory.take,
+            "reshape": self.reshaping.take,
             "arena": self.give_arena,
             "acquire": self.grants.acquire,
             "copied": self.copied,
@@ -176,6 +183,8 @@ class Service:
     def attach(self, connection: Connection, request: Message, fds: list[int]) -> None:
         self.watch.adopt(request, fds)
         coordinate, shape = request["coordinate"], ArenaShape.from_list(request["shape"])
+        if request["attempt"] > self.attempt:
+            self.reshaping.undo()
         keep = self.keeps.get(coordinate)
         if keep is not None:
             self._check_same(keep, shape, request, fds)
@@ -201,13 +210,14 @@ class Service:
                 refused = isinstance(problem, KeeperRefused)
                 connection.answer(request, {"error": str(problem), "refused": refused})
                 return
-            self.keeps[coordinate] = Keep(coordinate, Arena(done.result(), shape))
+            rules = Rules(**request["rules"])
+            self.keeps[coordinate] = Keep(coordinate, Arena(done.result(), shape), rules=rules)
             self._enter(self.keeps[coordinate], connection, request, adopted=False)
 
         self.in_background(lambda: create_memfd(coordinate, shape.nbytes), allocated)
 
     def _check_same(self, keep: Keep, shape: ArenaShape, request: Message, fds: list[int]) -> None:
-        if keep.shape != shape:
+        if keep.shape != shape and not (request["any_shape"] and not fds):
             raise KeeperRefused(
                 f"{keep.coordinate}: this keeper's memory holds {keep.shape}, the worker wants {shape}; stop the "
                 "keeper first (planaria keeper stop RUN)"
@@ -245,7 +255,8 @@ class Service:
             keep.abandon()
         keep.connection, keep.pid, keep.attempt = connection, request["pid"], request["attempt"]
         keep.finished = False
-        keep.rules = Rules(**request["rules"])
+        if not request["any_shape"]:
+            keep.rules = Rules(**request["rules"])
         keep.tensors, keep.metadata = request["tensors"], request["metadata"]
         keep.partitions = request["partitions"]
         self.attempt = max(self.attempt, keep.attempt)
@@ -254,7 +265,8 @@ class Service:
         self.persister.kill = self.persister.kill or KillPoint.parse(request.get("kill"))
         self.departure.attached()
         slots = [{"kind": s.kind, "state": s.state.name, "step": s.step} for s in keep.slots]
-        connection.answer(request, {"ok": True, "slots": slots}, [keep.arena.fd])
+        answer = {"ok": True, "slots": slots, "shape": keep.shape.as_list(), "rules": asdict(keep.rules)}
+        connection.answer(request, answer, [keep.arena.fd])
 
     def give_arena(self, connection: Connection, request: Message, fds: list[int]) -> None:
         keep = self.keeps.get(request["coordinate"])
@@ -288,6 +300,7 @@ class Service:
         fresh = [slot for slot in slots if slot.state is State.WRITING]
         for slot in fresh:
             slot.state = State.COPIED
+        keep.for_disk = {**dict(list(keep.for_disk.items())[-_REMEMBERED:]), step: request.get("persist")}
 
         def work() -> None:
             for slot in fresh:
@@ -310,8 +323,9 @@ class Service:
         else:
             connection.answer(request, {"ok": True, "step": step})
             # What an earlier attempt's worker left half sealed must not be written while others recover.
-            if self.is_due(step) and keep.attempt == self.attempt:
+            if self.is_due(step) and keep.attempt == self.attempt and keep.for_disk.get(step) != []:
                 self.persist(step, whole=True)
+        self.reshaping.settle(self.committed())
         self.grants.serve()
         self.quiet.check()
 
@@ -352,11 +366,18 @@ class Service:
             metadata |= keep.metadata
         slots = {keep.coordinate: keep.of_step(step) for keep in held}
         keep_last = (self.disk or {}).get("keep_last", 2)
-        metadata |= {"recipe": self.fingerprint, "attempt": self.attempt}
+        lossy = any(keep.rules.lossy for keep in held)
+        metadata |= {"recipe": self.fingerprint, "attempt": self.attempt, **({"lossy": True} if lossy else {})}
         partitions = {keep.coordinate: keep.partitions for keep in held if keep.partitions}
-        self.persister.submit(Persist(step, self.attempt, slots, tensors, metadata, keep_last, partitions))
+        experts = {
+            keep.coordinate: Selection(keep.rules.fresh, keep.for_disk.get(step) if whole else None)
+            for keep in held
+            if keep.rules.lossy
+        }
+        self.persister.submit(Persist(step, self.attempt, slots, tensors, metadata, keep_last, partitions, experts))
 
     def persist_newest(self) -> int:
+        self.reshaping.undo()
         common = [self.keeps[c].steps() for c in self.job if c in self.keeps]
         steps = set.intersection(*common) if len(common) == len(self.job) and common else set()
         if steps:
@@ -364,6 +385,7 @@ class Service:
         return max(steps, default=-1)
 
     def on_persisted(self, job: Persist, problem: str) -> None:
+        self.reshaping.sweep()
         self.grants.serve()
         self.departure.written(job.step, problem)
         self.quiet.check()
