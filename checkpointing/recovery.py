@@ -96,7 +96,7 @@ class Restoration:
         return {step: sum(piece.size for piece, _ in pieces) for step, pieces in self.bases}
 
     def expert_steps(self) -> dict[ExpertRef, int]:
-        """The step as of which each expert is restored: its oldest element's, or the restored one if a log is redone."""
+        """The step as of which each expert is restored: of its oldest element, or the plan's if a log is redone."""
         steps: dict[ExpertRef, int] = {}
         for at, pieces in reversed(self.bases):
             refs = {ref for piece, _ in pieces if (ref := expert_of(piece.unit)) is not None}
