@@ -5,6 +5,7 @@ Shapes: M MoE layers, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,14 +32,23 @@ class RoutingStats:
 
 
 class RoutingMeter:
-    """Accumulates the counts a gate reports, one tensor per MoE layer."""
+    """Accumulates the counts a gate reports, one tensor per MoE layer, for two readers who do not disturb each other."""
 
     def __init__(self) -> None:
         self._counts: dict[int, Tensor] = {}
+        self._undrained: dict[int, Tensor] = {}
 
     def add(self, layer: int, top_k_index_TK: Tensor, num_experts: int) -> None:
         counts_E = torch.bincount(top_k_index_TK.flatten(), minlength=num_experts)
-        self._counts[layer] = self._counts[layer] + counts_E if layer in self._counts else counts_E
+        for counts in (self._counts, self._undrained):
+            counts[layer] = counts[layer] + counts_E if layer in counts else counts_E
+
+    def drain(self, layers: Sequence[int], num_experts: int) -> Tensor:
+        """Counts [M,E] since the last drain, zero for layers in which nothing was routed."""
+        none = torch.zeros(num_experts, dtype=torch.int64)
+        counts_ME = torch.stack([self._undrained[i].cpu() if i in self._undrained else none for i in layers])
+        self._undrained = {}
+        return counts_ME
 
     def take(self) -> RoutingStats | None:
         """The counts so far, which start again from zero; None if nothing was routed."""
