@@ -32,7 +32,7 @@ class RoutingStats:
 
 
 class RoutingMeter:
-    """Accumulates the counts a gate reports, one tensor per MoE layer, for two readers who do not disturb each other."""
+    """Accumulates the counts a gate reports, one tensor per MoE layer, for two independent readers."""
 
     def __init__(self) -> None:
         self._counts: dict[int, Tensor] = {}

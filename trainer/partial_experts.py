@@ -1,4 +1,4 @@
-"""Mode ``pec`` over a run: which experts each capture holds, what recoveries have cost, and when the run turns exact."""
+"""Mode ``pec`` over a run: what each capture holds, what recoveries have cost, and when the run turns exact."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def open_partial(
     blocks: Sequence[MoEBlock],
     routing: RoutingMeter,
 ) -> PartialExperts | None:
-    """What mode ``pec`` needs, None in other modes. A collective; raises what :func:`trainer.rotation.settle_k` does."""
+    """What mode ``pec`` needs, None in other modes. A collective; raises as :func:`trainer.rotation.settle_k`."""
     if recipe.checkpoint.mode != "pec":
         return None
     layers = tuple(sorted(block.layer for block in blocks))
