@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from checkpointing.partial import Experts, select
+from checkpointing.partial import Ages, Experts, select
 from checkpointing.plt import Limits
 from moe.refs import ExpertRef
 from moe.stats import RoutingMeter
@@ -63,17 +63,20 @@ def test_the_first_checkpoint_on_disk_holds_all_experts_later_ones_some():
 
 
 def test_a_recovery_counts_the_tokens_of_old_experts_and_no_others():
-    run = partial()
-    for step in range(1, 5):
+    run, ages = partial(), Ages.unsaved(EXPERTS).saved(0, EXPERTS.all())
+    for step in range(1, 8):
         route(run)
-        run.capture(step)
-    extras = run.extras()
+        ages = ages.saved(step, run.capture(step))
     again = partial()
-    again.recovered(4, extras, {ExpertRef(0, 2): 2})
-    # Two steps of two copies each; the expert was last captured before or at step 2.
-    assert again.meter.lost[0] in (4, 8)
-    assert again.meter.lost[1] == 0
+    again.recovered(7, run.extras(), ages.steps)
+    # Two copies a step and expert.
+    assert again.meter.lost == tuple(
+        sum(2 * (7 - step) for ref, step in ages.steps.items() if ref.layer == layer) for layer in EXPERTS.layers
+    )
     assert again.meter.faults == 1
+    once_more = partial()
+    once_more.recovered(7, again.extras(), ages.steps)
+    assert once_more.meter.lost == again.meter.lost
 
 
 def test_reaching_max_plt_turns_the_run_exact_for_good():
