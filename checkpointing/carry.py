@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from checkpointing.records import Kind
 from checkpointing.recovery import RecoveryError
+from checkpointing.storage import Place
 from checkpointing.store import list_checkpoints, read_manifest
 from checkpointing.tensorfile import Section, Written, checksum_file, read_entries
 from checkpointing.units import Range
 
 Files = dict[str, list[Section]]
-Shared = dict[str, tuple[Path, Written]]
+Shared = dict[str, tuple[Place, Written]]
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Part:
 class Older:
     """The checkpoint before, whose experts may be shared."""
 
-    path: Path
+    path: Place
     manifest: dict[str, Any]
 
     @classmethod
-    def find(cls, directory: Path, before: int, recipe: str) -> Older | None:
+    def find(cls, directory: Place, before: int, recipe: str) -> Older | None:
         """The newest one of this recipe older than step ``before``."""
         for step, path in reversed(list_checkpoints(directory)):
             if step < before:
@@ -75,13 +75,14 @@ class Older:
 
     def _verifies(self, name: str) -> bool:
         try:
-            return checksum_file(self.path / name) == self.written(name)
+            found, facts = checksum_file(self.path / name), self.written(name)
         except OSError:
             return False
+        return (found.nbytes, found.xxh3_128) == (facts.nbytes, facts.xxh3_128)
 
     def written(self, name: str) -> Written:
         facts = self.manifest["files"][name]
-        return Written(facts["bytes"], facts["xxh3_128"])
+        return Written(facts["bytes"], facts["xxh3_128"], facts.get("tensors", ""))
 
     def copies(self, coordinate: str, part: Part) -> list[tuple[int, str]]:
         """The step and the file of every range of a part; none if it does not hold all of them."""

@@ -11,11 +11,13 @@ from checkpointing.keeper.client import KeeperClient
 from checkpointing.keeper.events import append_event
 from checkpointing.records import RecordInfo
 from checkpointing.recovery import RecoveryError, RecoveryPlan, available_steps, restoration_of
+from checkpointing.remote import UnreachableError
 from checkpointing.restore import Target, restore_from_disk, restore_from_memory
 from checkpointing.schedule import Rules
 from checkpointing.slots import Arena
 from checkpointing.state.buffers import needs_of
-from checkpointing.store import MANIFEST, Checkpoint, list_checkpoints, quarantine, verify
+from checkpointing.storage import MANIFEST, Place
+from checkpointing.store import Checkpoint, list_checkpoints, quarantine, verify
 from moe.refs import ExpertRef
 
 _NEWEST = 4  # steps in memory that are reported: older ones are hardly ever chosen, and each proof takes time
@@ -27,6 +29,7 @@ class Recovery:
     Args:
         client: None only if the run has no keeper; needed without a memory tier, too, since it may be writing to disk.
         memory: whether what the keeper holds in memory may be restored.
+        checkpoints: where those on disk lie; default: in the run folder.
         fingerprint: this run's recipe: checkpoints of another are ignored. None takes any.
 
     Attributes:
@@ -41,7 +44,10 @@ class Recovery:
         target: Target,
         memory: bool = True,
         fingerprint: str | None = None,
+        checkpoints: Place | None = None,
     ) -> None:
+        self._checkpoints = checkpoints if checkpoints is not None else Path(run_dir) / "checkpoints"
+        self._unreadable = ""
         self._uses_memory, self._fingerprint = memory, fingerprint
         self._client, self._run_dir = client, Path(run_dir)
         # What lies in memory belongs together as whoever wrote it says.
@@ -69,8 +75,13 @@ class Recovery:
 
     @cached_property
     def _disk(self) -> dict[int, Checkpoint]:
-        found = {}
-        for step, path in list_checkpoints(self._run_dir / "checkpoints"):
+        found: dict[int, Checkpoint] = {}
+        try:
+            committed = list_checkpoints(self._checkpoints)
+        except UnreachableError as error:
+            self._without(error)
+            return found
+        for step, path in committed:
             try:
                 checkpoint = Checkpoint.open(path)
                 recipe = checkpoint.manifest["metadata"].get("recipe")
@@ -78,6 +89,8 @@ class Recovery:
                     self.problems.append(f"{path}: ignored, it is of recipe {recipe}, not {self._fingerprint}")
                 elif available_steps(self._needs, checkpoint.records, self._coordinate, checkpoint.rules):
                     found[step] = checkpoint
+            except UnreachableError as error:
+                self._without(error)
             except (RecoveryError, OSError, ValueError, KeyError) as error:
                 self._set_aside(path, [str(error)])
         return found
@@ -94,7 +107,12 @@ class Recovery:
             self._client.quiesce()
         newest = max(memory, default=-1)
         for step, checkpoint in sorted(self._disk.items(), reverse=True):
-            problems = verify(checkpoint.path) if step > newest else []
+            try:
+                problems = verify(checkpoint.path) if step > newest else []
+            except UnreachableError as error:
+                self._without(error)
+                del self._disk[step]
+                continue
             if problems:
                 self._set_aside(checkpoint.path, problems)
                 del self._disk[step]
@@ -105,10 +123,15 @@ class Recovery:
         """Restore the buffers to the plan's step and return this rank's extras; records newer than it are freed.
 
         For a fresh plan the buffers stay as they are and the extras are empty. Raises RecoveryError if bytes turn out
-        to be damaged: they are then set aside, and the next attempt will report without them.
+        to be damaged: they are then set aside, and the next attempt will report without them. Nor is a run begun afresh
+        while the disk tier cannot be read.
         """
         if not self._report:
             self.report()
+        if plan.tier == "fresh" and self._unreadable:
+            raise RecoveryError(
+                f"{self._unreadable}; starting afresh could cost what it holds: mend it, or change checkpoint.disk.url"
+            )
         extras = self._restore(plan) if plan.tier != "fresh" else {}
         if self._client is not None:
             self._client.discard(plan.step, from_memory=self.tier == "memory")
@@ -165,7 +188,11 @@ class Recovery:
                 if source != self._coordinate:
                     arena.close()
 
-    def _set_aside(self, path: Path, problems: list[str]) -> None:
+    def _without(self, error: UnreachableError) -> None:
+        self._unreadable = f"{error.filename} cannot be read: {error.strerror}"
+        self.problems.append(self._unreadable)
+
+    def _set_aside(self, path: Place, problems: list[str]) -> None:
         # Without its manifest it is being removed, or another rank was quicker.
         moved = quarantine(path) if (path / MANIFEST).exists() else None
         if moved is None:

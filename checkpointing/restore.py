@@ -101,7 +101,8 @@ def restore_from_disk(target: Target, checkpoint: Checkpoint) -> dict[str, bytes
     def read(source: str, slot: int, offset: int, into: Tensor) -> None:
         for at in range(0, into.numel(), _PIECE):
             piece = bytearray(min(_PIECE, into.numel() - at))
-            got = os.preadv(files[source, slot].fileno(), [piece], offset + at)
+            files[source, slot].seek(offset + at)
+            got = files[source, slot].readinto(piece) or 0
             if got != len(piece):
                 raise RecoveryError(f"{checkpoint.file_of(source, slot)}: ended early at byte {offset + at + got:,}")
             into[at : at + got].copy_(torch.frombuffer(piece, dtype=torch.uint8))

@@ -4,6 +4,9 @@ checkpoints/step-12/dp0000.safetensors   one file per worker coordinate; keys do
 checkpoints/step-12/dp0000.experts-8.safetensors   mode pec: experts first written with step 8, shared with step-8
 checkpoints/step-12/manifest.json        sizes, checksums and what wrote them
 checkpoints/latest                       a hint for people; never trusted
+
+The folder may be local or behind any fsspec URL; what differs between the two is in :mod:`checkpointing.storage`.
+Whatever reads from a URL may raise UnreachableError: a store that does not answer says nothing about its checkpoints.
 """
 
 from __future__ import annotations
@@ -11,46 +14,50 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from xxhash import xxh3_128_hexdigest
 
+from checkpointing.manifest import coordinate_of, make_manifest, own_manifest, read_manifest, wrong_sizes
 from checkpointing.records import DTYPE_BYTES, Entry, Kind, RecordInfo
 from checkpointing.recovery import RecoveryError
+from checkpointing.remote import UnreachableError
 from checkpointing.schedule import WHOLE, Rules
-from checkpointing.tensorfile import Section, Written, checksum_file, read_entries, write_tensors
+from checkpointing.storage import MANIFEST, Place, Storage, storage_of
+from checkpointing.tensorfile import (
+    Section,
+    Written,
+    checksum_file,
+    damaged_tensors,
+    read_bytes,
+    read_entries,
+    write_tensors,
+)
 from checkpointing.units import Range, overlaps
 
-FORMAT = 1
-MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d+)")
-_NO_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
 _KINDS = {"extras": Kind.EXTRAS, "grad": Kind.LOG, "meta": Kind.LOG}
 
 
-def step_path(directory: Path, step: int) -> Path:
+def step_path(directory: Place, step: int) -> Place:
     return directory / f"step-{step}"
 
 
 def write_checkpoint(
-    directory: Path,
+    directory: Place,
     step: int,
     parts: Mapping[str, Sequence[Section]],
     tensors: Mapping[str, Any],
     metadata: Mapping[str, Any],
     progress: Callable[[int, int], None] = lambda written, total: None,
     described: Mapping[str, str] | None = None,
-    carried: Mapping[str, tuple[Path, Written]] | None = None,
-) -> Path:
-    """Write and commit ``step-N``: files, fsync, manifest, fsync, rename, fsync of the parent, then the hint.
+    carried: Mapping[str, tuple[Place, Written]] | None = None,
+) -> Place:
+    """Write and commit ``step-N``: files, then the manifest, then the hint. Local ones are fsynced and renamed.
 
     Args:
         parts: for each coordinate its base and extras records; more for ``COORDINATE.experts-STEP``.
@@ -58,12 +65,10 @@ def write_checkpoint(
         tensors: ``{unit: {param, shape, dtype}}`` of the whole model.
         described: for each coordinate how its partitions lie, needed to redo the log of a window.
         progress: called with (payload bytes written, payload bytes in all) after each piece.
-    Raises OSError as the disk gives it; the unfinished folder is then removed. An earlier folder of the same step that
-    does not verify is quarantined.
+    Raises OSError as the disk gives it, also if there is too little room for it; the unfinished folder is then removed.
+    An earlier folder of the same step that does not verify is quarantined.
     """
-    final, work = step_path(directory, step), directory / f"step-{step}.tmp"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    storage, final = storage_of(directory), step_path(directory, step)
     total = sum(e.nbytes for records in parts.values() for part in records for e in part.entries)
     written = 0
 
@@ -72,7 +77,9 @@ def write_checkpoint(
         written += nbytes
         progress(written, total)
 
+    work = storage.begin(final)
     try:
+        _check_room(storage, directory, total)
         files = {}
         for coordinate, records in sorted(parts.items()):
             name = f"{coordinate}.safetensors"
@@ -81,105 +88,29 @@ def write_checkpoint(
                 facts["partitions"] = described[coordinate]
             files[name] = write_tensors(work / name, records, facts, advanced)
         for name, (source, facts_of_file) in (carried or {}).items():
-            link_file(source, work / name)
+            storage.share(source, work / name)
             files[name] = facts_of_file
-        manifest = _manifest(step, sorted({coordinate_of(name) for name in files}), files, tensors, metadata)
-        _write_durably(work / MANIFEST, json.dumps(manifest, indent=1).encode())
-        _fsync_folder(work)
-        if final.exists():
-            quarantine(final)
-        work.rename(final)
+        manifest = make_manifest(step, files, tensors, metadata)
+        storage.commit(work, final, json.dumps(manifest, indent=1).encode())
     except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
+        storage.abort(work)
         raise
-    _fsync_folder(directory)
     # The checkpoint is committed: a hint that cannot be written takes nothing from it.
     with contextlib.suppress(OSError):
-        _write_durably(directory / "latest.tmp", f"{final.name}\n".encode())
-        (directory / "latest.tmp").rename(directory / "latest")
+        storage.hint(directory, f"{final.name}\n")
     return final
 
 
-def coordinate_of(name: str) -> str:
-    """Of a file of a checkpoint."""
-    return name.partition(".")[0]
+def _check_room(storage: Storage, directory: Place, needed: int) -> None:
+    free = storage.free_bytes(directory)
+    if free is not None and free < needed:
+        raise OSError(errno.ENOSPC, f"the checkpoint has {needed:,} bytes, and {free:,} are free", str(directory))
 
 
-def link_file(source: Path, target: Path) -> None:
-    """Have a file in a second folder, too: as a hard link, or as a copy where the file system has none."""
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        shutil.copyfile(source, target)
-        with target.open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def _manifest(
-    step: int,
-    coordinates: Sequence[str],
-    files: Mapping[str, Written],
-    tensors: Mapping[str, Any],
-    metadata: Mapping[str, Any],
-) -> dict[str, Any]:
-    manifest = {
-        "format": FORMAT,
-        "step": step,
-        "coordinates": list(coordinates),
-        "files": {name: {"bytes": w.nbytes, "xxh3_128": w.xxh3_128} for name, w in files.items()},
-        "metadata": dict(metadata),
-        "tensors": dict(tensors),
-    }
-    return manifest | {"checksum": _manifest_checksum(manifest)}
-
-
-def _manifest_checksum(manifest: Mapping[str, Any]) -> str:
-    body = {key: value for key, value in manifest.items() if key != "checksum"}
-    return xxh3_128_hexdigest(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _fsync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def read_manifest(step_dir: Path) -> dict[str, Any]:
-    """The manifest, if it matches itself and all files have its sizes. Raises RecoveryError naming the file."""
-    path = step_dir / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise RecoveryError(f"{path}: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("checksum") != _manifest_checksum(manifest):
-        raise RecoveryError(f"{path}: does not match its own checksum")
-    if manifest["format"] != FORMAT or f"step-{manifest['step']}" != step_dir.name:
-        raise RecoveryError(f"{path}: holds format {manifest['format']} of step {manifest['step']}")
-    for name, facts in manifest["files"].items():
-        try:
-            size = (step_dir / name).stat().st_size
-        except OSError as error:
-            raise RecoveryError(f"{step_dir / name}: {error.strerror}") from error
-        if size != facts["bytes"]:
-            raise RecoveryError(f"{step_dir / name}: {size:,} bytes, the manifest says {facts['bytes']:,}")
-    return manifest
-
-
-def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
+def list_checkpoints(directory: Place) -> list[tuple[int, Place]]:
     """Committed checkpoints, oldest first: those whose manifest matches itself and the sizes of the files."""
     found = []
-    for step, path in _folders(directory):
+    for step, path in step_folders(directory):
         try:
             read_manifest(path)
         except RecoveryError:
@@ -188,67 +119,75 @@ def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
     return found
 
 
-def _folders(directory: Path) -> list[tuple[int, Path]]:
+def step_folders(directory: Place) -> list[tuple[int, Place]]:
+    """All folders named ``step-N``, oldest first, be they checkpoints or not. Raises OSError."""
     paths = directory.iterdir() if directory.is_dir() else ()
-    return sorted((int(m[1]), p) for p in paths if (m := _STEP.fullmatch(p.name)))
+    return sorted(((int(m[1]), p) for p in paths if (m := _STEP.fullmatch(p.name))), key=lambda pair: pair[0])
 
 
-def verify(step_dir: Path, coordinates: Sequence[str] | None = None) -> list[str]:
-    """Problems, each naming a file; empty if every byte (of these coordinates' files) is what was written."""
+def verify(step_dir: Place, coordinates: Sequence[str] | None = None) -> list[str]:
+    """Problems, each naming a file and if possible a tensor; empty if every byte (of these coordinates' files) is what
+    was written."""
     try:
-        manifest = read_manifest(step_dir)
+        manifest = own_manifest(step_dir)
     except RecoveryError as error:
         return [str(error)]
-    problems = []
+    problems = wrong_sizes(step_dir, manifest)
     for name, facts in manifest["files"].items():
-        if coordinates is not None and coordinate_of(name) not in coordinates:
+        if name in problems or (coordinates is not None and coordinate_of(name) not in coordinates):
             continue
         try:
             found = checksum_file(step_dir / name)
+            if (found.nbytes, found.xxh3_128) != (facts["bytes"], facts["xxh3_128"]):
+                problems[name] = f"{step_dir / name}: {_diagnosis(step_dir / name, found, manifest)}"
+        except UnreachableError:
+            raise
         except OSError as error:
-            problems.append(f"{step_dir / name}: {error}")
-            continue
-        if found != Written(facts["bytes"], facts["xxh3_128"]):
-            problems.append(f"{step_dir / name}: its bytes do not match the checksum in {MANIFEST}")
-    return problems
+            problems[name] = f"{step_dir / name}: {error}"
+    return list(problems.values())
 
 
-def quarantine(step_dir: Path) -> Path | None:
+def _diagnosis(path: Place, found: Written, manifest: Mapping[str, Any]) -> str:
+    twins = [name for name, facts in manifest["files"].items() if facts["xxh3_128"] == found.xxh3_128]
+    if twins:
+        return f"holds the bytes of {twins[0]}: files were exchanged"
+    names = damaged_tensors(path, manifest["files"][path.name].get("tensors", ""))
+    which = f" (damaged: {', '.join(names[:3])}{' and others' if len(names) > 3 else ''})" if names else ""
+    return f"its bytes do not match the checksum in {MANIFEST}{which}"
+
+
+def quarantine(step_dir: Place) -> Place | None:
     """Set a damaged checkpoint aside as ``step-N.corrupt``, never deleted."""
     return set_aside(step_dir, "corrupt")
 
 
-def set_aside(step_dir: Path, why: str) -> Path | None:
-    """Rename to ``step-N.why``, or with a number behind it; None if the folder is gone, be it by another process."""
-    target, count = step_dir.with_name(f"{step_dir.name}.{why}"), 1
-    while target.exists():
-        count += 1
-        target = step_dir.with_name(f"{step_dir.name}.{why}{count}")
-    try:
-        step_dir.rename(target)
-    except FileNotFoundError:
-        return None
-    return target
+def set_aside(step_dir: Place, why: str) -> Place | None:
+    """Rename to ``step-N.why``, or with a number behind it; None if the folder is gone, be it by another process.
+
+    On an object store it keeps its name, and the manifest becomes ``manifest.why.json``.
+    """
+    moved: Place | None = storage_of(step_dir).set_aside(step_dir, why)
+    return moved
 
 
-def abandon_newer(directory: Path, step: int) -> list[Path]:
+def abandon_newer(directory: Place, step: int) -> list[Place]:
     """Set all checkpoints newer than ``step`` aside as ``step-N.abandoned``: they are of a course not taken again.
 
     Left in place they would count as the newest, and retention would delete the new course's instead.
     """
-    newer = [path for found, path in _folders(directory) if found > step]
+    newer = [path for found, path in step_folders(directory) if found > step]
     return [moved for path in newer if (moved := set_aside(path, "abandoned")) is not None]
 
 
-def clean_unfinished(directory: Path) -> None:
+def clean_unfinished(directory: Place) -> None:
     """Remove what a killed writer left. Only for the process that holds the keeper's lock."""
-    for path in directory.glob("step-*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
+    storage_of(directory).clean(directory)
 
 
-def retain(directory: Path, keep_last: int, newest: Path) -> list[int]:
+def retain(directory: Place, keep_last: int, newest: Place, permanent_every: int = 0) -> list[int]:
     """Delete checkpoints older than the ``keep_last`` newest and return their steps.
 
+    Never those whose step is a multiple of ``permanent_every`` (0: none is), nor those written as permanent ones.
     Raises RecoveryError, deleting nothing, unless ``newest`` was read back and verified just now.
     """
     problems = verify(newest)
@@ -256,24 +195,31 @@ def retain(directory: Path, keep_last: int, newest: Path) -> list[int]:
         raise RecoveryError(f"nothing was deleted, because the newest checkpoint does not read back: {problems[0]}")
     removed = []
     for step, path in list_checkpoints(directory)[: -max(keep_last, 1)]:
-        if path == newest:
-            continue
-        # Without its manifest it no longer exists, so a kill in the middle leaves nothing half valid.
-        (path / MANIFEST).unlink()
-        shutil.rmtree(path, ignore_errors=True)
-        removed.append(step)
+        if path != newest and not is_permanent(path, step, permanent_every):
+            remove(path)
+            removed.append(step)
     return removed
+
+
+def is_permanent(step_dir: Place, step: int, permanent_every: int = 0) -> bool:
+    """Whether retention must leave it: by the present rule, or by the one that it was written under."""
+    by_rule = bool(permanent_every) and step % permanent_every == 0
+    return by_rule or bool(own_manifest(step_dir)["metadata"].get("permanent"))
+
+
+def remove(step_dir: Place) -> None:
+    storage_of(step_dir).remove(step_dir)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A committed checkpoint, opened for reading."""
 
-    path: Path
+    path: Place
     manifest: dict[str, Any]
 
     @classmethod
-    def open(cls, step_dir: Path) -> Checkpoint:
+    def open(cls, step_dir: Place) -> Checkpoint:
         """Raises RecoveryError if it is not committed. Payload bytes are verified by :func:`verify`, not here."""
         return cls(step_dir, read_manifest(step_dir))
 
@@ -310,20 +256,32 @@ class Checkpoint:
         """Names by coordinate; the one that holds its extras first."""
         files: dict[str, list[str]] = {coordinate: [] for coordinate in self.manifest["coordinates"]}
         for name in sorted(self.manifest["files"], key=lambda name: (len(name), name)):
-            files[coordinate_of(name)].append(name)
+            files.get(coordinate_of(name), []).append(name)
         return files
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing must be done to it first; if not, it is a window whose log must be re-applied."""
-        return not any(record.kind is Kind.LOG for record in self.records)
+        """Whether all state in it is of its own step; if not, it has a log to re-apply, or older experts."""
+        return all(record.step == self.step for record in self.newest)
 
-    def file_of(self, coordinate: str, slot: int = -1) -> Path:
+    def file_of(self, coordinate: str, slot: int = -1) -> Place:
         """The file that a record of this ``slot`` is in."""
         return self.path / self._files[coordinate][slot + 1]
 
     @cached_property
-    def _held(self) -> dict[Range, tuple[Path, Entry]]:
+    def newest(self) -> tuple[RecordInfo, ...]:
+        """Its bases without what a newer one in it replaces: every range of state once."""
+        places = {(held, path, entry.offset) for held, (path, entry) in self._held.items()}
+        bases = []
+        for record in self.records:
+            path = self.file_of(record.source, record.slot)
+            entries = tuple(e for e in record.entries if (e.range, path, e.offset) in places)
+            if record.kind is Kind.BASE and entries:
+                bases.append(replace(record, entries=entries))
+        return tuple(bases)
+
+    @cached_property
+    def _held(self) -> dict[Range, tuple[Place, Entry]]:
         bases = sorted((r for r in self.records if r.kind is Kind.BASE), key=lambda r: r.step)  # the newest counts
         return {e.range: (self.file_of(r.source, r.slot), e) for r in bases for e in r.entries}
 
@@ -336,14 +294,28 @@ class Checkpoint:
         """One stored range as a 1-D array; bfloat16 comes as the uint16 that holds its bits. Raises RecoveryError."""
         if wanted not in self._held:
             raise RecoveryError(f"{self.path} does not hold {wanted}")
-        path, entry = self._held[wanted]
-        dtype = "uint16" if entry.dtype == "bfloat16" else entry.dtype
-        return np.fromfile(path, dtype=dtype, count=entry.nbytes // DTYPE_BYTES[entry.dtype], offset=entry.offset)
+        return self.read_part(wanted, wanted.lo, wanted.hi)
+
+    def read_part(self, held: Range, lo: int, hi: int) -> np.ndarray:
+        """Elements ``[lo:hi)`` of a stored range, as :meth:`read` gives them."""
+        path, entry = self._held[held]
+        size = DTYPE_BYTES[entry.dtype]
+        data = read_bytes(path, entry.offset + (lo - held.lo) * size, (hi - lo) * size)
+        return np.frombuffer(data, dtype="uint16" if entry.dtype == "bfloat16" else entry.dtype)
+
+    def dtype_of(self, held: Range) -> str:
+        """As torch spells it."""
+        return self._held[held][1].dtype
+
+    @property
+    def has_log(self) -> bool:
+        """Whether gradients are in it, to be re-applied before anybody can tell its state."""
+        return any(record.kind is Kind.LOG for record in self.records)
 
     def extras(self, coordinate: str) -> dict[str, bytes]:
         record = next(r for r in self.records if r.kind is Kind.EXTRAS and r.source == coordinate)
-        with self.file_of(coordinate).open("rb") as file:
-            return {e.range.unit: os.pread(file.fileno(), e.nbytes, e.offset) for e in record.entries}
+        path = self.file_of(coordinate)
+        return {e.range.unit: bytes(read_bytes(path, e.offset, e.nbytes)) for e in record.entries}
 
     def assemble(self, unit: str, kind: str) -> np.ndarray:
         """The whole of one kind of state of a unit, flat, from all its ranges: each element exactly once.

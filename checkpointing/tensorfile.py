@@ -5,16 +5,19 @@ Written and read here byte by byte, because NumPy has no bfloat16 and because th
 
 from __future__ import annotations
 
+import errno
+import io
 import json
-import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from xxhash import xxh3_128
+from xxhash import xxh3_64, xxh3_64_hexdigest, xxh3_128
 
 from checkpointing.records import DTYPE_BYTES, Entry
+from checkpointing.remote import UnreachableError
+from checkpointing.storage import Place, make_durable
 from checkpointing.units import Range
 
 _NAMES = {
@@ -37,10 +40,11 @@ _SMALLEST = 4 << 10
 
 @dataclass(frozen=True)
 class Written:
-    """Size in bytes and XXH3-128 (hex) of a whole file."""
+    """Size in bytes and XXH3-128 (hex) of a whole file; XXH3-64 of each tensor, 16 hex digits in the header's order."""
 
     nbytes: int
     xxh3_128: str
+    tensors: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def parse_key(key: str, nbytes: int) -> tuple[Range, int | None]:
 
 
 def write_tensors(
-    path: Path,
+    path: Place,
     sections: Sequence[Section],
     metadata: dict[str, str],
     advanced: Callable[[int], None],
@@ -90,16 +94,15 @@ def write_tensors(
     step = min(max(total // 16, _SMALLEST), _LARGEST)
     digest = xxh3_128()
     with path.open("wb", buffering=0) as file:
-        _write(file.fileno(), memoryview(header), digest)
+        _write(file, memoryview(header), digest)
         for run in _runs(pieces):
             for at in range(0, len(run), step):
                 chunk = run[at : at + step]
-                _write(file.fileno(), chunk, digest)
+                _write(file, chunk, digest)
                 advanced(len(chunk))
-        os.fsync(file.fileno())
-        # So that a read-back is served by the disk and not by the page cache.
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return Written(len(header) + total, digest.hexdigest())
+        make_durable(file)
+    each = "".join(xxh3_64_hexdigest(s.payload[e.offset : e.offset + e.nbytes]) for e, s in pieces)
+    return Written(len(header) + total, digest.hexdigest(), each)
 
 
 def _header(pieces: Sequence[tuple[Entry, Section]], metadata: dict[str, str]) -> bytes:
@@ -135,19 +138,15 @@ def _runs(pieces: Sequence[tuple[Entry, Section]]) -> Iterator[memoryview]:
         yield source[start:stop]
 
 
-def _write(fd: int, data: memoryview, digest: xxh3_128) -> None:
+def _write(file: io.RawIOBase, data: memoryview, digest: xxh3_128) -> None:
     digest.update(data)
     while data:
-        data = data[os.write(fd, data) :]
+        data = data[file.write(data) or 0 :]
 
 
-def read_entries(path: Path) -> tuple[Stored, ...]:
+def read_entries(path: Place) -> tuple[Stored, ...]:
     """All tensors of a file. Raises OSError or ValueError if it is damaged."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > os.fstat(file.fileno()).st_size:
-            raise ValueError(f"{path}: the header's length is larger than the file")
-        table = json.loads(file.read(length))
+    table, length = _read_header(path)
     found = []
     for key, tensor in table.items():
         if key != "__metadata__":
@@ -157,16 +156,37 @@ def read_entries(path: Path) -> tuple[Stored, ...]:
     return tuple(found)
 
 
-def read_metadata(path: Path) -> dict[str, str]:
+def read_metadata(path: Place) -> dict[str, str]:
     """A file's free-form metadata. Raises OSError or ValueError if it is damaged."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > os.fstat(file.fileno()).st_size:
-            raise ValueError(f"{path}: the header's length is larger than the file")
-        return dict(json.loads(file.read(length)).get("__metadata__", {}))
+    return dict(_read_header(path)[0].get("__metadata__", {}))
 
 
-def checksum_file(path: Path) -> Written:
+def _read_header(path: Place) -> tuple[dict[str, Any], int]:
+    """The header's table, and its length in bytes."""
+    size = path.stat().st_size
+    if size < 8:
+        raise ValueError(f"{path}: {size} bytes are no tensor file")
+    (length,) = struct.unpack("<Q", read_bytes(path, 0, 8))
+    if 8 + length > size:
+        raise ValueError(f"{path}: the header's length is larger than the file")
+    return json.loads(bytes(read_bytes(path, 8, length))), length
+
+
+def read_bytes(path: Place, offset: int, nbytes: int) -> bytearray:
+    """Raises OSError if the file ends early."""
+    data = bytearray(nbytes)
+    view, done = memoryview(data), 0
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while done < nbytes:
+            count = file.readinto(view[done:])
+            if not count:
+                raise OSError(errno.EIO, f"the file ends at byte {offset + done:,}, too early", str(path))
+            done += count
+    return data
+
+
+def checksum_file(path: Place) -> Written:
     digest, total = xxh3_128(), 0
     buffer = bytearray(_LARGEST)
     view = memoryview(buffer)
@@ -175,3 +195,27 @@ def checksum_file(path: Path) -> Written:
             digest.update(view[:count])
             total += count
     return Written(total, digest.hexdigest())
+
+
+def damaged_tensors(path: Place, expected: str) -> list[str]:
+    """The tensors of a damaged file whose bytes are not those of ``expected`` (:attr:`Written.tensors`), if its header
+    can still be read and says as many."""
+    try:
+        entries = read_entries(path)
+        if len(expected) != 16 * len(entries):
+            return []
+        digests = [expected[at : at + 16] for at in range(0, len(expected), 16)]
+        return [
+            key_of(s.entry, s.step) for s, d in zip(entries, digests, strict=True) if _digest_of(path, s.entry) != d
+        ]
+    except UnreachableError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ["the header"]
+
+
+def _digest_of(path: Place, entry: Entry) -> str:
+    digest = xxh3_64()
+    for at in range(0, entry.nbytes, _LARGEST):
+        digest.update(read_bytes(path, entry.offset + at, min(_LARGEST, entry.nbytes - at)))
+    return digest.hexdigest()

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from trainer.checkpoint_cli import add_verbs
 from trainer.refusal import is_users_mistake, refused
 
 FAILED, USER_MISTAKE = 1, 2
@@ -81,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--inexact", action="store_true", help="redo a log that another device or torch wrote; bits may differ"
     )
+
+    checkpoint = verbs.add_parser("checkpoint", help="look at, check, compare or delete a run's checkpoints")
+    add_verbs(checkpoint)
 
     keeper = verb("keeper", _keeper, "stop, or look at, the process that holds a run's state in memory")
     keeper.add_argument("action", choices=("stop", "status"), help="stop writes the newest step to disk first")
@@ -207,6 +211,8 @@ def _show_keeper(run_dir: str, _: bool) -> bool:
     pid, status = found
     writing = "" if status["writing"] is None else f", writing step {status['writing']}"
     print(f"keeper {pid}{writing}")
+    if status["disk"]["problem"]:
+        print(f"the last write to {status['disk']['place']} failed: {status['disk']['problem']}")
     for coordinate, keep in sorted(status["keeps"].items()):
         worker = f"worker {keep['pid']}" if keep["attached"] else "no worker"
         print(f"{coordinate}  {worker}, sealed steps {', '.join(map(str, keep['steps'])) or 'none'}")

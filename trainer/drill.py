@@ -69,7 +69,13 @@ def main(recipe_path: str, kill: KillSpec | None, json_path: str | None, overrid
     rows, failures = {}, []
     for name, strike in (("undisturbed", None), ("killed", kill)):
         print(f"drill: {name} run" + (f", SIGKILL at {strike}" if strike else ""), flush=True)
-        where = [f"log.dir={base}", f"log.run={name}", f"data.cache_dir={cache_root(recipe)}"]
+        # Each run keeps its checkpoints to itself: one must not find the other's.
+        where = [
+            f"log.dir={base}",
+            f"log.run={name}",
+            f"data.cache_dir={cache_root(recipe)}",
+            "checkpoint.disk.url=null",
+        ]
         status = run_once(recipe_path, [*overrides, *where], strike)
         if status != 0:
             failures.append(f"the {name} run exited with status {status}; see {base / name / 'events.jsonl'}")

@@ -42,7 +42,9 @@ class Ending:
     @property
     def likeness(self) -> tuple[object, ...]:
         """Equal for two ends of the same kind: numbers in an error's text (addresses, sizes) may differ, and an error
-        that all workers meet may be seen on any of them first."""
+        that all workers meet may be seen on any of them first. But each attempt may find another checkpoint damaged."""
+        if self.kind == "failed" and self.cause.startswith("RecoveryError"):
+            return self.kind, self.step, self.cause
         if self.kind == "failed":
             return self.kind, self.step, re.sub(r"0x[0-9a-f]+|\d+", "#", self.cause)
         if self.kind == "stuck":
@@ -74,10 +76,11 @@ def ending_of(rows: Sequence[dict[str, Any]]) -> Ending | None:
     A worker that was killed as stuck comes first, since the others only waited for it; then one that failed by itself,
     then one that was seen to go; a worker that only lost its peer is no reason.
     """
+    bereft = {row["pid"] for row in rows if row.get("lost_peer")}
     for kind in ("worker_stuck", "failed", "worker_exit", "worker_gone"):
-        found = [row for row in rows if row["kind"] == kind and not row.get("lost_peer")]
-        # Several hang when one does: the one that a signal stopped is the one.
-        found.sort(key=lambda row: not row.get("stopped", False))
+        found = [row for row in rows if row["kind"] == kind and row.get("pid") not in bereft]
+        # Several hang when one does: the one that a signal stopped is the one. And who was killed went first.
+        found.sort(key=lambda row: (not row.get("stopped", False), row.get("status", 0) >= 0))
         if found:
             return _read(found[0])
     return None

@@ -26,6 +26,7 @@ from moe.build import new_config
 from moe.fingerprint import fingerprint
 from trainer.build import shape_fields
 from trainer.recipe import RecipeError, load_recipe
+from trainer.runfolder import checkpoints_of
 from trainer.schema import Recipe
 
 
@@ -73,13 +74,14 @@ def open_run(run: Path) -> tuple[Recipe, Checkpoint]:
     except RecipeError as error:
         raise ExportError(f"{run}: its recipe does not load: {error}") from error
     reasons: list[str] = []
-    for _step, folder in sorted(list_checkpoints(run / "checkpoints"), reverse=True):
+    place = checkpoints_of(recipe, run)
+    for _step, folder in reversed(list_checkpoints(place)):
         problems = verify(folder)
         if not problems:
             return recipe, Checkpoint.open(folder)
         reasons += problems
     found = "; ".join(reasons) or "none was written; set checkpoint.disk.final=true and run again"
-    raise ExportError(f"{run}/checkpoints has no usable checkpoint: {found}")
+    raise ExportError(f"{place} has no usable checkpoint: {found}")
 
 
 def trained_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -8,9 +8,10 @@ import signal
 from pathlib import Path
 
 from trainer.events import EventLog
-from trainer.faults import KillSpec
+from trainer.faults import DiskFaultSpec, KillSpec
 
 KILL_VARIABLE = "PLANARIA_KILL"
+DISK_VARIABLE = "PLANARIA_DISK_FAULT"
 
 
 class Failpoints:
@@ -54,3 +55,9 @@ class Failpoints:
         if spec.who in ("keeper", "both"):
             pids.append("keeper")
         return {"at": "disk", "step": spec.step, "pids": pids}
+
+    @staticmethod
+    def disk_fault() -> dict[str, str | int] | None:
+        """What to tell the keeper when its disk is to be slow, full or hung. Raises FaultError."""
+        text = os.environ.get(DISK_VARIABLE)
+        return DiskFaultSpec.parse(text).fields() if text else None

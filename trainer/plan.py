@@ -19,7 +19,7 @@ from checkpointing.cost import BudgetError, size
 from lora.config import BankConfig
 from lora.presets import targets_of
 from trainer.mode_plan import Share, basis_of, budget_of, mode_rows
-from trainer.schema import ModelSection, Recipe
+from trainer.schema import DiskSection, ModelSection, Recipe
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -312,10 +312,18 @@ def card(
             "memory tier",
             (f"{every}, {kept}" if mode == "dense" else f"{every}, mode {mode}") if memory.enabled else without,
         ),
-        ("disk tier", f"every {disk.every} steps, the last {disk.keep_last}" if disk.every else "not during the run"),
+        ("disk tier", _disk_tier(disk)),
         *(_modes(recipe, plan, available, events) if memory.enabled else []),
     ]
     return "\n".join(f"{name:<12} {text}" for name, text in rows)
+
+
+def _disk_tier(disk: DiskSection) -> str:
+    where = f", in {disk.url}" if disk.url else ""
+    if not disk.every:
+        return f"not during the run{where}"
+    always = f", multiples of {disk.permanent_every} for good" if disk.permanent_every else ""
+    return f"every {disk.every} steps, the last {disk.keep_last}{always}{where}"
 
 
 def _modes(

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
+from checkpointing.storage import place_of
 from lora.presets import targets_of
 from trainer import yaml_lines
 from trainer.recipe_checks import BYTE_VOCABULARY, SHAPE, WITH_PATH, findings
@@ -273,7 +274,12 @@ def _resolved(recipe: Recipe, path: FilePath) -> Recipe:
         data = dataclasses.replace(data, text_key="text")
     banks = {name: dataclasses.replace(b, targets=targets_of(b)) for name, b in recipe.adapter.items()}
     log = recipe.log if recipe.log.run else dataclasses.replace(recipe.log, run=path.stem)
-    return dataclasses.replace(recipe, model=model, data=data, adapter=banks, log=log)
+    checkpoint, disk = recipe.checkpoint, recipe.checkpoint.disk
+    place = place_of(disk.url or "")
+    if disk.url is not None and isinstance(place, FilePath):
+        # The keeper, which writes there, has a current folder of its own.
+        checkpoint = dataclasses.replace(checkpoint, disk=dataclasses.replace(disk, url=os.path.abspath(place)))
+    return dataclasses.replace(recipe, model=model, data=data, adapter=banks, log=log, checkpoint=checkpoint)
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
@@ -288,6 +294,8 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
     data["include"] = list(data["include"])
     if data["tokenizer"]["kind"] == "model":
         del data["tokenizer"]["vocab_size"]
+    if values["checkpoint"]["disk"]["url"] is None:
+        del values["checkpoint"]["disk"]["url"]
     for name in ("cache_dir", "text_key"):
         if data[name] is None:
             del data[name]

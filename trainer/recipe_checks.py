@@ -12,6 +12,7 @@ from typing import Any
 
 from lora.presets import DEFAULT_TARGETS, EXPERT_TENSORS
 from trainer.checkpoint_checks import CHECKPOINT_RULES
+from trainer.disk_rules import DISK_RULES
 from trainer.recipe_view import Finding, Unknown, View
 from trainer.schema import KEYS
 from trainer.yaml_lines import Path
@@ -323,6 +324,7 @@ _RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (
     _warmup,
     _run_name,
     *CHECKPOINT_RULES,
+    *DISK_RULES,
 )
 _BANK_RULES: tuple[Callable[[View, str], Iterator[Finding]], ...] = (
     _bank_ranges,

@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from checkpointing.remote import UnreachableError
+from checkpointing.storage import Place, place_of
+from checkpointing.store import Checkpoint, list_checkpoints
 from trainer.events import read_events
 from trainer.recipe import RecipeError, load_recipe, recipe_fingerprint, recipe_to_yaml
 from trainer.schema import Recipe
@@ -16,6 +19,12 @@ from trainer.schema import Recipe
 
 def run_folder(recipe: Recipe) -> Path:
     return Path(recipe.log.dir) / recipe.log.run
+
+
+def checkpoints_of(recipe: Recipe, run_dir: Path) -> Place:
+    """Where this run's checkpoints lie."""
+    url = recipe.checkpoint.disk.url
+    return run_dir / "checkpoints" if url is None else place_of(url)
 
 
 def claim(recipe: Recipe) -> Path:
@@ -42,6 +51,29 @@ def claim(recipe: Recipe) -> Path:
     temporary.write_text(text)
     temporary.rename(written)
     return folder
+
+
+def check_place(recipe: Recipe) -> None:
+    """Raises RecipeError if ``checkpoint.disk.url`` holds checkpoints of another recipe, which would be removed.
+
+    A store that does not answer is left for the recovery to report.
+    """
+    if recipe.checkpoint.disk.url is None:
+        return
+    place, ours = checkpoints_of(recipe, run_folder(recipe)), recipe_fingerprint(recipe)
+    try:
+        found = [Checkpoint.open(path) for _, path in list_checkpoints(place)]
+    except UnreachableError:
+        return
+    for checkpoint in found:
+        theirs = checkpoint.manifest["metadata"].get("recipe")
+        if theirs != ours:
+            raise RecipeError(
+                [
+                    f"checkpoint.disk.url: {checkpoint.path} was written by a run of recipe {theirs}, this is {ours}; "
+                    "give this run a place of its own"
+                ]
+            )
 
 
 def lock(folder: Path, patience_s: float = 10.0) -> TextIO:

@@ -132,7 +132,10 @@ class DiskSection:
     __pydantic_config__ = _STRICT
     every: CountOrZero = 0  # 0: never during the run
     keep_last: Count = 2
+    permanent_every: CountOrZero = 0  # steps that are multiples are never removed; 0: none is
     final: bool = True
+    url: Text | None = None  # default: checkpoints/ in the run's folder
+    hung_after_s: Above0 = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,7 @@ from trainer.partial_experts import PartialExperts
 from trainer.progress import Progress
 from trainer.rendezvous import Process
 from trainer.rotation import settle
+from trainer.runfolder import checkpoints_of
 from trainer.schema import Recipe
 
 
@@ -86,7 +87,8 @@ class Snapshots:
         redo = Redo(self.zero_optimizer.optimizer)
         pin = self.capturer.pinning.pin if self.capturer is not None else lambda slot: None
         target = Target(self.buffers, self.process.coordinate, redo, pin=pin)
-        recovery = Recovery(self.client, self.run_dir, target, memory=enabled, fingerprint=self.origin.recipe)
+        place = checkpoints_of(self.recipe, self.run_dir)
+        recovery = Recovery(self.client, self.run_dir, target, enabled, self.origin.recipe, place)
         in_memory = self._gather(recovery.report_memory())
         # A slow disk is asked only when memory does not do.
         if memory_suffices(in_memory):
@@ -305,7 +307,7 @@ def open_snapshots(
     if not (checkpoint.memory.enabled or writes):
         return snapshots
     protection = _protect(snapshots)
-    disk = {"every": checkpoint.disk.every, "keep_last": checkpoint.disk.keep_last} if writes else None
+    disk = asdict(checkpoint.disk) if writes else None
     client = KeeperClient.attach(
         run_dir,
         coordinate=process.coordinate,
@@ -320,6 +322,7 @@ def open_snapshots(
         metadata=asdict(origin),
         partitions=describe_partitions(buffers, zero_optimizer.optimizer),
         kill=failpoints.disk_kill(),
+        disk_fault=failpoints.disk_fault(),
         board=board,
         any_shape=partial is not None,
     )

@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -25,6 +26,8 @@ from trainer.phases import BOARD_VARIABLE, IMPORT
 
 STORE_VARIABLE = "PLANARIA_STORE"  # the descriptor on which rank 0 serves the rendezvous
 _PR_SET_PDEATHSIG = 1
+_PF_EXITING = 4  # linux/sched.h
+_DYING_S = 0.5
 _LIBC = ctypes.CDLL(None)
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -213,11 +216,20 @@ class Workers:
             if signals.received:
                 return []
             ended = [worker for worker in self.workers if worker.status is not None]
-            if len(ended) == self._count or any(worker.status for worker in ended):
+            if any(worker.status for worker in ended):
+                return self._with_dying(ended)
+            if len(ended) == self._count:
                 return ended
             running = [worker.pidfd for worker in self.workers if worker.status is None]
             select.select([*running, signals.wake], [], [], POLL_S)
             self._watch()
+
+    def _with_dying(self, ended: list[Worker]) -> list[Worker]:
+        """Those, and whoever is about to end: a killed worker's peer may notice, and be gone, before it is."""
+        dying = [worker for worker in self.workers if worker.status is None and is_exiting(worker.process.pid)]
+        for worker in dying:
+            select.select([worker.pidfd], [], [], _DYING_S)
+        return ended + [worker for worker in dying if worker.status is not None]
 
     def _watch(self) -> None:
         elapsed = self._ticker.elapsed()
@@ -238,6 +250,15 @@ class Workers:
             if worker.pidfd >= 0:
                 os.close(worker.pidfd)
                 worker.pidfd = -1
+
+
+def is_exiting(pid: int) -> bool:
+    """Whether the kernel is already taking a process down."""
+    try:
+        flags = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[6])
+    except (OSError, IndexError):
+        return True
+    return bool(flags & _PF_EXITING)
 
 
 def _die_with(launcher: int) -> None:

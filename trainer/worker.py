@@ -33,7 +33,7 @@ from trainer.phases import Phases, longest_deadline_s
 from trainer.recipe import RecipeError, check_world, load_recipe
 from trainer.refusal import is_users_mistake, refuse
 from trainer.rendezvous import Process, die_with_launcher, join, process_started
-from trainer.runfolder import claim, lock, next_attempt, run_folder
+from trainer.runfolder import check_place, claim, lock, next_attempt, run_folder
 from trainer.schema import Recipe
 from trainer.snapshots import Snapshots, open_snapshots
 
@@ -179,6 +179,7 @@ def _enter_folder(recipe: Recipe, process: Process) -> tuple[Path, int, bool]:
     if process.rank == 0:
         try:
             process.held.append(lock(run_folder(recipe)))
+            check_place(recipe)
             folder = claim(recipe)
             finished = any(row["kind"] == "done" for row in read_events(folder))
             outcome = [(next_attempt(folder), finished)]

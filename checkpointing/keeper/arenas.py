@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from checkpointing.carry import Selection
 from checkpointing.keeper.loop import Connection
 from checkpointing.keeper.protocol import Message
 from checkpointing.records import Kind, RecordError, State, begin, parts_of, read_header, set_state, state_of
 from checkpointing.schedule import WHOLE, Held, Rules, is_superseded, needed_for, newest_bases, restorable_steps
 from checkpointing.slots import Arena, ArenaShape
+
+_REMEMBERED = 8  # steps whose selection for the disk is kept
 
 
 @dataclass
@@ -89,6 +92,14 @@ class Keep:
     @property
     def shape(self) -> ArenaShape:
         return self.arena.shape
+
+    def note_for_disk(self, step: int, parts: list[int] | None) -> None:
+        """The parts that a checkpoint of ``step`` is to hold anew, None for all."""
+        self.for_disk = {**dict(list(self.for_disk.items())[-_REMEMBERED:]), step: parts}
+
+    def selection(self, step: int, due: bool) -> Selection:
+        """What a write of ``step`` holds anew in mode ``pec``: all that memory has, unless it is an ordinary one."""
+        return Selection(self.rules.fresh, self.for_disk.get(step) if due else None)
 
     def scan(self, held: Mapping[int, int]) -> list[Slot]:
         """Read the slots of an arena that another keeper left; returns the sealed ones, which are still to be verified.

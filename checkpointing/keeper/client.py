@@ -89,13 +89,14 @@ class KeeperClient:
         fingerprint: str,
         rules: Rules = WHOLE,
         attempt: int = 0,
-        disk: Mapping[str, int] | None = None,
+        disk: Mapping[str, Any] | None = None,
         linger_s: float = 600.0,
         tensors: Mapping[str, Any] | None = None,
         metadata: Mapping[str, Any] | None = None,
         partitions: str = "",
         kill: Mapping[str, Any] | None = None,
         node_coordinates: Sequence[str] | None = None,
+        disk_fault: Mapping[str, Any] | None = None,
         board: Board | None = None,
         any_shape: bool = False,
     ) -> KeeperClient:
@@ -105,12 +106,13 @@ class KeeperClient:
             coordinates: all of the job; ``node_coordinates`` those of this node (default: all).
             shape: of this worker's memory; see :func:`checkpointing.capture.arena_shape`.
             rules: how this worker's records belong together.
-            disk: ``{"every": steps (0: only at the end), "keep_last": count}``; None: no disk tier.
+            disk: ``{"every": steps (0: only at the end), "keep_last": count}``; None: no disk tier. Optional:
+                ``permanent_every`` (steps), ``url`` (instead of the run folder), ``hung_after_s``.
             tensors: ``{unit: {"param", "shape", "dtype", "elements"}}`` for the manifest; ``elements`` (optional) lets
                 a reader prove that the unit is whole.
             partitions: how this worker's flat partitions lie, for whoever redoes its log from disk.
             any_shape: take memory of another shape or rules as it is, if the keeper has such; see :meth:`reshape`.
-            kill: a drill, ``{"at": "disk", "step": N, "pids": [pid or "keeper", ...]}``.
+            kill: a drill, ``{"at": "disk", "step": N, "pids": [pid or "keeper", ...]}``; ``disk_fault``: another.
             board: where this worker posts its phases; the keeper kills it when one takes too long.
         Raises KeeperRefused (another recipe, too little memory, coordinate taken) or KeeperError.
         """
@@ -130,6 +132,7 @@ class KeeperClient:
             "metadata": dict(metadata or {}),
             "partitions": partitions,
             "kill": None if kill is None else dict(kill),
+            "disk_fault": None if disk_fault is None else dict(disk_fault),
             "board": None if board is None else process_start_time(os.getpid()),
             "any_shape": any_shape,
         }

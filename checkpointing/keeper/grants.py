@@ -56,6 +56,7 @@ class Grants:
         if chosen is None:
             return False
         if bases < request["bases"]:
+            self._service.persister.health.behind(request["step"])
             self._service.event("disk_skipped", request["step"], coordinate=keep.coordinate,
                        reason="an earlier write still holds the memory that a whole capture needs")  # fmt: skip
         keep.waiting = None

@@ -8,16 +8,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from checkpointing.carry import Older, Part, Selection, split
 from checkpointing.keeper.arenas import Slot
+from checkpointing.keeper.diskfault import DiskFault
+from checkpointing.keeper.health import DiskHealth
 from checkpointing.keeper.launch import Lease
+from checkpointing.keeper.protocol import KeeperRefused
 from checkpointing.records import Kind, RecordError, payload_of, table_of, verify
 from checkpointing.recovery import RecoveryError
+from checkpointing.remote import LocationError
+from checkpointing.storage import Place, place_of
 from checkpointing.store import (
     abandon_newer,
+    clean_unfinished,
     list_checkpoints,
     read_manifest,
     retain,
@@ -39,6 +44,7 @@ class Persist:
     tensors: Mapping[str, Any]
     metadata: Mapping[str, Any]
     keep_last: int
+    permanent_every: int
     partitions: Mapping[str, str]  # of each coordinate, how they lie; written with a window
     experts: Mapping[str, Selection]  # of each coordinate in mode pec, empty in others
 
@@ -80,16 +86,45 @@ class Persister:
         event: Callable[..., None],
         on_done: Callable[[Persist, str], None],
         hashers: Executor,
+        health: DiskHealth,
     ) -> None:
-        self.directory = lease.run_dir / "checkpoints"
+        self.directory: Place = lease.run_dir / "checkpoints"
+        self.health = health
         self.kill: KillPoint | None = None
+        self.fault: DiskFault | None = None
         self.running: Persist | None = None
         self.queued: Persist | None = None
         self.newest = max((step for step, _ in list_checkpoints(self.directory)), default=-1)
         # A running write whose step has been discarded: that step may be written anew.
         self._void: Persist | None = None
+        self._opened: Place | None = None
         self._lease, self._call, self._event, self._on_done, self._hashers = lease, call, event, on_done, hashers
         self._thread = ThreadPoolExecutor(1, "persist")
+
+    def use(self, disk: Mapping[str, Any] | None, fault: Mapping[str, Any] | None) -> None:
+        """Write as a worker says from now on; what an earlier keeper left unfinished there is removed first."""
+        self.fault = DiskFault.parse(fault)
+        if disk is None:
+            return
+        self.health.hung_after_s = disk.get("hung_after_s", self.health.hung_after_s)
+        url = disk.get("url")
+        self.directory = place_of(url) if url else self._lease.run_dir / "checkpoints"
+        if self.directory != self._opened:
+            self._opened = self.directory
+            self._thread.submit(self._open, self.directory)
+
+    def _open(self, directory: Place) -> None:
+        try:
+            self._check_lease()
+            clean_unfinished(directory)
+            newest = max((step for step, _ in list_checkpoints(directory)), default=-1)
+        except (OSError, RecoveryError) as error:
+            self._event("disk_failed", error=f"{directory}: what a killed writer left is not removed: {error}")
+            return
+        self._call(lambda: self._found(newest))
+
+    def _found(self, newest: int) -> None:
+        self.newest = max(self.newest, newest)
 
     @property
     def idle(self) -> bool:
@@ -105,6 +140,7 @@ class Persister:
             for slot in slots:
                 slot.users += 1
         if self.running is not None:
+            self.health.behind(job.step)
             self.drop_queued("a newer step is due while an earlier one is still being written")
             self.queued = job
         else:
@@ -150,6 +186,7 @@ class Persister:
 
     def _start(self, job: Persist) -> None:
         self.running = job
+        self.health.started(job.step)
         self._thread.submit(self._work, job)
 
     def _work(self, job: Persist) -> None:
@@ -162,8 +199,9 @@ class Persister:
     def _finished(self, job: Persist, problem: str) -> None:
         _release(job)
         self.running = None
+        pause_s = self.health.ended(problem)
         if problem:
-            self._event("disk_failed", job.step, job.attempt, error=problem)
+            self._event("disk_failed", job.step, job.attempt, error=problem, retry_after_s=pause_s)
         else:
             self.newest = max(self.newest, job.step)
         queued, self.queued = self.queued, None
@@ -182,7 +220,7 @@ class Persister:
                 return ""
             set_aside(final, "abandoned")
         parts: dict[str, list[Section]] = {}
-        carried: dict[str, tuple[Path, Written]] = {}
+        carried: dict[str, tuple[Place, Written]] = {}
         older = Older.find(self.directory, job.step, job.metadata["recipe"]) if job.experts else None
         for coordinate, slots in job.slots.items():
             sealed = [self._part(job, coordinate, slot) for slot in slots]
@@ -208,7 +246,7 @@ class Persister:
                      seconds=time.perf_counter() - started, bytes=nbytes)  # fmt: skip
         try:
             self._check_lease()
-            removed = retain(self.directory, job.keep_last, final)
+            removed = retain(self.directory, job.keep_last, final, job.permanent_every)
         except RecoveryError as error:
             return str(error)
         if removed:
@@ -228,9 +266,20 @@ class Persister:
 
     def _progress(self, job: Persist, written: int, total: int) -> None:
         self._check_lease()
+        self.health.progress(written, total)
+        if self.fault is not None:
+            self.fault.strike(job.step, written, total)
         if self.kill is not None and self.kill.due(job.step, written, total):
             self._event("kill", job.step, job.attempt, at="disk", pids=self.kill.pids)
             self.kill.strike()
+
+
+def check_place(disk: Mapping[str, Any] | None) -> None:
+    """Raises KeeperRefused for a URL that this keeper cannot use."""
+    try:
+        place_of((disk or {}).get("url") or "")
+    except LocationError as error:
+        raise KeeperRefused(str(error)) from None
 
 
 def _release(job: Persist) -> None:

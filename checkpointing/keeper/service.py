@@ -12,16 +12,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from checkpointing.carry import Selection
 from checkpointing.keeper import launch
 from checkpointing.keeper.arenas import Keep, Slot
 from checkpointing.keeper.departure import Departure
 from checkpointing.keeper.events import append_event
 from checkpointing.keeper.grants import Grants
+from checkpointing.keeper.health import DiskHealth
 from checkpointing.keeper.inventory import Inventory
 from checkpointing.keeper.loop import Connection, Loop
 from checkpointing.keeper.memory import check_fits, create_memfd
-from checkpointing.keeper.persister import KillPoint, Persist, Persister
+from checkpointing.keeper.persister import KillPoint, Persist, Persister, check_place
 from checkpointing.keeper.protocol import KeeperRefused, Message
 from checkpointing.keeper.quiet import Quiet
 from checkpointing.keeper.reshaping import Reshaping
@@ -29,9 +29,6 @@ from checkpointing.keeper.watch import Watch
 from checkpointing.records import State, seal, state_of
 from checkpointing.schedule import Rules
 from checkpointing.slots import Arena, ArenaShape
-from checkpointing.store import clean_unfinished
-
-_REMEMBERED = 8  # steps whose selection for the disk is kept
 
 
 def serve(run_dir: Path, fingerprint: str, linger_s: float, ready_fd: int) -> int:
@@ -72,12 +69,12 @@ class Service:
         self.departure = Departure(self)
         self.grants = Grants(self)
         self.reshaping = Reshaping(self)
-        clean_unfinished(self.run_dir / "checkpoints")
         self.loop = Loop(self._listen(), self.on_message, self.on_closed, self.on_signal)
         self.loop.install_signals()
         self.jobs = ThreadPoolExecutor(4, "job")
         self.hashers = ThreadPoolExecutor(min(8, max(1, (os.cpu_count() or 2) // 2)), "hash")
-        self.persister = Persister(lease, self.loop.call, self.event, self.on_persisted, self.hashers)
+        health = DiskHealth(self.loop.set_timer, self.event)
+        self.persister = Persister(lease, self.loop.call, self.event, self.on_persisted, self.hashers, health)
         self.inventory = Inventory(self)
         self.watch = Watch(self)
         self.departure.arm()
@@ -183,6 +180,7 @@ class Service:
     def attach(self, connection: Connection, request: Message, fds: list[int]) -> None:
         self.watch.adopt(request, fds)
         coordinate, shape = request["coordinate"], ArenaShape.from_list(request["shape"])
+        check_place(request["disk"])
         if request["attempt"] > self.attempt:
             self.reshaping.undo()
         keep = self.keeps.get(coordinate)
@@ -262,6 +260,7 @@ class Service:
         self.attempt = max(self.attempt, keep.attempt)
         self.job, self.local = request["coordinates"], request["node_coordinates"]
         self.disk, self.linger_s = request["disk"], request["linger_s"]
+        self.persister.use(self.disk, request.get("disk_fault"))
         self.persister.kill = self.persister.kill or KillPoint.parse(request.get("kill"))
         self.departure.attached()
         slots = [{"kind": s.kind, "state": s.state.name, "step": s.step} for s in keep.slots]
@@ -300,7 +299,7 @@ class Service:
         fresh = [slot for slot in slots if slot.state is State.WRITING]
         for slot in fresh:
             slot.state = State.COPIED
-        keep.for_disk = {**dict(list(keep.for_disk.items())[-_REMEMBERED:]), step: request.get("persist")}
+        keep.note_for_disk(step, request.get("persist"))
 
         def work() -> None:
             for slot in fresh:
@@ -343,13 +342,15 @@ class Service:
             for keep in self.keeps.values()
         }
         writing = self.persister.running.step if self.persister.running is not None else None
-        connection.answer(request, {"ok": True, "keeps": keeps, "writing": writing})
+        disk = self.persister.health.status() | {"place": str(self.persister.directory)}
+        connection.answer(request, {"ok": True, "keeps": keeps, "writing": writing, "disk": disk})
 
     # Disk
 
     def is_due(self, step: int) -> bool:
         every = (self.disk or {}).get("every", 0)
-        return bool(every) and step > 0 and step % every == 0 and not self.departure.reason
+        due = bool(every) and step > 0 and step % every == 0 and not self.departure.reason
+        return due and self.persister.health.ready(step)
 
     def persist(self, step: int, whole: bool = False) -> None:
         """Write a step if the whole job can restore it from here (``whole``: without a log) and it is not under way."""
@@ -365,16 +366,17 @@ class Service:
             tensors |= keep.tensors
             metadata |= keep.metadata
         slots = {keep.coordinate: keep.of_step(step) for keep in held}
-        keep_last = (self.disk or {}).get("keep_last", 2)
-        lossy = any(keep.rules.lossy for keep in held)
-        metadata |= {"recipe": self.fingerprint, "attempt": self.attempt, **({"lossy": True} if lossy else {})}
+        disk = self.disk or {}
+        keep_last, permanent_every = disk.get("keep_last", 2), disk.get("permanent_every", 0)
+        metadata |= {"recipe": self.fingerprint, "attempt": self.attempt}
+        if permanent_every and step % permanent_every == 0:
+            metadata["permanent"] = True
         partitions = {keep.coordinate: keep.partitions for keep in held if keep.partitions}
-        experts = {
-            keep.coordinate: Selection(keep.rules.fresh, keep.for_disk.get(step) if whole else None)
-            for keep in held
-            if keep.rules.lossy
-        }
-        self.persister.submit(Persist(step, self.attempt, slots, tensors, metadata, keep_last, partitions, experts))
+        experts = {keep.coordinate: keep.selection(step, whole) for keep in held if keep.rules.lossy}
+        metadata |= {"lossy": True} if experts else {}
+        self.persister.submit(
+            Persist(step, self.attempt, slots, tensors, metadata, keep_last, permanent_every, partitions, experts)
+        )
 
     def persist_newest(self) -> int:
         self.reshaping.undo()

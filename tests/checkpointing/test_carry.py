@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from checkpointing.carry import Older, Part, Selection, split
 from checkpointing.records import Entry, Kind
 from checkpointing.recovery import RecoveryError
-from checkpointing.store import Checkpoint, link_file, list_checkpoints, retain, verify, write_checkpoint
+from checkpointing.storage import LocalStorage
+from checkpointing.store import Checkpoint, list_checkpoints, retain, verify, write_checkpoint
 from checkpointing.tensorfile import Section
 from checkpointing.units import Range
 
@@ -92,9 +93,9 @@ def test_where_there_are_no_links_files_are_copied(tmp_path, monkeypatch):
         raise OSError(1, "Operation not permitted")
 
     (tmp_path / "a").write_bytes(b"bytes")
-    monkeypatch.setattr("checkpointing.store.os.link", no_links)
-    link_file(tmp_path / "a", tmp_path / "b")
+    monkeypatch.setattr("checkpointing.storage.os.link", no_links)
+    LocalStorage().share(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == b"bytes"
     monkeypatch.undo()
     with pytest.raises(FileNotFoundError):
-        link_file(tmp_path / "absent", tmp_path / "c")
+        LocalStorage().share(tmp_path / "absent", tmp_path / "c")

@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from checkpointing import records
+from checkpointing.audit import audit
 from checkpointing.keeper.client import stop_keeper
 from checkpointing.keeper.protocol import KeeperRefused
 from checkpointing.partial import Ages, Experts, select
@@ -151,7 +152,9 @@ def test_a_folder_is_complete_when_the_one_it_shares_files_with_is_gone(run_dir,
     # Every expert has been written anew since step 4: nothing of it is needed any more.
     assert not list(path.glob("*.experts-4.safetensors"))
     checkpoint = Checkpoint.open(path)
-    assert checkpoint.is_whole
+    assert not checkpoint.is_whole
+    assert not checkpoint.has_log
+    assert audit(path) == []
     ages = disk_ages(24).steps
     for unit in ("L00.E000.up", "L01.E003.up", "model.embed.weight"):
         assert checkpoint.assemble(unit, "master").size in (300, 1800)

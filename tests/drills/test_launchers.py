@@ -112,3 +112,13 @@ def test_a_diverging_run_stops_without_restarts_and_keeps_its_last_good_step(sta
     assert job.wait() == 2
     assert "diverged" in job.output.read_text()
     assert sum(row["kind"] == "start" and row["rank"] == 0 for row in job.rows()) == 1
+
+
+def test_workers_that_cannot_be_forked_are_started_as_programs(start, undisturbed):
+    """As with CUDA, which must not be touched before a fork."""
+    code = "import sys; from trainer import cli, launch; launch.may_fork = lambda _: False; sys.exit(cli.main())"
+    kill = "rank=0,step=6,at=optimizer"
+    job = start("programs", command=[sys.executable, "-c", code, "train"], kill=kill)
+    rows = job.finish()
+    assert [row["worker"] for row in rows if row["kind"] == "worker_exit" and row["status"] < 0] == [0]
+    assert final_hash(rows) == final_hash(undisturbed)

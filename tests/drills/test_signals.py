@@ -91,12 +91,13 @@ def test_a_stop_during_the_start_leaves_nothing_and_the_next_start_goes_on(start
         (signal.SIGTERM, lambda job: (job.run_dir / "keeper.start").exists()),
         (signal.SIGHUP, lambda job: rows_of(job, "keeper_started")),
     ]
-    for number, moment in moments:
-        job = start("early")
+    for i, (number, moment) in enumerate(moments):
+        job = start(f"early-{i}")
         wait_for(job, lambda job=job, moment=moment: moment(job))
         assert stop(job, number) < GRACE_S
         nothing_left(job.run_dir)
-    assert final_hash(start("early").finish()) == final_hash(undisturbed)
+        assert "stopped by" in job.output.read_text()
+    assert final_hash(start("early-3").finish()) == final_hash(undisturbed)
 
 
 def test_a_keeper_that_is_asked_to_end_writes_first_and_the_run_goes_on_with_another(start, undisturbed, nothing_left):

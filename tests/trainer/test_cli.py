@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,8 +38,11 @@ def planaria(*arguments: str, **environment: str) -> subprocess.CompletedProcess
         ["drill", "--help"],
         ["validate", QUICKSTART, "train.stepz=1"],
         ["keeper", "stop", "--help"],
+        ["checkpoint", "ls", "recipes"],
+        ["checkpoint", "verify", "memory://empty"],
+        ["checkpoint", "rm", "memory://empty", "4"],
     ],
-    ids=["help", "validate", "drill-help", "validate-broken", "keeper"],
+    ids=["help", "validate", "drill-help", "validate-broken", "keeper", "ls", "verify", "rm"],
 )
 def test_no_torch_before_it_is_needed(arguments: list[str]) -> None:
     """Nor deepspeed, transformers or datasets, which take seconds to import."""
@@ -62,8 +66,8 @@ print("HEAVY", sorted(heavy))
 def test_help_names_every_verb() -> None:
     done = planaria("--help")
     assert done.returncode == 0
-    for verb in ("train", "validate", "drill", "export", "keeper", "generate"):
-        assert f"    {verb}  " in done.stdout, done.stdout
+    for verb in ("train", "validate", "drill", "export", "checkpoint", "keeper", "generate"):
+        assert re.search(rf"^    {verb}\b", done.stdout, re.MULTILINE), done.stdout
     assert "local_rank" not in done.stdout
 
 

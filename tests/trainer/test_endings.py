@@ -11,21 +11,24 @@ KILLED = Ending(1, "forward", 7, "signal", "SIGKILL")
 
 
 def exit_row(rank, status, step=7, phase="forward"):
-    return {"kind": "worker_exit", "worker": rank, "status": status, "step": step, "phase": phase}
+    return {"kind": "worker_exit", "worker": rank, "pid": 100 + rank, "status": status, "step": step, "phase": phase}
 
 
 def stuck_row(rank, stopped):
-    return {"kind": "worker_stuck", "coordinate": f"dp{rank:04d}", "step": 7, "phase": "forward", "allowed_s": 10.0,
-            "stopped": stopped}  # fmt: skip
+    return {"kind": "worker_stuck", "coordinate": f"dp{rank:04d}", "pid": 100 + rank, "step": 7, "phase": "forward",
+            "allowed_s": 10.0, "stopped": stopped}  # fmt: skip
 
 
 def failed_row(rank, error, lost_peer=False):
-    return {"kind": "failed", "rank": rank, "step": 7, "phase": "forward", "error": error, "lost_peer": lost_peer}
+    return {"kind": "failed", "rank": rank, "pid": 100 + rank, "step": 7, "phase": "forward", "error": error,
+            "lost_peer": lost_peer}  # fmt: skip
 
 
 def test_a_killed_worker_is_the_reason_why_its_peer_lost_it():
-    rows = [failed_row(0, "RuntimeError: reset by peer", lost_peer=True), exit_row(1, -9), exit_row(0, 1)]
-    assert ending_of(rows) == KILLED
+    lost = failed_row(0, "RuntimeError: reset by peer", lost_peer=True)
+    assert ending_of([lost, exit_row(1, -9), exit_row(0, 1)]) == KILLED
+    assert ending_of([lost, exit_row(0, 1), exit_row(1, -9)]) == KILLED
+    assert ending_of([exit_row(0, 1), exit_row(1, -9)]) == KILLED
 
 
 def test_a_worker_that_failed_by_itself_is_the_reason():
@@ -65,6 +68,11 @@ def test_errors_are_alike_whatever_numbers_they_hold_and_whoever_met_them_first(
     texts = ["OutOfMemoryError: tried 20 MiB at 0x7f12", "OutOfMemoryError: tried 24 MiB at 0xab0"]
     endings = [Ending(rank, "forward", 7, "failed", texts[rank % 2]) for rank in (0, 1, 2)]
     assert is_loop(endings)
+
+
+def test_one_damaged_checkpoint_after_the_other_is_no_loop():
+    errors = [f"RecoveryError: step-{step}/dp0000.safetensors is damaged; set aside" for step in (8, 4, 0)]
+    assert not is_loop([Ending(0, "load", 0, "failed", error) for error in errors])
 
 
 @pytest.mark.parametrize(

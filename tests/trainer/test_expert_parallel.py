@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpointing.partial import Experts, bytes_per_rank, expert_of, imbalance, select, zero_placement
 from checkpointing.units import Range, overlaps, uncovered
 from trainer.launch import worker_environment
 
@@ -62,3 +63,24 @@ def test_every_element_of_the_model_is_named_exactly_once_over_all_ranks(reports
     assert not overlaps(ranges)
     assert not uncovered(whole, ranges)
     assert not uncovered(ranges, whole), "a rank names state that is not the model's"
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_partial_checkpoints_load_the_ranks_equally_where_deepspeed_puts_the_experts(reports, world):
+    """The placement that the selection is balanced for is the one that ZeRO really makes."""
+    sizes = {unit: size for unit, size in reports[1]["local_units"].items() if expert_of(unit)}
+    tensors = {unit.split(".")[2]: size for unit, size in sizes.items()}
+    layers = tuple(sorted({expert_of(unit).layer for unit in sizes}))
+    count = 1 + max(expert_of(unit).expert for unit in sizes)
+    ep = min(world, 2)
+    experts = Experts(layers, count, ep, replicas=world // ep)
+    placed = {
+        rank: [r for r in map(Range.parse, texts) if expert_of(r.unit) and r.kind == "master"]
+        for rank, texts in enumerate(reports[world]["ranges"])
+    }
+    predicted = zero_placement(experts, tensors)
+    assert {rank: sorted(ranges) for rank, ranges in placed.items()} == {
+        rank: sorted(ranges) for rank, ranges in predicted.items()
+    }
+    for checkpoint in range(count):
+        assert imbalance(bytes_per_rank(select(experts, checkpoint, 2), placed).values()) <= 1.05

@@ -1,0 +1,50 @@
+"""The benchmarks run to their end on a CPU, and what they recover is what was lost."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from trainer.launch import worker_environment
+
+
+def run(command, timeout):
+    environment = {**worker_environment(2), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, timeout=timeout, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_checkpoint_compares_and_recovers_exactly(tmp_path):
+    work, out = tmp_path / "work", tmp_path / "result.json"
+    work.mkdir()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=0"]
+    options = ["--config", "tiny", "--work", str(work), "--json", str(out)]
+    printed = run([sys.executable, *torchrun, "-m", "benchmarks.checkpoint", *options], timeout=150)
+    result = json.loads(out.read_text())
+    summary = result["summary"]
+    arms = {"wal", "dense", "dcp async", "deepspeed save"}
+    assert set(summary["rows"]) == arms, result["skipped"]
+    assert set(summary["recoveries"]) == arms, result["skipped"]
+    assert all(row["exact"] for row in summary["recoveries"].values())
+    assert summary["recoveries"]["wal"]["redone"] > 0, "the log was not used"
+    assert result["machine"]["versions"]["torch"] != "absent"
+    assert result["ceilings"]["disk"]["write_fsync"] > 0
+    assert "recovery" in printed
+    assert not os.listdir(work), "run folders and saves are left behind"
+
+
+@pytest.mark.timeout(90)
+def test_host_memory_measures_every_kind_of_pages(tmp_path):
+    out = tmp_path / "memory.json"
+    options = ["--gib", "0.0625", "--copied-gib", "0.0625", "--json", str(out)]
+    run([sys.executable, "-m", "benchmarks.host_memory", *options], timeout=80)
+    result = json.loads(out.read_text())
+    for pages in ("4k", "advised", "hugetlb"):
+        found = result[f"0.0625 GiB, {pages}"]
+        assert "unavailable" in found or found["map_populate_s"] > 0
+    assert result["0.0625 GiB, 4k"]["prefault_s"] > 0
