@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from checkpointing.manifest import own_manifest
 from checkpointing.recovery import RecoveryError
 from checkpointing.storage import Place
-from checkpointing.store import Checkpoint, own_manifest, verify
+from checkpointing.store import Checkpoint, verify
 from checkpointing.units import Range, overlaps, uncovered
 
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from checkpointing.manifest import read_manifest
 from checkpointing.records import Kind
 from checkpointing.recovery import RecoveryError
 from checkpointing.storage import Place
-from checkpointing.store import list_checkpoints, read_manifest
+from checkpointing.store import list_checkpoints
 from checkpointing.tensorfile import Section, Written, checksum_file, read_entries
 from checkpointing.units import Range
 

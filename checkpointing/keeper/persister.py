@@ -16,6 +16,7 @@ from checkpointing.keeper.diskfault import DiskFault
 from checkpointing.keeper.health import DiskHealth
 from checkpointing.keeper.launch import Lease
 from checkpointing.keeper.protocol import KeeperRefused
+from checkpointing.manifest import read_manifest
 from checkpointing.records import Kind, RecordError, payload_of, table_of, verify
 from checkpointing.recovery import RecoveryError
 from checkpointing.remote import LocationError
@@ -24,7 +25,6 @@ from checkpointing.store import (
     abandon_newer,
     clean_unfinished,
     list_checkpoints,
-    read_manifest,
     retain,
     set_aside,
     step_path,
