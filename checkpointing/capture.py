@@ -90,8 +90,8 @@ class Capturer:
         self._stream = None if self._device is None else torch.cuda.Stream(self._device)
         self._condition = threading.Condition()
         self._sealed_step = client.restored_step
-        self._started_step = -1
-        self._copied_step = -1
+        self._started = 0  # captures; a step may have several
+        self._copied = 0
         self._error: BaseException | None = None
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="capture", daemon=True)
@@ -123,12 +123,12 @@ class Capturer:
         Raises the error of an earlier capture.
         """
         self._raise_error()
-        assert self._copied_step == self._started_step, "call wait_copied() before the next start()"
+        assert self._copied == self._started, "call wait_copied() before the next start()"
         event = None
         if self._stream is not None:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self._device))
-        self._started_step = step
+        self._started += 1
         enough = len(fragments) if least is None else least
         self._jobs.put(Job(step, fragments, enough, log, persist, extras, committed, event))
 
@@ -138,7 +138,7 @@ class Capturer:
         The keeper knows of it then, and seals it even if this process dies at once. Returns the seconds waited. Raises
         the error of the capture, or KeeperError if the keeper is silent for minutes.
         """
-        return self._wait(lambda: self._copied_step >= self._started_step)
+        return self._wait(lambda: self._copied >= self._started)
 
     def wait_sealed(self, step: int) -> float:
         """Wait until ``step`` is sealed. Returns the seconds waited; raises what the keeper reported."""
@@ -202,7 +202,7 @@ class Capturer:
         sealed = self._client.copied(job.step, grant, job.persist)
         self._reached("copied", job.step)
         with self._condition:
-            self._copied_step = job.step
+            self._copied += 1
             self._condition.notify_all()
         sealed.add_done_callback(lambda done: self._on_sealed(job.step, done))
 
