@@ -97,6 +97,14 @@ class Keep:
         """The parts that a checkpoint of ``step`` is to hold anew, None for all."""
         self.for_disk = {**dict(list(self.for_disk.items())[-_REMEMBERED:]), step: parts}
 
+    def unwritten(self) -> list[int]:
+        """Steps that may be written if they are due, newest first."""
+        return [step for step in sorted(self.for_disk, reverse=True) if self.for_disk[step] != []]
+
+    def asked(self, step: int) -> None:
+        """A write of ``step`` was asked for: no older one will be."""
+        self.for_disk = {other: parts for other, parts in self.for_disk.items() if other > step}
+
     def selection(self, step: int, due: bool) -> Selection:
         """What a write of ``step`` holds anew in mode ``pec``: all that memory has, unless it is an ordinary one."""
         return Selection(self.rules.fresh, self.for_disk.get(step) if due else None)
@@ -133,6 +141,7 @@ class Keep:
         for slot in self.slots:
             if slot.sealed and slot.step > after_step:
                 slot.free()
+        self.for_disk = {}
         self.abandon()
 
     def sealed_records(self) -> list[Held]:

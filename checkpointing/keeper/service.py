@@ -131,12 +131,12 @@ class Service:
             "attach": self.attach,
             "inventory": self.inventory.take,
             "reshape": self.reshaping.take,
-            "arena": self.give_arena,
+            "arena": self.inventory.give_arena,
             "acquire": self.grants.acquire,
             "copied": self.copied,
             "discard": self.discard,
             "quiesce": self.quiet.answer,
-            "status": self.status,
+            "status": self.inventory.status,
             "finish": self.departure.finish,
             "stop": self.departure.stop,
             "retire": self.departure.retire,
@@ -267,12 +267,6 @@ class Service:
         answer = {"ok": True, "slots": slots, "shape": keep.shape.as_list(), "rules": asdict(keep.rules)}
         connection.answer(request, answer, [keep.arena.fd])
 
-    def give_arena(self, connection: Connection, request: Message, fds: list[int]) -> None:
-        keep = self.keeps.get(request["coordinate"])
-        if keep is None:
-            raise KeeperRefused(f"this keeper has no memory of {request['coordinate']}")
-        connection.answer(request, {"ok": True, "shape": keep.shape.as_list()}, [keep.arena.fd])
-
     # Slots
 
     def keep_of(self, connection: Connection) -> Keep:
@@ -322,8 +316,8 @@ class Service:
         else:
             connection.answer(request, {"ok": True, "step": step})
             # What an earlier attempt's worker left half sealed must not be written while others recover.
-            if self.is_due(step) and keep.attempt == self.attempt and keep.for_disk.get(step) != []:
-                self.persist(step, whole=True)
+            if keep.attempt == self.attempt:
+                self._persist_due(keep)
         self.reshaping.settle(self.committed())
         self.grants.serve()
         self.quiet.check()
@@ -336,15 +330,6 @@ class Service:
         connection.answer(request, {"ok": True, "newest": keep.newest()})
         self.grants.serve()
 
-    def status(self, connection: Connection, request: Message, fds: list[int]) -> None:
-        keeps = {
-            keep.coordinate: {"attached": keep.connection is not None, "pid": keep.pid, "steps": sorted(keep.steps())}
-            for keep in self.keeps.values()
-        }
-        writing = self.persister.running.step if self.persister.running is not None else None
-        disk = self.persister.health.status() | {"place": str(self.persister.directory)}
-        connection.answer(request, {"ok": True, "keeps": keeps, "writing": writing, "disk": disk})
-
     # Disk
 
     def is_due(self, step: int) -> bool:
@@ -352,14 +337,23 @@ class Service:
         due = bool(every) and step > 0 and step % every == 0 and not self.departure.reason
         return due and self.persister.health.ready(step)
 
-    def persist(self, step: int, whole: bool = False) -> None:
-        """Write a step if the whole job can restore it from here (``whole``: without a log) and it is not under way."""
+    def _persist_due(self, keep: Keep) -> None:
+        """Write the newest due step that is complete now: what completes one may be sealed after its own records."""
+        for step in keep.unwritten():
+            if self.is_due(step) and self.persist(step, whole=True):
+                for other in self.keeps.values():
+                    other.asked(step)
+                return
+
+    def persist(self, step: int, whole: bool = False) -> bool:
+        """Write a step if the whole job can restore it from here (``whole``: without a log) and it is not under way.
+        Returns whether it will be."""
         keeps = [self.keeps.get(c) for c in self.job]
         if not keeps or self.persister.knows(step) or any(k is None or step not in k.steps() for k in keeps):
-            return
+            return False
         held = [keep for keep in keeps if keep is not None]
         if whole and not all(keep.is_whole(step) for keep in held):
-            return
+            return False
         tensors: Message = {}
         metadata: Message = {}
         for keep in sorted(held, key=lambda k: k.coordinate, reverse=True):
@@ -377,6 +371,7 @@ class Service:
         self.persister.submit(
             Persist(step, self.attempt, slots, tensors, metadata, keep_last, permanent_every, partitions, experts)
         )
+        return True
 
     def persist_newest(self) -> int:
         self.reshaping.undo()
