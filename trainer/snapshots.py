@@ -225,6 +225,7 @@ class Snapshots:
         if step == self.recipe.train.steps and self.recipe.checkpoint.disk.final:
             on_disk = []  # the last step is completed before it is written
         fragments = protection.experts.of(chosen)
+        self.events.write("pec_bytes", step, bytes=protection.experts.nbytes(chosen), experts=len(chosen))
         self._last_extras = self._extras(progress)
         self.capturer.start(step, self._last_extras, self.committed, fragments, persist=on_disk)
         self._captured = step

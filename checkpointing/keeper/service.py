@@ -317,7 +317,7 @@ class Service:
             connection.answer(request, {"ok": True, "step": step})
             # What an earlier attempt's worker left half sealed must not be written while others recover.
             if keep.attempt == self.attempt:
-                self._persist_due(keep)
+                self._persist_due(keep, step)
         self.reshaping.settle(self.committed())
         self.grants.serve()
         self.quiet.check()
@@ -337,10 +337,12 @@ class Service:
         due = bool(every) and step > 0 and step % every == 0 and not self.departure.reason
         return due and self.persister.health.ready(step)
 
-    def _persist_due(self, keep: Keep) -> None:
-        """Write the newest due step that is complete now: what completes one may be sealed after its own records."""
-        for step in keep.unwritten():
-            if self.is_due(step) and self.persist(step, whole=True):
+    def _persist_due(self, keep: Keep, sealed: int) -> None:
+        """Write a due step that is complete now. In mode ``pec`` its older experts may be sealed after its own records."""
+        for step in keep.unwritten() if keep.rules.lossy else [sealed]:
+            if not self.is_due(step):
+                keep.for_disk.pop(step, None)
+            elif self.persist(step, whole=True):
                 for other in self.keeps.values():
                     other.asked(step)
                 return

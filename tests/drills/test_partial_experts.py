@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from checkpointing.partial import imbalance
 from checkpointing.records import Kind
 from checkpointing.store import Checkpoint, list_checkpoints, verify
 from trainer.drill import judge
@@ -42,6 +43,15 @@ def test_k_grows_with_the_first_loss_and_the_second_turns_the_run_exact(killed_t
     (changed,) = of_kind(killed_twice, "mode_changed")
     assert (changed["mode"], changed["attempt"]) == ("wal", 2)
     assert [row["both"] for row in of_kind(killed_twice, "reshaped")] == [True] * 4
+
+
+def test_both_ranks_capture_equally_many_bytes(killed_twice):
+    """One expert of each of two layers, or two, over two ranks: K x layers divides by the EP degree."""
+    steps = {row["step"] for row in of_kind(killed_twice, "pec_bytes")}
+    assert steps == {1, 2, 3, 4, 5, 6, 7, 8}
+    for step in steps:
+        ranks = {r["rank"]: r["bytes"] for r in of_kind(killed_twice, "pec_bytes") if r["step"] == step}
+        assert imbalance(ranks.values()) <= 1.05
 
 
 def test_every_expert_s_age_is_listed_before_it_is_restored(killed_twice):
