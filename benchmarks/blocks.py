@@ -233,9 +233,13 @@ def _copy_from_slots(arm: Planaria, nbytes: int) -> float:
     piece = torch.empty(min(_PIECE, nbytes), dtype=torch.uint8, device=device)
     _wait_for_device()
     started = time.perf_counter()
-    for at in range(0, nbytes, _PIECE):
-        part = memory[at : min(at + _PIECE, nbytes)]
-        piece[: part.numel()].copy_(part, non_blocking=True)
+    left = nbytes
+    for place in client.arena.places:  # slot by slot: no copy may span two registrations
+        for at in range(place.offset, place.offset + place.nbytes, _PIECE):
+            part = memory[at : at + min(_PIECE, place.offset + place.nbytes - at, left)]
+            if left:
+                piece[: part.numel()].copy_(part, non_blocking=True)
+            left -= part.numel() if left else 0
     _wait_for_device()
     return time.perf_counter() - started
 

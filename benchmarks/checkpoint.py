@@ -40,6 +40,8 @@ from checkpointing.keeper.protocol import KeeperRefused
 from checkpointing.state.zero import zero_buffers
 from trainer.rendezvous import die_with_launcher, join
 
+_MODES_SHARE = 0.5  # of the time, for the blocks of the product's modes; recoveries and peers need the rest
+
 
 class Budget:
     """The time that is left, as all ranks see it. An arm is begun only if what it took before still fits."""
@@ -52,9 +54,9 @@ class Budget:
     def spent_s(self) -> float:
         return time.monotonic() - self._started
 
-    def allows(self, what: str, guess_s: float = 0.0) -> bool:
-        """A collective: rank 0 decides."""
-        answer = [self.spent_s + self._took.get(what, guess_s) < self._seconds]
+    def allows(self, what: str, guess_s: float = 0.0, share: float = 1.0) -> bool:
+        """Whether ``what`` ends before that share of the budget is spent. A collective: rank 0 decides."""
+        answer = [self.spent_s + self._took.get(what, guess_s) < share * self._seconds]
         dist.broadcast_object_list(answer, src=0)
         return bool(answer[0])
 
@@ -149,7 +151,7 @@ class Benchmark:
         arms = [self._open(mode, rotation) for mode in modes]
         for _ in range(self.job.config.rounds):
             for arm in filter(None, arms):
-                if arm.name not in self.result["skipped"] and self.budget.allows(arm.name):
+                if arm.name not in self.result["skipped"] and self.budget.allows(arm.name, share=_MODES_SHARE):
                     self.attempt(arm.name, lambda arm=arm: self._pair(arm))
             self.save()
         for arm in filter(None, arms):
@@ -207,7 +209,7 @@ class Benchmark:
                 self.attempt(f"{arm.name} load", lambda arm=arm: self._load(arm, saved[arm.name]))
             else:
                 self.skip(f"{arm.name} load", "there is no save, or the time ran out")
-            arm.close()
+            self.attempt(f"{arm.name} close", arm.close)
             self.save()
 
     def _load(self, arm: DeepSpeed | Dcp, saved: list[int]) -> None:

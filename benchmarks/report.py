@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,12 +9,17 @@ from typing import Any
 _TOLERABLE = 0.02  # of a run's time, for the interval at which a costly save may be made
 
 
+def _off_beside(blocks: Sequence[Mapping[str, Any]], place: int) -> float | None:
+    """The median step of the blocks without checkpoints before and after a block: between them a drift cancels."""
+    beside = [b for b in (*blocks[max(place - 1, 0) : place], *blocks[place + 1 : place + 2]) if b["arm"] == "off"]
+    return statistics.mean(statistics.median(b["durations"]) for b in beside) if beside else None
+
+
 def paired_costs(blocks: Sequence[Mapping[str, Any]], arm: str) -> list[float]:
-    """For each block of ``arm`` its median step over that of the block without checkpoints before it, minus 1."""
+    """For each block of ``arm`` its median step over that of the blocks without checkpoints beside it, minus 1."""
     costs = []
-    for before, block in itertools.pairwise(blocks):
-        if block["arm"] == arm and before["arm"] == "off":
-            off = statistics.median(before["durations"])
+    for place, block in enumerate(blocks):
+        if block["arm"] == arm and (off := _off_beside(blocks, place)):
             costs.append(statistics.median(block["durations"]) / off - 1)
     return costs
 
@@ -23,9 +27,8 @@ def paired_costs(blocks: Sequence[Mapping[str, Any]], arm: str) -> list[float]:
 def extra_seconds(blocks: Sequence[Mapping[str, Any]], arm: str) -> list[float]:
     """For each save of ``arm``, what the steps from it until it was safe took beyond as many without checkpoints."""
     extra = []
-    for before, block in itertools.pairwise(blocks):
-        if block["arm"] == arm and before["arm"] == "off":
-            off = statistics.median(before["durations"])
+    for place, block in enumerate(blocks):
+        if block["arm"] == arm and (off := _off_beside(blocks, place)):
             extra.append(sum(block["durations"]) - off * len(block["durations"]))
     return extra
 
@@ -96,13 +99,14 @@ def _saves(blocks: Sequence[Any], mine: Sequence[Any], arm: str, step_s: float) 
 
 
 def _compare(rows: dict[str, Any]) -> None:
-    """Add how many times dearer than ``wal`` each arm is, by the cost and by the stall of one save."""
+    """Add how many times dearer than ``wal`` each arm is, by the cost and by the stall of one save; None where ``wal``
+    cost nothing that could be measured."""
     wal = rows.get("wal")
     if wal is None:
         return
     for row in rows.values():
         for name in ("extra_s_per_save", "stall_s"):
-            row[f"{name}_over_wal"] = row[name] / wal[name] if wal[name] > 0 else float("inf")
+            row[f"{name}_over_wal"] = row[name] / wal[name] if wal[name] > 0 else None
 
 
 def _recovery(result: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -160,9 +164,12 @@ def _cost_line(arm: str, row: Mapping[str, Any]) -> str:
         often = f"every {row['steps_between_saves']:,.0f} steps for {_TOLERABLE:.0%}"
     return (
         f"{arm:16s} {1e3 * row['extra_s_per_save']:12.1f} ms  {row['cost']:9.1%}  {1e3 * row['stall_s']:8.2f} ms  "
-        f"{row.get('extra_s_per_save_over_wal', float('nan')):11.1f}  {row.get('stall_s_over_wal', float('nan')):13.1f}"
-        f"   {often}"
+        f"{_times(row, 'extra_s_per_save_over_wal'):>11}  {_times(row, 'stall_s_over_wal'):>13}   {often}"
     )
+
+
+def _times(row: Mapping[str, Any], name: str) -> str:
+    return "-" if row.get(name) is None else f"{row[name]:.1f}"
 
 
 def _recovery_line(arm: str, row: Mapping[str, Any]) -> str:
@@ -174,6 +181,6 @@ def _recovery_line(arm: str, row: Mapping[str, Any]) -> str:
         f"{row['copy_s']:10.3f}  {row['copy_over_floor']:7.2f}" if "copy_over_floor" in row else f"{'-':>10}  {'-':>7}"
     )
     return (
-        f"{arm:16s} {row['total_s']:8.3f}  {row.get('total_s_over_wal', float('nan')):7.2f}  {parts}  {alone}  "
+        f"{arm:16s} {row['total_s']:8.3f}  {_times(row, 'total_s_over_wal'):>7}  {parts}  {alone}  "
         f"{'yes' if row['exact'] else 'NO'}"
     )

@@ -26,6 +26,8 @@ from checkpointing.state.fragments import META_BYTES, Fragment, LogLayout
 from checkpointing.state.gradients import StepLog
 
 _PIECE = 64 << 20
+# On a GPU: a training step that reads something back waits behind the pieces that are under way, and no longer.
+_DEVICE_PIECE, _IN_FLIGHT = 16 << 20, 2
 _SIGN_OF_LIFE_S = 5.0
 Reached = Callable[[str, int], None]
 Move = tuple[torch.Tensor, torch.Tensor]
@@ -229,8 +231,9 @@ class Capturer:
             yield from self._pieces(bytes_of(grad), start + offset)
 
     def _pieces(self, source: torch.Tensor, start: int) -> Iterator[Move]:
-        for at in range(0, source.numel(), _PIECE):
-            stop = min(at + _PIECE, source.numel())
+        size = _PIECE if self._stream is None else _DEVICE_PIECE
+        for at in range(0, source.numel(), size):
+            stop = min(at + size, source.numel())
             yield source[at:stop], self._memory[start + at : start + stop]
 
     def _copy(self, moves: list[Move], job: Job) -> None:
@@ -242,15 +245,19 @@ class Capturer:
                 ctypes.memmove(target.data_ptr(), source.data_ptr(), source.numel())
             return
         assert job.event is not None
+        # Blocking events sleep; others would spin on a core that launches kernels.
+        under_way = [torch.cuda.Event(blocking=True) for _ in range(_IN_FLIGHT)]
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             self._stream.wait_event(job.event)
             for number, (source, target) in enumerate(moves):
                 if number == half:
                     self._reached("capture", job.step)
+                copied = under_way[number % _IN_FLIGHT]
+                copied.synchronize()  # at once, if it was never recorded
                 target.copy_(source, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record(self._stream)
-        copied.synchronize()
+                copied.record(self._stream)
+        for copied in under_way:
+            copied.synchronize()
 
     # Closing records
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe.context import current
+from moe.stats import expert_counts
 
 
 class _Inject(torch.autograd.Function):
@@ -40,5 +41,5 @@ def switch_loss(probs_TE: Tensor, top_k_index_TK: Tensor) -> Tensor:
     f sums to K over experts, as in transformers' ``load_balancing_loss_func``; balanced routing gives K.
     """
     num_tokens, num_experts = probs_TE.shape
-    counts_E = torch.bincount(top_k_index_TK.flatten(), minlength=num_experts).to(probs_TE.dtype)
+    counts_E = expert_counts(top_k_index_TK, num_experts).to(probs_TE.dtype)
     return num_experts * (counts_E / num_tokens * probs_TE.mean(0)).sum()

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe.stats import expert_counts
+
 
 @dataclass(frozen=True)
 class DispatchPlan:
@@ -50,7 +52,7 @@ class LocalDispatch:
         """Returns (rows [T*K, H] sorted by expert, rows per expert [E], plan)."""
         flat_S = index_TK.flatten()
         order_S = torch.argsort(flat_S, stable=True)
-        counts_E = torch.bincount(flat_S, minlength=self.num_experts)
+        counts_E = expert_counts(flat_S, self.num_experts)
         rows_SH = x_TH[order_S // index_TK.shape[1]]
         return rows_SH, counts_E, DispatchPlan(x_TH.shape[0], _inverse(order_S))
 
@@ -74,7 +76,7 @@ class AllToAllDispatch:
         num_local = self.num_experts // self.ranks
         flat_S = index_TK.flatten()
         order_S = torch.argsort(flat_S, stable=True)
-        sent_RL = torch.bincount(flat_S, minlength=self.num_experts).view(self.ranks, num_local)
+        sent_RL = expert_counts(flat_S, self.num_experts).view(self.ranks, num_local)
         received_RL = torch.empty_like(sent_RL)
         dist.all_to_all_single(received_RL, sent_RL, group=self.group)
         send_splits, recv_splits = torch.stack([sent_RL.sum(1), received_RL.sum(1)]).tolist()

@@ -12,6 +12,17 @@ import torch
 from torch import Tensor
 
 
+def expert_counts(index: Tensor, num_experts: int) -> Tensor:
+    """How often each expert occurs in ``index`` (any shape): [E] int64, on its device, without waiting for it.
+
+    ``bincount`` reads its result's size back to the host, so on a GPU indices are compared instead.
+    """
+    index_S = index.flatten()
+    if not index_S.is_cuda:
+        return torch.bincount(index_S, minlength=num_experts)
+    return (index_S[:, None] == torch.arange(num_experts, device=index_S.device)).sum(0)
+
+
 @dataclass(frozen=True)
 class RoutingStats:
     """``counts_ME``: token copies sent to each expert of each MoE layer."""
@@ -32,21 +43,27 @@ class RoutingStats:
 
 
 class RoutingMeter:
-    """Accumulates the counts a gate reports, one tensor per MoE layer, for two independent readers."""
+    """Accumulates the counts a gate reports, one tensor per MoE layer.
 
-    def __init__(self) -> None:
+    Args:
+        drained: whether there is a second reader, who calls :meth:`drain` and is independent of the first.
+    """
+
+    def __init__(self, drained: bool = False) -> None:
+        self._drained = drained
         self._counts: dict[int, Tensor] = {}
         self._undrained: dict[int, Tensor] = {}
 
     def add(self, layer: int, top_k_index_TK: Tensor, num_experts: int) -> None:
-        counts_E = torch.bincount(top_k_index_TK.flatten(), minlength=num_experts)
-        for counts in (self._counts, self._undrained):
+        counts_E = expert_counts(top_k_index_TK, num_experts)
+        for counts in (self._counts, self._undrained) if self._drained else (self._counts,):
             counts[layer] = counts[layer] + counts_E if layer in counts else counts_E
 
     def drain(self, layers: Sequence[int], num_experts: int) -> Tensor:
         """Counts [M,E] since the last drain, zero for layers in which nothing was routed."""
+        assert self._drained, "nothing was kept for a second reader"
         none = torch.zeros(num_experts, dtype=torch.int64)
-        counts_ME = torch.stack([self._undrained[i].cpu() if i in self._undrained else none for i in layers])
+        counts_ME = torch.stack([self._undrained[i].cpu().long() if i in self._undrained else none for i in layers])
         self._undrained = {}
         return counts_ME
 

@@ -73,6 +73,8 @@ def deepspeed_config(recipe: Recipe, dtype: torch.dtype, accumulation: int) -> d
         # Our AdamW is torch's own class; DeepSpeed only asks for this flag when a subclass is used.
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
+        # It would wait for the whole device before each forward pass, and so for captures on their side stream.
+        "timers": {"throughput": {"enabled": False}},
     }
 
 

@@ -326,6 +326,7 @@ def open_snapshots(
         disk_fault=failpoints.disk_fault(),
         board=board,
         any_shape=partial is not None,
+        populate=process.device.type != "cuda",
     )
     snapshots.protection, snapshots.client = protection, client
     snapshots.capturer = Capturer(client, buffers, protection.log, reached=failpoints.reached)

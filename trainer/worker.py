@@ -134,7 +134,7 @@ def prepare(
     if process.rank == 0 and not (run_dir / "tokenizer").exists():
         shutil.copytree(data.tokenizer_dir, run_dir / "tokenizer", dirs_exist_ok=True)
     model, blocks = build_model(recipe, process, data.vocab_size)
-    meter = RoutingMeter()
+    meter = RoutingMeter(drained=recipe.checkpoint.mode == "pec")
     observe_gates(blocks, meter, recipe.model.router_aux_loss_coef)
     engine = create_engine(model, recipe, training_dtype(recipe, process.device), recipe.accumulation)
     inner = engine.optimizer.optimizer

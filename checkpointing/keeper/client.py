@@ -57,7 +57,8 @@ class KeeperClient:
 
     patience_s = 120.0
 
-    def __init__(self, run_dir: Path, hello: Message, board: Board | None = None) -> None:
+    def __init__(self, run_dir: Path, hello: Message, board: Board | None = None, populate: bool = True) -> None:
+        self._populate = populate
         self.run_dir = run_dir
         self._board = board
         self.coordinate: str = hello["coordinate"]
@@ -94,6 +95,7 @@ class KeeperClient:
         tensors: Mapping[str, Any] | None = None,
         metadata: Mapping[str, Any] | None = None,
         partitions: str = "",
+        populate: bool = True,
         kill: Mapping[str, Any] | None = None,
         node_coordinates: Sequence[str] | None = None,
         disk_fault: Mapping[str, Any] | None = None,
@@ -110,6 +112,7 @@ class KeeperClient:
                 ``permanent_every`` (steps), ``url`` (instead of the run folder), ``hung_after_s``.
             tensors: ``{unit: {"param", "shape", "dtype", "elements"}}`` for the manifest; ``elements`` (optional) lets
                 a reader prove that the unit is whole.
+            populate: map every page now; where slots are pinned for a GPU, that does it, for those that are needed.
             partitions: how this worker's flat partitions lie, for whoever redoes its log from disk.
             any_shape: take memory of another shape or rules as it is, if the keeper has such; see :meth:`reshape`.
             kill: a drill, ``{"at": "disk", "step": N, "pids": [pid or "keeper", ...]}``; ``disk_fault``: another.
@@ -136,7 +139,7 @@ class KeeperClient:
             "board": None if board is None else process_start_time(os.getpid()),
             "any_shape": any_shape,
         }
-        return cls(Path(run_dir).resolve(), hello, board)
+        return cls(Path(run_dir).resolve(), hello, board, populate)
 
     # Requests
 
@@ -199,7 +202,7 @@ class KeeperClient:
         raise_if_error(answer)
         with self._lock:
             self.arena.close()
-            self.arena = Arena(fds[0], shape, populate=True)
+            self.arena = Arena(fds[0], shape, self._populate)
             self._hello |= wanted
         self.restored_step = -1
 
@@ -314,7 +317,7 @@ class KeeperClient:
     def _first_attach(self) -> tuple[Arena, socket.socket, Inbox]:
         sock, inbox, answer, fds = self._handshake({}, [])
         self._hello |= {"shape": answer["shape"], "rules": answer["rules"]}
-        return Arena(fds[0], ArenaShape.from_list(answer["shape"]), populate=True), sock, inbox
+        return Arena(fds[0], ArenaShape.from_list(answer["shape"]), self._populate), sock, inbox
 
     def _handshake(self, also: Message, fds: Sequence[int]) -> tuple[socket.socket, Inbox, Message, list[int]]:
         """Attach on a new connection. A keeper that is just dying may still accept one: then wait for its end."""

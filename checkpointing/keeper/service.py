@@ -338,7 +338,7 @@ class Service:
         return due and self.persister.health.ready(step)
 
     def _persist_due(self, keep: Keep, sealed: int) -> None:
-        """Write a due step that is complete now. In mode ``pec`` its older experts may be sealed after its own records."""
+        """Write a due step that is complete now. In mode ``pec`` older experts may be sealed after its own records."""
         for step in keep.unwritten() if keep.rules.lossy else [sealed]:
             if not self.is_due(step):
                 keep.for_disk.pop(step, None)

@@ -12,11 +12,12 @@ def block(arm, durations, stalls=None, drain_s=0.5):
 OFF = block("off", [1.0, 1.0, 9.0])  # one outlier, which a median must not feel
 
 
-def test_cost_is_of_the_block_beside_it():
+def test_cost_is_of_the_blocks_on_both_sides():
     slow_off = block("off", [2.0, 2.0, 2.0])
-    blocks = [OFF, block("wal", [1.1, 1.1, 1.1]), slow_off, block("wal", [2.2, 2.2, 7.0])]
+    blocks = [OFF, block("wal", [1.65, 1.65, 1.65]), slow_off, block("wal", [2.2, 2.2, 7.0])]
     assert paired_costs(blocks, "wal") == pytest.approx([0.1, 0.1])
     assert paired_costs(blocks, "dense") == []
+    assert paired_costs([block("dense", [1.0]), block("wal", [1.0])], "wal") == [], "nothing to compare with"
 
 
 def test_extra_seconds_count_every_step_until_the_save_is_safe():
@@ -59,6 +60,15 @@ def test_summary_compares_each_arm_with_wal():
     assert summary["recoveries"]["wal"]["floor_s"] == pytest.approx(1.0)
     assert summary["recoveries"]["wal"]["copy_over_floor"] == pytest.approx(1.1)
     assert summary["recoveries"]["dcp async"]["total_s_over_wal"] == pytest.approx(4.0)
+
+
+def test_no_ratio_to_a_cost_that_is_lost_in_noise():
+    blocks = [OFF, block("wal", [0.99] * 3, [0.01] * 3), OFF, block("dcp async", [4.0, 1.0], [3.0, 0.0])]
+    found = result(blocks=blocks)
+    summary = summarise(found)
+    assert summary["rows"]["dcp async"]["extra_s_per_save_over_wal"] is None
+    assert summary["rows"]["dcp async"]["stall_s_over_wal"] == pytest.approx(300)
+    assert "dcp async" in tables(found | {"summary": summary})
 
 
 def test_one_wrong_load_makes_the_row_wrong():

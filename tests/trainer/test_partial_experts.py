@@ -24,7 +24,7 @@ def partial(steps: int = 100, max_plt: float = 0.5, every: int = 1, disk: int = 
         pec=PecSection(max_plt=max_plt, **pec),
     )
     limits = Limits(COPIES * steps, steps, max_plt, section.pec.dynamic_k, section.pec.fallback)
-    return PartialExperts(EXPERTS, limits, section, RoutingMeter(), lambda counts: counts, first_k=1)
+    return PartialExperts(EXPERTS, limits, section, RoutingMeter(drained=True), lambda counts: counts, first_k=1)
 
 
 def route(run: PartialExperts, *experts: int) -> None:

@@ -55,7 +55,7 @@ class OneWorker:
         origin: Any = SimpleNamespace(recipe="0" * 16, dump=lambda: b"", check=lambda _: None)
         points: Any = SimpleNamespace(reached=None, disk_kill=lambda: None, disk_fault=lambda: None)
         process: Any = SimpleNamespace(rank=0, world=1, coordinate="dp0000", device=torch.device("cpu"))
-        self.progress, self.routing = Progress(), RoutingMeter()
+        self.progress, self.routing = Progress(), RoutingMeter(drained=True)
         experts = Experts((0, 1), 4)
         partial = PartialExperts.of(recipe, experts, self.routing, lambda counts: counts, first_k=1)
         self.snapshots = module.open_snapshots(
