@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from checkpointing.records import Kind
+from checkpointing.manifest import own_manifest
 from checkpointing.recovery import RecoveryError
 from checkpointing.storage import Place
-from checkpointing.store import Checkpoint, own_manifest, verify
+from checkpointing.store import Checkpoint, verify
 from checkpointing.units import Range, overlaps, uncovered
 
 
@@ -19,15 +19,15 @@ def audit(step_dir: Place) -> list[str]:
         manifest = own_manifest(step_dir)
     except RecoveryError:
         return problems
-    readable = [c for c in manifest["coordinates"] if not any(f"/{c}.safetensors:" in problem for problem in problems)]
+    readable = [c for c in manifest["coordinates"] if not any(f"/{c}." in problem for problem in problems)]
     return problems + _not_whole(Checkpoint(step_dir, manifest | {"coordinates": readable}))
 
 
 def _not_whole(checkpoint: Checkpoint) -> list[str]:
     """By interval arithmetic over the readable files: each element of each kind of state of each unit exactly once."""
-    if not checkpoint.is_whole:
+    if checkpoint.has_log:
         return []
-    held = [e.range for record in checkpoint.records if record.kind is Kind.BASE for e in record.entries]
+    held = [e.range for record in checkpoint.newest for e in record.entries]
     kinds = sorted({r.kind for r in held})
     sizes = {unit: facts.get("elements") for unit, facts in checkpoint.manifest["tensors"].items()}
     needed = [Range(unit, kind, 0, size) for unit, size in sizes.items() if size is not None for kind in kinds]

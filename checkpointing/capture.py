@@ -51,12 +51,14 @@ def arena_shape(
 
 @dataclass
 class Job:
-    """One capture: which fragments (the first ``least`` of them at least), the step's log, this rank's small state."""
+    """One capture: which fragments (the first ``least`` of them at least), the step's log, which parts go to disk, this
+    rank's small state."""
 
     step: int
     fragments: Sequence[Fragment]
     least: int
     log: StepLog | None
+    persist: Sequence[int] | None
     extras: dict[str, bytes]
     committed: int
     event: torch.cuda.Event | None = None
@@ -91,8 +93,8 @@ class Capturer:
         self._stream = None if self._device is None else torch.cuda.Stream(self._device)
         self._condition = threading.Condition()
         self._sealed_step = client.restored_step
-        self._started_step = -1
-        self._copied_step = -1
+        self._started = 0  # captures; a step may have several
+        self._copied = 0
         self._error: BaseException | None = None
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="capture", daemon=True)
@@ -111,6 +113,7 @@ class Capturer:
         fragments: Sequence[Fragment],
         log: StepLog | None = None,
         least: int | None = None,
+        persist: Sequence[int] | None = None,
     ) -> None:
         """Begin to capture these fragments of the state as it is now, and return.
 
@@ -119,17 +122,18 @@ class Capturer:
             committed: the newest step that all ranks of the job can restore; what that needs is not overwritten.
             fragments: if memory for all is not to be had at once, the first ``least`` will do.
             log: what the step consumed.
+            persist: the parts that a checkpoint on disk of this step holds anew, see ``KeeperClient.copied``.
         Raises the error of an earlier capture.
         """
         self._raise_error()
-        assert self._copied_step == self._started_step, "call wait_copied() before the next start()"
+        assert self._copied == self._started, "call wait_copied() before the next start()"
         event = None
         if self._stream is not None:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self._device))
-        self._started_step = step
+        self._started += 1
         enough = len(fragments) if least is None else least
-        self._jobs.put(Job(step, fragments, enough, log, extras, committed, event))
+        self._jobs.put(Job(step, fragments, enough, log, persist, extras, committed, event))
 
     def wait_copied(self) -> float:
         """Wait until the last started capture holds its own copy of everything: call before state is changed.
@@ -137,7 +141,7 @@ class Capturer:
         The keeper knows of it then, and seals it even if this process dies at once. Returns the seconds waited. Raises
         the error of the capture, or KeeperError if the keeper is silent for minutes.
         """
-        return self._wait(lambda: self._copied_step >= self._started_step)
+        return self._wait(lambda: self._copied >= self._started)
 
     def wait_sealed(self, step: int) -> float:
         """Wait until ``step`` is sealed. Returns the seconds waited; raises what the keeper reported."""
@@ -199,10 +203,10 @@ class Capturer:
             job.log = None  # gradients stay in memory only until they are copied
         self._write_extras(grant, job.step, job.extras)
         self._reached("copied", job.step)
-        sealed = self._client.copied(job.step, grant)
+        sealed = self._client.copied(job.step, grant, job.persist)
         self._reached("told", job.step)
         with self._condition:
-            self._copied_step = job.step
+            self._copied += 1
             self._condition.notify_all()
         sealed.add_done_callback(lambda done: self._on_sealed(job.step, done))
 

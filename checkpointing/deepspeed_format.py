@@ -8,8 +8,7 @@ FOLDER/TAG/[bf16_]zero_pp_rank_<r>_mp_rank_00_optim_states.pt  each rank's flat 
 A parameter group is spread over all ranks; one of expert-parallel parameters (``moe``, ``ep_size_N``) over every N-th.
 Where a parameter lies in a partition is said by name (``param_slice_mappings``); what part of it that is follows from
 the parts on the ranks before. Files are read with torch's ``weights_only``: nothing but tensors, plain values and the
-classes given is ever unpickled.
-"""
+classes given is ever unpickled."""
 
 from __future__ import annotations
 
@@ -398,5 +397,5 @@ def write_rank(
             for group in fragments
         ],
     }
-    wrapped = {"optimizer_state_dict": states, "ds_config": {}, "ds_version": facts.version}
-    torch.save(wrapped, tag_dir / optimizer_file(rank, facts.bf16))
+    torch.save({"optimizer_state_dict": states, "ds_config": {}, "ds_version": facts.version},
+               tag_dir / optimizer_file(rank, facts.bf16))  # fmt: skip

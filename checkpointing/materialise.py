@@ -26,11 +26,11 @@ from checkpointing.tensorfile import Section, read_metadata
 
 
 def whole(checkpoint: Checkpoint, scratch: Path, inexact: bool = False) -> Checkpoint:
-    """The checkpoint itself if it is whole, else one that is, redone and written under ``scratch``.
+    """The checkpoint itself if it has no log, else one that is whole, redone and written under ``scratch``.
 
     Raises RecoveryError if the log was written on another kind of device, by another torch, or cannot be redone.
     """
-    if checkpoint.is_whole:
+    if not checkpoint.has_log:
         return checkpoint
     device = _device(checkpoint, inexact)
     sections: dict[str, list[Section]] = {}

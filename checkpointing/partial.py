@@ -9,13 +9,13 @@ hold the same ones.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
 
 from checkpointing.cost import SLACK, STATE_BYTES, Bandwidths, Cost, StepTimes, capture_cost, does_not_fit, figures
-from checkpointing.units import Range
+from checkpointing.units import Range, expert_of
 from moe.refs import ExpertRef
 
 GROUP_ELEMENTS = 178_956_971  # DeepSpeed's limit of one parameter group
@@ -106,20 +106,18 @@ def select_loaded(experts: Experts, unsaved: Sequence[Sequence[int]], k: int) ->
     )
 
 
+def most_selected(experts: Experts, here: Collection[ExpertRef], k: int) -> int:
+    """The most of the experts ``here`` that :func:`select` gives at once."""
+    wanted = set(here)
+    return max((len(wanted.intersection(select(experts, c, k))) for c in range(experts.count)), default=0)
+
+
 def _check_k(experts: Experts, k: int) -> None:
     if not 1 <= k <= experts.count:
         raise ValueError(f"K={k} of {experts.count} experts: choose 1 to {experts.count}")
 
 
 # -- balance -----------------------------------------------------------------------------------------------------------
-
-
-def expert_of(unit: str) -> ExpertRef | None:
-    """The expert that a unit is a tensor of, e.g. of ``L03.E017.down_proj``; None for what is no expert's."""
-    try:
-        return ExpertRef.parse(".".join(unit.split(".")[:2]))
-    except ValueError:
-        return None
 
 
 def bytes_per_rank(
@@ -276,9 +274,10 @@ def pec_bytes(partition: SparsePartition, k: int) -> float:
 
 
 def pec_memory(partition: SparsePartition, k: int) -> int:
-    """Bytes of all slots: the newest copy of everything, room for captures under way, and for one on disk."""
+    """Bytes of all slots: the newest copy of everything, with a disk tier a second one that is being written, and room
+    for captures under way."""
     newest = (partition.others + partition.experts) * STATE_BYTES
-    return newest + ceil(pec_bytes(partition, k) * (SLACK + partition.disk))
+    return newest * (1 + partition.disk) + ceil(pec_bytes(partition, k) * SLACK)
 
 
 def choose_k(

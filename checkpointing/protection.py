@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from checkpointing.capture import arena_shape
 from checkpointing.cost import SLACK
+from checkpointing.partial import Experts, most_selected
 from checkpointing.schedule import Rules, wal_part
 from checkpointing.slots import ArenaShape
 from checkpointing.state.buffers import StateBuffer
+from checkpointing.state.expert_parts import ExpertParts, expert_parts
 from checkpointing.state.fragments import Fragment, LogLayout, log_layout, rotation
 from checkpointing.units import Range, uncovered
 
@@ -20,12 +22,14 @@ class Protection:
 
     Attributes:
         log: the layout of log records; None if steps are not logged.
+        experts: which fragment is which expert's, in mode ``pec``.
     """
 
     rules: Rules
     fragments: tuple[Fragment, ...]
     log: LogLayout | None
     shape: ArenaShape
+    experts: ExpertParts | None = None
 
     def due(self, step: int) -> list[Fragment]:
         """All fragments, the one whose turn it is after ``step`` first."""
@@ -66,3 +70,23 @@ def wal(buffers: Sequence[StateBuffer], parts: int, dtype: str, disk: bool) -> P
     bases = parts + SLACK + (parts if disk else 0)
     shape = arena_shape(fragments, log, bases=bases, logs=parts - 1 + SLACK, extras=SLACK + 2)
     return Protection(Rules(parts), tuple(fragments), log, shape)
+
+
+def pec(buffers: Sequence[StateBuffer], experts: Experts, k: int, sequential: bool, disk: bool) -> Protection:
+    """What is no expert's in chunks, and a part for each expert, of which some are captured at a time.
+
+    Memory for the newest copy of each part, and for captures under way, each with the most experts that can be
+    selected on this rank at once. ``disk``: room for one more whole state, which the first write to disk holds while
+    captures go on; later ones hold less.
+
+    Args:
+        k: experts of each layer per capture.
+        sequential: whether they are selected in turn, which spreads them over the ranks.
+    """
+    parts = expert_parts(buffers)
+    here = set(parts.experts)
+    selected = most_selected(experts, here, k) if sequential else min(len(here), k * len(experts.layers))
+    count = len(parts.fragments)
+    bases = count * (2 if disk else 1) + (parts.fresh + selected) * SLACK
+    shape = arena_shape(parts.fragments, None, bases=bases, logs=0, extras=SLACK + 2)
+    return Protection(Rules(count, parts.fresh), parts.fragments, None, shape, parts)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 from checkpointing.keeper.client import KeeperClient
 from checkpointing.keeper.events import append_event
 from checkpointing.records import RecordInfo
-from checkpointing.recovery import RecoveryError, RecoveryPlan, available_steps
+from checkpointing.recovery import RecoveryError, RecoveryPlan, available_steps, restoration_of
 from checkpointing.remote import UnreachableError
 from checkpointing.restore import Target, restore_from_disk, restore_from_memory
+from checkpointing.schedule import Rules
 from checkpointing.slots import Arena
 from checkpointing.state.buffers import needs_of
 from checkpointing.storage import MANIFEST, Place
 from checkpointing.store import Checkpoint, list_checkpoints, quarantine, verify
+from moe.refs import ExpertRef
 
 _NEWEST = 4  # steps in memory that are reported: older ones are hardly ever chosen, and each proof takes time
 
@@ -45,7 +49,9 @@ class Recovery:
         self._checkpoints = checkpoints if checkpoints is not None else Path(run_dir) / "checkpoints"
         self._unreadable = ""
         self._uses_memory, self._fingerprint = memory, fingerprint
-        self._client, self._run_dir, self._target = client, Path(run_dir), target
+        self._client, self._run_dir = client, Path(run_dir)
+        # What lies in memory belongs together as whoever wrote it says.
+        self._target = target if client is None else replace(target, rules=client.rules)
         self._coordinate, self._needs = target.coordinate, needs_of(target.buffers)
         self._report: dict[str, list[int]] = {}
         self.tier = "fresh"
@@ -81,7 +87,7 @@ class Recovery:
                 recipe = checkpoint.manifest["metadata"].get("recipe")
                 if self._fingerprint is not None and recipe != self._fingerprint:
                     self.problems.append(f"{path}: ignored, it is of recipe {recipe}, not {self._fingerprint}")
-                elif available_steps(self._needs, checkpoint.records, self._coordinate, self._target.rules):
+                elif available_steps(self._needs, checkpoint.records, self._coordinate, checkpoint.rules):
                     found[step] = checkpoint
             except UnreachableError as error:
                 self._without(error)
@@ -131,9 +137,28 @@ class Recovery:
             self._client.discard(plan.step, from_memory=self.tier == "memory")
         return extras
 
+    def expert_steps(self, plan: RecoveryPlan) -> dict[ExpertRef, int]:
+        """What :meth:`apply` will do: as of which step each expert's state on this rank is restored."""
+        if plan.tier == "fresh":
+            return {}
+        records, rules = self._source(plan)
+        found = restoration_of([n.range for n in self._needs], records, self._coordinate, plan.step, rules)
+        if isinstance(found, str):
+            raise RecoveryError(f"step {plan.step} is not complete on {self._coordinate}: {found}")
+        return found.expert_steps()
+
+    def _source(self, plan: RecoveryPlan) -> tuple[Iterable[RecordInfo], Rules]:
+        if self._tier_of(plan) == "memory":
+            return self._memory, self._target.rules
+        checkpoint = self._disk[plan.step]
+        return checkpoint.records, checkpoint.rules
+
+    def _tier_of(self, plan: RecoveryPlan) -> str:
+        """The same rule as the plan's: the plan's tier, or the other one if this rank has the step only there."""
+        return plan.tier if plan.step in self._report[plan.tier] else "memory"
+
     def _restore(self, plan: RecoveryPlan) -> dict[str, bytes]:
-        # The same rule as the plan's: the plan's tier, or the other one if this rank has the step only there.
-        self.tier = plan.tier if plan.step in self._report[plan.tier] else "memory"
+        self.tier = self._tier_of(plan)
         if plan.step not in self._report[self.tier]:
             raise RecoveryError(f"step {plan.step} is not complete on {self._coordinate}; report again and plan anew")
         if self.tier == "memory":

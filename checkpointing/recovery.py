@@ -8,7 +8,8 @@ from itertools import pairwise
 
 from checkpointing.records import DTYPE_BYTES, Entry, Kind, RecordInfo
 from checkpointing.schedule import WHOLE, Rules
-from checkpointing.units import Key, Range, by_key, overlaps, uncovered
+from checkpointing.units import Key, Range, by_key, expert_of, overlaps, uncovered
+from moe.refs import ExpertRef
 
 TIERS = ("memory", "disk")
 GRADIENT = "grad"  # the kind under which a log keeps what an optimizer step consumed
@@ -94,6 +95,14 @@ class Restoration:
         """How many elements are restored from each base step."""
         return {step: sum(piece.size for piece, _ in pieces) for step, pieces in self.bases}
 
+    def expert_steps(self) -> dict[ExpertRef, int]:
+        """The step as of which each expert is restored: of its oldest element, or the plan's if a log is redone."""
+        steps: dict[ExpertRef, int] = {}
+        for at, pieces in reversed(self.bases):
+            refs = {ref for piece, _ in pieces if (ref := expert_of(piece.unit)) is not None}
+            steps |= dict.fromkeys(refs, self.step if self.logs else at)
+        return steps
+
 
 def available_steps(
     needs: Iterable[Need], records: Iterable[RecordInfo], coordinate: str, rules: Rules = WHOLE, newest: int = 0
@@ -119,8 +128,9 @@ def restoration_of(
 ) -> Restoration | str:
     """How ``records`` restore ``wanted`` at ``step``, or in words why they do not: the proof of completeness.
 
-    Each element comes from its newest base at or before the step. Unless ``rules.lossy``, the coordinate's log must
-    hold the gradient of every element for every step since the oldest of these bases.
+    Each element comes from its newest base at or before the step. The coordinate's log must hold the gradient of every
+    element for every step since the oldest of these bases. If ``rules.lossy`` there is no log: experts may be older,
+    and what is no expert's must be of the step itself.
     """
     records = [record for record in records if record.step <= step]
     if not any(r.kind is Kind.EXTRAS and r.source == coordinate and r.step == step for r in records):
@@ -144,7 +154,8 @@ def restoration_of(
     bases.reverse()
     oldest = bases[0][0] if bases else step
     if rules.lossy:
-        return Restoration(step, tuple(bases), ())
+        stale = [piece for at, pieces in bases if at < step for piece, _ in pieces if expert_of(piece.unit) is None]
+        return f"{stale[0]} is of an older step" if stale else Restoration(step, tuple(bases), ())
     logs = _logs(wanted, records, coordinate, range(oldest + 1, step + 1))
     return logs if isinstance(logs, str) else Restoration(step, tuple(bases), logs)
 

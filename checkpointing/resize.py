@@ -28,13 +28,13 @@ def load_resized(buffers: Sequence[StateBuffer], checkpoint: Checkpoint) -> None
     twice or of another dtype; nothing is then changed.
     """
     _check_whole(checkpoint)
-    moves = transfers(needs_of(buffers), checkpoint.records)
+    moves = transfers(needs_of(buffers), checkpoint.newest)
     problems = verify(checkpoint.path, sorted({move.source for move in moves}))
     if problems:
         raise RecoveryError(problems[0])
     tensors = {buffer.name: bytes_of(buffer.tensor) for buffer in buffers}
     for move in moves:
-        file, into = checkpoint.file_of(move.source), tensors[move.buffer][move.buffer_offset :]
+        file, into = checkpoint.file_of(move.source, move.slot), tensors[move.buffer][move.buffer_offset :]
         for at in range(0, move.nbytes, _PIECE):
             size = min(_PIECE, move.nbytes - at)
             piece = read_bytes(file, move.source_offset + at, size)
@@ -66,5 +66,5 @@ def gathered_hash(checkpoint: Checkpoint) -> str:
 
 
 def _check_whole(checkpoint: Checkpoint) -> None:
-    if not checkpoint.is_whole:
+    if checkpoint.has_log:
         raise RecoveryError(f"{checkpoint.path} holds bases of several steps and a log; redo it first")

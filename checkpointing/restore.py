@@ -32,7 +32,7 @@ class Target:
 
     Attributes:
         redo: steps the buffers' optimizer; None if no window of a log may be restored.
-        rules: how the records belong together.
+        rules: how the records in memory belong together.
         pin: called with a slot of the coordinate's own arena before it is read.
         halfway: a drill's failpoint, called with the step when half of the pieces of state are in place.
     """
@@ -56,7 +56,7 @@ def restore_from_memory(
     the buffers may then hold some of the state.
     """
     by_place = {(r.source, r.slot): r for r in records}
-    restoration = _restoration(target, by_place.values(), step)
+    restoration = _restoration(target, by_place.values(), step, target.rules)
     extras = _extras_of(target.coordinate, by_place.values(), step)
     places = [(target.coordinate, extras.slot), *restoration.places()]
     hashers = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
@@ -95,20 +95,20 @@ def restore_from_disk(target: Target, checkpoint: Checkpoint) -> dict[str, bytes
 
     Raises RecoveryError naming the damaged file, or the layer, expert and tensor that is absent.
     """
-    restoration = _restoration(target, checkpoint.records, checkpoint.step)
-    sources = {source for source, _ in restoration.places()}
-    problems = verify_files(checkpoint.path, [*sources, target.coordinate])
+    restoration = _restoration(target, checkpoint.records, checkpoint.step, checkpoint.rules)
+    places = restoration.places()
+    problems = verify_files(checkpoint.path, [*{source for source, _ in places}, target.coordinate])
     if problems:
         raise RecoveryError(problems[0])
-    files = {source: checkpoint.file_of(source).open("rb", buffering=0) for source in sorted(sources)}
+    files = {place: checkpoint.file_of(*place).open("rb", buffering=0) for place in sorted(set(places))}
 
     def read(source: str, slot: int, offset: int, into: Tensor) -> None:
         for at in range(0, into.numel(), _PIECE):
             piece = bytearray(min(_PIECE, into.numel() - at))
-            files[source].seek(offset + at)
-            got = files[source].readinto(piece) or 0
+            files[source, slot].seek(offset + at)
+            got = files[source, slot].readinto(piece) or 0
             if got != len(piece):
-                raise RecoveryError(f"{checkpoint.file_of(source)}: ended early at byte {offset + at + got:,}")
+                raise RecoveryError(f"{checkpoint.file_of(source, slot)}: ended early at byte {offset + at + got:,}")
             into[at : at + got].copy_(torch.frombuffer(piece, dtype=torch.uint8))
 
     try:
@@ -119,9 +119,9 @@ def restore_from_disk(target: Target, checkpoint: Checkpoint) -> dict[str, bytes
     return checkpoint.extras(target.coordinate)
 
 
-def _restoration(target: Target, records: Iterable[RecordInfo], step: int) -> Restoration:
+def _restoration(target: Target, records: Iterable[RecordInfo], step: int, rules: Rules) -> Restoration:
     wanted = tuple(need.range for need in needs_of(target.buffers))
-    found = restoration_of(wanted, records, target.coordinate, step, target.rules)
+    found = restoration_of(wanted, records, target.coordinate, step, rules)
     if isinstance(found, str):
         raise RecoveryError(f"step {step} cannot be restored: {found}; use another step")
     if found.logs and target.redo is None:
@@ -141,7 +141,10 @@ def _extras_of(coordinate: str, records: Iterable[RecordInfo], step: int) -> Rec
 
 
 def _fill(target: Target, restoration: Restoration, read: Read) -> None:
-    """Put the oldest bases in place, then re-apply step after step, each time followed by the bases of that step."""
+    """Put the oldest bases in place, then re-apply step after step, each time followed by the bases of that step.
+
+    Without a log the bases are all of one step, or of experts that may be older.
+    """
     tensors = {b.name: bytes_of(b.tensor) for b in target.buffers}
     moves = dict(restoring_moves(needs_of(target.buffers), restoration))
     target.bases.extend((step, piece) for step, pieces in restoration.bases for piece, _ in pieces)
@@ -156,16 +159,15 @@ def _fill(target: Target, restoration: Restoration, read: Read) -> None:
             left -= 1
             _carry_out(move, tensors[move.buffer], read)
 
-    if target.rules.lossy:
+    if not restoration.logs:
         for step in moves:
             place(step)
         return
     place(restoration.oldest)
-    if restoration.logs:
-        assert target.redo is not None
-        logs = [LoggedStep(_meta(record, read), *_gradients(target, record, read)) for record in restoration.logs]
-        redo_steps(target.redo, restoration.oldest, logs, place)
-        target.applied.extend(record.step for record in restoration.logs)
+    assert target.redo is not None
+    logs = [LoggedStep(_meta(record, read), *_gradients(target, record, read)) for record in restoration.logs]
+    redo_steps(target.redo, restoration.oldest, logs, place)
+    target.applied.extend(record.step for record in restoration.logs)
 
 
 def _carry_out(move: Transfer, tensor: Tensor, read: Read) -> None:

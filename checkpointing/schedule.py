@@ -6,8 +6,8 @@ A worker's state is cut into *parts*. A mode says which parts become BASE record
 * ``wal``: n parts in rotation, and after every step a LOG record of the gradients that the optimizer consumed, as a
   database keeps fuzzy snapshots and a write-ahead log. Restoring step t takes each part's newest base and re-applies
   the optimizer steps since.
-* ``pec``: part 0 is all that is not an expert, captured every time; each expert is a part of its own, some of them
-  captured each time (MoC-System, ASPLOS'25). What is restored has parts of different ages.
+* ``pec``: the first m parts are all that is not an expert, captured every time; each expert is a part of its own, some
+  of them captured each time (MoC-System, ASPLOS'25). What is restored has experts of different ages.
 
 Pure: the keeper, the worker and the tests ask the same functions.
 """
@@ -35,11 +35,16 @@ class Rules:
 
     Attributes:
         parts: how many parts its state has.
-        lossy: whether parts of different ages may be restored without a log (``pec``).
+        fresh: 0: a state is exact, by its log if its parts are of different steps. Else (``pec``) the first ``fresh``
+            parts must be of the restored step itself, and the others may be older: there is no log.
     """
 
     parts: int = 1
-    lossy: bool = False
+    fresh: int = 0
+
+    @property
+    def lossy(self) -> bool:
+        return self.fresh > 0
 
 
 WHOLE = Rules()
@@ -67,7 +72,7 @@ def _restorable(step: int, bases: Mapping[int, int], logs: set[int], rules: Rule
     if len(bases) < rules.parts:
         return False
     if rules.lossy:
-        return bases.get(0) == step
+        return all(bases.get(part) == step for part in range(rules.fresh))
     return logs.issuperset(range(min(bases.values()) + 1, step + 1))
 
 

@@ -7,6 +7,7 @@ so it is written where it will lie, and its manifest is put last. Both ways a fo
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -18,6 +19,7 @@ from checkpointing.remote import RemotePath
 
 MANIFEST = "manifest.json"
 _ASIDE = re.compile(r"manifest\.(.+)\.json")
+_NO_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
 UNFINISHED = "unfinished"  # lies in a remote folder while it is being written
 
 Place = Path | RemotePath
@@ -31,6 +33,9 @@ class Storage(Protocol):
 
     def commit(self, work: Any, final: Any, manifest: bytes) -> None:
         """Make it exist. An earlier folder of that name is set aside, as it did not verify."""
+
+    def share(self, source: Any, target: Any) -> None:
+        """Have a file of another folder in the one being written, too."""
 
     def abort(self, work: Any) -> None:
         """Remove what was written since ``begin``."""
@@ -87,6 +92,17 @@ class LocalStorage:
             self.set_aside(final, "corrupt")
         work.rename(final)
         _fsync_folder(final.parent)
+
+    def share(self, source: Path, target: Path) -> None:
+        """As a hard link, or as a copy where the file system has none."""
+        try:
+            os.link(source, target)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            shutil.copyfile(source, target)
+            with target.open("rb", buffering=0) as file:
+                make_durable(file)
 
     def abort(self, work: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
@@ -161,6 +177,9 @@ class RemoteStorage:
         # It exists now. A marker that stays behind does no harm.
         with contextlib.suppress(OSError):
             (final / UNFINISHED).unlink()
+
+    def share(self, source: RemotePath, target: RemotePath) -> None:
+        source.copy_to(target)
 
     def abort(self, work: RemotePath) -> None:
         with contextlib.suppress(OSError):

@@ -1,6 +1,7 @@
 """The disk tier: checkpoints that exist if and only if their manifest, written last, verifies.
 
 checkpoints/step-12/dp0000.safetensors   one file per worker coordinate; keys do not depend on ranks
+checkpoints/step-12/dp0000.experts-8.safetensors   mode pec: experts first written with step 8, shared with step-8
 checkpoints/step-12/manifest.json        sizes, checksums and what wrote them
 checkpoints/latest                       a hint for people; never trusted
 
@@ -14,18 +15,18 @@ import contextlib
 import errno
 import json
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-from xxhash import xxh3_128_hexdigest
 
+from checkpointing.manifest import coordinate_of, make_manifest, own_manifest, read_manifest, wrong_sizes
 from checkpointing.records import DTYPE_BYTES, Entry, Kind, RecordInfo
 from checkpointing.recovery import RecoveryError
 from checkpointing.remote import UnreachableError
+from checkpointing.schedule import WHOLE, Rules
 from checkpointing.storage import MANIFEST, Place, Storage, storage_of
 from checkpointing.tensorfile import (
     Section,
@@ -38,7 +39,6 @@ from checkpointing.tensorfile import (
 )
 from checkpointing.units import Range, overlaps
 
-FORMAT = 1
 _STEP = re.compile(r"step-(\d+)")
 _KINDS = {"extras": Kind.EXTRAS, "grad": Kind.LOG, "meta": Kind.LOG}
 
@@ -55,11 +55,13 @@ def write_checkpoint(
     metadata: Mapping[str, Any],
     progress: Callable[[int, int], None] = lambda written, total: None,
     described: Mapping[str, str] | None = None,
+    carried: Mapping[str, tuple[Place, Written]] | None = None,
 ) -> Place:
     """Write and commit ``step-N``: files, then the manifest, then the hint. Local ones are fsynced and renamed.
 
     Args:
-        parts: for each coordinate its base and extras records.
+        parts: for each coordinate its base and extras records; more for ``COORDINATE.experts-STEP``.
+        carried: files of older checkpoints that this one shares, by name.
         tensors: ``{unit: {param, shape, dtype}}`` of the whole model.
         described: for each coordinate how its partitions lie, needed to redo the log of a window.
         progress: called with (payload bytes written, payload bytes in all) after each piece.
@@ -85,7 +87,10 @@ def write_checkpoint(
             if described is not None and coordinate in described:
                 facts["partitions"] = described[coordinate]
             files[name] = write_tensors(work / name, records, facts, advanced)
-        manifest = _manifest(step, sorted(parts), files, tensors, metadata)
+        for name, (source, facts_of_file) in (carried or {}).items():
+            storage.share(source, work / name)
+            files[name] = facts_of_file
+        manifest = make_manifest(step, files, tensors, metadata)
         storage.commit(work, final, json.dumps(manifest, indent=1).encode())
     except BaseException:
         storage.abort(work)
@@ -100,71 +105,6 @@ def _check_room(storage: Storage, directory: Place, needed: int) -> None:
     free = storage.free_bytes(directory)
     if free is not None and free < needed:
         raise OSError(errno.ENOSPC, f"the checkpoint has {needed:,} bytes, and {free:,} are free", str(directory))
-
-
-def _manifest(
-    step: int,
-    coordinates: Sequence[str],
-    files: Mapping[str, Written],
-    tensors: Mapping[str, Any],
-    metadata: Mapping[str, Any],
-) -> dict[str, Any]:
-    manifest = {
-        "format": FORMAT,
-        "step": step,
-        "written_at": time.time(),
-        "coordinates": list(coordinates),
-        "files": {name: {"bytes": w.nbytes, "xxh3_128": w.xxh3_128, "tensors": w.tensors} for name, w in files.items()},
-        "metadata": dict(metadata),
-        "tensors": dict(tensors),
-    }
-    return manifest | {"checksum": _manifest_checksum(manifest)}
-
-
-def _manifest_checksum(manifest: Mapping[str, Any]) -> str:
-    body = {key: value for key, value in manifest.items() if key != "checksum"}
-    return xxh3_128_hexdigest(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
-
-
-def read_manifest(step_dir: Place) -> dict[str, Any]:
-    """The manifest, if it matches itself and all files have its sizes. Raises RecoveryError naming the file."""
-    manifest = own_manifest(step_dir)
-    problems = _wrong_sizes(step_dir, manifest)
-    if problems:
-        raise RecoveryError(next(iter(problems.values())))
-    return manifest
-
-
-def own_manifest(step_dir: Place) -> dict[str, Any]:
-    """The manifest, if it matches itself, whatever the files are. Raises RecoveryError."""
-    path = step_dir / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-    except UnreachableError:
-        raise
-    except (OSError, ValueError) as error:
-        raise RecoveryError(f"{path}: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("checksum") != _manifest_checksum(manifest):
-        raise RecoveryError(f"{path}: does not match its own checksum")
-    if manifest["format"] != FORMAT or f"step-{manifest['step']}" != step_dir.name:
-        raise RecoveryError(f"{path}: holds format {manifest['format']} of step {manifest['step']}")
-    return manifest
-
-
-def _wrong_sizes(step_dir: Place, manifest: Mapping[str, Any]) -> dict[str, str]:
-    """A problem for each file that is absent or of another size than the manifest says."""
-    problems = {}
-    for name, facts in manifest["files"].items():
-        try:
-            size = (step_dir / name).stat().st_size
-        except UnreachableError:
-            raise
-        except OSError as error:
-            problems[name] = f"{step_dir / name}: {error.strerror}"
-            continue
-        if size != facts["bytes"]:
-            problems[name] = f"{step_dir / name}: {size:,} bytes, the manifest says {facts['bytes']:,}"
-    return problems
 
 
 def list_checkpoints(directory: Place) -> list[tuple[int, Place]]:
@@ -192,9 +132,9 @@ def verify(step_dir: Place, coordinates: Sequence[str] | None = None) -> list[st
         manifest = own_manifest(step_dir)
     except RecoveryError as error:
         return [str(error)]
-    problems = _wrong_sizes(step_dir, manifest)
+    problems = wrong_sizes(step_dir, manifest)
     for name, facts in manifest["files"].items():
-        if name in problems or (coordinates is not None and name.removesuffix(".safetensors") not in coordinates):
+        if name in problems or (coordinates is not None and coordinate_of(name) not in coordinates):
             continue
         try:
             found = checksum_file(step_dir / name)
@@ -289,23 +229,61 @@ class Checkpoint:
 
     @cached_property
     def records(self) -> tuple[RecordInfo, ...]:
-        """For each coordinate a base and an extras record, and those of other steps if it is a window; entries' offsets
-        count from the start of the coordinate's file."""
+        """For each coordinate a base and an extras record, and those of other steps if it is a window or has older
+        experts. Entries' offsets count from the start of the file, whose number among its coordinate's is ``slot``."""
         found = []
         for coordinate in self.manifest["coordinates"]:
-            grouped: dict[tuple[int, Kind], list[Entry]] = {(self.step, Kind.BASE): [], (self.step, Kind.EXTRAS): []}
-            for stored in read_entries(self.file_of(coordinate)):
-                step = self.step if stored.step is None else stored.step
-                grouped.setdefault((step, _KINDS.get(stored.entry.range.kind, Kind.BASE)), []).append(stored.entry)
-            found += [RecordInfo(coordinate, kind, step, 0, 0, tuple(part)) for (step, kind), part in grouped.items()]
+            for slot in range(-1, len(self._files[coordinate]) - 1):
+                grouped: dict[tuple[int, Kind], list[Entry]] = {}
+                if slot < 0:
+                    grouped = {(self.step, Kind.BASE): [], (self.step, Kind.EXTRAS): []}
+                for stored in read_entries(self.file_of(coordinate, slot)):
+                    step = self.step if stored.step is None else stored.step
+                    grouped.setdefault((step, _KINDS.get(stored.entry.range.kind, Kind.BASE)), []).append(stored.entry)
+                found += [
+                    RecordInfo(coordinate, kind, step, 0, 0, tuple(entries), slot)
+                    for (step, kind), entries in grouped.items()
+                ]
         return tuple(found)
 
-    def file_of(self, coordinate: str) -> Place:
-        return self.path / f"{coordinate}.safetensors"
+    @property
+    def rules(self) -> Rules:
+        """How its records belong together."""
+        return Rules(fresh=1) if self.manifest["metadata"].get("lossy") else WHOLE
+
+    @cached_property
+    def _files(self) -> dict[str, list[str]]:
+        """Names by coordinate; the one that holds its extras first."""
+        files: dict[str, list[str]] = {coordinate: [] for coordinate in self.manifest["coordinates"]}
+        for name in sorted(self.manifest["files"], key=lambda name: (len(name), name)):
+            files.get(coordinate_of(name), []).append(name)
+        return files
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all state in it is of its own step; if not, it has a log to re-apply, or older experts."""
+        return all(record.step == self.step for record in self.newest)
+
+    def file_of(self, coordinate: str, slot: int = -1) -> Place:
+        """The file that a record of this ``slot`` is in."""
+        return self.path / self._files[coordinate][slot + 1]
+
+    @cached_property
+    def newest(self) -> tuple[RecordInfo, ...]:
+        """Its bases without what a newer one in it replaces: every range of state once."""
+        places = {(held, path, entry.offset) for held, (path, entry) in self._held.items()}
+        bases = []
+        for record in self.records:
+            path = self.file_of(record.source, record.slot)
+            entries = tuple(e for e in record.entries if (e.range, path, e.offset) in places)
+            if record.kind is Kind.BASE and entries:
+                bases.append(replace(record, entries=entries))
+        return tuple(bases)
 
     @cached_property
     def _held(self) -> dict[Range, tuple[Place, Entry]]:
-        return {e.range: (self.file_of(r.source), e) for r in self.records if r.kind is Kind.BASE for e in r.entries}
+        bases = sorted((r for r in self.records if r.kind is Kind.BASE), key=lambda r: r.step)  # the newest counts
+        return {e.range: (self.file_of(r.source, r.slot), e) for r in bases for e in r.entries}
 
     @property
     def entries(self) -> tuple[Range, ...]:
@@ -328,11 +306,6 @@ class Checkpoint:
     def dtype_of(self, held: Range) -> str:
         """As torch spells it."""
         return self._held[held][1].dtype
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether all state in it is of its own step; if not, it is a window whose log must be re-applied first."""
-        return all(record.step == self.step for record in self.records if record.kind is Kind.BASE)
 
     @property
     def has_log(self) -> bool:

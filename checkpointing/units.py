@@ -12,6 +12,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
+
+from moe.refs import ExpertRef
 
 _RANGE = re.compile(r"([^#]+)#([A-Za-z_]\w*)\[(\d+):(\d+)\)")
 
@@ -50,6 +53,15 @@ class Range:
         if match is None:
             raise ValueError(f"not a state range: {text!r} (expected the form unit#kind[lo:hi))")
         return cls(match[1], match[2], int(match[3]), int(match[4]))
+
+
+@lru_cache(maxsize=1 << 16)
+def expert_of(unit: str) -> ExpertRef | None:
+    """The expert that a unit is a tensor of, e.g. of ``L03.E017.down_proj``; None for what is no expert's."""
+    try:
+        return ExpertRef.parse(".".join(unit.split(".")[:2]))
+    except ValueError:
+        return None
 
 
 def by_key(ranges: Iterable[Range]) -> dict[Key, list[tuple[int, int]]]:

@@ -5,6 +5,7 @@ Shapes: M MoE layers, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,14 +43,29 @@ class RoutingStats:
 
 
 class RoutingMeter:
-    """Accumulates the counts a gate reports, one tensor per MoE layer."""
+    """Accumulates the counts a gate reports, one tensor per MoE layer.
 
-    def __init__(self) -> None:
+    Args:
+        drained: whether there is a second reader, who calls :meth:`drain` and is independent of the first.
+    """
+
+    def __init__(self, drained: bool = False) -> None:
+        self._drained = drained
         self._counts: dict[int, Tensor] = {}
+        self._undrained: dict[int, Tensor] = {}
 
     def add(self, layer: int, top_k_index_TK: Tensor, num_experts: int) -> None:
         counts_E = expert_counts(top_k_index_TK, num_experts)
-        self._counts[layer] = self._counts[layer] + counts_E if layer in self._counts else counts_E
+        for counts in (self._counts, self._undrained) if self._drained else (self._counts,):
+            counts[layer] = counts[layer] + counts_E if layer in counts else counts_E
+
+    def drain(self, layers: Sequence[int], num_experts: int) -> Tensor:
+        """Counts [M,E] since the last drain, zero for layers in which nothing was routed."""
+        assert self._drained, "nothing was kept for a second reader"
+        none = torch.zeros(num_experts, dtype=torch.int64)
+        counts_ME = torch.stack([self._undrained[i].cpu().long() if i in self._undrained else none for i in layers])
+        self._undrained = {}
+        return counts_ME
 
     def take(self) -> RoutingStats | None:
         """The counts so far, which start again from zero; None if nothing was routed."""

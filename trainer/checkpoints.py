@@ -14,19 +14,10 @@ from checkpointing.audit import audit
 from checkpointing.compare import Difference, compare
 from checkpointing.keeper.control import keeper_status
 from checkpointing.keeper.protocol import KeeperError
+from checkpointing.manifest import own_manifest, read_manifest
 from checkpointing.recovery import RecoveryError
 from checkpointing.storage import MANIFEST, UNFINISHED, Place, place_of
-from checkpointing.store import (
-    Checkpoint,
-    is_permanent,
-    own_manifest,
-    quarantine,
-    read_manifest,
-    remove,
-    step_folders,
-    step_path,
-    verify,
-)
+from checkpointing.store import Checkpoint, is_permanent, quarantine, remove, step_folders, step_path, verify
 from trainer.recipe import load_recipe
 from trainer.runfolder import checkpoints_of
 

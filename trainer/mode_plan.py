@@ -25,7 +25,7 @@ from checkpointing.cost import (
     figures,
     seconds,
 )
-from checkpointing.partial import SparsePartition, choose_k
+from checkpointing.partial import PecSchedule, SparsePartition, choose_k
 from checkpointing.plt import Limits, Meter, decide, expected_loss
 from trainer.schema import Recipe
 
@@ -196,13 +196,8 @@ def _dense(recipe: Recipe, share: Share, basis: Basis, budget: int) -> str:
 def _pec(recipe: Recipe, share: Share, basis: Basis, budget: int) -> str:
     if not share.experts or share.num_experts < 2:
         return "not for this run: no routed experts train"
-    checkpoint, steps = recipe.checkpoint, recipe.train.steps
-    partition = SparsePartition(
-        share.parameters - share.experts, share.experts, share.num_experts, checkpoint.disk.every > 0
-    )
-    pec, every = checkpoint.pec, checkpoint.memory.every
-    fixed = None if pec.k_snapshot == "auto" else pec.k_snapshot
-    schedule = choose_k(partition, every, basis.times, basis.rates, budget, fixed=fixed)
+    steps, pec, every = recipe.train.steps, recipe.checkpoint.pec, recipe.checkpoint.memory.every
+    schedule = pec_schedule(recipe, share, basis, budget)
     routed = recipe.train.global_batch_size * recipe.data.sequence_length * share.top_k * steps
     limits = Limits(routed, steps, pec.max_plt, pec.dynamic_k, pec.fallback)
     meter = Meter.new(range(share.moe_layers), share.num_experts, schedule.k)
@@ -210,6 +205,16 @@ def _pec(recipe: Recipe, share: Share, basis: Basis, budget: int) -> str:
     lost = expected_loss(schedule.k, share.num_experts, every, steps)
     text = f"{schedule.reason}; a fault loses {lost:.2%} of the tokens, max_plt is {pec.max_plt:.2%}"
     return text if decision.mode is None and decision.k == schedule.k else f"{text}, so at once: {decision.reason}"
+
+
+def pec_schedule(recipe: Recipe, share: Share, basis: Basis, budget: int) -> PecSchedule:
+    """Mode ``pec`` with the recipe's K or the best. Raises BudgetError as :func:`checkpointing.partial.choose_k`."""
+    checkpoint = recipe.checkpoint
+    partition = SparsePartition(
+        share.parameters - share.experts, share.experts, share.num_experts, checkpoint.disk.every > 0
+    )
+    fixed = None if checkpoint.pec.k_snapshot == "auto" else checkpoint.pec.k_snapshot
+    return choose_k(partition, checkpoint.memory.every, basis.times, basis.rates, budget, fixed=fixed)
 
 
 def _gradient_bytes(recipe: Recipe) -> int:

@@ -1,9 +1,11 @@
-"""The rotation of mode ``wal``, settled once at a run's start from what this machine can do."""
+"""The rotation of mode ``wal`` and the experts per capture of ``pec``, settled once at a run's start from what this
+machine can do."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from checkpointing.bandwidth import measure
 from checkpointing.cost import Bandwidths, Partition
 from checkpointing.keeper.memory import available_bytes
 from trainer.events import EventLog, read_events
-from trainer.mode_plan import basis_of, budget_of, settle_rotation
+from trainer.mode_plan import Basis, basis_of, budget_of, pec_schedule, settle_rotation
 from trainer.plan import plan_run
 from trainer.rendezvous import Process
 from trainer.schema import Recipe
@@ -26,11 +28,36 @@ def settle(recipe: Recipe, process: Process, run_dir: Path, events: EventLog, pa
     All workers measure at once, since they share a machine; rank 0 decides for all with the slowest figures, and writes
     events ``bandwidth`` and ``schedule``. Raises cost.BudgetError, on every rank, if nothing fits the memory budget.
     """
+
+    def choose(basis: Basis, budget: int) -> tuple[int, str]:
+        schedule = settle_rotation(recipe, partition, basis, budget, ())
+        return schedule.rotation, schedule.reason
+
+    return _settled("rotation", recipe.checkpoint.wal.rotation, choose, recipe, process, run_dir, events)
+
+
+def settle_k(recipe: Recipe, process: Process, run_dir: Path, events: EventLog) -> int:
+    """The recipe's ``pec.k_snapshot``, or what this run began with, or the most that hide. As :func:`settle`."""
+
+    def choose(basis: Basis, budget: int) -> tuple[int, str]:
+        schedule = pec_schedule(recipe, plan_run(recipe).share, basis, budget)
+        return schedule.k, schedule.reason
+
+    return _settled("k", recipe.checkpoint.pec.k_snapshot, choose, recipe, process, run_dir, events)
+
+
+def _settled(
+    name: str,
+    fixed: int | str,
+    choose: Callable[[Basis, int], tuple[int, str]],
+    recipe: Recipe,
+    process: Process,
+    run_dir: Path,
+    events: EventLog,
+) -> int:
     known: list[Any] = [None]
     if process.rank == 0:
-        rows = read_events(run_dir)
-        kept = [row["rotation"] for row in rows if row["kind"] == "schedule" and row.get("rotation")]
-        fixed = recipe.checkpoint.wal.rotation
+        kept = [row[name] for row in read_events(run_dir) if row["kind"] == "schedule" and row.get(name)]
         known = [fixed if fixed != "auto" else kept[-1] if kept else None]
     dist.broadcast_object_list(known, src=0)
     if known[0] is not None:
@@ -41,11 +68,11 @@ def settle(recipe: Recipe, process: Process, run_dir: Path, events: EventLog, pa
         try:
             basis = basis_of(recipe, plan_run(recipe).share)
             basis = type(basis)(rates, basis.times, basis.note)
-            schedule = settle_rotation(recipe, partition, basis, budget_of(recipe, available_bytes()), ())
+            chosen, reason = choose(basis, budget_of(recipe, available_bytes()))
             events.write("bandwidth", **vars(rates))
-            events.write("schedule", rotation=schedule.rotation, reason=schedule.reason)
-            print(f"checkpoints: {schedule.reason}", flush=True)
-            outcome = [schedule.rotation]
+            events.write("schedule", **{name: chosen}, reason=reason)
+            print(f"checkpoints: {reason}", flush=True)
+            outcome = [chosen]
         except ValueError as error:
             outcome = [error]
     dist.broadcast_object_list(outcome, src=0)

@@ -13,8 +13,8 @@ The order within step t, on every rank:
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ import torch.distributed as dist
 from checkpointing.capture import Capturer
 from checkpointing.cost import Partition
 from checkpointing.keeper.client import KeeperClient
+from checkpointing.partial import Ages
 from checkpointing.phases import Board
-from checkpointing.protection import Protection, dense, wal
+from checkpointing.protection import Protection, dense, pec, wal
 from checkpointing.records import DTYPE_BYTES
 from checkpointing.recover import Recovery
 from checkpointing.recovery import RecoveryPlan, memory_suffices, plan_recovery
@@ -36,10 +37,12 @@ from checkpointing.state.gradients import GradientTap
 from checkpointing.state.hash import state_hash
 from checkpointing.state.partitions import describe_partitions
 from checkpointing.state.zero import after_restore, describe_tensors, optimizer_steps, zero_buffers
+from moe.refs import ExpertRef
 from trainer.begin_from import begin_from, data_order
 from trainer.events import EventLog
 from trainer.failpoints import Failpoints
 from trainer.origin import Origin
+from trainer.partial_experts import PartialExperts
 from trainer.progress import Progress
 from trainer.rendezvous import Process
 from trainer.rotation import settle
@@ -66,6 +69,7 @@ class Snapshots:
     origin: Origin
     events: EventLog
     failpoints: Failpoints
+    partial: PartialExperts | None = None  # in mode pec, also after it has turned exact
     protection: Protection | None = None
     client: KeeperClient | None = None
     capturer: Capturer | None = None
@@ -73,6 +77,7 @@ class Snapshots:
     committed: int = -1  # the newest step that all ranks are known to have sealed
     stall: Stall = field(default_factory=Stall)
     _captured: int = -1
+    _last_extras: dict[str, bytes] = field(default_factory=dict)
 
     # -- recovery ------------------------------------------------------------------------------------------------
 
@@ -81,9 +86,8 @@ class Snapshots:
         self.events.write("recover_begin")
         enabled = self.recipe.checkpoint.memory.enabled
         redo = Redo(self.zero_optimizer.optimizer)
-        pinning = self.capturer.pinning if self.capturer is not None else None
-        pin = pinning.pin if pinning is not None else lambda slot: None
-        halfway = partial(self.failpoints.reached, "recovery")
+        pin = self.capturer.pinning.pin if self.capturer is not None else lambda slot: None
+        halfway = functools.partial(self.failpoints.reached, "recovery")
         target = Target(self.buffers, self.process.coordinate, redo, pin=pin, halfway=halfway)
         place = checkpoints_of(self.recipe, self.run_dir)
         recovery = Recovery(self.client, self.run_dir, target, enabled, self.origin.recipe, place)
@@ -99,6 +103,7 @@ class Snapshots:
         if self.process.rank == 0:
             print(f"recovery: {plan.reason}", flush=True)
             self.events.write("recovery_plan", step=plan.step, tier=plan.tier, reason=plan.reason)
+        ages = self._report_ages(recovery, plan) if self.partial is not None else {}
         extras = recovery.apply(plan)
         if target.applied and self.process.rank == 0:
             print(f"recovery: steps {target.applied[0]} to {target.applied[-1]} redone from the log", flush=True)
@@ -111,12 +116,13 @@ class Snapshots:
             begin_from(self, progress)
         if self.tap is not None:
             self.tap.recount()
-            if recovery.tier != "memory":
-                self._begin_window(progress)
-            else:
-                self._renew(target, progress)
-        if pinning is not None:
-            pinning.pin_rest()
+        replaced = self._decide(plan, extras, ages) if self.partial is not None else False
+        if replaced or (recovery.tier != "memory" and (self.tap is not None or self._lossy)):
+            self._begin_window(progress)
+        elif self.tap is not None:
+            self._renew(target, progress)
+        if self.capturer is not None:
+            self.capturer.pinning.pin_rest()
         self.committed = plan.step
         self.events.write("recovered", step=plan.step, tier=plan.tier, redone=target.applied)
         return plan
@@ -127,7 +133,7 @@ class Snapshots:
         return everyone
 
     def _begin_window(self, progress: Progress) -> None:
-        """A log is worth nothing without bases: capture the state whole before the first step."""
+        """Neither a log nor some experts are worth anything without the rest: capture all before the first step."""
         assert self.capturer is not None
         assert self.protection is not None
         self._captured = progress.step
@@ -141,6 +147,50 @@ class Snapshots:
         if fragments:
             self._captured = progress.step
             self.capturer.start(progress.step, self._extras(progress), -1, fragments)
+
+    def _report_ages(self, recovery: Recovery, plan: RecoveryPlan) -> dict[ExpertRef, int]:
+        """As of which step every expert will be restored: a part of the plan, so said before it is carried out."""
+        ages: dict[ExpertRef, int] = {}
+        for theirs in self._gather(recovery.expert_steps(plan)):
+            for ref, step in theirs.items():
+                ages[ref] = min(step, ages.get(ref, step))
+        lines = Ages(ages).lines(plan.step)
+        if self.process.rank == 0 and ages:
+            print("\n".join(f"recovery: {line}" for line in lines), flush=True)
+            self.events.write("expert_ages", step=plan.step, tier=plan.tier, lines=lines)
+        return ages
+
+    def _decide(self, plan: RecoveryPlan, extras: dict[str, bytes], ages: dict[ExpertRef, int]) -> bool:
+        """Count what the recovery lost and decide how to go on. Returns whether memory was replaced by an empty one."""
+        partial, client = self.partial, self.client
+        assert partial is not None
+        assert client is not None
+        before = (partial.exact, partial.meter.k)
+        if plan.tier != "fresh":
+            partial.recovered(plan.step, extras, ages)
+        stored = partial.exact
+        decision = partial.decide()
+        if self.process.rank == 0:
+            print(f"partial experts: {decision.reason}", flush=True)
+            self.events.write("plt", step=max(plan.step, 0), reason=decision.reason, **partial.figures())
+            if partial.exact != stored or (plan.tier == "fresh" and partial.exact):
+                self.events.write("mode_changed", step=max(plan.step, 0), mode=partial.exact, reason=decision.reason)
+        settled = before == (partial.exact, partial.meter.k)
+        if not settled:
+            self.protection = _protect(self)
+        wanted = self.protection
+        assert wanted is not None
+        differs = client.arena.shape != wanted.shape or client.rules != wanted.rules
+        replace = any(self._gather(differs))
+        if replace or not settled:
+            assert self.capturer is not None
+            self.capturer.close()
+            if replace:
+                client.reshape(wanted.shape, wanted.rules)
+            self.capturer = Capturer(client, self.buffers, wanted.log, reached=self.failpoints.reached)
+        if replace:
+            dist.barrier()  # from here on the former memory is freed when all hold a step in the new
+        return replace
 
     # -- the training step ---------------------------------------------------------------------------------------
 
@@ -160,6 +210,9 @@ class Snapshots:
         log = self.tap.take() if self.tap is not None else None
         if self.capturer is None or self.protection is None:
             return
+        if self._lossy:
+            self._capture_experts(step, progress)
+            return
         whole = self._due_whole(step)
         if log is None and not whole:
             return
@@ -169,6 +222,50 @@ class Snapshots:
         )
         self._captured = step
 
+    @property
+    def _lossy(self) -> bool:
+        return self.partial is not None and self.partial.exact is None
+
+    def _capture_experts(self, step: int, progress: Progress) -> None:
+        """What is no expert's, and the experts whose turn it is. A collective."""
+        partial, protection = self.partial, self.protection
+        assert partial is not None
+        assert protection is not None
+        assert protection.experts is not None
+        assert self.capturer is not None
+        if not partial.is_due(step):
+            return
+        chosen = partial.capture(step)
+        on_disk = protection.experts.numbers(partial.persist(step)) if partial.is_due_on_disk(step) else []
+        if step == self.recipe.train.steps and self.recipe.checkpoint.disk.final:
+            on_disk = []  # the last step is completed before it is written
+        fragments = protection.experts.of(chosen)
+        self.events.write("pec_bytes", step, bytes=protection.experts.nbytes(chosen), experts=len(chosen))
+        self._last_extras = self._extras(progress)
+        self.capturer.start(step, self._last_extras, self.committed, fragments, persist=on_disk)
+        self._captured = step
+
+    def _capture_the_rest(self) -> None:
+        """What the last step's capture left out, in turns that fit the memory: the run ends with nothing lost."""
+        partial, protection, capturer = self.partial, self.protection, self.capturer
+        step = self._captured
+        assert partial is not None
+        assert protection is not None
+        assert protection.experts is not None
+        assert capturer is not None
+        assert self.client is not None
+        rest = partial.left_out(step)
+        if not rest or not self._last_extras:
+            return
+        partial.capture_rest(step)
+        fragments = protection.experts.of(rest)[protection.experts.fresh :]
+        turn = max(1, (protection.shape.base.count - len(protection.fragments)) // 2)
+        for at in range(0, max(len(fragments), 1), turn):
+            extras = self._last_extras | partial.extras()
+            capturer.start(step, extras, step, fragments[at : at + turn], persist=[])
+            capturer.wait_copied()
+        self.client.quiesce()  # sealed, too
+
     def _due_whole(self, step: int) -> bool:
         memory, disk = self.recipe.checkpoint.memory, self.recipe.checkpoint.disk
         for_disk = (disk.every > 0 and step % disk.every == 0) or (disk.final and step == self.recipe.train.steps)
@@ -176,7 +273,8 @@ class Snapshots:
         return for_disk or for_memory or (self.tap is None and step == self.recipe.train.steps)
 
     def _extras(self, progress: Progress) -> dict[str, bytes]:
-        return {**self.extras(progress), "origin": self.origin.dump()}
+        partial = self.partial.extras() if self.partial is not None else {}
+        return {**self.extras(progress), **partial, "origin": self.origin.dump()}
 
     def extras(self, progress: Progress) -> dict[str, bytes]:
         progress.optimizer_steps = self.tap.counts if self.tap is not None else optimizer_steps(self.zero_optimizer)
@@ -195,6 +293,9 @@ class Snapshots:
         self.capturer.wait_copied()
         self.capturer.wait_sealed(self._captured)
         dist.barrier()
+        if self._lossy and self.recipe.checkpoint.disk.final:
+            self._capture_the_rest()
+            dist.barrier()
         self.client.finish(persist=self.recipe.checkpoint.disk.final and self._captured >= 0)
         self.capturer.close()
 
@@ -208,12 +309,15 @@ def open_snapshots(
     failpoints: Failpoints,
     origin: Origin,
     board: Board | None = None,
+    partial: PartialExperts | None = None,
 ) -> Snapshots:
     """Attach to the node's keeper, starting one if there is none, and register this worker's state."""
     buffers = zero_buffers(zero_optimizer)
     checkpoint = recipe.checkpoint
     writes = checkpoint.disk.every > 0 or checkpoint.disk.final
-    snapshots = Snapshots(recipe, process, run_dir, zero_optimizer, buffers, origin, events, failpoints)
+    snapshots = Snapshots(recipe, process, run_dir, zero_optimizer, buffers, origin, events, failpoints, partial)
+    if partial is not None:
+        partial.decide()  # said with the recovery, which may change it
     if not (checkpoint.memory.enabled or writes):
         return snapshots
     protection = _protect(snapshots)
@@ -234,6 +338,7 @@ def open_snapshots(
         kill=failpoints.keeper_kill(),
         disk_fault=failpoints.disk_fault(),
         board=board,
+        any_shape=partial is not None,
         populate=process.device.type != "cuda",
     )
     snapshots.protection, snapshots.client = protection, client
@@ -246,9 +351,15 @@ def _protect(snapshots: Snapshots) -> Protection:
     checkpoint = snapshots.recipe.checkpoint
     if not checkpoint.memory.enabled:
         return dense(snapshots.buffers, generations=2)
-    if checkpoint.mode == "dense":
+    partial, mode = snapshots.partial, checkpoint.mode
+    if partial is not None:
+        mode = partial.exact or "pec"
+    if mode == "dense":
         return dense(snapshots.buffers, generations=4 if checkpoint.disk.every > 0 else 3)
-    snapshots.tap = GradientTap(snapshots.zero_optimizer)
+    if mode == "pec":
+        assert partial is not None
+        return pec(snapshots.buffers, partial.experts, partial.meter.k, partial.sequential, checkpoint.disk.every > 0)
+    snapshots.tap = snapshots.tap or GradientTap(snapshots.zero_optimizer)
     disk = checkpoint.disk.every > 0 or checkpoint.disk.final
     width = DTYPE_BYTES[snapshots.tap.dtype]
     partition = Partition(sum(b.tensor.numel() for b in snapshots.buffers) // 3, width, disk)

@@ -28,6 +28,7 @@ from trainer.events import EventLog, read_events
 from trainer.failpoints import Failpoints, place_failpoints
 from trainer.loop import Run, fit
 from trainer.origin import Origin
+from trainer.partial_experts import open_partial
 from trainer.phases import Phases, longest_deadline_s
 from trainer.recipe import RecipeError, check_world, load_recipe
 from trainer.refusal import is_users_mistake, refuse
@@ -136,12 +137,15 @@ def prepare(
     if process.rank == 0 and not (run_dir / "tokenizer").exists():
         shutil.copytree(data.tokenizer_dir, run_dir / "tokenizer", dirs_exist_ok=True)
     model, blocks = build_model(recipe, process, data.vocab_size)
-    meter = RoutingMeter()
+    meter = RoutingMeter(drained=recipe.checkpoint.mode == "pec")
     observe_gates(blocks, meter, recipe.model.router_aux_loss_coef)
     engine = create_engine(model, recipe, training_dtype(recipe, process.device), recipe.accumulation)
     inner = engine.optimizer.optimizer
     origin = Origin.of(recipe, process, data.key, inner)
-    snapshots = open_snapshots(recipe, process, run_dir, engine.optimizer, events, failpoints, origin, phases.board)
+    partial = open_partial(recipe, process, run_dir, events, blocks, meter)
+    snapshots = open_snapshots(
+        recipe, process, run_dir, engine.optimizer, events, failpoints, origin, phases.board, partial
+    )
     watch = AdapterWatch(model) if recipe.adapter else None
     run = Run(recipe, process, run_dir, data, engine, snapshots, events, failpoints, meter, phases, watch)
     place_failpoints(run, model, [block.experts for block in blocks], inner)

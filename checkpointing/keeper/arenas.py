@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from checkpointing.carry import Selection
 from checkpointing.keeper.loop import Connection
 from checkpointing.keeper.protocol import Message
 from checkpointing.records import Kind, RecordError, State, begin, parts_of, read_header, set_state, state_of
 from checkpointing.schedule import WHOLE, Held, Rules, is_superseded, needed_for, newest_bases, restorable_steps
 from checkpointing.slots import Arena, ArenaShape
+
+_REMEMBERED = 8  # steps whose selection for the disk is kept
 
 
 @dataclass
@@ -79,6 +82,8 @@ class Keep:
     tensors: Message = field(default_factory=dict)
     metadata: Message = field(default_factory=dict)
     partitions: str = ""
+    former: Keep | None = None  # memory that this one replaces as soon as it holds a step
+    for_disk: dict[int, list[int] | None] = field(default_factory=dict)  # step -> parts to write anew; None: all
 
     def __post_init__(self) -> None:
         places = self.arena.shape.slots()
@@ -87,6 +92,22 @@ class Keep:
     @property
     def shape(self) -> ArenaShape:
         return self.arena.shape
+
+    def note_for_disk(self, step: int, parts: list[int] | None) -> None:
+        """The parts that a checkpoint of ``step`` is to hold anew, None for all."""
+        self.for_disk = {**dict(list(self.for_disk.items())[-_REMEMBERED:]), step: parts}
+
+    def unwritten(self) -> list[int]:
+        """Steps that may be written if they are due, newest first."""
+        return [step for step in sorted(self.for_disk, reverse=True) if self.for_disk[step] != []]
+
+    def asked(self, step: int) -> None:
+        """A write of ``step`` was asked for: no older one will be."""
+        self.for_disk = {other: parts for other, parts in self.for_disk.items() if other > step}
+
+    def selection(self, step: int, due: bool) -> Selection:
+        """What a write of ``step`` holds anew in mode ``pec``: all that memory has, unless it is an ordinary one."""
+        return Selection(self.rules.fresh, self.for_disk.get(step) if due else None)
 
     def scan(self, held: Mapping[int, int]) -> list[Slot]:
         """Read the slots of an arena that another keeper left; returns the sealed ones, which are still to be verified.
@@ -120,6 +141,7 @@ class Keep:
         for slot in self.slots:
             if slot.sealed and slot.step > after_step:
                 slot.free()
+        self.for_disk = {}
         self.abandon()
 
     def sealed_records(self) -> list[Held]:
@@ -138,8 +160,8 @@ class Keep:
         return [slot for slot in self.slots if slot.sealed and slot.held in needed]
 
     def is_whole(self, step: int) -> bool:
-        """Whether a step can be restored without a log: all its bases are of that very step."""
-        return step in self.steps() and all(slot.step == step for slot in self.of_step(step))
+        """Whether a step can be restored without a log: all its bases are of that very step, or need not be."""
+        return step in self.steps() and (self.rules.lossy or all(slot.step == step for slot in self.of_step(step)))
 
     def choose(self, kinds: Sequence[Kind], committed: int, giving_way: Collection[int] = ()) -> list[Slot] | None:
         """Slots of these kinds, in their order, that may be overwritten; None if not all can be had.
@@ -176,7 +198,8 @@ class Keep:
         """Note that a slot was sealed; it replaces an earlier record of the same."""
         slot.parts = parts_of(slot.view, read_header(slot.view))
         for other in self.slots:
-            if other is not slot and other.sealed and other.held == slot.held:
+            same = other.step == slot.step and other.kind is slot.kind and other.parts == slot.parts
+            if same and other is not slot and other.sealed:
                 other.free()
         slot.state = State.SEALED
 

@@ -30,7 +30,6 @@ from checkpointing.slots import Arena, ArenaShape
 _HANDSHAKES = 5
 _DYING_S = 5.0
 _FINISH_S = 600.0
-_STOP_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,6 @@ class KeeperClient:
         self.disk_step = -1
         self.keeper_pid = -1
         self._hello = hello
-        self._shape = ArenaShape.from_list(hello["shape"])
         self._lock = threading.Lock()
         self._pending: dict[int, tuple[Message, Future[tuple[Message, list[int]]]]] = {}
         self._held: dict[int, int] = {}
@@ -99,6 +97,7 @@ class KeeperClient:
         node_coordinates: Sequence[str] | None = None,
         disk_fault: Mapping[str, Any] | None = None,
         board: Board | None = None,
+        any_shape: bool = False,
     ) -> KeeperClient:
         """Attach this worker to the run's keeper, starting one if none lives.
 
@@ -112,6 +111,7 @@ class KeeperClient:
                 a reader prove that the unit is whole.
             populate: map every page now; where slots are pinned for a GPU, that does it, for those that are needed.
             partitions: how this worker's flat partitions lie, for whoever redoes its log from disk.
+            any_shape: take memory of another shape or rules as it is, if the keeper has such; see :meth:`reshape`.
             kill: a drill, ``{"at": "disk", "step": N, "pids": [pid or "keeper", ...]}``; ``disk_fault``: another.
             board: where this worker posts its phases; the keeper kills it when one takes too long.
         Raises KeeperRefused (another recipe, too little memory, coordinate taken) or KeeperError.
@@ -134,6 +134,7 @@ class KeeperClient:
             "kill": None if kill is None else dict(kill),
             "disk_fault": None if disk_fault is None else dict(disk_fault),
             "board": None if board is None else process_start_time(os.getpid()),
+            "any_shape": any_shape,
         }
         return cls(Path(run_dir).resolve(), hello, board, populate)
 
@@ -178,6 +179,30 @@ class KeeperClient:
         raise_if_error(answer)
         return Arena(fds[0], ArenaShape.from_list(answer["shape"]))
 
+    @property
+    def rules(self) -> Rules:
+        """How the records in this worker's memory belong together."""
+        return Rules(**self._hello["rules"])
+
+    def reshape(self, shape: ArenaShape, rules: Rules) -> None:
+        """Take other memory instead of the present; ``arena`` is then another, and nobody may use the former.
+
+        The keeper keeps the former until the new one holds a step that all workers of this machine can restore, and
+        goes back to it if they die before. If there is not enough memory for both, the former is freed first.
+        Raises KeeperRefused if there is too little even then.
+        """
+        wanted = {"shape": shape.as_list(), "rules": asdict(rules)}
+        answer, fds = self._request({"op": "reshape", "released": False, **wanted}).result()
+        if raise_if_error(answer).get("release"):
+            self.arena.close()  # there is no room for both
+            answer, fds = self._request({"op": "reshape", "released": True, **wanted}).result()
+        raise_if_error(answer)
+        with self._lock:
+            self.arena.close()
+            self.arena = Arena(fds[0], shape, self._populate)
+            self._hello |= wanted
+        self.restored_step = -1
+
     def acquire(self, step: int, committed: int, bases: int = 1, least: int | None = None,
                 others: Sequence[Kind] = (Kind.EXTRAS,)) -> Grant:  # fmt: skip
         """Slots for a step's records; blocks while none may be overwritten (back-pressure).
@@ -197,8 +222,12 @@ class KeeperClient:
         slots = dict(zip(others, answer["others"], strict=True))
         return Grant(tuple(answer["bases"]), slots, answer["sequence"], answer["waited_s"])
 
-    def copied(self, step: int, grant: Grant) -> Future[None]:
-        """Say that the granted slots hold COPIED records; the future is done when the keeper has sealed them."""
+    def copied(self, step: int, grant: Grant, persist: Sequence[int] | None = None) -> Future[None]:
+        """Say that the granted slots hold COPIED records; the future is done when the keeper has sealed them.
+
+        ``persist``: the parts that a checkpoint on disk of this step holds anew (the others stay as the last one has
+        them); none: this step is not to be written yet; None: all.
+        """
         sealed: Future[None] = Future()
         indices = sorted([*grant.bases, *grant.others.values()])
 
@@ -213,7 +242,13 @@ class KeeperClient:
             else:
                 sealed.set_result(None)
 
-        self._request({"op": "copied", "step": step, "slots": indices}).add_done_callback(answered)
+        message = {
+            "op": "copied",
+            "step": step,
+            "slots": indices,
+            "persist": None if persist is None else list(persist),
+        }
+        self._request(message).add_done_callback(answered)
         return sealed
 
     def discard(self, after_step: int, from_memory: bool = True) -> None:
@@ -277,10 +312,11 @@ class KeeperClient:
         return future
 
     def _first_attach(self) -> tuple[Arena, socket.socket, Inbox]:
-        sock, inbox, fds = self._handshake({}, [])
-        return Arena(fds[0], self._shape, self._populate), sock, inbox
+        sock, inbox, answer, fds = self._handshake({}, [])
+        self._hello |= {"shape": answer["shape"], "rules": answer["rules"]}
+        return Arena(fds[0], ArenaShape.from_list(answer["shape"]), self._populate), sock, inbox
 
-    def _handshake(self, also: Message, fds: Sequence[int]) -> tuple[socket.socket, Inbox, list[int]]:
+    def _handshake(self, also: Message, fds: Sequence[int]) -> tuple[socket.socket, Inbox, Message, list[int]]:
         """Attach on a new connection. A keeper that is just dying may still accept one: then wait for its end."""
         for tries_left in range(_HANDSHAKES - 1, -1, -1):
             sock, info = connect_or_start(self.run_dir, self._hello["fingerprint"], self._hello["linger_s"])
@@ -299,7 +335,7 @@ class KeeperClient:
             if "error" in answer:
                 sock.close()
             raise_if_error(answer)
-            return sock, inbox, received
+            return sock, inbox, answer, received
         raise AssertionError("unreachable")
 
     def _receive(self) -> None:
@@ -341,7 +377,7 @@ class KeeperClient:
         with self._lock:
             self._sock.close()
             held = {str(index): step for index, step in self._held.items()}
-            sock, inbox, fds = self._handshake({"held": held}, [self.arena.fd])
+            sock, inbox, _, fds = self._handshake({"held": held}, [self.arena.fd])
             for fd in fds:
                 os.close(fd)
             self._sock, self._inbox = sock, inbox

@@ -87,6 +87,7 @@ class Departure:
         if service.quiet.sealing:
             service.loop.set_timer("retire", _SEALING_POLL_S, lambda: self.retire(connection, request, fds))
             return
+        service.reshaping.undo()
         newest = service.committed()
         if service.disk is None and newest >= 0:
             connection.answer(request, {"ok": True, "stays": True, "on_disk": -1, "in_memory": newest, "problem": ""})

@@ -24,6 +24,8 @@ class Grants:
         keep = self._service.keep_of(connection)
         if keep.waiting is not None:
             raise KeeperRefused(f"{keep.coordinate} waits for slots already")
+        # Of the memory attached to now: whoever replaced it knows of no step until all hold one there.
+        self._service.reshaping.settle(request["committed"])
         keep.waiting = Waiting(connection, request, time.monotonic())
         if not self._grant(keep):
             self._service.event("backpressure", request["step"], coordinate=keep.coordinate,

@@ -1,4 +1,4 @@
-"""Re-verification of what the keeper holds: nothing is reported or adopted that does not match its checksum now."""
+"""What the keeper holds: nothing of it is reported or adopted that does not match its checksum now."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xxhash import xxh3_64_hexdigest
 
 from checkpointing.keeper.arenas import Keep, Slot
 from checkpointing.keeper.loop import Connection
-from checkpointing.keeper.protocol import Message
+from checkpointing.keeper.protocol import KeeperRefused, Message
 from checkpointing.records import PAGE, Header, RecordError, decode_table, read_header, verify
 
 if TYPE_CHECKING:
@@ -33,6 +33,22 @@ class Inventory:
         Not while a capture is being sealed: it may be what makes a step complete.
         """
         self._service.quiet.then(lambda: self._take(connection, request), writes=False)
+
+    def give_arena(self, connection: Connection, request: Message, fds: list[int]) -> None:
+        keep = self._service.keeps.get(request["coordinate"])
+        if keep is None:
+            raise KeeperRefused(f"this keeper has no memory of {request['coordinate']}")
+        connection.answer(request, {"ok": True, "shape": keep.shape.as_list()}, [keep.arena.fd])
+
+    def status(self, connection: Connection, request: Message, fds: list[int]) -> None:
+        keeps = {
+            keep.coordinate: {"attached": keep.connection is not None, "pid": keep.pid, "steps": sorted(keep.steps())}
+            for keep in self._service.keeps.values()
+        }
+        persister = self._service.persister
+        writing = persister.running.step if persister.running is not None else None
+        disk = persister.health.status() | {"place": str(persister.directory)}
+        connection.answer(request, {"ok": True, "keeps": keeps, "writing": writing, "disk": disk})
 
     def verify_ahead(self) -> None:
         """A worker died: verify what the next attempt will ask for, while its workers still start."""

@@ -8,12 +8,14 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from checkpointing.carry import Older, Part, Selection, split
 from checkpointing.keeper.arenas import Slot
 from checkpointing.keeper.diskfault import DiskFault
 from checkpointing.keeper.faults import Faults
 from checkpointing.keeper.health import DiskHealth
 from checkpointing.keeper.launch import Lease
 from checkpointing.keeper.protocol import KeeperRefused
+from checkpointing.manifest import read_manifest
 from checkpointing.records import Kind, RecordError, payload_of, table_of, verify
 from checkpointing.recovery import RecoveryError
 from checkpointing.remote import LocationError
@@ -22,14 +24,13 @@ from checkpointing.store import (
     abandon_newer,
     clean_unfinished,
     list_checkpoints,
-    read_manifest,
     retain,
     set_aside,
     step_path,
     write_checkpoint,
 )
 from checkpointing.store import verify as verify_files
-from checkpointing.tensorfile import Section
+from checkpointing.tensorfile import Section, Written
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Persist:
     keep_last: int
     permanent_every: int
     partitions: Mapping[str, str]  # of each coordinate, how they lie
+    experts: Mapping[str, Selection]  # of each coordinate in mode pec, empty in others
 
 
 class Persister:
@@ -194,9 +196,17 @@ class Persister:
                 self._event("disk_kept", job.step, job.attempt, path=str(final))
                 return ""
             set_aside(final, "abandoned")
-        parts = {}
+        parts: dict[str, list[Section]] = {}
+        carried: dict[str, tuple[Place, Written]] = {}
+        older = Older.find(self.directory, job.step, job.metadata["recipe"]) if job.experts else None
         for coordinate, slots in job.slots.items():
-            parts[coordinate] = [self._part(job, coordinate, slot) for slot in slots]
+            sealed = [self._part(job, coordinate, slot) for slot in slots]
+            if coordinate in job.experts:
+                files, shared = split(job.step, coordinate, sealed, job.experts[coordinate], older)
+                parts |= files
+                carried |= shared
+            else:
+                parts[coordinate] = [part.section for part in sealed]
         write_checkpoint(
             self.directory,
             job.step,
@@ -205,6 +215,7 @@ class Persister:
             job.metadata,
             lambda written, total: self._progress(job, written, total),
             job.partitions,
+            carried,
         )
         nbytes = sum(entry.nbytes for records in parts.values() for part in records for entry in part.entries)
         self._event("disk_written", job.step, job.attempt,
@@ -218,14 +229,16 @@ class Persister:
             self._event("disk_removed", job.step, job.attempt, steps=removed)
         return ""
 
-    def _part(self, job: Persist, coordinate: str, slot: Slot) -> Section:
+    def _part(self, job: Persist, coordinate: str, slot: Slot) -> Part:
         try:
             header = verify(slot.view, self._hashers)
         except RecordError as error:
             raise RecordError(f"{coordinate}, slot {slot.index}: {error}; nothing was written") from None
         # Parts of a window, and its log, are of other steps than the checkpoint, and say so in their keys.
         own = header.kind is Kind.EXTRAS or (header.kind is Kind.BASE and header.step == job.step)
-        return Section(table_of(slot.view, header).entries, payload_of(slot.view, header), None if own else header.step)
+        table = table_of(slot.view, header)
+        section = Section(table.entries, payload_of(slot.view, header), None if own else header.step)
+        return Part(header.kind, header.step, table.parts, section)
 
     def _progress(self, job: Persist, written: int, total: int) -> None:
         self._check_lease()

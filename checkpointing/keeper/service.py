@@ -8,6 +8,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from checkpointing.keeper.memory import check_fits, create_memfd
 from checkpointing.keeper.persister import Persist, Persister, check_place
 from checkpointing.keeper.protocol import KeeperRefused, Message, TooLittleMemory, refusal
 from checkpointing.keeper.quiet import Quiet
+from checkpointing.keeper.reshaping import Reshaping
 from checkpointing.keeper.watch import Watch
 from checkpointing.records import State, seal, state_of
 from checkpointing.schedule import Rules
@@ -67,6 +69,7 @@ class Service:
         self.quiet = Quiet(self)
         self.departure = Departure(self)
         self.grants = Grants(self)
+        self.reshaping = Reshaping(self)
         self.loop = Loop(self._listen(), self.on_message, self.on_closed, self.on_signal)
         self.loop.install_signals()
         self.jobs = ThreadPoolExecutor(4, "job")
@@ -131,12 +134,13 @@ class Service:
         operations = {
             "attach": self.attach,
             "inventory": self.inventory.take,
-            "arena": self.give_arena,
+            "reshape": self.reshaping.take,
+            "arena": self.inventory.give_arena,
             "acquire": self.grants.acquire,
             "copied": self.copied,
             "discard": self.discard,
             "quiesce": self.quiet.answer,
-            "status": self.status,
+            "status": self.inventory.status,
             "finish": self.departure.finish,
             "stop": self.departure.stop,
             "retire": self.departure.retire,
@@ -183,6 +187,8 @@ class Service:
         self.watch.adopt(request, fds)
         coordinate, shape = request["coordinate"], ArenaShape.from_list(request["shape"])
         check_place(request["disk"])
+        if request["attempt"] > self.attempt:
+            self.reshaping.undo()
         keep = self.keeps.get(coordinate)
         if keep is not None:
             self._check_same(keep, shape, request, fds)
@@ -208,13 +214,14 @@ class Service:
                 refused = isinstance(problem, KeeperRefused)
                 connection.answer(request, refusal(problem) if refused else {"error": str(problem)})
                 return
-            self.keeps[coordinate] = Keep(coordinate, Arena(done.result(), shape))
+            rules = Rules(**request["rules"])
+            self.keeps[coordinate] = Keep(coordinate, Arena(done.result(), shape), rules=rules)
             self._enter(self.keeps[coordinate], connection, request, adopted=False)
 
         self.in_background(lambda: create_memfd(coordinate, shape.nbytes), allocated)
 
     def _check_same(self, keep: Keep, shape: ArenaShape, request: Message, fds: list[int]) -> None:
-        if keep.shape != shape:
+        if keep.shape != shape and not (request["any_shape"] and not fds):
             raise KeeperRefused(
                 f"{keep.coordinate}: this keeper's memory holds {keep.shape}, the worker wants {shape}; stop the "
                 "keeper first (planaria keeper stop RUN)"
@@ -252,7 +259,8 @@ class Service:
             keep.abandon()
         keep.connection, keep.pid, keep.attempt = connection, request["pid"], request["attempt"]
         keep.finished = False
-        keep.rules = Rules(**request["rules"])
+        if not request["any_shape"]:
+            keep.rules = Rules(**request["rules"])
         keep.tensors, keep.metadata = request["tensors"], request["metadata"]
         keep.partitions = request["partitions"]
         self.attempt = max(self.attempt, keep.attempt)
@@ -262,13 +270,8 @@ class Service:
         self.faults.arm(keep.coordinate, request.get("kill"))
         self.departure.attached()
         slots = [{"kind": s.kind, "state": s.state.name, "step": s.step} for s in keep.slots]
-        connection.answer(request, {"ok": True, "slots": slots}, [keep.arena.fd])
-
-    def give_arena(self, connection: Connection, request: Message, fds: list[int]) -> None:
-        keep = self.keeps.get(request["coordinate"])
-        if keep is None:
-            raise KeeperRefused(f"this keeper has no memory of {request['coordinate']}")
-        connection.answer(request, {"ok": True, "shape": keep.shape.as_list()}, [keep.arena.fd])
+        answer = {"ok": True, "slots": slots, "shape": keep.shape.as_list(), "rules": asdict(keep.rules)}
+        connection.answer(request, answer, [keep.arena.fd])
 
     # Slots
 
@@ -296,6 +299,7 @@ class Service:
         fresh = [slot for slot in slots if slot.state is State.WRITING]
         for slot in fresh:
             slot.state = State.COPIED
+        keep.note_for_disk(step, request.get("persist"))
 
         def work() -> None:
             self.faults.before_seal(step, keep.coordinate)
@@ -320,8 +324,9 @@ class Service:
             self.faults.reached("sealed", step, keep.coordinate)
             connection.answer(request, {"ok": True, "step": step})
             # What an earlier attempt's worker left half sealed must not be written while others recover.
-            if self.is_due(step) and keep.attempt == self.attempt:
-                self.persist(step, whole=True)
+            if keep.attempt == self.attempt:
+                self._persist_due(keep, step)
+        self.reshaping.settle(self.committed())
         self.grants.serve()
         self.quiet.check()
 
@@ -333,15 +338,6 @@ class Service:
         connection.answer(request, {"ok": True, "newest": keep.newest()})
         self.grants.serve()
 
-    def status(self, connection: Connection, request: Message, fds: list[int]) -> None:
-        keeps = {
-            keep.coordinate: {"attached": keep.connection is not None, "pid": keep.pid, "steps": sorted(keep.steps())}
-            for keep in self.keeps.values()
-        }
-        writing = self.persister.running.step if self.persister.running is not None else None
-        disk = self.persister.health.status() | {"place": str(self.persister.directory)}
-        connection.answer(request, {"ok": True, "keeps": keeps, "writing": writing, "disk": disk})
-
     # Disk
 
     def is_due(self, step: int) -> bool:
@@ -349,14 +345,25 @@ class Service:
         due = bool(every) and step > 0 and step % every == 0 and not self.departure.reason
         return due and self.persister.health.ready(step)
 
-    def persist(self, step: int, whole: bool = False) -> None:
-        """Write a step if the whole job can restore it from here (``whole``: without a log) and it is not under way."""
+    def _persist_due(self, keep: Keep, sealed: int) -> None:
+        """Write a due step that is complete now. In mode ``pec`` older experts may be sealed after its own records."""
+        for step in keep.unwritten() if keep.rules.lossy else [sealed]:
+            if not self.is_due(step):
+                keep.for_disk.pop(step, None)
+            elif self.persist(step, whole=True):
+                for other in self.keeps.values():
+                    other.asked(step)
+                return
+
+    def persist(self, step: int, whole: bool = False) -> bool:
+        """Write a step if the whole job can restore it from here (``whole``: without a log) and it is not under way.
+        Returns whether it will be."""
         keeps = [self.keeps.get(c) for c in self.job]
         if not keeps or self.persister.knows(step) or any(k is None or step not in k.steps() for k in keeps):
-            return
+            return False
         held = [keep for keep in keeps if keep is not None]
         if whole and not all(keep.is_whole(step) for keep in held):
-            return
+            return False
         tensors: Message = {}
         metadata: Message = {}
         for keep in sorted(held, key=lambda k: k.coordinate, reverse=True):
@@ -369,10 +376,15 @@ class Service:
         if permanent_every and step % permanent_every == 0:
             metadata["permanent"] = True
         partitions = {keep.coordinate: keep.partitions for keep in held if keep.partitions}
-        job = Persist(step, self.attempt, slots, tensors, metadata, keep_last, permanent_every, partitions)
-        self.persister.submit(job)
+        experts = {keep.coordinate: keep.selection(step, whole) for keep in held if keep.rules.lossy}
+        metadata |= {"lossy": True} if experts else {}
+        self.persister.submit(
+            Persist(step, self.attempt, slots, tensors, metadata, keep_last, permanent_every, partitions, experts)
+        )
+        return True
 
     def persist_newest(self) -> int:
+        self.reshaping.undo()
         common = [self.keeps[c].steps() for c in self.job if c in self.keeps]
         steps = set.intersection(*common) if len(common) == len(self.job) and common else set()
         if steps:
@@ -380,6 +392,7 @@ class Service:
         return max(steps, default=-1)
 
     def on_persisted(self, job: Persist, problem: str) -> None:
+        self.reshaping.sweep()
         self.grants.serve()
         self.departure.written(job.step, problem)
         self.quiet.check()

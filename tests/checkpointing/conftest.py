@@ -20,7 +20,8 @@ from checkpointing.capture import Capturer
 from checkpointing.keeper.client import KeeperClient
 from checkpointing.keeper.control import stop_keeper
 from checkpointing.keeper.launch import is_alive, read_info
-from checkpointing.protection import dense, wal
+from checkpointing.partial import Experts, select
+from checkpointing.protection import dense, pec, wal
 from checkpointing.recover import Recovery
 from checkpointing.recovery import RecoveryPlan, plan_recovery
 from checkpointing.redo import Redo
@@ -28,7 +29,8 @@ from checkpointing.restore import Target
 from checkpointing.state.buffers import StateBuffer, StateSpan
 from checkpointing.state.gradients import StepLog, settings_of
 from checkpointing.state.partitions import describe_partitions
-from checkpointing.units import Range
+from checkpointing.units import Range, expert_of
+from moe.refs import ExpertRef
 
 FINGERPRINT = "0123456789abcdef"
 UNIT = "L00.E003.down_proj"
@@ -218,6 +220,70 @@ class WalJob(Job):
                 capturer.wait_sealed(step)
 
 
+@dataclass
+class PecJob(Job):
+    """Workers that hold two of four experts of each of two layers, captured ``k`` of a layer at a time."""
+
+    k: int = 1
+    k_persist: int = 1
+    experts: Experts = field(default_factory=lambda: Experts((0, 1), 4, ep=2))
+
+    def make_state(self) -> None:
+        self.buffers = [self._buffers(rank) for rank in range(self.world)]
+        self.protections = [pec(buffers, self.experts, self.k, True, bool(self.disk)) for buffers in self.buffers]
+
+    def _buffers(self, rank: int) -> list[StateBuffer]:
+        torch.manual_seed(rank)
+        buffers = []
+        for kind in ("master", "exp_avg"):
+            own = (StateSpan(Range("model.embed.weight", kind, 900 * rank, 900 * rank + 900), 0),)
+            mine = [f"L{layer:02d}.E{2 * rank + i:03d}.up" for layer in (0, 1) for i in (0, 1)]
+            spans = tuple(StateSpan(Range(unit, kind, 0, 300), 300 * i) for i, unit in enumerate(mine))
+            buffers += [
+                StateBuffer(f"group0.{kind}", torch.randn(910), own),
+                StateBuffer(f"group1.{kind}", torch.randn(1200), spans),
+            ]
+        return buffers
+
+    def begin(self) -> None:
+        super().begin()
+        for rank, capturer in enumerate(self.capturers):
+            if capturer.sealed_step < 0:
+                capturer.start(0, extras(rank, 0), -1, self.protections[rank].fragments)
+        self.history.setdefault(0, self.state())
+        for capturer in self.capturers:
+            capturer.wait_copied()
+
+    def step(self, step: int, wait: bool = True, whole_on_disk: bool = False) -> None:
+        committed = min(c.sealed_step for c in self.capturers)
+        chosen = select(self.experts, step, self.k)
+        every = self.disk["every"] if self.disk else 1
+        kept = list(self.experts.all()) if whole_on_disk else select(self.experts, step // every, self.k_persist)
+        for rank, (buffers, capturer) in enumerate(zip(self.buffers, self.capturers, strict=True)):
+            torch.manual_seed(100 * step + rank)
+            for buffer in buffers:
+                buffer.tensor.copy_(torch.randn(buffer.tensor.numel()))
+            parts = self.protections[rank].experts
+            assert parts is not None
+            capturer.start(step, extras(rank, step), committed, parts.of(chosen), persist=parts.numbers(kept))
+        self.history[step] = self.state()
+        for capturer in self.capturers:
+            capturer.wait_copied()
+        if wait:
+            for capturer in self.capturers:
+                capturer.wait_sealed(step)
+
+    def expected(self, step: int, ages: dict[ExpertRef, int]) -> list[list[bytes]]:
+        """The state at ``step`` with experts of these ages."""
+        return [
+            [
+                self.history[ages.get(ref, step) if (ref := expert_of(span.range.unit)) else step][rank][i]
+                for i, span in enumerate(span for buffer in self.buffers[rank] for span in buffer.spans)
+            ]
+            for rank in range(self.world)
+        ]
+
+
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Iterator[Path]:
     """A run folder; whatever keeper it has at the end of the test is ended."""
@@ -231,6 +297,11 @@ def run_dir(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def wal_job_class() -> type[WalJob]:
     return WalJob
+
+
+@pytest.fixture
+def make_pec_job(make_job: Callable[..., Job]) -> Callable[..., Job]:
+    return partial(make_job, PecJob)
 
 
 @pytest.fixture

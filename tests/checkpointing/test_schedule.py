@@ -42,7 +42,8 @@ def test_a_missing_log_hides_the_steps_behind_it_until_every_base_is_newer():
 
 def test_parts_of_different_ages_are_enough_only_where_loss_is_allowed():
     held = [Held(Kind.BASE, 4, (0,)), Held(Kind.BASE, 2, (1, 2)), Held(Kind.EXTRAS, 4), Held(Kind.EXTRAS, 5)]
-    assert restorable_steps(held, Rules(3, lossy=True)) == {4}
+    assert restorable_steps(held, Rules(3, fresh=1)) == {4}
+    assert restorable_steps(held, Rules(3, fresh=2)) == set()
     assert restorable_steps(held, Rules(3)) == set()
 
 

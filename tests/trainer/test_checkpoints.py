@@ -273,14 +273,14 @@ def test_ages_are_round() -> None:
 
 
 def test_old_manifests_without_a_date_are_listed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from checkpointing.store import _manifest_checksum
+    from checkpointing.manifest import manifest_checksum
 
     path = run / "checkpoints" / "step-2" / "manifest.json"
     manifest = json.loads(path.read_text())
     del manifest["written_at"]
     for facts in manifest["files"].values():
         del facts["tensors"]
-    path.write_text(json.dumps(manifest | {"checksum": _manifest_checksum(manifest)}))
+    path.write_text(json.dumps(manifest | {"checksum": manifest_checksum(manifest)}))
     assert main(["checkpoint", "ls", str(run)]) == 0
     assert capsys.readouterr().out.splitlines()[2].split()[-2:] == ["disk", "whole"]
     assert main(["checkpoint", "verify", str(run), "2"]) == 0
