@@ -18,7 +18,6 @@ import torch
 
 from checkpointing.deepspeed_format import (
     DeepSpeedFolder,
-    ModelFacts,
     described_tensors,
     optimizer_step,
     read_folder,
@@ -26,9 +25,8 @@ from checkpointing.deepspeed_format import (
     saved_weights,
     state_buffers,
     weights_dtype,
-    write_model,
-    write_rank,
 )
+from checkpointing.deepspeed_writer import ModelFacts, write_model, write_rank
 from checkpointing.materialise import sections_of, whole
 from checkpointing.resize import load_resized
 from checkpointing.state.buffers import StateBuffer
