@@ -296,7 +296,9 @@ class Snapshots:
         if self._lossy and self.recipe.checkpoint.disk.final:
             self._capture_the_rest()
             dist.barrier()
-        self.client.finish(persist=self.recipe.checkpoint.disk.final and self._captured >= 0)
+        # What was restored counts, too: a run killed after its last capture has nothing more to capture.
+        kept = max(self._captured, self.committed) >= 0
+        self.client.finish(persist=self.recipe.checkpoint.disk.final and kept)
         self.capturer.close()
 
 

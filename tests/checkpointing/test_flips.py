@@ -74,7 +74,8 @@ class Keeper:
 
     def client(self):
         client = SimpleNamespace(_ask=self._ask, quiesce=lambda: None, disk_step=-1, arena_of=self._arena_of,
-                                 discard=lambda step, from_memory: None)  # fmt: skip
+                                 discard=lambda step, from_memory: None,
+                                 rules=next(iter(self.keeps.values())).rules)  # fmt: skip
         client.inventory = lambda: KeeperClient.inventory(client)
         return client
 

@@ -132,7 +132,9 @@ DISK = {"every": 4, "keep_last": 2}
 
 def test_whole_steps_go_to_disk_while_the_rotation_goes_on(run_dir, make_wal_job, events, wait_until):
     job = make_wal_job(rotation=3, disk=DISK, whole=(4, 8, 12))
-    job.run(*range(1, 14))
+    for step in range(1, 14):
+        job.run(step)
+        wait_until(lambda step=step: step % 4 or step in [s for s, _ in list_checkpoints(run_dir / "checkpoints")])
     wait_until(lambda: [s for s, _ in list_checkpoints(run_dir / "checkpoints")] == [8, 12])
     assert all(Checkpoint.open(path).is_whole for _, path in list_checkpoints(run_dir / "checkpoints"))
     assert not events("backpressure")
