@@ -26,8 +26,6 @@ from checkpointing.state.fragments import META_BYTES, Fragment, LogLayout
 from checkpointing.state.gradients import StepLog
 
 _PIECE = 64 << 20
-# Pieces: a training step that reads something back waits behind those that are under way, and no longer.
-_IN_FLIGHT = 2
 _SIGN_OF_LIFE_S = 5.0
 Reached = Callable[[str, int], None]
 Move = tuple[torch.Tensor, torch.Tensor]
@@ -74,6 +72,9 @@ class Capturer:
         reached: a drill's failpoint, called with ("copy", step) before a capture's first byte is copied, ("capture",
             step) when half of them are, ("copied", step) when all are and the records say so, ("told", step) when the
             keeper has been told.
+        in_flight: on a GPU, how many pieces may be queued at a time; None: all at once. A training step that reads
+            something back to the host waits behind those that are queued, so bound them if it does that between two
+            optimizer steps; but for each bound piece this thread takes the interpreter lock from the training thread.
     """
 
     def __init__(
@@ -82,9 +83,11 @@ class Capturer:
         buffers: Sequence[StateBuffer],
         log: LogLayout | None = None,
         reached: Reached | None = None,
+        in_flight: int | None = None,
     ) -> None:
         self._client, self._buffers, self._log = client, buffers, log
         self._reached = reached or (lambda point, step: None)
+        self._in_flight = in_flight
         devices = {b.tensor.device for b in buffers if b.tensor.is_cuda}
         assert len(devices) <= 1, "one worker's state lies on one device"
         self._device = next(iter(devices), None)
@@ -247,14 +250,15 @@ class Capturer:
             return
         assert job.event is not None
         # Blocking events sleep; others would spin on a core that launches kernels.
-        under_way = [torch.cuda.Event(blocking=True) for _ in range(_IN_FLIGHT)]
+        under_way = [torch.cuda.Event(blocking=True) for _ in range(self._in_flight or 1)]
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             self._stream.wait_event(job.event)
             for number, (source, target) in enumerate(moves):
                 if number == half:
                     self._reached("capture", job.step)
-                copied = under_way[number % _IN_FLIGHT]
-                copied.synchronize()  # at once, if it was never recorded
+                copied = under_way[number % len(under_way)]
+                if self._in_flight is not None:
+                    copied.synchronize()  # at once, if it was never recorded
                 target.copy_(source, non_blocking=True)
                 copied.record(self._stream)
         for copied in under_way:

@@ -187,7 +187,7 @@ class Snapshots:
             self.capturer.close()
             if replace:
                 client.reshape(wanted.shape, wanted.rules)
-            self.capturer = Capturer(client, self.buffers, wanted.log, reached=self.failpoints.reached)
+            self.capturer = _capturer(self, client, wanted)
         if replace:
             dist.barrier()  # from here on the former memory is freed when all hold a step in the new
         return replace
@@ -344,8 +344,14 @@ def open_snapshots(
         populate=process.device.type != "cuda",
     )
     snapshots.protection, snapshots.client = protection, client
-    snapshots.capturer = Capturer(client, buffers, protection.log, reached=failpoints.reached)
+    snapshots.capturer = _capturer(snapshots, client, protection)
     return snapshots
+
+
+def _capturer(snapshots: Snapshots, client: KeeperClient, protection: Protection) -> Capturer:
+    # Expert-parallel dispatch reads its splits back to the host in every layer; without it nothing is read.
+    in_flight = 2 if snapshots.recipe.parallel.ep > 1 else None
+    return Capturer(client, snapshots.buffers, protection.log, snapshots.failpoints.reached, in_flight)
 
 
 def _protect(snapshots: Snapshots) -> Protection:
