@@ -16,7 +16,7 @@ COMMANDS = re.findall(r"^planaria (.+?)(?:\s+#.*)?$", BLOCKS, flags=re.MULTILINE
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_of_the_readme_is_understood(command):
     words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', command)]
-    assert _parse(words).verb == words[0]
+    assert _parse(words).verb.split() == words[: len(_parse(words).verb.split())]
 
 
 def test_the_readme_names_commands_make_targets_and_files_that_exist():
