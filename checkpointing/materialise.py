@@ -68,8 +68,10 @@ def _device(checkpoint: Checkpoint, inexact: bool) -> str:
 
 
 def _settings(checkpoint: Checkpoint, coordinate: str) -> list[dict[str, Any]]:
-    """Of each parameter group, from the oldest log."""
+    """Of each parameter group, from the oldest log; a worker that was captured whole has none, and redoes nothing."""
     logs = [r for r in checkpoint.records if r.kind is Kind.LOG and r.source == coordinate]
+    if not logs:
+        return list(json.loads(read_metadata(checkpoint.file_of(coordinate))["partitions"])["groups"])
     oldest: RecordInfo = min(logs, key=lambda r: r.step)
     (meta,) = [e for e in oldest.entries if e.range.kind == "meta"]
     with checkpoint.file_of(coordinate).open("rb") as file:

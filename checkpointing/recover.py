@@ -34,6 +34,7 @@ class Recovery:
 
     Attributes:
         tier: where this rank's state was restored from, "fresh" before that.
+        unreadable: in words, why some of the disk tier could not be read; then no rank may go on without it.
         problems: in words, damaged checkpoints that were found and set aside, and those of another recipe.
     """
 
@@ -47,7 +48,7 @@ class Recovery:
         checkpoints: Place | None = None,
     ) -> None:
         self._checkpoints = checkpoints if checkpoints is not None else Path(run_dir) / "checkpoints"
-        self._unreadable = ""
+        self.unreadable = ""
         self._uses_memory, self._fingerprint = memory, fingerprint
         self._client, self._run_dir = client, Path(run_dir)
         # What lies in memory belongs together as whoever wrote it says.
@@ -123,15 +124,10 @@ class Recovery:
         """Restore the buffers to the plan's step and return this rank's extras; records newer than it are freed.
 
         For a fresh plan the buffers stay as they are and the extras are empty. Raises RecoveryError if bytes turn out
-        to be damaged: they are then set aside, and the next attempt will report without them. Nor is a run begun afresh
-        while the disk tier cannot be read.
+        to be damaged: they are then set aside, and the next attempt will report without them.
         """
         if not self._report:
             self.report()
-        if plan.tier == "fresh" and self._unreadable:
-            raise RecoveryError(
-                f"{self._unreadable}; starting afresh could cost what it holds: mend it, or change checkpoint.disk.url"
-            )
         extras = self._restore(plan) if plan.tier != "fresh" else {}
         if self._client is not None:
             self._client.discard(plan.step, from_memory=self.tier == "memory")
@@ -189,8 +185,8 @@ class Recovery:
                     arena.close()
 
     def _without(self, error: UnreachableError) -> None:
-        self._unreadable = f"{error.filename} cannot be read: {error.strerror}"
-        self.problems.append(self._unreadable)
+        self.unreadable = f"{error.filename} cannot be read: {error.strerror}"
+        self.problems.append(self.unreadable)
 
     def _set_aside(self, path: Place, problems: list[str]) -> None:
         # Without its manifest it is being removed, or another rank was quicker.

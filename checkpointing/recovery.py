@@ -231,6 +231,21 @@ def memory_suffices(reports: Sequence[tuple[Sequence[int], int]]) -> bool:
     return bool(common) and max(common) >= max(disk for _, disk in reports)
 
 
+def check_readable(plan: RecoveryPlan, unreadable: Sequence[str]) -> None:
+    """Raises RecoveryError if some rank could not read the disk tier and memory does not make up for it.
+
+    Going on from what the others see, be it an older step or afresh, would set newer checkpoints aside.
+
+    Args:
+        unreadable: for each rank, why; empty where all could be read.
+    """
+    blind = [problem for problem in unreadable if problem]
+    if blind and plan.tier != "memory":
+        raise RecoveryError(
+            f"{blind[0]}; going on without it could cost what it holds: mend it, or change checkpoint.disk.url"
+        )
+
+
 def _summary(reports: Sequence[Mapping[str, Sequence[int]]]) -> str:
     parts = []
     for tier in TIERS:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ def _settled(
     run_dir: Path,
     events: EventLog,
 ) -> int:
+    # What the recipe leaves open is known by now, and a GPU's steps are not a CPU's.
+    recipe = replace(recipe, parallel=replace(recipe.parallel, device=process.device.type))
     known: list[Any] = [None]
     if process.rank == 0:
         kept = [row[name] for row in read_events(run_dir) if row["kind"] == "schedule" and row.get(name)]

@@ -14,6 +14,7 @@ The order within step t, on every rank:
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,14 @@ from typing import Any
 import torch.distributed as dist
 
 from checkpointing.capture import Capturer
-from checkpointing.cost import Partition
+from checkpointing.cost import Partition, does_not_fit
 from checkpointing.keeper.client import KeeperClient
 from checkpointing.partial import Ages
 from checkpointing.phases import Board
 from checkpointing.protection import Protection, dense, pec, wal
 from checkpointing.records import DTYPE_BYTES
 from checkpointing.recover import Recovery
-from checkpointing.recovery import RecoveryPlan, memory_suffices, plan_recovery
+from checkpointing.recovery import RecoveryPlan, check_readable, memory_suffices, plan_recovery
 from checkpointing.redo import Redo
 from checkpointing.restore import Target
 from checkpointing.state.buffers import StateBuffer
@@ -41,6 +42,7 @@ from moe.refs import ExpertRef
 from trainer.begin_from import begin_from, data_order
 from trainer.events import EventLog
 from trainer.failpoints import Failpoints
+from trainer.mode_plan import budget_of
 from trainer.origin import Origin
 from trainer.partial_experts import PartialExperts
 from trainer.progress import Progress
@@ -100,6 +102,7 @@ class Snapshots:
         for problem in recovery.problems:
             print(f"recovery of {self.process.coordinate}: {problem}", flush=True)
         plan = plan_recovery(reports)
+        check_readable(plan, self._gather(recovery.unreadable))
         if self.process.rank == 0:
             print(f"recovery: {plan.reason}", flush=True)
             self.events.write("recovery_plan", step=plan.step, tier=plan.tier, reason=plan.reason)
@@ -245,26 +248,28 @@ class Snapshots:
         self.capturer.start(step, self._last_extras, self.committed, fragments, persist=on_disk)
         self._captured = step
 
-    def _capture_the_rest(self) -> None:
+    def _capture_the_rest(self, progress: Progress) -> None:
         """What the last step's capture left out, in turns that fit the memory: the run ends with nothing lost."""
         partial, protection, capturer = self.partial, self.protection, self.capturer
-        step = self._captured
+        step = max(self._captured, self.committed)  # restored at its last step, a run captures nothing more
         assert partial is not None
         assert protection is not None
         assert protection.experts is not None
         assert capturer is not None
         assert self.client is not None
         rest = partial.left_out(step)
-        if not rest or not self._last_extras:
+        if not rest:
             return
+        last = self._last_extras or self._extras(progress)
         partial.capture_rest(step)
         fragments = protection.experts.of(rest)[protection.experts.fresh :]
         turn = max(1, (protection.shape.base.count - len(protection.fragments)) // 2)
         for at in range(0, max(len(fragments), 1), turn):
-            extras = self._last_extras | partial.extras()
+            extras = last | partial.extras()
             capturer.start(step, extras, step, fragments[at : at + turn], persist=[])
             capturer.wait_copied()
-        self.client.quiesce()  # sealed, too
+        self.client.quiesce()
+        capturer.wait_sealed(step)  # raises what went wrong with it
 
     def _due_whole(self, step: int) -> bool:
         memory, disk = self.recipe.checkpoint.memory, self.recipe.checkpoint.disk
@@ -286,19 +291,22 @@ class Snapshots:
         """See :mod:`checkpointing.state.hash`. A collective."""
         return state_hash(self.buffers, self.extras(progress), self.process.coordinate)
 
-    def finish(self) -> None:
-        """Persist the last captured step, if there is one and the recipe wants it on disk, and let the keeper go."""
+    def finish(self, progress: Progress, keep: bool = True) -> None:
+        """Persist the last step, if there is one and the recipe wants it on disk, and let the keeper go.
+
+        Without ``keep`` nothing is written: the run had ended before.
+        """
         if self.capturer is None or self.client is None:
             return
         self.capturer.wait_copied()
         self.capturer.wait_sealed(self._captured)
         dist.barrier()
-        if self._lossy and self.recipe.checkpoint.disk.final:
-            self._capture_the_rest()
+        final = keep and self.recipe.checkpoint.disk.final
+        if self._lossy and final:
+            self._capture_the_rest(progress)
             dist.barrier()
         # What was restored counts, too: a run killed after its last capture has nothing more to capture.
-        kept = max(self._captured, self.committed) >= 0
-        self.client.finish(persist=self.recipe.checkpoint.disk.final and kept)
+        self.client.finish(persist=final and max(self._captured, self.committed) >= 0)
         self.capturer.close()
 
 
@@ -355,7 +363,17 @@ def _capturer(snapshots: Snapshots, client: KeeperClient, protection: Protection
 
 
 def _protect(snapshots: Snapshots) -> Protection:
-    """The recipe's mode, applied to this worker's state. Without a memory tier every capture is whole, for the disk."""
+    """The recipe's mode, applied to this worker's state. Raises BudgetError if it takes more than the recipe allows."""
+    protection, recipe = _protection(snapshots), snapshots.recipe
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", snapshots.process.world))
+    budget = budget_of(recipe, None, local)
+    if protection.shape.nbytes > budget:
+        raise does_not_fit(f"checkpoint.mode: {recipe.checkpoint.mode}", protection.shape.nbytes, budget)
+    return protection
+
+
+def _protection(snapshots: Snapshots) -> Protection:
+    """Without a memory tier every capture is whole, for the disk."""
     checkpoint = snapshots.recipe.checkpoint
     if not checkpoint.memory.enabled:
         return dense(snapshots.buffers, generations=2)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from checkpointing.keeper.protocol import KeeperRefused, TooLittleMemory
+from checkpointing.keeper.protocol import KeeperError, KeeperRefused, OtherMemory, TooLittleMemory
 from checkpointing.recovery import RecoveryError
 from checkpointing.state.extras import seed_streams
 from lora.watch import AdapterWatch
@@ -86,10 +86,10 @@ def _lost_peer(error: Exception) -> bool:
 
 def _say(error: Exception) -> int:
     rank = os.environ.get("RANK")
-    if isinstance(error, TooLittleMemory):
+    if isinstance(error, TooLittleMemory | OtherMemory):
         refuse(str(error))
         return USER_MISTAKE
-    if isinstance(error, RecoveryError | KeeperRefused):
+    if isinstance(error, RecoveryError | KeeperRefused | KeeperError):
         # What damaged bytes or a keeper that is still leaving call for is another attempt, which sees them set aside.
         print(f"rank {rank}: {error}", file=sys.stderr)
         return 1
@@ -119,7 +119,7 @@ def train(recipe: Recipe, process: Process, phases: Phases, times: dict[str, flo
     if plan.tier == "fresh" and finished:
         if process.rank == 0:
             print("this run has finished and kept no checkpoint; give log.run=NAME to train again", flush=True)
-        run.snapshots.finish()
+        run.snapshots.finish(run.progress, keep=False)
         return
     run.engine.module.train()
     fit(run)
@@ -190,6 +190,6 @@ def _finish(run: Run) -> None:
     digest = snapshots.state_hash(run.progress)
     if run.process.rank == 0:
         run.events.write("done", step=run.progress.step, state_hash=digest, consumed=run.progress.consumed)
-    snapshots.finish()
+    snapshots.finish(run.progress)
     if run.process.rank == 0:
         print(f"done: step {run.progress.step}, state hash {digest[:16]}, {time.monotonic() - started:.1f} s to close")

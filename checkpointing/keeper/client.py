@@ -260,12 +260,12 @@ class KeeperClient:
         """Say that this worker ended well, and wait until all local ones have and all writing is done.
 
         Returns the step that is on disk now, -1 if none was to be. Raises KeeperError if it could not be written (the
-        keeper then stays with it in memory), TimeoutError if that took longer than ``timeout_s``. Closes the client.
+        keeper then stays with it in memory), or if that took longer than ``timeout_s``. Closes the client.
         """
         try:
             answer = raise_if_error(self._request({"op": "finish", "persist": persist}).result(timeout_s)[0])
         except TimeoutError:
-            raise TimeoutError(
+            raise KeeperError(
                 f"the keeper (pid {self.keeper_pid}) has not ended its writing to {self.run_dir} for {timeout_s:g} s"
             ) from None
         finally:

@@ -66,9 +66,9 @@ def check_fits(needed: int, what: str) -> None:
     if needed > available:
         raise TooLittleMemory(
             f"{what} needs {needed:,} bytes ({needed / _GIB:.2f} GiB) of memory, {available:,} "
-            f"({available / _GIB:.2f} GiB) are available; free memory, use fewer workers on this node, or "
-            "set checkpoint.memory.enabled: false (2 generations instead of 3 or 4; none at all only with "
-            "checkpoint.disk.every: 0 and checkpoint.disk.final: false, too)"
+            f"({available / _GIB:.2f} GiB) are available; free memory, use fewer workers on this node, choose another "
+            "checkpoint.wal.rotation, or set checkpoint.memory.enabled: false (two captures for the disk; none at all "
+            "only with checkpoint.disk.every: 0 and checkpoint.disk.final: false, too)"
         )
 
 

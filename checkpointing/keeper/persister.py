@@ -180,7 +180,7 @@ class Persister:
         if problem:
             self._event("disk_failed", job.step, job.attempt, error=problem, retry_after_s=pause_s)
         else:
-            self.newest = max(self.newest, job.step)
+            self.newest = max(self.newest, job.step if job is not self._void else -1)
         queued, self.queued = self.queued, None
         if queued is not None:
             self._start(queued)

@@ -33,13 +33,20 @@ class KeeperRefused(ValueError):
     """The keeper works but will not do this: another recipe's run, too little memory, a coordinate already taken."""
 
 
+class OtherMemory(KeeperRefused):
+    """The keeper holds memory of another shape: the user must stop it, or undo a change of the recipe."""
+
+
 class TooLittleMemory(KeeperRefused):
     """The slots do not fit the machine or its control group; the message has both figures."""
 
 
+_REFUSALS: dict[str, type[KeeperRefused]] = {c.__name__: c for c in (OtherMemory, TooLittleMemory)}
+
+
 def refusal(error: KeeperRefused) -> Message:
     """The fields of an answer that has :func:`raise_if_error` raise this error again."""
-    return {"error": str(error), "refused": True, "memory": isinstance(error, TooLittleMemory)}
+    return {"error": str(error), "refused": True, "class": type(error).__name__}
 
 
 def encode(message: Message, fds: Sequence[int] = ()) -> bytes:
@@ -111,6 +118,6 @@ def receive_one(sock: socket.socket, inbox: Inbox) -> tuple[Message, list[int]]:
 
 def raise_if_error(answer: Message) -> Message:
     if "error" in answer:
-        refused = TooLittleMemory if answer.get("memory") else KeeperRefused
+        refused = _REFUSALS.get(str(answer.get("class")), KeeperRefused)
         raise (refused if answer.get("refused") else KeeperError)(answer["error"])
     return answer

@@ -11,7 +11,7 @@ from checkpointing.keeper.protocol import Message
 if TYPE_CHECKING:
     from checkpointing.keeper.service import Service
 
-_LONGEST_S = 300.0
+_LONGEST_S = 60.0  # well within the workers' deadline for loading
 
 
 class Quiet:
@@ -29,7 +29,7 @@ class Quiet:
     def then(self, function: Callable[[], None], writes: bool = True) -> None:
         """Call ``function`` once nothing is being sealed and, with ``writes``, nothing is being written to disk.
 
-        After five minutes it is called all the same: a disk that hangs must not keep a run from going on.
+        After a minute it is called all the same: a disk that hangs must not keep a run from going on.
         """
         self._waiting.append((function, writes))
         self._service.loop.set_timer("quiet", _LONGEST_S, lambda: self._release(True))

@@ -42,12 +42,17 @@ class Reshaping:
         elif pending + shape.nbytes > available_bytes():
             connection.answer(request, {"ok": True, "release": True})
             return
-        check_fits(pending + shape.nbytes, f"{keep.coordinate}: changing its memory to {shape}")
+        try:
+            check_fits(pending + shape.nbytes, f"{keep.coordinate}: changing its memory to {shape}")
+        except KeeperRefused:
+            self._forget(keep, request)
+            raise
         service.allocating[keep.coordinate] = shape.nbytes
 
         def allocated(done: Future[int]) -> None:
             del service.allocating[keep.coordinate]
             if (problem := done.exception()) is not None:
+                self._forget(keep, request)
                 connection.answer(
                     request, {"error": str(problem), "refused": isinstance(problem, KeeperRefused)}
                 )  # fmt: skip
@@ -57,6 +62,12 @@ class Reshaping:
             connection.answer(request, {"ok": True}, [service.keeps[keep.coordinate].arena.fd])
 
         service.in_background(lambda: create_memfd(keep.coordinate, shape.nbytes), allocated)
+
+    def _forget(self, keep: Keep, request: Message) -> None:
+        """Its memory was released for one that cannot be had: whoever attaches next gets memory of its own."""
+        if request["released"]:
+            del self._service.keeps[keep.coordinate]
+            self._service.departure.arm()
 
     def _replace(self, keep: Keep, new: Keep, request: Message) -> None:
         _hand_over(keep, new)

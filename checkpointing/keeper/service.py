@@ -23,7 +23,7 @@ from checkpointing.keeper.inventory import Inventory
 from checkpointing.keeper.loop import Connection, Loop
 from checkpointing.keeper.memory import check_fits, create_memfd
 from checkpointing.keeper.persister import Persist, Persister, check_place
-from checkpointing.keeper.protocol import KeeperRefused, Message, TooLittleMemory, refusal
+from checkpointing.keeper.protocol import KeeperRefused, Message, OtherMemory, TooLittleMemory, refusal
 from checkpointing.keeper.quiet import Quiet
 from checkpointing.keeper.reshaping import Reshaping
 from checkpointing.keeper.watch import Watch
@@ -222,7 +222,7 @@ class Service:
 
     def _check_same(self, keep: Keep, shape: ArenaShape, request: Message, fds: list[int]) -> None:
         if keep.shape != shape and not (request["any_shape"] and not fds):
-            raise KeeperRefused(
+            raise OtherMemory(
                 f"{keep.coordinate}: this keeper's memory holds {keep.shape}, the worker wants {shape}; stop the "
                 "keeper first (planaria keeper stop RUN)"
             )

@@ -93,7 +93,12 @@ class Watch:
                 self._kill(self._watched[pid])
 
     def _kill(self, watched: Watched) -> None:
-        posted = watched.stopwatch.board.read()
+        posted, stopped = watched.stopwatch.board.read(), is_stopped(watched.pid)
+        try:
+            signal.pidfd_send_signal(watched.pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            self._drop(watched.pid)
+            return
         self._service.event(
             "worker_stuck",
             posted.step,
@@ -102,13 +107,8 @@ class Watch:
             phase=posted.phase,
             seconds=round(watched.stopwatch.seconds, 2),
             allowed_s=posted.allowed_s,
-            stopped=is_stopped(watched.pid),
+            stopped=stopped,
         )
-        try:
-            signal.pidfd_send_signal(watched.pidfd, signal.SIGKILL)
-        except ProcessLookupError:
-            self._drop(watched.pid)
-            return
         watched.stopwatch.seconds = 0.0  # a process that is slow to die is not reported with every look
 
 

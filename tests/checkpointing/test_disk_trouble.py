@@ -19,7 +19,7 @@ from checkpointing.keeper.health import DiskHealth
 from checkpointing.keeper.protocol import KeeperRefused
 from checkpointing.materialise import whole
 from checkpointing.recover import Recovery
-from checkpointing.recovery import RecoveryError, memory_suffices, plan_recovery
+from checkpointing.recovery import RecoveryError, check_readable, memory_suffices, plan_recovery
 from checkpointing.restore import Target
 from checkpointing.storage import place_of
 from checkpointing.store import Checkpoint, list_checkpoints, verify
@@ -162,8 +162,12 @@ def test_no_run_begins_afresh_while_its_checkpoints_cannot_be_read(tmp_path, mon
     report = rank.report()
     assert report == {"memory": [], "disk": []}
     assert "no route to host" in rank.problems[0]
-    with pytest.raises(RecoveryError, match="starting afresh could cost what it holds"):
-        rank.apply(plan_recovery([report]))
+    # Another rank that can read it must not go on without this one, be it afresh or from an older step.
+    for theirs in ([], [5]):
+        plan = plan_recovery([report, {"memory": [], "disk": theirs}])
+        with pytest.raises(RecoveryError, match=r"no route to host.*going on without it could cost what it holds"):
+            check_readable(plan, [rank.unreadable, ""])
+    check_readable(plan_recovery([{"memory": [7]}] * 2), [rank.unreadable, ""])
 
 
 @pytest.mark.drill

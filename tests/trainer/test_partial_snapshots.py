@@ -130,7 +130,7 @@ def test_a_fault_makes_k_grow_and_the_next_one_makes_the_run_exact(worker, tmp_p
     assert (fourth.plan.step, fourth.steps_of_experts()) == (10, [10] * 8)
     assert of_kind(tmp_path, "plt")[-1]["plt"] == pytest.approx(2 / 12)
     fourth.train(12)
-    fourth.snapshots.finish()
+    fourth.snapshots.finish(fourth.progress)
     assert len(of_kind(tmp_path, "reshaped")) == 2
     ((step, path),) = list_checkpoints(tmp_path / "checkpoints")
     assert step == 12
@@ -141,7 +141,7 @@ def test_the_last_step_of_a_lossy_run_is_whole_on_disk(worker, tmp_path):
     settings = "checkpoint={mode: pec, pec: {k_snapshot: 1, max_plt: 0.9}, disk: {every: 4}, linger_s: 20}"
     run = worker(settings)
     run.train(12)
-    run.snapshots.finish()
+    run.snapshots.finish(run.progress)
     checkpoint = Checkpoint.open(tmp_path / "checkpoints" / "step-12")
     assert checkpoint.is_whole
     assert {record.step for record in checkpoint.records if record.kind is Kind.BASE} == {12}
@@ -149,7 +149,7 @@ def test_the_last_step_of_a_lossy_run_is_whole_on_disk(worker, tmp_path):
     assert (again.plan.step, again.plan.tier) == (12, "disk")
     assert again.steps_of_experts() == [12] * 8
     assert of_kind(tmp_path, "plt")[-1]["lost"] == 0
-    again.snapshots.finish()
+    again.snapshots.finish(again.progress)
 
 
 def test_a_run_too_short_for_one_fault_is_exact_from_its_start(worker, tmp_path):

@@ -24,7 +24,8 @@ QUICKSTART = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
 WAL = ["checkpoint.mode=wal", "parallel.workers=1", "parallel.ep=1"]
 
 TWO_RANKS = """
-import json, sys
+import json, os, sys
+import torch.distributed as dist
 from pathlib import Path
 from checkpointing.cost import Partition
 from trainer.events import EventLog
@@ -37,6 +38,8 @@ recipe = load_recipe(sys.argv[2], ["checkpoint.mode=wal"])
 events = EventLog(folder, process.rank, 0)
 chosen = settle(recipe, process, folder, events, Partition(10**6, 4))
 (folder / f"{process.rank}.json").write_text(json.dumps(chosen))
+dist.barrier()
+os._exit(0)  # gloo's threads end with the process
 """
 
 
