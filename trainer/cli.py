@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 from trainer.checkpoint_cli import add_verbs
 from trainer.faults import POINTS
@@ -144,6 +145,14 @@ def under_launcher() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def _launcher() -> ModuleType:
+    """NumPy's BLAS would start a thread for each core when it is imported, and who has threads cannot fork workers."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from trainer import launch
+
+    return launch
+
+
 def _train(arguments: argparse.Namespace) -> int:
     if under_launcher():
         if refused():
@@ -156,9 +165,7 @@ def _train(arguments: argparse.Namespace) -> int:
         from trainer import worker
 
         return worker.main(arguments.recipe, arguments.overrides)
-    from trainer import launch
-
-    return launch.train(arguments.recipe, arguments.overrides)
+    return _launcher().train(arguments.recipe, arguments.overrides)
 
 
 def _validate(arguments: argparse.Namespace) -> int:
