@@ -165,7 +165,8 @@ def _train(arguments: argparse.Namespace) -> int:
         from trainer import worker
 
         return worker.main(arguments.recipe, arguments.overrides)
-    return _launcher().train(arguments.recipe, arguments.overrides)
+    status: int = _launcher().train(arguments.recipe, arguments.overrides)
+    return status
 
 
 def _validate(arguments: argparse.Namespace) -> int:

@@ -206,3 +206,25 @@ def test_a_lingering_keeper_is_shown_and_stopped(tmp_path: Path, discard: bool) 
     for action in ("stop", "status"):
         absent = planaria("keeper", action, str(tmp_path))
         assert (absent.returncode, absent.stderr) == (1, f"{tmp_path}: no keeper runs\n")
+
+
+STILL_ABLE_TO_FORK = """
+import os
+from trainer import cli
+cli._launcher()
+os.environ["OMP_NUM_THREADS"] = "1"
+import trainer.worker
+from trainer import engine
+engine.preload()
+print(len(os.listdir("/proc/self/task")))
+"""
+
+
+def test_the_launcher_has_one_thread_after_importing_what_workers_need() -> None:
+    """With more it could not fork them, and every recovery would import torch again."""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    done = subprocess.run(
+        [sys.executable, "-c", STILL_ABLE_TO_FORK], cwd=ROOT, env=environment, capture_output=True, text=True,
+        timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "1"
