@@ -28,8 +28,14 @@ from checkpointing.tensorfile import Section, read_metadata
 def whole(checkpoint: Checkpoint, scratch: Path, inexact: bool = False) -> Checkpoint:
     """The checkpoint itself if it has no log, else one that is whole, redone and written under ``scratch``.
 
-    Raises RecoveryError if the log was written on another kind of device, by another torch, or cannot be redone.
+    Raises RecoveryError if the log was written on another kind of device, by another torch, or cannot be redone, and if
+    the checkpoint is a lossy one whose experts are of several steps.
     """
+    if not checkpoint.has_log and not checkpoint.is_whole and not inexact:
+        raise RecoveryError(
+            f"{checkpoint.path} holds experts of several steps (mode pec): no step had this state. Take one that is "
+            "whole, as a finished run's last is, or accept that with --inexact"
+        )
     if not checkpoint.has_log:
         return checkpoint
     device = _device(checkpoint, inexact)
