@@ -1,7 +1,11 @@
 """Copying live state into slots beside the training step.
 
 On CPU a thread copies with memmove, which releases the GIL and, unlike a tensor copy, starts no second pool of compute
-threads. On CUDA each slot is registered once as pinned memory and a side stream copies.
+threads. On CUDA each slot is registered once as pinned memory and a side stream copies, piece by piece. All pieces are
+queued by one call: each call of its own would take the interpreter lock from the training thread, which gets it back
+late. A copy engine serves its queue in order, so a training step that reads a single number back would wait for all of
+them; after each piece the stream therefore runs a kernel of no other use, and while the engine waits for that it serves
+others (figures: docs/measurements.md).
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from checkpointing.state.buffers import StateBuffer
 from checkpointing.state.fragments import META_BYTES, Fragment, LogLayout
 from checkpointing.state.gradients import StepLog
 
-_PIECE = 64 << 20
+_PIECE = 32 << 20  # 0.6 ms over PCIe 5: so long does a read of the training step wait at most
 _SIGN_OF_LIFE_S = 5.0
 Reached = Callable[[str, int], None]
 Move = tuple[torch.Tensor, torch.Tensor]
@@ -72,9 +76,6 @@ class Capturer:
         reached: a drill's failpoint, called with ("copy", step) before a capture's first byte is copied, ("capture",
             step) when half of them are, ("copied", step) when all are and the records say so, ("told", step) when the
             keeper has been told.
-        in_flight: on a GPU, how many pieces may be queued at a time; None: all at once. A training step that reads
-            something back to the host waits behind those that are queued, so bound them if it does that between two
-            optimizer steps; but for each bound piece this thread takes the interpreter lock from the training thread.
     """
 
     def __init__(
@@ -83,11 +84,9 @@ class Capturer:
         buffers: Sequence[StateBuffer],
         log: LogLayout | None = None,
         reached: Reached | None = None,
-        in_flight: int | None = None,
     ) -> None:
         self._client, self._buffers, self._log = client, buffers, log
         self._reached = reached or (lambda point, step: None)
-        self._in_flight = in_flight
         devices = {b.tensor.device for b in buffers if b.tensor.is_cuda}
         assert len(devices) <= 1, "one worker's state lies on one device"
         self._device = next(iter(devices), None)
@@ -236,9 +235,8 @@ class Capturer:
             yield from self._pieces(bytes_of(grad), start + offset)
 
     def _pieces(self, source: torch.Tensor, start: int) -> Iterator[Move]:
-        for at in range(0, source.numel(), _PIECE):
-            stop = min(at + _PIECE, source.numel())
-            yield source[at:stop], self._memory[start + at : start + stop]
+        target = self._memory[start : start + source.numel()]
+        return zip(source.split(_PIECE), target.split(_PIECE), strict=True)
 
     def _copy(self, moves: list[Move], job: Job) -> None:
         half = len(moves) // 2
@@ -249,20 +247,23 @@ class Capturer:
                 ctypes.memmove(target.data_ptr(), source.data_ptr(), source.numel())
             return
         assert job.event is not None
-        # Blocking events sleep; others would spin on a core that launches kernels.
-        under_way = [torch.cuda.Event(blocking=True) for _ in range(self._in_flight or 1)]
+        copied = torch.cuda.Event(blocking=True)  # sleeps; another would spin on a core that launches kernels
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             self._stream.wait_event(job.event)
-            for number, (source, target) in enumerate(moves):
-                if number == half:
-                    self._reached("capture", job.step)
-                copied = under_way[number % len(under_way)]
-                if self._in_flight is not None:
-                    copied.synchronize()  # at once, if it was never recorded
-                target.copy_(source, non_blocking=True)
-                copied.record(self._stream)
-        for copied in under_way:
-            copied.synchronize()
+            self._queue(moves[:half])
+            self._reached("capture", job.step)
+            self._queue(moves[half:])
+            copied.record(self._stream)
+        copied.synchronize()
+
+    def _queue(self, moves: list[Move]) -> None:
+        if not moves:
+            return
+        number = torch.zeros(1, device=self._device)
+        gap = number.to(torch.int32)  # a copy to another dtype is a kernel
+        sources = [tensor for source, _ in moves for tensor in (source, number)]
+        targets = [tensor for _, target in moves for tensor in (target, gap)]
+        torch._foreach_copy_(targets, sources, non_blocking=True)
 
     # Closing records
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import masking_utils
 
 from lora.attach import attach, format_table
 from moe.build import load_model, new_model
@@ -28,6 +29,7 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
         fields = shape_fields(recipe)
         model = new_model(section.family, fields, vocab_size=vocab_size, seed=recipe.train.seed, dtype=dtype)
     model.config.use_cache = False
+    _assume_unpacked()
     layout = Layout(process.world, recipe.parallel.ep)
     blocks = convert(model, layout, process.rank)
     if recipe.adapter:
@@ -39,6 +41,15 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
         backend = blocks[0].experts.backend
         print(f"experts run as {backend.name}: {backend.reason}", flush=True)
     return model, blocks
+
+
+def _assume_unpacked() -> None:
+    """Have transformers take for granted that no row of a batch holds several sequences: ours never do.
+
+    Otherwise it looks for restarting position ids in every forward pass, and waits to read the answer from a GPU.
+    """
+    if hasattr(masking_utils, "find_packed_sequence_indices"):
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
 
 
 def shape_fields(recipe: Recipe) -> dict[str, Any]:

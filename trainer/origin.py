@@ -7,7 +7,7 @@ come from, and a resume that would mix the two is refused instead of going on in
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -57,7 +57,7 @@ class Origin:
         )
 
     def dump(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
+        return json.dumps(vars(self)).encode()
 
     def check(self, stored: bytes) -> None:
         """Raises OriginError naming every condition that changed since ``stored`` was written."""

@@ -357,9 +357,7 @@ def open_snapshots(
 
 
 def _capturer(snapshots: Snapshots, client: KeeperClient, protection: Protection) -> Capturer:
-    # Expert-parallel dispatch reads its splits back to the host in every layer; without it nothing is read.
-    in_flight = 2 if snapshots.recipe.parallel.ep > 1 else None
-    return Capturer(client, snapshots.buffers, protection.log, snapshots.failpoints.reached, in_flight)
+    return Capturer(client, snapshots.buffers, protection.log, snapshots.failpoints.reached)
 
 
 def _protect(snapshots: Snapshots) -> Protection:

@@ -158,6 +158,8 @@ def _make_deterministic(process: Process) -> None:
     if process.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # A debugging aid that costs a kernel for every new tensor, a tenth of a small model's step.
+        torch.utils.deterministic.fill_uninitialized_memory = False
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward has no deterministic form
 

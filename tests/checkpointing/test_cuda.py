@@ -52,6 +52,32 @@ def test_what_is_captured_is_the_state_at_the_start_and_it_restores(run_dir):
     capturer.close()
 
 
+def test_a_training_step_that_reads_a_number_does_not_wait_for_the_capture(run_dir):
+    elements = 512 << 20
+    tensor = torch.ones(elements, device="cuda")
+    buffers = [StateBuffer("master", tensor, (StateSpan(Range("w", "master", 0, elements), 0),))]
+    protection = dense(buffers, 3)
+    client = KeeperClient.attach(run_dir, "dp0000", ["dp0000"], protection.shape, "0123456789abcdef")
+    number, others = torch.ones(1, device="cuda"), torch.cuda.Stream()
+    half_was_copied = []
+
+    def read(point: str, step: int) -> None:
+        if point == "capture":  # half of the pieces are queued
+            half = torch.cuda.Event()
+            half.record(torch.cuda.current_stream())
+            with torch.cuda.stream(others):
+                number.item()
+            half_was_copied.append(half.query())
+
+    capturer = Capturer(client, buffers, reached=read)
+    for step in range(1, 4):
+        capturer.start(step, {}, capturer.sealed_step, protection.fragments)
+        capturer.wait_copied()
+    assert half_was_copied == [False] * 3
+    client.close()
+    capturer.close()
+
+
 def test_pinned_shared_memory_copies_as_fast_as_pinned_memory(run_dir):
     elements = 256 << 20
     tensor = torch.ones(elements, device="cuda")
@@ -59,6 +85,7 @@ def test_pinned_shared_memory_copies_as_fast_as_pinned_memory(run_dir):
     protection = dense(buffers, 3)
     client = KeeperClient.attach(run_dir, "dp0000", ["dp0000"], protection.shape, "0123456789abcdef")
     capturer = Capturer(client, buffers)
+    capturer.pinning.pin(0)
     pinned = torch.empty(elements, pin_memory=True)
 
     def milliseconds(copy) -> float:

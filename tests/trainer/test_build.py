@@ -1,0 +1,39 @@
+"""Building a model: what is taken for granted about its batches."""
+
+from __future__ import annotations
+
+import torch
+from transformers import masking_utils
+
+from moe.build import new_model
+from trainer.build import _assume_unpacked
+
+FIELDS = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
+
+
+def test_a_forward_pass_does_not_look_for_packed_sequences_and_computes_the_same(monkeypatch):
+    looked = []
+    packed = masking_utils.find_packed_sequence_indices
+
+    def look(position_ids):
+        looked.append(position_ids)
+        return packed(position_ids)
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", look)
+    model = new_model("qwen3_moe", FIELDS, vocab_size=64, seed=1, dtype=torch.float32)
+    ids_BS = torch.arange(24).reshape(2, 12)
+    expected = model(input_ids=ids_BS, use_cache=False).logits
+    assert looked, "transformers looks for them elsewhere now: see trainer.build._assume_unpacked"
+    looked.clear()
+    _assume_unpacked()
+    assert torch.equal(model(input_ids=ids_BS, use_cache=False).logits, expected)
+    assert not looked
