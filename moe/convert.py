@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from moe.balance import inject, switch_loss
 from moe.context import current
 from moe.experts import Experts
 from moe.families import FamilyError, MoEBlock, find_moe_blocks
+from moe.form import ExpertForm
 from moe.layout import Layout
 from moe.refs import TensorAddress
 from moe.stats import RoutingMeter
+
+_BIASES = ("gate_up_proj_bias", "down_proj_bias")
+_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 
 
 def convert(model: nn.Module, layout: Layout | None = None, rank: int = 0) -> list[MoEBlock]:
@@ -39,23 +44,57 @@ def convert(model: nn.Module, layout: Layout | None = None, rank: int = 0) -> li
 def _local_experts(block: MoEBlock, layout: Layout, rank: int) -> Experts:
     source = block.experts
     where = f"{block.path}.experts ({type(source).__name__})"
-    gate_up, down = getattr(source, "gate_up_proj", None), getattr(source, "down_proj", None)
-    if not isinstance(gate_up, nn.Parameter) or not isinstance(down, nn.Parameter) or gate_up.dim() != 3:
-        raise FamilyError(f"{where}: looked for stacked gate_up_proj and down_proj parameters, found {_names(source)}")
-    if getattr(source, "is_transposed", False) or getattr(source, "has_bias", False):
-        raise FamilyError(f"{where}: transposed or biased expert weights are not supported yet")
-    if not getattr(source, "is_concatenated", True) or gate_up.shape[1] != 2 * down.shape[2]:
-        raise FamilyError(
-            f"{where}: expected gate rows first, then up rows, in gate_up_proj [E,2I,H]; found {gate_up.shape}"
-        )
-    mine = layout.local_experts(rank, gate_up.shape[0])
+    form = form_of(source, where)
+    parts = [getattr(source, name, None) for name in ("gate_up_proj", "down_proj", *_BIASES)]
+    mine = layout.local_experts(rank, parts[0].shape[0])
     if layout.ep > 1:
-        gate_up, down = (
-            nn.Parameter(p.detach()[mine.start : mine.stop].clone(), requires_grad=p.requires_grad)
-            for p in (gate_up, down)
+        parts = [None if part is None else _slice(part, mine) for part in parts]
+    gate_up, down, gate_up_bias, down_bias = parts
+    return Experts(
+        gate_up,
+        down,
+        form,
+        layer=block.layer,
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
+        first_expert=mine.start,
+        num_experts=layout.ep * len(mine),
+    )
+
+
+def _slice(stacked_E: nn.Parameter, mine: range) -> nn.Parameter:
+    return nn.Parameter(stacked_E.detach()[mine.start : mine.stop].clone(), requires_grad=stacked_E.requires_grad)
+
+
+def form_of(experts: nn.Module, where: str) -> ExpertForm:
+    """How a transformers module lays its experts out. Raises FamilyError with what was looked for and found."""
+    gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
+    if not isinstance(gate_up, nn.Parameter) or not isinstance(down, nn.Parameter) or gate_up.dim() != 3:
+        raise FamilyError(f"{where}: looked for stacked gate_up_proj and down_proj parameters, found {_names(experts)}")
+    transposed = bool(getattr(experts, "is_transposed", False))
+    two_i, i = (gate_up.shape[2], down.shape[1]) if transposed else (gate_up.shape[1], down.shape[2])
+    biased = isinstance(getattr(experts, _BIASES[0], None), nn.Parameter)
+    if two_i != 2 * i or biased != bool(getattr(experts, "has_bias", False)):
+        raise FamilyError(
+            f"{where}: expected gate_up_proj [E,2I,H] and down_proj [E,H,I], or both transposed, with biases if it "
+            f"says so; found {_names(experts)}"
         )
-    act = getattr(source, "act_fn", nn.functional.silu)
-    return Experts(gate_up, down, act, layer=block.layer, first_expert=mine.start, num_experts=layout.ep * len(mine))
+    limit = getattr(experts, "limit", None)
+    return ExpertForm(
+        transposed=transposed,
+        interleaved=not getattr(experts, "is_concatenated", True),
+        act="silu" if limit is not None else _name_of(getattr(experts, "act_fn", None), where),
+        limit=limit,
+        alpha=getattr(experts, "alpha", ExpertForm.alpha),
+    )
+
+
+def _name_of(act: object, where: str) -> str:
+    """An activation's name among transformers' ACT2FN."""
+    for name in ACT2FN:
+        if type(ACT2FN[name]) is type(act) and name in _ACTIVATIONS:
+            return name
+    raise FamilyError(f"{where}: its activation is {act!r}; known are {', '.join(_ACTIVATIONS)}")
 
 
 def _names(module: nn.Module) -> str:

@@ -1,7 +1,7 @@
 """How token copies reach the rank that holds their expert, and come back.
 
-Both dispatchers sort the T*K (token, choice) pairs by expert with a stable sort, so the order of rows, and with it
-every bit of the result, is a function of the routing alone.
+The T*K (token, choice) pairs are sorted by expert with a stable sort, so the order of rows, and with it every
+bit of the result, is a function of the routing alone.
 
 Shapes: T tokens, K experts per token, E experts, L local experts, S rows sent, N rows received, H hidden,
 R ranks of the group.
@@ -40,24 +40,6 @@ def _inverse(order_S: Tensor) -> Tensor:
     inverse_S = torch.empty_like(order_S)
     inverse_S[order_S] = torch.arange(order_S.numel(), device=order_S.device)
     return inverse_S
-
-
-class LocalDispatch:
-    """All experts are here."""
-
-    def __init__(self, num_experts: int) -> None:
-        self.num_experts = num_experts
-
-    def scatter(self, x_TH: Tensor, index_TK: Tensor) -> tuple[Tensor, Tensor, DispatchPlan]:
-        """Returns (rows [T*K, H] sorted by expert, rows per expert [E], plan)."""
-        flat_S = index_TK.flatten()
-        order_S = torch.argsort(flat_S, stable=True)
-        counts_E = expert_counts(flat_S, self.num_experts)
-        rows_SH = x_TH[order_S // index_TK.shape[1]]
-        return rows_SH, counts_E, DispatchPlan(x_TH.shape[0], _inverse(order_S))
-
-    def gather(self, y_SH: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> Tensor:
-        return _combine(y_SH, weights_TK, plan)
 
 
 class AllToAllDispatch:

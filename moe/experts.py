@@ -1,26 +1,29 @@
 """The experts seam for training: stacked weights, a dispatcher, and room for an adapter.
 
-Shapes: T tokens, K experts per token, E experts, L local experts, N rows sorted by local expert, H hidden,
-I intermediate.
+Shapes: T tokens, K experts per token, E experts, L local experts, R rows (tokens that are here, own or received),
+N pairs of a row and a local expert, sorted by expert, H hidden, I intermediate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from moe.dispatch import AllToAllDispatch, LocalDispatch
+from moe.assignment import Assignment, assign
+from moe.dispatch import AllToAllDispatch
+from moe.form import PLAIN, ExpertForm
+from moe.kernels.activation import between
 from moe.kernels.grouped import Backend, choose_backend, grouped_linear
 
 
 class Experts(nn.Module):
-    """SwiGLU-like experts in the layout of transformers: gate rows first, then up rows.
+    """Gated experts in the layout of transformers.
 
     Args:
-        gate_up_proj_L2IH, down_proj_LHI: the local experts' weights; the Parameter objects are kept, not copied.
-        act: activation between the projections.
+        gate_up_proj, down_proj: the local experts' weights, laid out as ``form`` says; the Parameter objects are kept,
+            not copied.
+        form: layout and activation.
+        gate_up_bias, down_bias: [L,2I] and [L,H], for families that have them.
         layer: global layer index.
         first_expert: global index of local expert 0.
         num_experts: global number of experts.
@@ -30,22 +33,29 @@ class Experts(nn.Module):
 
     def __init__(
         self,
-        gate_up_proj_L2IH: nn.Parameter,
-        down_proj_LHI: nn.Parameter,
-        act: Callable[[Tensor], Tensor],
+        gate_up_proj: nn.Parameter,
+        down_proj: nn.Parameter,
+        form: ExpertForm = PLAIN,
         *,
         layer: int,
+        gate_up_bias: nn.Parameter | None = None,
+        down_bias: nn.Parameter | None = None,
         first_expert: int = 0,
         num_experts: int | None = None,
     ) -> None:
         # Not super(): the DeepSpeed subclass must skip DeepSpeed's own constructor.
         nn.Module.__init__(self)
-        self.gate_up_proj = gate_up_proj_L2IH
-        self.down_proj = down_proj_LHI
-        self.act_fn = act
+        # Under transformers' names and in its order, so that state dicts and parameter lists fit.
+        self.gate_up_proj = gate_up_proj
+        if gate_up_bias is not None:
+            self.gate_up_proj_bias = gate_up_bias
+        self.down_proj = down_proj
+        if down_bias is not None:
+            self.down_proj_bias = down_bias
+        self.form = form
         self.layer = layer
         self.first_expert = first_expert
-        self.num_local_experts = gate_up_proj_L2IH.shape[0]
+        self.num_local_experts = gate_up_proj.shape[0]
         self.num_experts = num_experts or self.num_local_experts
         self.ep_size = self.num_experts // self.num_local_experts
         self.ep_group: torch.distributed.ProcessGroup | None = None
@@ -53,34 +63,60 @@ class Experts(nn.Module):
         self._backend: Backend | None = None
 
     @property
+    def hidden_size(self) -> int:
+        return self.gate_up_proj.shape[1 if self.form.transposed else 2]
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.down_proj.shape[1 if self.form.transposed else 2]
+
+    @property
+    def biases(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of the two projections, [L,2I] and [L,H]."""
+        return getattr(self, "gate_up_proj_bias", None), getattr(self, "down_proj_bias", None)
+
+    @property
     def backend(self) -> Backend:
         if self._backend is None:
             weight = self.gate_up_proj
-            self._backend = choose_backend(weight.device, weight.dtype, *weight.shape[1:], self.down_proj.shape[-1])
+            self._backend = choose_backend(
+                weight.device, weight.dtype, self.hidden_size, self.intermediate_size, 2 * self.intermediate_size
+            )
         return self._backend
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden_states`` [T,H], ``top_k_index`` [T,K] (global ids), ``top_k_weights`` [T,K] -> [T,H]."""
         if self.ep_size == 1:
-            dispatch = LocalDispatch(self.num_experts)
-        else:
-            assert self.ep_group is not None, "expert-parallel experts were not bound to a process group"
-            dispatch = AllToAllDispatch(self.num_experts, self.ep_group)
+            return self.mix(hidden_states, top_k_weights, assign(top_k_index, self.num_experts))
+        assert self.ep_group is not None, "expert-parallel experts were not bound to a process group"
+        dispatch = AllToAllDispatch(self.num_experts, self.ep_group)
         rows_NH, counts_L, plan = dispatch.scatter(hidden_states, top_k_index)
         return dispatch.gather(self.compute(rows_NH, counts_L), top_k_weights, plan)
 
+    def mix(self, x_RH: Tensor, weights_RK: Tensor, assignment: Assignment) -> Tensor:
+        """Each row's local experts, weighted and summed: [R,H]. A row none of whose choices is local gives zeros."""
+        y_NH = self.compute(x_RH[assignment.row_N], assignment.counts_L)
+        weights_N = assignment.spread(weights_RK)
+        return assignment.combine(y_NH * weights_N.unsqueeze(-1).to(y_NH.dtype))
+
     def compute(self, x_NH: Tensor, counts_L: Tensor) -> Tensor:
         """Every row through its local expert, unweighted."""
-        backend = self.backend.name
-        h_N2I = grouped_linear(x_NH, self.gate_up_proj, counts_L, backend)
+        gate_up_bias, down_bias = self.biases
+        h_N2I = self._product(x_NH, self.gate_up_proj, gate_up_bias, counts_L)
         if self.adapter is not None:
             h_N2I = h_N2I + self.adapter.gate_up_delta(x_NH, counts_L)
-        gate_NI, up_NI = h_N2I.chunk(2, dim=-1)
-        a_NI = self.act_fn(gate_NI) * up_NI
-        y_NH = grouped_linear(a_NI, self.down_proj, counts_L, backend)
+        a_NI = between(h_N2I, self.form)
+        y_NH = self._product(a_NI, self.down_proj, down_bias, counts_L)
         if self.adapter is not None:
             y_NH = y_NH + self.adapter.down_delta(a_NI, counts_L)
         return y_NH
+
+    def _product(self, x_NM: Tensor, weight_L: Tensor, bias_LO: Tensor | None, counts_L: Tensor) -> Tensor:
+        weight_LOM = weight_L.transpose(1, 2) if self.form.transposed else weight_L
+        y_NO = grouped_linear(x_NM, weight_LOM, counts_L, self.backend.name)
+        if bias_LO is None:
+            return y_NO
+        return y_NO + bias_LO.repeat_interleave(counts_L, 0, output_size=y_NO.shape[0])
 
     def extra_repr(self) -> str:
         last = self.first_expert + self.num_local_experts - 1

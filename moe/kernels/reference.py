@@ -5,27 +5,38 @@ Shapes: T tokens, K experts per token, E experts, H hidden, I expert intermediat
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
+
+from moe.form import PLAIN, ExpertForm
+from moe.kernels.activation import between
 
 
 def moe_reference(
     x_TH: Tensor,
     top_k_index_TK: Tensor,
     top_k_weights_TK: Tensor,
-    gate_up_proj_E2IH: Tensor,
-    down_proj_EHI: Tensor,
-    act: Callable[[Tensor], Tensor] = torch.nn.functional.silu,
+    gate_up_proj_E: Tensor,
+    down_proj_E: Tensor,
+    form: ExpertForm = PLAIN,
+    gate_up_bias_E2I: Tensor | None = None,
+    down_bias_EH: Tensor | None = None,
 ) -> Tensor:
-    """``out[t] = sum_k w[t,k] * W2[e] (act(Wg[e] x[t]) * Wu[e] x[t])``, ``e = index[t,k]`` (GShard eq. 2, SwiGLU)."""
+    """``out[t] = sum_k w[t,k] * W2[e] between(W13[e] x[t])``, ``e = index[t,k]`` (GShard eq. 2, SwiGLU)."""
     rows = []
     for t in range(x_TH.shape[0]):
         out_H = torch.zeros_like(x_TH[t])
         for k in range(top_k_index_TK.shape[1]):
             e = int(top_k_index_TK[t, k])
-            gate_I, up_I = (gate_up_proj_E2IH[e] @ x_TH[t]).chunk(2)
-            out_H = out_H + top_k_weights_TK[t, k] * (down_proj_EHI[e] @ (act(gate_I) * up_I))
+            w13_2IH, w2_HI = gate_up_proj_E[e], down_proj_E[e]
+            if form.transposed:
+                w13_2IH, w2_HI = w13_2IH.T, w2_HI.T
+            h_2I = w13_2IH @ x_TH[t]
+            if gate_up_bias_E2I is not None:
+                h_2I = h_2I + gate_up_bias_E2I[e]
+            y_H = w2_HI @ between(h_2I, form)
+            if down_bias_EH is not None:
+                y_H = y_H + down_bias_EH[e]
+            out_H = out_H + top_k_weights_TK[t, k] * y_H
         rows.append(out_H)
     return torch.stack(rows) if rows else x_TH.clone()

@@ -15,7 +15,7 @@ def random_experts(num_experts=5, hidden=8, inner=6, seed=0):
     generator = torch.Generator().manual_seed(seed)
     gate_up = torch.nn.Parameter(torch.randn(num_experts, 2 * inner, hidden, generator=generator, dtype=torch.float64))
     down = torch.nn.Parameter(torch.randn(num_experts, hidden, inner, generator=generator, dtype=torch.float64))
-    return Experts(gate_up, down, torch.nn.functional.silu, layer=0)
+    return Experts(gate_up, down, layer=0)
 
 
 @pytest.mark.parametrize(

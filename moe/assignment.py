@@ -1,0 +1,64 @@
+"""Which rows go to which local expert: (row, choice) pairs sorted by expert.
+
+The sort is stable, so the order of pairs, and with it every bit of the result, is a function of the routing alone.
+
+Shapes: R rows, K choices per row, L local experts, N pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe.stats import expert_counts
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Made by :func:`assign`.
+
+    Attributes:
+        pair_N: which of the R*K flattened (row, choice) pairs stands at each sorted position.
+        slot_RK: the sorted position of each pair; N (one past the end) for a choice that has no local expert.
+        counts_L: pairs per local expert; the first ``counts_L[0]`` of the N belong to expert 0, and so on.
+        complete: whether every choice has a local expert, so that N = R*K.
+    """
+
+    pair_N: Tensor
+    slot_RK: Tensor
+    counts_L: Tensor
+    complete: bool
+
+    @property
+    def row_N(self) -> Tensor:
+        """The row of each sorted pair."""
+        return self.pair_N // self.slot_RK.shape[1]
+
+    def spread(self, weights_RK: Tensor) -> Tensor:
+        """Values of (row, choice) pairs in sorted order, [N]."""
+        return weights_RK.flatten()[self.pair_N]
+
+    def combine(self, y_NH: Tensor) -> Tensor:
+        """Sum over each row's choices: [N,H] -> [R,H]. A gather, not an index_add: the order of additions is fixed."""
+        if not self.complete:
+            y_NH = torch.cat([y_NH, y_NH.new_zeros(1, y_NH.shape[1])])
+        return y_NH[self.slot_RK.flatten()].view(*self.slot_RK.shape, y_NH.shape[1]).sum(1)
+
+
+def assign(index_RK: Tensor, num_local: int, pairs: int | None = None) -> Assignment:
+    """Sort the pairs by local expert.
+
+    Args:
+        index_RK: local expert of each choice; ``num_local`` for a choice that has none.
+        pairs: how many choices have one, if not all have: the host must know it, and nothing is read back from a GPU.
+    """
+    flat_S = index_RK.flatten()
+    order_S = torch.argsort(flat_S, stable=True)
+    slot_S = torch.empty_like(order_S)
+    slot_S[order_S] = torch.arange(order_S.numel(), device=order_S.device)
+    if pairs is None:
+        return Assignment(order_S, slot_S.view_as(index_RK), expert_counts(flat_S, num_local), True)
+    counts_L = expert_counts(flat_S, num_local + 1)[:num_local]
+    return Assignment(order_S[:pairs], slot_S.clamp(max=pairs).view_as(index_RK), counts_L, pairs == flat_S.numel())
