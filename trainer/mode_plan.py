@@ -7,7 +7,7 @@ such.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -16,7 +16,6 @@ from checkpointing.cost import (
     BudgetError,
     Partition,
     StepTimes,
-    WalSchedule,
     budget_share,
     choose_interval,
     choose_rotation,
@@ -119,26 +118,6 @@ def budget_of(recipe: Recipe, available: int | None, local_workers: int | None =
     if gib != "auto":
         return int(gib * _GIB) // workers
     return _UNLIMITED if available is None else budget_share(available, workers)
-
-
-def settle_rotation(
-    recipe: Recipe, partition: Partition, basis: Basis, budget: int, events: Iterable[Mapping[str, Any]]
-) -> WalSchedule:
-    """The rotation of a run in mode ``wal``: the recipe's, or that of its earlier attempts, or the best one now.
-
-    A run keeps its rotation, because the state in memory is cut by it, and because the memory that it holds is no
-    longer free. ``events`` are searched for rows of kind ``schedule``.
-
-    Raises BudgetError as :func:`checkpointing.cost.choose_rotation` does.
-    """
-    rotation = recipe.checkpoint.wal.rotation
-    if rotation != "auto":
-        return choose_rotation(partition, basis.times, basis.rates, budget, fixed=rotation)
-    earlier = [row["rotation"] for row in events if row.get("kind") == "schedule" and row.get("rotation")]
-    if not earlier:
-        return choose_rotation(partition, basis.times, basis.rates, budget)
-    kept = choose_rotation(partition, basis.times, basis.rates, _UNLIMITED, fixed=earlier[-1])
-    return replace(kept, reason=kept.reason.replace("as the recipe says", "as this run began"))
 
 
 def mode_rows(recipe: Recipe, share: Share, basis: Basis, budget: int) -> list[tuple[str, str]]:

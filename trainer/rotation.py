@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from checkpointing.bandwidth import measure
-from checkpointing.cost import Bandwidths, Partition
+from checkpointing.cost import Bandwidths, Partition, choose_rotation
 from checkpointing.keeper.memory import available_bytes
 from trainer.events import EventLog, read_events
-from trainer.mode_plan import Basis, basis_of, budget_of, pec_schedule, settle_rotation
+from trainer.mode_plan import Basis, basis_of, budget_of, pec_schedule
 from trainer.plan import plan_run
 from trainer.rendezvous import Process
 from trainer.schema import Recipe
@@ -31,7 +31,7 @@ def settle(recipe: Recipe, process: Process, run_dir: Path, events: EventLog, pa
     """
 
     def choose(basis: Basis, budget: int) -> tuple[int, str]:
-        schedule = settle_rotation(recipe, partition, basis, budget, ())
+        schedule = choose_rotation(partition, basis.times, basis.rates, budget)
         return schedule.rotation, schedule.reason
 
     return _settled("rotation", recipe.checkpoint.wal.rotation, choose, recipe, process, run_dir, events)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from checkpointing.cost import Bandwidths, BudgetError, Partition, StepTimes, budget_share, wal_memory
-from trainer.mode_plan import Basis, Share, basis_of, budget_of, mode_rows, settle_rotation
+from checkpointing.cost import Bandwidths, Partition, StepTimes, budget_share, wal_memory
+from trainer.mode_plan import Share, basis_of, budget_of, mode_rows
 from trainer.plan import PlanError, card, plan_run
 from trainer.recipe import load_recipe
 from trainer.schema import Recipe
@@ -154,18 +154,3 @@ def test_a_disk_too_slow_for_its_interval_is_named() -> None:
     assert "  disk" not in rows_of(quickstart("checkpoint.disk.every=0"), events=[MEASURED])
     unknown = {name: value for name, value in MEASURED.items() if name != "disk"}
     assert "  disk" not in rows_of(quickstart(), events=[unknown])
-
-
-def test_a_run_keeps_the_rotation_that_it_began_with() -> None:
-    partition = Partition(10**6)
-    basis = Basis(Bandwidths(None, 1e9, 1e9), StepTimes(1.0, 0.9), "")
-    auto, fixed = quickstart("checkpoint.mode=wal"), quickstart("checkpoint.mode=wal", "checkpoint.wal.rotation=7")
-    budget = wal_memory(partition, 9)
-    assert settle_rotation(auto, partition, basis, budget, []).rotation == 4
-    began = [{"kind": "schedule", "rotation": 6}, {"kind": "step"}, {"kind": "schedule", "rotation": 5}]
-    kept = settle_rotation(auto, partition, basis, 0, began)
-    assert kept.rotation == 5, "the latest, even if its memory is taken already"
-    assert "as this run began" in kept.reason
-    assert settle_rotation(fixed, partition, basis, budget, began).rotation == 7
-    with pytest.raises(BudgetError):
-        settle_rotation(auto, partition, basis, 1000, [])
