@@ -13,7 +13,6 @@ import torch
 import yaml
 
 from checkpointing.state.extras import seed_streams
-from moe.convert import observe_gates
 from moe.stats import RoutingMeter
 from trainer.build import build_model, training_dtype
 from trainer.engine import create_engine, prepare_deepspeed
@@ -24,6 +23,7 @@ from trainer.origin import Origin
 from trainer.phases import Phases
 from trainer.recipe import load_recipe
 from trainer.rendezvous import Process
+from trainer.routing import prepare_gates
 from trainer.schema import Recipe
 from trainer.snapshots import Snapshots, open_snapshots
 from trainer.worker import _make_deterministic as make_deterministic
@@ -176,7 +176,7 @@ def build_job(config: Config, process: Process, folder: Path) -> Job:
     recipe = recipe_of(config, "off", folder, process, NO_CHECKPOINTS)
     model, blocks = build_model(recipe, process, config.vocab)
     meter = RoutingMeter()
-    observe_gates(blocks, meter, recipe.model.router_aux_loss_coef)
+    prepare_gates(recipe, process, model, blocks, meter)
     parameters = sum(p.numel() for p in model.parameters())
     engine = create_engine(model, recipe, training_dtype(recipe, process.device), recipe.accumulation)
     engine.module.train()

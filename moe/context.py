@@ -1,39 +1,72 @@
-"""What the gate and experts seams cannot carry: facts about the batch that the training loop knows."""
+"""What the gate and experts seams cannot carry: facts about the batch that the training loop knows.
+
+Shapes: B sequences, S positions of each, T = B*S tokens, K experts per token.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+Record = Callable[[int, Tensor, Tensor], None]
+Replay = Callable[[int], Tensor | None]
 
 
 @dataclass(frozen=True)
 class BatchContext:
-    """Set by the loop around a forward pass.
+    """Set by the loop around one forward pass and the backward pass that belongs to it.
 
     Attributes:
         aux_scale: what auxiliary losses injected in this pass are multiplied by. They bypass the main loss, so the
             loop puts ``1 / gradient_accumulation_steps`` here.
         balance: whether auxiliary losses and routing statistics are wanted (off in evaluation).
+        shape: (B, S); None if the tokens are not known to form sequences.
+        mask_T: false for padding, which counts in no loss and no statistic; None if all tokens are real.
+        micro_step: 0 in the first pass of an optimizer step.
+        record: called as ``record(layer, index_TK, weights_TK)`` with what each gate decided; in training once per
+            layer, not again when a checkpointed layer is recomputed.
+        replay: ``replay(layer)`` gives the choices index_TK to take instead of the gate's own, or None.
+        kept: what the first pass through a layer leaves for its recompute, by key; see :meth:`first`.
     """
 
     aux_scale: float = 1.0
     balance: bool = True
+    shape: tuple[int, int] | None = None
+    mask_T: Tensor | None = None
+    micro_step: int = 0
+    record: Record | None = None
+    replay: Replay | None = None
+    kept: dict[Any, Any] = field(default_factory=dict)
+
+    def first(self, layer: int) -> bool:
+        """Whether ``layer``'s gate runs for the first time in this context. Activation checkpointing runs it again.
+
+        Gradients cannot tell: with ``use_reentrant=False`` they are on in both passes.
+        """
+        if ("seen", layer) in self.kept:
+            return False
+        self.kept["seen", layer] = True
+        return True
 
 
 _EVALUATION = BatchContext(balance=False)
-_current: ContextVar[BatchContext] = ContextVar("batch_context", default=_EVALUATION)
+# Of the process, not a ContextVar: autograd recomputes checkpointed layers of a GPU in a thread of its own.
+_current: BatchContext = _EVALUATION
 
 
 def current() -> BatchContext:
-    return _current.get()
+    return _current
 
 
 @contextmanager
 def batch_context(context: BatchContext) -> Iterator[None]:
-    token = _current.set(context)
+    global _current
+    before, _current = _current, context
     try:
         yield
     finally:
-        _current.reset(token)
+        _current = before

@@ -1,4 +1,4 @@
-"""Swap a transformers model's seams for ours: expert-parallel experts and an observed, balanced gate.
+"""Swap a transformers model's experts for ours, expert-parallel. The gates are the business of :mod:`moe.gates`.
 
 >>> # model = transformers.AutoModelForCausalLM.from_config(config)
 >>> # blocks = convert(model, Layout(world=2, ep=2), rank=0)
@@ -6,18 +6,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.activations import ACT2FN
 
-from moe.balance import inject, switch_loss
-from moe.context import current
 from moe.experts import Experts
 from moe.families import FamilyError, MoEBlock, find_moe_blocks
 from moe.form import ExpertForm
 from moe.layout import Layout
 from moe.refs import TensorAddress
-from moe.stats import RoutingMeter
 
 _BIASES = ("gate_up_proj_bias", "down_proj_bias")
 _ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
@@ -115,24 +111,3 @@ def assign_addresses(model: nn.Module) -> None:
             parameter.address = TensorAddress(
                 path, tuple(parameter.shape), experts.layer, tensor, experts.first_expert, experts.num_experts
             )
-
-
-def observe_gates(blocks: list[MoEBlock], meter: RoutingMeter, balance_coef: float) -> None:
-    """Count routed tokens into ``meter``; if ``balance_coef`` > 0, inject each micro-batch's Switch balance loss.
-
-    Acts only inside a :func:`~moe.context.batch_context` with ``balance`` set, so evaluation is left alone.
-    """
-    for block in blocks:
-        num_experts = block.experts.num_experts
-
-        def hook(_gate: nn.Module, _args: tuple, output: tuple[Tensor, ...], layer=block.layer, num=num_experts):
-            if not current().balance:
-                return output
-            logits_TE, scores_TK, index_TK = output
-            meter.add(layer, index_TK.detach(), num)
-            if balance_coef > 0 and torch.is_grad_enabled():
-                loss = balance_coef * switch_loss(logits_TE.float().softmax(-1), index_TK)
-                scores_TK = inject(scores_TK, loss)
-            return logits_TE, scores_TK, index_TK
-
-        block.gate.register_forward_hook(hook)

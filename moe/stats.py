@@ -54,8 +54,16 @@ class RoutingMeter:
         self._counts: dict[int, Tensor] = {}
         self._undrained: dict[int, Tensor] = {}
 
-    def add(self, layer: int, top_k_index_TK: Tensor, num_experts: int) -> None:
-        counts_E = expert_counts(top_k_index_TK, num_experts)
+    def add(self, layer: int, top_k_index_TK: Tensor, num_experts: int, valid_T: Tensor | None = None) -> None:
+        """Count one forward pass of one layer.
+
+        Args:
+            top_k_index_TK: global experts; ``num_experts`` for a choice that was dropped.
+            valid_T: false for padding, which is not counted; None if all tokens are real.
+        """
+        if valid_T is not None:
+            top_k_index_TK = top_k_index_TK.masked_fill(~valid_T.bool().view(-1, 1), num_experts + 1)
+        counts_E = expert_counts(top_k_index_TK, num_experts + 2)[:num_experts]
         for counts in (self._counts, self._undrained) if self._drained else (self._counts,):
             counts[layer] = counts[layer] + counts_E if layer in counts else counts_E
 

@@ -24,6 +24,7 @@ from checkpointing.state.extras import restore_rng, seed_streams
 from checkpointing.state.zero import after_restore, describe_tensors, optimizer_steps
 from checkpointing.storage import MANIFEST, place_of
 from checkpointing.store import Checkpoint, list_checkpoints, verify
+from moe.bias import EXTRA
 from trainer.checkpoints import CheckpointError, source_of
 from trainer.events import read_events
 from trainer.origin import Origin
@@ -80,9 +81,16 @@ def begin_from(snapshots: Snapshots, progress: Progress) -> None:
             restore_rng(extras)
         else:
             seed_streams(snapshots.recipe.train.seed, f"train after step {progress.step}", process.rank)
+        if snapshots.bias is not None and (blob := _biases_of(checkpoint)) is not None:
+            snapshots.bias.load(blob)
         dist.barrier()  # rank 0 removes what it redid
     if process.rank == 0:
         print(_told(checkpoint, before, after, streams), flush=True)
+
+
+def _biases_of(checkpoint: Checkpoint) -> bytes | None:
+    """The routers' balance biases, which are the same on all workers."""
+    return checkpoint.extras(checkpoint.manifest["coordinates"][0]).get(EXTRA)
 
 
 def _told(checkpoint: Checkpoint, before: Layout | None, after: Layout, streams: bool) -> str:
@@ -218,6 +226,8 @@ def incompatible(
         problems += [f"  {line}" for line in differences[:_SHOWN]]
         if len(differences) > _SHOWN:
             problems.append(f"  and {len(differences) - _SHOWN} more tensors; the model must be the same")
+    if not problems and _biases_of(checkpoint) is not None and not recipe.balance.bias_update_rate:
+        problems.append("  it has trained selection biases of its routers; set balance.bias_update_rate as it was")
     samples = carried_progress(checkpoint, None).samples
     if not problems and samples != checkpoint.step * recipe.train.global_batch_size:
         problems.append(

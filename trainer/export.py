@@ -22,10 +22,12 @@ from checkpointing.materialise import whole
 from checkpointing.recovery import RecoveryError
 from checkpointing.store import Checkpoint, list_checkpoints, verify
 from lora.format import save_adapter
+from moe.bias import EXTRA
 from moe.build import new_config
 from moe.fingerprint import fingerprint
 from trainer.build import shape_fields
 from trainer.recipe import RecipeError, load_recipe
+from trainer.routing import inexpressible, own_biases, set_routing
 from trainer.runfolder import checkpoints_of
 from trainer.schema import Recipe
 
@@ -56,12 +58,14 @@ def main(run_dir: str, out_dir: str, inexact: bool = False, step: int | None = N
 
 def _write(recipe: Recipe, run: Path, checkpoint: Checkpoint, temporary: Path, inexact: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="planaria-", dir=temporary.parent) as scratch:
-        tensors = trained_tensors(whole(checkpoint, Path(scratch), inexact))
+        redone = whole(checkpoint, Path(scratch), inexact)
+        tensors = trained_tensors(redone)
+        bias = redone.extras(redone.manifest["coordinates"][0]).get(EXTRA)
     if recipe.adapter:
         _copy_base(recipe, temporary)
         _write_adapter(recipe, tensors, temporary / "adapter")
     else:
-        _write_model(recipe, run, tensors, temporary)
+        _write_model(recipe, run, tensors, bias, temporary, inexact)
         _copy_tokenizer(run, temporary)
 
 
@@ -116,15 +120,21 @@ def trained_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return whole
 
 
-def _write_model(recipe: Recipe, run: Path, tensors: dict[str, Tensor], out: Path) -> None:
+def _write_model(
+    recipe: Recipe, run: Path, tensors: dict[str, Tensor], bias: bytes | None, out: Path, inexact: bool
+) -> None:
     if recipe.model.path is not None:
         config = AutoConfig.from_pretrained(recipe.model.path)
     else:
         vocab_size = tensors["model.embed_tokens.weight"].shape[0]
         config = new_config(recipe.model.family, shape_fields(recipe), vocab_size=vocab_size)
     dtype = tensors["model.embed_tokens.weight"].dtype
+    _check_routing(inexpressible(recipe, config), inexact)
+    set_routing(recipe, config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if bias is not None:
+        tensors = {**tensors, **own_biases(model, bias)}
     if config.tie_word_embeddings:
         tensors = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
@@ -137,6 +147,17 @@ def _write_model(recipe: Recipe, run: Path, tensors: dict[str, Tensor], out: Pat
     model.generation_config.eos_token_id = model.config.eos_token_id = _end_token(run)
     disable_progress_bar()
     model.save_pretrained(out)
+
+
+def _check_routing(problems: list[str], inexact: bool) -> None:
+    """A folder that loads and computes something else would be the worst outcome, so it takes the user's word."""
+    if problems and not inexact:
+        raise ExportError(
+            f"{'; '.join(problems)}. The exported model would compute something else; add --inexact to write it "
+            "all the same, without that"
+        )
+    for problem in problems:
+        print(f"warning: {problem}; the exported model computes something else", flush=True)
 
 
 def _end_token(run: Path) -> int | None:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from lora.watch import AdapterWatch
+from moe.bias import BiasBalance
 from moe.context import BatchContext, batch_context
 from moe.stats import RoutingMeter
 from trainer.data import DataBundle, batch_ids, sample_order
@@ -45,6 +46,7 @@ class Run:
     meter: RoutingMeter
     phases: Phases
     watch: AdapterWatch | None = None
+    bias: BiasBalance | None = None
     progress: Progress = field(default_factory=Progress)
 
 
@@ -84,10 +86,11 @@ def train_step(run: Run, step: int) -> float:
     for micro in range(run.recipe.accumulation):
         run.phases.enter("forward", step)
         ids_BS = next_batch(run, step, micro)
-        with batch_context(BatchContext(aux_scale=1 / run.recipe.accumulation)):
+        scale, shape = 1 / run.recipe.accumulation, (ids_BS.shape[0], ids_BS.shape[1])
+        with batch_context(BatchContext(aux_scale=scale, shape=shape, micro_step=micro)):
             loss = engine(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss
-        run.phases.enter("backward", step)
-        engine.backward(loss)
+            run.phases.enter("backward", step)
+            engine.backward(loss)
         total += loss.detach().float() / run.recipe.accumulation
         if micro == run.recipe.accumulation - 1:
             run.phases.enter("exchange", step)
@@ -96,6 +99,8 @@ def train_step(run: Run, step: int) -> float:
             run.events.write("optimizer", step=step)
             run.phases.enter("optimizer", step)
         engine.step()
+    if run.bias is not None:
+        run.bias.commit()
     run.progress.step = step
     _check_finite(run, step, "gradient norm", _grad_norm(engine))
     return mean

@@ -164,6 +164,7 @@ def _sites(target: str, shapes: Shapes) -> list[tuple[str, tuple[int, int]]]:
 def plan_run(recipe: Recipe) -> Plan:
     """Raises PlanError if ``model.path`` cannot be read or does not fit the recipe."""
     shapes, experts, top_k = _model(recipe)
+    top_k = recipe.routing.choices(top_k)
     total = count_by_kind(shapes)
     layers = len({match[0] for name in shapes if (match := re.match(r".*layers\.\d+\.", name))})
     banks = {name: bank_parameters(bank, shapes) for name, bank in recipe.adapter.items()}

@@ -293,6 +293,10 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
         values["model"] = {name: model[name] for name in WITH_PATH}
     else:
         values["model"] = {name: v for name, v in model.items() if name != "path" and (v or name not in SHAPE)}
+    for name in ("routing", "balance"):
+        given = {key: value for key, value in values.pop(name).items() if value != KEYS[name, key].default}
+        if given:
+            values[name] = given
     data = values["data"]
     data["include"] = list(data["include"])
     if data["tokenizer"]["kind"] == "model":

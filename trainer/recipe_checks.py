@@ -14,6 +14,7 @@ from lora.presets import DEFAULT_TARGETS, EXPERT_TENSORS
 from trainer.checkpoint_checks import CHECKPOINT_RULES
 from trainer.disk_rules import DISK_RULES
 from trainer.recipe_view import Finding, Unknown, View
+from trainer.routing_rules import ROUTING_RULES
 from trainer.schema import KEYS
 from trainer.yaml_lines import Path
 
@@ -325,6 +326,7 @@ _RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (
     _run_name,
     *CHECKPOINT_RULES,
     *DISK_RULES,
+    *ROUTING_RULES,
 )
 _BANK_RULES: tuple[Callable[[View, str], Iterator[Finding]], ...] = (
     _bank_ranges,

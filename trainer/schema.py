@@ -53,6 +53,43 @@ class ModelSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoutingSection:
+    """How tokens choose experts. A key that is None is the model's own, or the method's."""
+
+    __pydantic_config__ = _STRICT
+    method: Literal["model", "top_k", "switch", "gshard", "expert_choice"] = "model"
+    score: Literal["softmax", "sigmoid"] | None = None
+    top_k: Count | None = None
+    norm_topk_prob: bool | None = None
+    routed_scaling_factor: Above0 | None = None
+    n_group: Count | None = None
+    topk_group: Count | None = None
+    group_score: Literal["max", "top2"] | None = None
+    jitter: Probability = 0.0
+    capacity_factor: Above0 | None = None
+    drop_by: Literal["position", "probability"] | None = None
+    force: bool = False  # expert choice in a causal language model
+
+    def choices(self, own: int) -> int:
+        """Experts per token, where the model alone has ``own``."""
+        return {"switch": 1, "gshard": 2}.get(self.method, self.top_k or own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceSection:
+    """Losses and biases that keep experts evenly used."""
+
+    __pydantic_config__ = _STRICT
+    aux_loss: Literal["none", "micro_batch", "sequence", "global_batch", "hf"] = "none"
+    aux_loss_coef: AtLeast0 = 0.0
+    expert_loss_coef: AtLeast0 = 0.0
+    device_loss_coef: AtLeast0 = 0.0
+    communication_loss_coef: AtLeast0 = 0.0
+    z_loss_coef: AtLeast0 = 0.0
+    bias_update_rate: AtLeast0 = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenizerSection:
     """``bpe`` is trained on the text, ``bytes`` has one token per byte, ``model`` is the folder's own."""
 
@@ -183,6 +220,8 @@ class Recipe:
 
     __pydantic_config__ = _STRICT
     model: ModelSection
+    routing: RoutingSection = field(default_factory=RoutingSection)
+    balance: BalanceSection = field(default_factory=BalanceSection)
     data: DataSection
     parallel: ParallelSection = field(default_factory=ParallelSection)
     train: TrainSection

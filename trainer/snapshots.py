@@ -38,6 +38,7 @@ from checkpointing.state.gradients import GradientTap
 from checkpointing.state.hash import state_hash
 from checkpointing.state.partitions import describe_partitions
 from checkpointing.state.zero import after_restore, describe_tensors, optimizer_steps, zero_buffers
+from moe.bias import EXTRA, BiasBalance
 from moe.refs import ExpertRef
 from trainer.begin_from import begin_from, data_order
 from trainer.events import EventLog
@@ -73,6 +74,7 @@ class Snapshots:
     failpoints: Failpoints
     partial: PartialExperts | None = None  # in mode pec, also after it has turned exact
     protection: Protection | None = None
+    bias: BiasBalance | None = None
     client: KeeperClient | None = None
     capturer: Capturer | None = None
     tap: GradientTap | None = None
@@ -115,6 +117,8 @@ class Snapshots:
             progress.load(extras["progress"])
             after_restore(self.zero_optimizer, progress.optimizer_steps)
             restore_rng(extras)
+            if self.bias is not None:
+                self.bias.load(extras[EXTRA])
         elif self.recipe.checkpoint.load_from is not None:
             begin_from(self, progress)
         if self.tap is not None:
@@ -283,7 +287,8 @@ class Snapshots:
 
     def extras(self, progress: Progress) -> dict[str, bytes]:
         progress.optimizer_steps = self.tap.counts if self.tap is not None else optimizer_steps(self.zero_optimizer)
-        return {"progress": progress.dump(), **capture_rng()}
+        balance = {EXTRA: self.bias.dump()} if self.bias is not None else {}
+        return {"progress": progress.dump(), **capture_rng(), **balance}
 
     # -- the end ---------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,6 @@ from checkpointing.keeper.protocol import KeeperError, KeeperRefused, OtherMemor
 from checkpointing.recovery import RecoveryError
 from checkpointing.state.extras import seed_streams
 from lora.watch import AdapterWatch
-from moe.convert import observe_gates
 from moe.stats import RoutingMeter
 from trainer import data as data_module
 from trainer.build import build_model, training_dtype
@@ -33,6 +32,7 @@ from trainer.phases import Phases, longest_deadline_s
 from trainer.recipe import RecipeError, check_world, load_recipe
 from trainer.refusal import is_users_mistake, refuse
 from trainer.rendezvous import Process, die_with_launcher, join, process_started
+from trainer.routing import prepare_gates
 from trainer.runfolder import check_place, claim, lock, next_attempt, run_folder
 from trainer.schema import Recipe
 from trainer.snapshots import Snapshots, open_snapshots
@@ -138,7 +138,7 @@ def prepare(
         shutil.copytree(data.tokenizer_dir, run_dir / "tokenizer", dirs_exist_ok=True)
     model, blocks = build_model(recipe, process, data.vocab_size)
     meter = RoutingMeter(drained=recipe.checkpoint.mode == "pec")
-    observe_gates(blocks, meter, recipe.model.router_aux_loss_coef)
+    bias = prepare_gates(recipe, process, model, blocks, meter)
     engine = create_engine(model, recipe, training_dtype(recipe, process.device), recipe.accumulation)
     inner = engine.optimizer.optimizer
     origin = Origin.of(recipe, process, data.key, inner)
@@ -146,8 +146,9 @@ def prepare(
     snapshots = open_snapshots(
         recipe, process, run_dir, engine.optimizer, events, failpoints, origin, phases.board, partial
     )
+    snapshots.bias = bias
     watch = AdapterWatch(model) if recipe.adapter else None
-    run = Run(recipe, process, run_dir, data, engine, snapshots, events, failpoints, meter, phases, watch)
+    run = Run(recipe, process, run_dir, data, engine, snapshots, events, failpoints, meter, phases, watch, bias)
     place_failpoints(run, model, [block.experts for block in blocks], inner)
     seed_streams(recipe.train.seed, "train", process.rank)
     return run
