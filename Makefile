@@ -9,7 +9,7 @@ PURE := moe/refs.py moe/layout.py checkpointing/units.py checkpointing/records.p
         checkpointing/schedule.py checkpointing/cost.py checkpointing/bandwidth.py checkpointing/partial.py \
         checkpointing/plt.py lora/config.py lora/presets.py inference/policies.py trainer/cli.py trainer/recipe.py trainer/plan.py \
         trainer/schema.py trainer/faults.py trainer/recipe_view.py trainer/recipe_checks.py \
-        trainer/checkpoint_checks.py trainer/mode_plan.py trainer/disk_rules.py trainer/loss_verdict.py trainer/checkpoints.py \
+        trainer/checkpoint_checks.py trainer/mode_plan.py trainer/disk_rules.py trainer/routing_rules.py trainer/loss_verdict.py trainer/checkpoints.py \
         trainer/checkpoint_cli.py checkpointing/phases.py trainer/phases.py trainer/endings.py trainer/supervisor.py \
         trainer/timesplit.py checkpointing/keeper/faults.py trainer/leftovers.py trainer/matrix.py \
         trainer/matrix_verdict.py benchmarks/report.py

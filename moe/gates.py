@@ -84,7 +84,8 @@ class Gate(nn.Module):
         return logits_TE, weights_TK, index_TK
 
     def _logits(self, x_TH: Tensor) -> Tensor:
-        weight, bias = self.weight, getattr(self, "bias", None)
+        weight: Any = self.weight
+        bias: Any = getattr(self, "bias", None)
         if self.policy.spec.fp32_linear:
             wide = torch.promote_types(weight.dtype, torch.float32)
             x_TH, weight, bias = x_TH.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
@@ -129,7 +130,8 @@ def replayed(layer: int) -> Tensor | None:
         return context.replay(layer)
     if ("replay", layer) not in context.kept:
         context.kept["replay", layer] = context.replay(layer)
-    return context.kept["replay", layer]
+    kept_TK: Tensor | None = context.kept["replay", layer]
+    return kept_TK
 
 
 def replace_gate(block: MoEBlock, policy: RoutingPolicy) -> MoEBlock:

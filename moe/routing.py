@@ -95,7 +95,7 @@ _SETTINGS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 
 def spec_of(gate: nn.Module, config: Any) -> RouterSpec:
     """The numbers of a transformers gate. Raises FamilyError if its family is not known or an attribute is missing."""
-    family = getattr(config, "model_type", None)
+    family = str(getattr(config, "model_type", None))
     if family not in FAMILIES:
         raise FamilyError(
             f"the router {type(gate).__name__} is of family {family!r}, whose numbers are not known; known are "

@@ -1,0 +1,165 @@
+"""From a recipe's routing and balance to gates, and to configurations of transformers."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from moe.convert import convert
+from moe.families import find_moe_blocks
+from moe.gates import Gate
+from moe.routing import RouterSpec, RoutingError, spec_of
+from moe.stats import RoutingMeter
+from tests.moe.tiny_families import tiny
+from trainer.plan import plan_run
+from trainer.recipe import RecipeError, load_recipe, recipe_fingerprint, recipe_to_yaml
+from trainer.routing import balance_of, inexpressible, own_biases, policy_of, prepare_gates, set_routing
+
+QUICKSTART = "recipes/quickstart.yaml"
+ALONE = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
+
+
+def recipe(*overrides):
+    return load_recipe(QUICKSTART, overrides)
+
+
+def policy(*overrides, own=None):
+    return policy_of(recipe(*overrides).routing, own or RouterSpec(32, 4, norm_topk=True, weights_like_logits=True))
+
+
+def test_methods_have_their_papers_numbers():
+    switch = policy("routing={method: switch, jitter: 0.01, capacity_factor: 1.25}")
+    assert (switch.spec.top_k, switch.spec.norm_topk, switch.spec.score) == (1, False, "softmax")
+    assert (switch.jitter, switch.capacity_factor, switch.random_second) == (0.01, 1.25, False)
+    gshard = policy("routing.method=gshard")
+    assert (gshard.spec.top_k, gshard.spec.norm_topk) == (2, True)
+    assert (gshard.capacity_factor, gshard.random_second) == (1.0, True)
+    limited = policy("routing={method: top_k, score: sigmoid, top_k: 6, n_group: 8, topk_group: 3, group_score: top2}")
+    assert limited.spec == RouterSpec(32, 6, "sigmoid", True, 1e-20, n_group=8, topk_group=3, group_score="top2",
+                                      weights_like_logits=True)  # fmt: skip
+    assert limited.capacity_factor is None
+    assert policy("routing={method: expert_choice, force: true}", "model.router_aux_loss_coef=0").choice == "expert"
+
+
+def test_keys_that_are_not_given_are_the_models_own():
+    own = RouterSpec(32, 4, "sigmoid", True, 1e-20, 2.5, 4, 2, "top2", fp32_linear=True, ordered=False)
+    assert policy("routing.method=top_k", own=own).spec == own
+    assert policy("routing={method: top_k, top_k: 2}", own=own).spec.differences(own) == ["top_k"]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("routing.jitter=0.1", "routing.jitter needs a routing.method"),
+        ("routing={method: switch, top_k: 2}", "routing.top_k is decided by routing.method=switch"),
+        ("routing.method=expert_choice", "sees its own future"),
+        ("routing={method: top_k, force: true}", "routing.force is for"),
+        ("routing={method: top_k, n_group: 4}", "limits nothing; give routing.topk_group"),
+        ("routing={method: top_k, topk_group: 4}", "give routing.n_group"),
+        ("routing={method: top_k, n_group: 4, topk_group: 5}", "more than routing.n_group=4"),
+        ("routing={method: top_k, n_group: 5, topk_group: 2}", "does not divide model.num_experts=32"),
+        ("routing={method: top_k, top_k: 33}", "more than model.num_experts=32"),
+        ("routing={method: top_k, drop_by: position}", "drops nothing without routing.capacity_factor"),
+        ("routing={method: topk}", "did you mean 'top_k'"),
+        ("balance={aux_loss: sequence, aux_loss_coef: 0.1}", "keep one of them"),
+        ("balance.aux_loss_coef=0.1", "give balance.aux_loss, too"),
+        ("balance={aux_loss: hf}", "give balance.aux_loss_coef, too"),
+        ("balance.bias_rate=0.1", "unknown key balance.bias_rate"),
+        ("routing={method: expert_choice, force: true}", "model.router_aux_loss_coef: experts that choose"),
+    ],
+)
+def test_recipes_that_contradict_themselves_are_refused(override, says):
+    with pytest.raises(RecipeError) as refused:
+        recipe(override)
+    assert says in str(refused.value)
+
+
+def test_an_adapter_leaves_the_base_models_routing_alone(tmp_path):
+    overrides = ["adapter={a: {preset: expert-lora, r: 2, alpha: 4}}", "routing.method=top_k"]
+    with pytest.raises(RecipeError, match="which an adapter leaves as it is"):
+        recipe(*overrides, "balance.bias_update_rate=0.1")
+
+
+def test_a_recipe_without_the_sections_keeps_its_fingerprint_and_others_change_it(tmp_path):
+    plain = recipe()
+    assert "routing" not in recipe_to_yaml(plain)
+    changed = recipe("routing={method: top_k, score: sigmoid}", "balance.bias_update_rate=0.001")
+    assert recipe_fingerprint(plain) != recipe_fingerprint(changed)
+    copy = tmp_path / "quickstart.yaml"
+    copy.write_text(recipe_to_yaml(changed))
+    assert (load_recipe(copy).routing, load_recipe(copy).balance) == (changed.routing, changed.balance)
+
+
+def test_the_plan_counts_the_experts_that_a_token_uses():
+    plain, switch = plan_run(recipe()).share, plan_run(recipe("routing.method=switch")).share
+    assert (plain.top_k, switch.top_k) == (4, 1)
+
+
+def test_losses_come_from_the_recipe_and_devices_from_groups_or_workers():
+    spec = RouterSpec(32, 4)
+    assert balance_of(recipe(), spec).aux_coef == 0.01
+    coefs = "balance={device_loss_coef: 0.1, communication_loss_coef: 0.2}"
+    found = balance_of(recipe(coefs), spec)
+    assert (found.devices, found.device_limit) == (2, 2)  # parallel.ep
+    found = balance_of(recipe(coefs), RouterSpec(32, 4, n_group=8, topk_group=3))
+    assert (found.devices, found.device_limit) == (8, 3)
+    alone = recipe(coefs, "parallel={workers: 1, ep: 1}")
+    with pytest.raises(RoutingError, match="there is only one"):
+        balance_of(alone, spec)
+
+
+@pytest.mark.parametrize("section", ["", "routing.method=top_k", "balance.bias_update_rate=0.1"])
+def test_a_gate_is_replaced_only_if_it_routes_otherwise(section):
+    model = tiny("qwen3_moe")
+    bias = prepare_gates(recipe(*[section][: bool(section)]), ALONE, model, convert(model), RoutingMeter())
+    gates = [block.gate for block in find_moe_blocks(model)]
+    assert all(isinstance(gate, Gate) == bool(section) for gate in gates)
+    assert (bias is not None) == section.startswith("balance")
+    assert all((gate.bias_E is not None) == (bias is not None) for gate in gates if section)
+
+
+@pytest.mark.parametrize(
+    ("family", "section", "says"),
+    [
+        ("qwen3_moe", "routing={method: top_k, top_k: 2, norm_topk_prob: false}", None),
+        ("qwen3_moe", "routing={method: switch, jitter: 0.1, capacity_factor: 1.0}", None),
+        (
+            "qwen3_moe",
+            "routing={method: top_k, score: sigmoid}",
+            "with softmax, 0.0 where this run has score sigmoid",
+        ),
+        ("qwen3_moe", "routing={method: top_k, n_group: 4, topk_group: 2}", "n_group 4"),
+        ("qwen3_moe", "balance.bias_update_rate=0.1", "has no selection bias"),
+        ("mixtral", "routing.method=switch", "norm_topk False"),
+        ("deepseek_v2", "routing={method: top_k, n_group: 2, topk_group: 2, top_k: 4}", None),
+        ("deepseek_v3", "routing={method: top_k, n_group: 2, topk_group: 1}", None),
+        ("deepseek_v3", "balance.bias_update_rate=0.1", None),
+        ("deepseek_v3", "routing={method: top_k, group_score: max}", "group_score max"),
+        ("gpt_oss", "routing={method: top_k, top_k: 1}", None),
+    ],
+)
+def test_what_transformers_can_do_is_written_and_the_rest_is_named(family, section, says):
+    model = tiny(family)
+    wanted = recipe(section)
+    problems = inexpressible(wanted, model.config)
+    if says is not None:
+        assert len(problems) == 1
+        assert says in problems[0]
+        return
+    assert problems == []
+    own = spec_of(find_moe_blocks(model)[0].gate, model.config)
+    set_routing(wanted, model.config)
+    rebuilt = find_moe_blocks(type(model)(model.config))[0].gate
+    assert spec_of(rebuilt, model.config) == policy_of(wanted.routing, own).spec
+
+
+def test_trained_biases_get_the_familys_own_names():
+    model = tiny("deepseek_v3")
+    bias = prepare_gates(recipe("balance.bias_update_rate=0.1"), ALONE, model, convert(model), RoutingMeter())
+    own = [block.gate.e_score_correction_bias for block in find_moe_blocks(tiny("deepseek_v3"))]
+    assert torch.equal(bias.bias_ME, torch.stack(own)), "balance must begin with the model's own biases"
+    bias.bias_ME.normal_()
+    named = own_biases(tiny("deepseek_v3"), bias.dump())
+    assert sorted(named) == [f"model.layers.{i}.mlp.gate.e_score_correction_bias" for i in (0, 1)]
+    assert torch.equal(named["model.layers.1.mlp.gate.e_score_correction_bias"], bias.row(1))
+    assert own_biases(tiny("qwen3_moe"), bias.dump()) == {}
