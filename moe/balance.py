@@ -253,7 +253,7 @@ class BalanceLosses:
 
     def _count(self, layer: int, index_TK: Tensor, size: torch.Size, context: BatchContext) -> None:
         counts_E = choice_counts(index_TK, size[1], context.mask_T)
-        real = counts_E.new_tensor([size[0]]) if context.mask_T is None else context.mask_T.sum().view(1)
+        real = counts_E.new_full((1,), size[0]) if context.mask_T is None else context.mask_T.sum().view(1)
         counts_X = torch.cat([counts_E, real])
         if self.spec.aux == "hf":
             context.kept.setdefault("hf", []).append(counts_X)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from moe.balance import BalanceLosses, BalanceSpec
+from moe.bias import BiasBalance
 from moe.capacity import capacity, expert_choice, random_second, within_capacity
 from moe.context import BatchContext, batch_context
 from moe.convert import convert
@@ -347,3 +349,61 @@ def test_routing_is_recorded_once_and_replayed_exactly(ours):
     assert any(not torch.equal(free[layer], taken[layer]) for layer in taken)
     assert all(torch.equal(replayed[layer], taken[layer]) for layer in taken)
     assert sorted(asked) == [0, 1]
+
+
+CUDA = pytest.param(
+    "cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+)
+
+
+def deterministic_step(device, spec, by, checkpointed):
+    """Two gates with everything they can do, forward and backward, where nothing may be read back from a GPU."""
+    model = tiny("deepseek_v3").to(device).train()
+    blocks = find_moe_blocks(model)
+    policy = RoutingPolicy(spec_of(blocks[0].gate, model.config), jitter=0.1, capacity_factor=1.0, drop_by=by)
+    blocks = [replace_gate(block, policy) for block in blocks]
+    bias = BiasBalance({block.layer: torch.zeros(8) for block in blocks}, 0.01, device)
+    meter = RoutingMeter()
+    observe_gates(blocks, model.config, meter, BalanceLosses(spec), bias)
+    torch.manual_seed(3)
+    x = y = torch.randn(1, 32, 32, device=device, requires_grad=True)
+    mask_T = torch.arange(32, device=device) > 4
+    on_gpu = torch.cuda.set_sync_debug_mode if device == "cuda" else lambda mode: None
+    on_gpu("error")
+    try:
+        with batch_context(BatchContext(shape=(2, 16), mask_T=mask_T)):
+            for block in blocks:
+                weighted = _weighted(block.gate)
+                y = y + (checkpoint(weighted, y, use_reentrant=False) if checkpointed else weighted(y))
+            y.sum().backward()
+        bias.commit()
+    finally:
+        on_gpu("default")
+    return [x.grad, *(block.gate.weight.grad for block in blocks), bias.bias_ME, meter.take().counts_ME]
+
+
+def _weighted(gate):
+    def weighted(x):
+        _, weights_TK, index_TK = gate(x)
+        return (weights_TK * index_TK).sum(1).view(1, -1, 1) * x
+
+    return weighted
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("by", ["position", "probability"])
+@pytest.mark.parametrize("aux", ["micro_batch", "sequence", "global_batch", "hf"])
+def test_gates_repeat_bit_by_bit_and_read_nothing_back_from_a_gpu(aux, by, device):
+    """On a GPU, checkpointed layers are recomputed in a thread of autograd's, which must see the context."""
+    spec = BalanceSpec(aux, 0.1, expert_coef=0.1, device_coef=0.1, communication_coef=0.1, z_coef=0.1, devices=4)
+    torch.use_deterministic_algorithms(True)
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # as training has it
+    try:
+        results = [deterministic_step(device, spec, by, checkpointed) for checkpointed in (False, True, True)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
