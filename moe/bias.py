@@ -68,10 +68,10 @@ class BiasBalance:
                 f"the checkpoint has {len(blob) // 4} selection biases, the model {self.bias_ME.numel()}; use the "
                 "recipe that wrote it"
             )
-        self.bias_ME.copy_(biases(blob, *self.bias_ME.shape))
+        self.bias_ME.copy_(biases(blob, self.bias_ME.shape[1]))
         self._counts_ME.zero_()
 
 
-def biases(blob: bytes, layers: int, num_experts: int) -> Tensor:
+def biases(blob: bytes, num_experts: int) -> Tensor:
     """What :meth:`BiasBalance.dump` wrote, [M,E], layers in ascending order."""
-    return torch.frombuffer(bytearray(blob), dtype=torch.float32).view(layers, num_experts)
+    return torch.frombuffer(bytearray(blob), dtype=torch.float32).view(-1, num_experts)

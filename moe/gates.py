@@ -94,7 +94,8 @@ class Gate(nn.Module):
     def _chosen_by_tokens(self, logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         policy, context = self.policy, current()
         bias_E = self.bias_E if self.bias_E is not None else getattr(self, OWN_BIAS, None)
-        weights_TK, index_TK = route(logits_TE, policy.spec, bias_E, replayed(self.layer))
+        replay_TK = replayed(self.layer, logits_TE.shape[0], policy.spec.top_k)
+        weights_TK, index_TK = route(logits_TE, policy.spec, bias_E, replay_TK)
         kept_TK = random_second(weights_TK) if self.training and policy.random_second else None
         if self.training and policy.capacity_factor is not None:
             wanted_TK = kept_TK
@@ -121,17 +122,24 @@ class Gate(nn.Module):
         return f"layer={self.layer}, {self.policy}"
 
 
-def replayed(layer: int) -> Tensor | None:
-    """The choices that the context wants taken; asked for once per training pass, a recompute takes the same."""
+def replayed(layer: int, tokens: int, top_k: int) -> Tensor | None:
+    """The choices [T,K] that the context wants taken; asked for once per training pass, a recompute takes the same.
+
+    Raises RoutingError if they are not of this batch's shape.
+    """
     context = current()
     if context.replay is None:
         return None
-    if not context.balance:
-        return context.replay(layer)
-    if ("replay", layer) not in context.kept:
-        context.kept["replay", layer] = context.replay(layer)
-    kept_TK: Tensor | None = context.kept["replay", layer]
-    return kept_TK
+    key = ("replay", layer)
+    index_TK: Tensor | None = context.kept[key] if key in context.kept else context.replay(layer)
+    if context.balance:
+        context.kept[key] = index_TK
+    if index_TK is not None and index_TK.shape != (tokens, top_k):
+        raise RoutingError(
+            f"layer {layer}: choices of shape {list(index_TK.shape)} are to be replayed for {tokens} tokens with "
+            f"{top_k} choices each; replay them with the model and the batches they were recorded of"
+        )
+    return index_TK
 
 
 def replace_gate(block: MoEBlock, policy: RoutingPolicy) -> MoEBlock:
@@ -218,7 +226,7 @@ def observe_gates(
 def _hook(observer: Observer) -> Any:
     def hook(gate: nn.Module, _args: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         logits_TE, weights_TK, index_TK = output
-        replay_TK = replayed(observer.layer)
+        replay_TK = replayed(observer.layer, *index_TK.shape)
         if replay_TK is not None:
             weights_TK, index_TK = route(logits_TE, observer.spec, getattr(gate, OWN_BIAS, None), replay_TK)
         return logits_TE, observer(logits_TE, weights_TK, index_TK, None), index_TK

@@ -27,7 +27,7 @@ from moe.build import new_config
 from moe.fingerprint import fingerprint
 from trainer.build import shape_fields
 from trainer.recipe import RecipeError, load_recipe
-from trainer.routing import inexpressible, own_biases, set_routing
+from trainer.routing import inexpressible, set_routing
 from trainer.runfolder import checkpoints_of
 from trainer.schema import Recipe
 
@@ -130,16 +130,14 @@ def _write_model(
         config = new_config(recipe.model.family, shape_fields(recipe), vocab_size=vocab_size)
     dtype = tensors["model.embed_tokens.weight"].dtype
     _check_routing(inexpressible(recipe, config), inexact)
-    set_routing(recipe, config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if bias is not None:
-        tensors = {**tensors, **own_biases(model, bias)}
     if config.tie_word_embeddings:
         tensors = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     if missing or unexpected:
         raise ExportError(f"the checkpoint and the model disagree: missing {missing}, not in the model {unexpected}")
+    set_routing(recipe, model, bias)
     # Dropout is a property of the training run, not of the exported model.
     model.config.attention_dropout = 0.0
     model.config.use_cache = True

@@ -19,7 +19,7 @@ from moe.gates import OWN_BIAS, RoutingPolicy, observe_gates, replace_gate
 from moe.routing import RouterSpec, RoutingError, config_fields, spec_of
 from moe.stats import RoutingMeter
 from trainer.rendezvous import Process
-from trainer.schema import Recipe, RoutingSection
+from trainer.schema import BalanceSection, Recipe, RoutingSection
 
 
 def policy_of(section: RoutingSection, own: RouterSpec) -> RoutingPolicy:
@@ -88,6 +88,10 @@ def prepare_gates(
 
     A model's own gate stays in place unless it is to route differently or with a bias of ours.
     """
+    if not blocks:
+        if recipe.routing != RoutingSection() or recipe.balance != BalanceSection():
+            raise RoutingError("no layer of this model has a router: remove the sections routing and balance")
+        return None
     config: Any = model.config
     own = {block.layer: spec_of(block.gate, config) for block in blocks}
     rate = recipe.balance.bias_update_rate
@@ -139,25 +143,23 @@ def inexpressible(recipe: Recipe, config: Any) -> list[str]:
     return problems
 
 
-def set_routing(recipe: Recipe, config: Any) -> None:
-    """Write the recipe's routing to a transformers configuration, as far as its family has fields for it."""
-    if recipe.routing.method != "model":
-        block, _ = _built(config)
-        spec = policy_of(recipe.routing, spec_of(block.gate, config)).spec
-        for name, value in config_fields(config.model_type, spec).items():
-            setattr(config, name, value)
+def set_routing(recipe: Recipe, model: nn.Module, blob: bytes | None) -> None:
+    """Have a transformers model route as the recipe says, as far as its family can: its configuration, and its biases.
 
-
-def own_biases(model: nn.Module, blob: bytes) -> dict[str, Tensor]:
-    """The trained biases under the names of the family's own buffers; empty if it has none."""
+    Args:
+        blob: the trained biases (:meth:`~moe.bias.BiasBalance.dump`), if there are any. Rows beyond the model's own
+            layers belong to modules that only training has.
+    """
+    config: Any = model.config
     blocks = find_moe_blocks(model)
-    found = biases(blob, len(blocks), spec_of(blocks[0].gate, model.config).num_experts)
-    names = {module: path for path, module in model.named_modules()}
-    return {
-        f"{names[block.gate]}.{OWN_BIAS}": row
-        for block, row in zip(blocks, found, strict=True)
-        if hasattr(block.gate, OWN_BIAS)
-    }
+    spec = spec_of(blocks[0].gate, config)
+    if recipe.routing.method != "model":
+        for name, value in config_fields(config.model_type, policy_of(recipe.routing, spec).spec).items():
+            setattr(config, name, value)
+    if blob is not None and hasattr(blocks[0].gate, OWN_BIAS):
+        rows_ME = biases(blob, spec.num_experts)
+        for block, row_E in zip(blocks, rows_ME[: len(blocks)], strict=True):
+            setattr(block.gate, OWN_BIAS, row_E.clone())
 
 
 def _built(config: Any) -> tuple[MoEBlock, nn.Module]:

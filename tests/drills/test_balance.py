@@ -34,7 +34,7 @@ def test_a_killed_run_ends_with_the_same_biases_and_bits(start, calm, folder):
         extras_of(folder / name, rank) for name in ("balanced", "balanced-killed") for rank in ("dp0000", "dp0001")
     ]
     assert len(set(blobs)) == 1
-    moved = biases(blobs[0], 2, 4)
+    moved = biases(blobs[0], 4)
     assert moved.any()
     assert float(moved.abs().max()) <= 0.12 + 1e-6  # twelve steps of 0.01
 
@@ -49,7 +49,7 @@ def test_a_run_begins_with_the_biases_of_another_layout(start, calm, folder):
     job = start("balanced-alone", [*BALANCED, *alone, "train.steps=13"])
     job.finish()
     before, after = extras_of(folder / "balanced", "dp0000"), extras_of(folder / "balanced-alone", "dp0000")
-    step = (biases(after, 2, 4) - biases(before, 2, 4)).abs()
+    step = (biases(after, 4) - biases(before, 4)).abs()
     assert torch.all((step < 1e-6) | ((step - 0.01).abs() < 1e-6))
     assert step.any()
     plain = start("balanced-lost", [*alone, "train.steps=13"])

@@ -48,7 +48,7 @@ def test_biases_survive_a_dump_bit_by_bit_and_pending_counts_do_not():
     assert torch.equal(row, balance.row(1)), "gates would go on with another tensor"
     other.commit()
     assert torch.equal(other.bias_ME, balance.bias_ME)
-    assert torch.equal(biases(balance.dump(), 2, 4), balance.bias_ME)
+    assert torch.equal(biases(balance.dump(), 4), balance.bias_ME)
     with pytest.raises(RoutingError, match="8 selection biases, the model 4"):
         BiasBalance({0: torch.zeros(4)}, 0.1).load(balance.dump())
 

@@ -349,6 +349,8 @@ def test_routing_is_recorded_once_and_replayed_exactly(ours):
     assert any(not torch.equal(free[layer], taken[layer]) for layer in taken)
     assert all(torch.equal(replayed[layer], taken[layer]) for layer in taken)
     assert sorted(asked) == [0, 1]
+    with pytest.raises(RoutingError, match=r"shape \[7, 3\] are to be replayed for 32 tokens with 3 choices"):
+        step(other, replay=lambda layer: taken[layer][:7])
 
 
 CUDA = pytest.param(

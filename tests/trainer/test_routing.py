@@ -13,7 +13,7 @@ from moe.stats import RoutingMeter
 from tests.moe.tiny_families import tiny
 from trainer.plan import plan_run
 from trainer.recipe import RecipeError, load_recipe, recipe_fingerprint, recipe_to_yaml
-from trainer.routing import balance_of, inexpressible, own_biases, policy_of, prepare_gates, set_routing
+from trainer.routing import balance_of, inexpressible, policy_of, prepare_gates, set_routing
 
 QUICKSTART = "recipes/quickstart.yaml"
 ALONE = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
@@ -148,18 +148,31 @@ def test_what_transformers_can_do_is_written_and_the_rest_is_named(family, secti
         return
     assert problems == []
     own = spec_of(find_moe_blocks(model)[0].gate, model.config)
-    set_routing(wanted, model.config)
+    set_routing(wanted, model, None)
     rebuilt = find_moe_blocks(type(model)(model.config))[0].gate
     assert spec_of(rebuilt, model.config) == policy_of(wanted.routing, own).spec
 
 
-def test_trained_biases_get_the_familys_own_names():
-    model = tiny("deepseek_v3")
-    bias = prepare_gates(recipe("balance.bias_update_rate=0.1"), ALONE, model, convert(model), RoutingMeter())
+def test_trained_biases_go_to_the_familys_own_buffers():
+    model, wanted = tiny("deepseek_v3"), recipe("balance.bias_update_rate=0.1")
+    bias = prepare_gates(wanted, ALONE, model, convert(model), RoutingMeter())
     own = [block.gate.e_score_correction_bias for block in find_moe_blocks(tiny("deepseek_v3"))]
     assert torch.equal(bias.bias_ME, torch.stack(own)), "balance must begin with the model's own biases"
     bias.bias_ME.normal_()
-    named = own_biases(tiny("deepseek_v3"), bias.dump())
-    assert sorted(named) == [f"model.layers.{i}.mlp.gate.e_score_correction_bias" for i in (0, 1)]
-    assert torch.equal(named["model.layers.1.mlp.gate.e_score_correction_bias"], bias.row(1))
-    assert own_biases(tiny("qwen3_moe"), bias.dump()) == {}
+    exported = tiny("deepseek_v3")
+    with_more = bias.dump() + torch.zeros(8).numpy().tobytes()  # of a module that only training has
+    for blob in (bias.dump(), with_more):
+        set_routing(wanted, exported, blob)
+        state = exported.state_dict()
+        for layer in (0, 1):
+            assert torch.equal(state[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"], bias.row(layer))
+    other = tiny("qwen3_moe")
+    before = list(other.state_dict())
+    set_routing(wanted, other, bias.dump())
+    assert list(other.state_dict()) == before
+
+
+def test_a_model_without_routers_has_nothing_to_balance():
+    assert prepare_gates(recipe(), ALONE, torch.nn.Linear(2, 2), [], RoutingMeter()) is None
+    with pytest.raises(RoutingError, match="no layer of this model has a router"):
+        prepare_gates(recipe("balance.z_loss_coef=0.1"), ALONE, torch.nn.Linear(2, 2), [], RoutingMeter())
