@@ -81,8 +81,11 @@ def begin_from(snapshots: Snapshots, progress: Progress) -> None:
             restore_rng(extras)
         else:
             seed_streams(snapshots.recipe.train.seed, f"train after step {progress.step}", process.rank)
-        if snapshots.bias is not None and (blob := _biases_of(checkpoint)) is not None:
+        blob = _biases_of(checkpoint)
+        if snapshots.bias is not None and blob is not None:
             snapshots.bias.load(blob)
+        elif snapshots.bias is not None and process.rank == 0:
+            print("the checkpoint has no selection biases: they begin as the model's own", flush=True)
         dist.barrier()  # rank 0 removes what it redid
     if process.rank == 0:
         print(_told(checkpoint, before, after, streams), flush=True)

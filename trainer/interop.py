@@ -61,6 +61,11 @@ def export(run: str, out_dir: str, form: str, inexact: bool = False) -> int:
     recipe, checkpoint = load_recipe(source.run / "recipe.yaml"), chosen(run)
     if recipe.adapter:
         raise ExportError(f"{name} trains adapters, and DeepSpeed's folders hold whole models; export it with --hf")
+    if recipe.balance.bias_update_rate:
+        raise ExportError(
+            f"{name} has trained selection biases of its routers, for which DeepSpeed's folders have no place; export "
+            "it with --hf"
+        )
     problems = verify(checkpoint.path)
     if problems:
         raise ExportError(f"{problems[0]}; use another step")
