@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from moe.families import FamilyError
@@ -34,7 +35,7 @@ def new_config(family: str, fields: Mapping[str, Any], *, vocab_size: int) -> Pr
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     try:
         return AutoConfig.for_model(family, vocab_size=vocab_size, **tokens, **configuration(family, given))
-    except ValueError as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise FamilyError(f"transformers refuses this {family}: {error}") from error
 
 
