@@ -35,7 +35,7 @@ def _keys(view: View) -> Iterator[Finding]:
     for key in view("model"):
         if family.lacks(key) and not view.reported(f"model.{key}"):
             others = [other for other, theirs in FAMILIES.items() if key in theirs.fields]
-            why = _WHY.get((name, key), f"only {', '.join(others)} do{'es' if len(others) == 1 else ''}")
+            why = _WHY.get((name, key), f"only {', '.join(others)} ha{'s' if len(others) == 1 else 've'} it")
             yield f"model.{key}", f"model.{key}: {name} has no such key, {why}; remove it"
     for key in family.required:
         if not view.given(f"model.{key}") and not view.reported(f"model.{key}"):

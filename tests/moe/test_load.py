@@ -13,6 +13,7 @@ from moe.families import FamilyError
 from moe.family_table import FAMILIES
 from moe.layout import Layout
 from moe.load import empty_model, fill, read_config
+from moe.save import whole_model, write_folder
 
 EVERY = pytest.mark.parametrize("family", sorted(FAMILIES))
 
@@ -66,6 +67,34 @@ def test_each_of_two_ranks_reads_its_half_of_the_experts_and_no_more(folders, fa
             mine = slice(4 * rank, 4 * rank + 4) if ".experts." in name else slice(None)
             assert torch.equal(tensor, full[name][mine]), name
             assert name in dict(half.named_buffers()) or hasattr(tensor, "address")
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_was_loaded_by_two_ranks_is_exported_byte_for_byte(folders, family, dtype, tmp_path):
+    source = folders / family
+    if dtype != torch.float32:
+        source = tmp_path / "half"
+        AutoModelForCausalLM.from_pretrained(folders / family, dtype=dtype).save_pretrained(source)
+    ranks = [dict(load(source, Layout(2, 2), rank, dtype)[0].named_parameters()) for rank in range(2)]
+    tensors = {
+        name: torch.cat([half[name].detach() for half in ranks]) if tensor.address.is_expert else tensor.detach()
+        for name, tensor in ranks[0].items()
+    }
+    write_folder(whole_model(read_config(source), tensors, source), tmp_path / "out")
+    stored, exported = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
+    assert exported.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert exported[name].dtype == tensor.dtype, name
+        assert torch.equal(exported[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def test_an_incomplete_set_of_tensors_is_not_exported(folders):
+    tensors = dict(load(folders / "olmoe")[0].named_parameters())
+    tensors.pop("model.norm.weight")
+    tensors["model.extra"] = torch.zeros(1)
+    with pytest.raises(FamilyError, match=r"olmoe model: model\.extra, model\.norm\.weight"):
+        whole_model(read_config(folders / "olmoe"), tensors)
 
 
 @pytest.fixture
