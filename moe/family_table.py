@@ -26,6 +26,7 @@ class Family:
         latent_attention: multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
         group_scores: how many of a group's best scores rank it, with group-limited routing.
         attention_biases: which of q, k, v, o have one.
+        buffers: last names of persistent buffers: in files and state dicts, but no parameters.
     """
 
     fields: Mapping[str, str]
@@ -37,6 +38,7 @@ class Family:
     latent_attention: bool = False
     group_scores: int = 0
     attention_biases: str = ""
+    buffers: tuple[str, ...] = ()
 
     def lacks(self, key: str) -> bool:
         """Whether ``key`` is some family's, but not this one's."""
@@ -118,6 +120,7 @@ FAMILIES: dict[str, Family] = {
         {**_DEEPSEEK_DEFAULTS, "norm_topk_prob": True},
         latent_attention=True,
         group_scores=2,
+        buffers=("e_score_correction_bias",),
     ),
     "gpt_oss": Family(
         {
@@ -136,8 +139,7 @@ FAMILIES: dict[str, Family] = {
 
 SHAPE_KEYS = tuple(dict.fromkeys(key for family in FAMILIES.values() for key in family.fields))
 
-# Persistent buffers: in files and state dicts, but no parameters.
-BUFFERS = ("e_score_correction_bias",)
+BUFFERS = tuple(name for family in FAMILIES.values() for name in family.buffers)
 
 
 def resolved(name: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -260,16 +260,21 @@ def _replace(model: nn.Module, replaced: Mapping[int, Tensor]) -> None:
                 old.copy_(replaced[id(old)])
 
 
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What state dicts and files hold besides parameters, by path."""
+    parameters = {path for path, _ in model.named_parameters()}
+    return {path: tensor for path, tensor in _stored(model) if path not in parameters}
+
+
 def read_buffers(model: PreTrainedModel, folder: str | Path) -> None:
     """Only the persistent buffers of a model, in place; see :func:`fill`."""
     names = _Names(None, _block_names(model.config.model_type))
-    files, parameters = TensorFiles(Path(folder)), {path for path, _ in model.named_parameters()}
-    for path, buffer in _stored(model):
-        if path not in parameters:
-            name = names.of(path, files)
-            if name not in files:
-                raise FolderError(f"{folder}: {name} is missing; copy or export it again")
-            buffer.copy_(files.read(name))
+    buffers, files = persistent_buffers(model), TensorFiles(Path(folder))
+    for path, buffer in buffers.items():
+        name = names.of(path, files)
+        if name not in files:
+            raise FolderError(f"{folder}: {name} is missing; copy or export it again")
+        buffer.copy_(files.read(name))
 
 
 class TensorFiles:

@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from checkpointing.materialise import whole
 from checkpointing.recovery import RecoveryError
 from checkpointing.store import Checkpoint, list_checkpoints, verify
 from lora.format import save_adapter
 from moe.build import new_config
+from moe.family_table import FAMILIES
 from moe.fingerprint import fingerprint
-from moe.load import read_config
+from moe.load import persistent_buffers, read_config
 from moe.save import whole_model, write_folder
 from trainer.build import shape_fields
 from trainer.recipe import RecipeError, load_recipe
@@ -117,13 +118,27 @@ def trained_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return whole
 
 
-def _write_model(recipe: Recipe, run: Path, tensors: dict[str, Tensor], out: Path) -> None:
+def exported_model(recipe: Recipe, tensors: dict[str, Tensor]) -> PreTrainedModel:
+    """The run's model with these parameters, whole; persistent buffers as the run began with them.
+
+    Raises FamilyError if they are not the model's.
+    """
     if recipe.model.path is not None:
         config = read_config(recipe.model.path)
     else:
         vocab_size = tensors["model.embed_tokens.weight"].shape[0]
         config = new_config(recipe.model.family, shape_fields(recipe), vocab_size=vocab_size)
-    model = whole_model(config, tensors, recipe.model.path)
+    return whole_model(config, tensors, recipe.model.path)
+
+
+def buffers_of(recipe: Recipe, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The persistent buffers of :func:`exported_model`, by path; most families have none."""
+    family = recipe.model.family or read_config(recipe.model.path or "").model_type
+    return persistent_buffers(exported_model(recipe, tensors)) if FAMILIES[family].buffers else {}
+
+
+def _write_model(recipe: Recipe, run: Path, tensors: dict[str, Tensor], out: Path) -> None:
+    model = exported_model(recipe, tensors)
     # Dropout is a property of the training run, not of the exported model.
     model.config.attention_dropout = 0.0
     model.config.use_cache = True

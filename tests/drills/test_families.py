@@ -1,11 +1,15 @@
 """The families that are least like the others, trained expert-parallel through DeepSpeed, killed, and exported."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from checkpointing.store import list_checkpoints
 from trainer import export
+from trainer.cli import main
 from trainer.drill import judge
 from trainer.faults import KillSpec
 
@@ -79,3 +83,24 @@ def test_an_exported_folder_trains_on(finished, start, family, tmp_path):
     assert list_checkpoints(job.run_dir / "checkpoints")
     assert export.main(str(job.run_dir), str(again)) == 0
     assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("family", sorted(KILLED))
+def test_deepspeeds_engine_loads_an_export_and_its_own_save_comes_back(finished, start, family, tmp_path):
+    """Expert biases are files of their own there, and the correction bias is among the weights."""
+    exported, saved, dump = tmp_path / "exported", tmp_path / "saved", tmp_path / "dump"
+    run = finished(family).run_dir
+    assert main(["checkpoint", "export", str(run), str(exported), "--deepspeed"]) == 0
+    worker = [str(Path(__file__).with_name("layout_worker.py")), "deepspeed", str(dump), str(exported), str(saved)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=0"]
+    kept = "checkpoint={mode: dense, memory: {enabled: false}, disk: {every: 0, final: false}}"
+    overrides = [MODELS[family], "train.steps=1", "train.warmup_steps=0", kept]
+    start(f"{family}-deepspeed", overrides, command=[sys.executable, *launcher, *worker]).finish()
+    trained = export.trained_tensors(export.open_run(run)[1])
+    for rank in range(2):
+        for path, weight in torch.load(dump / "loaded" / f"{rank}.pt")["weights"].items():
+            mine = trained[path].chunk(2)[rank] if ".experts." in path else trained[path]
+            assert torch.equal(weight, mine), path
+    back = tmp_path / "back"
+    assert main(["checkpoint", "import", str(saved), str(back)]) == 0
+    assert main(["checkpoint", "verify", str(back)]) == 0
