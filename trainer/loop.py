@@ -22,6 +22,7 @@ from trainer.phases import Phases
 from trainer.progress import Progress
 from trainer.rendezvous import Process
 from trainer.routing_report import report_routing
+from trainer.routing_trace import Tape
 from trainer.schedules import learning_rate
 from trainer.schema import Recipe
 from trainer.snapshots import Snapshots
@@ -46,6 +47,7 @@ class Run:
     meter: RoutingMeter
     phases: Phases
     watch: AdapterWatch | None = None
+    tape: Tape = field(default_factory=Tape)
     progress: Progress = field(default_factory=Progress)
 
 
@@ -85,13 +87,14 @@ def train_step(run: Run, step: int) -> float:
     for micro in range(run.recipe.accumulation):
         run.phases.enter("forward", step)
         ids_BS = next_batch(run, step, micro)
-        with batch_context(BatchContext(aux_scale=1 / run.recipe.accumulation)):
+        with batch_context(BatchContext(aux_scale=1 / run.recipe.accumulation, **run.tape.at(step, micro))):
             loss = engine(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss
         run.phases.enter("backward", step)
         engine.backward(loss)
         total += loss.detach().float() / run.recipe.accumulation
         if micro == run.recipe.accumulation - 1:
             run.phases.enter("exchange", step)
+            run.tape.flush()
             mean = _exchange(run, total)
             _check_finite(run, step, "loss", mean)
             run.events.write("optimizer", step=step)
