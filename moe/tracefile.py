@@ -212,7 +212,7 @@ class Trace:
         if _U32.unpack(check)[0] != zlib.crc32(body):
             raise self._broken(offset, f"(step {step}, micro-batch {micro}, layer {layer}) does not match its checksum")
         self._at[step, micro, layer] = offset
-        return offset + len(head) + length + _U32.size
+        return offset + len(head) + int(length) + _U32.size
 
     def _broken(self, offset: int, what: str) -> TraceError:
         return TraceError(f"{self.path}: the record at byte {offset} {what}; the trace is damaged, record again")
