@@ -2,14 +2,10 @@
 
 import math
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.checkpoint import checkpoint
 
-from moe.context import BatchContext, batch_context
-from moe.convert import convert, observe_gates
 from moe.refs import ExpertRef
 from moe.stats import RoutingMeter, RoutingStats
 
@@ -87,16 +83,3 @@ def test_ranks_are_summed_in_one_call():
     assert calls == [(2, 3)]
     assert stats.counts_ME.tolist() == [[3, 3]] * 2
     assert stats.dropped_M.tolist() == [6, 6]
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_a_forward_pass_that_is_recomputed_in_backward_counts_once(tiny_model, reentrant):
-    model = tiny_model()
-    blocks = convert(model)
-    meter = RoutingMeter()
-    observe_gates(blocks, meter, 0.0)
-    x_BSH = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    with batch_context(BatchContext()):
-        y_BSH = checkpoint(blocks[0].module, x_BSH, use_reentrant=reentrant)
-    y_BSH.sum().backward()
-    assert int(meter.take().counts_ME.sum()) == 6 * 2

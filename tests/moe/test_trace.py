@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe.balance import switch_loss
 from moe.context import BatchContext, batch_context
-from moe.convert import observe_gates
 from moe.families import find_moe_blocks
 from moe.stats import RoutingMeter
 from moe.trace import BalancedRouting, Recorder, Replay, follow_context, read_trace
@@ -81,7 +80,7 @@ def test_replay_prevails_over_the_gates_own_choice_and_observers_see_it(tmp_path
     blocks = find_moe_blocks(model)
     follow_context(blocks)
     meter, seen = RoutingMeter(), []
-    observe_gates(blocks, meter, 0.0)
+    blocks[0].gate.register_forward_hook(lambda _m, _a, out: meter.add(0, out[2], 8))
     blocks[0].gate.register_forward_hook(lambda _m, _a, out: seen.append(out))
     step(model)
     step(model, replay=Replay(tmp_path / "t", HEADER).at(1, 0))
