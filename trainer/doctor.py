@@ -20,7 +20,7 @@ from moe.build import new_config, new_model
 from moe.families import find_moe_blocks
 from moe.layout import Layout
 from trainer.build import shape_fields, training_dtype
-from trainer.doctor_files import DoctorError, check_folder
+from trainer.doctor_files import DoctorError, check_folder, digests
 from trainer.doctor_model import check_model, describe
 from trainer.doctor_report import Report
 from trainer.doctor_training import check_training
@@ -50,18 +50,21 @@ def main(model: str, overrides: Sequence[str], json_path: str | None, files_only
     return 0 if report.ok else 1
 
 
-def _folder(folder: Path, report: Report, files_only: bool) -> None:
+def _folder(folder: Path, report: Report, files_only: bool) -> dict[str, str]:
+    """Returns checksums of what transformers loaded; none if it was not asked to."""
     config = config_of(folder)
     top_k = _describe(config, report)
     sound = check_folder(folder, _on_meta(config), report)
     if files_only or not sound:
         report.skipped("parity", "--files-only" if files_only else "the files must be mended first")
-        return
+        return {}
     _check_memory(config, top_k)
     disable_progress_bar()
     # transformers' own loader and model: the reference must not depend on ours.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    loaded = digests(model.named_parameters())
     _compare(model, report, top_k)
+    return loaded
 
 
 def _compare(model: Any, report: Report, top_k: int) -> None:
@@ -72,9 +75,9 @@ def _compare(model: Any, report: Report, top_k: int) -> None:
 
 
 def _recipe(recipe: Recipe, report: Report, files_only: bool) -> None:
-    section = recipe.model
+    section, loaded = recipe.model, {}
     if section.path is not None:
-        _folder(Path(section.path), report, files_only)
+        loaded = _folder(Path(section.path), report, files_only)
         vocabulary = config_of(Path(section.path)).vocab_size
     else:
         assert section.family is not None
@@ -91,7 +94,7 @@ def _recipe(recipe: Recipe, report: Report, files_only: bool) -> None:
     if files_only or report.has_failed("files") or report.has_failed("numbers"):
         report.skipped("training", "--files-only" if files_only else "the files must be mended first")
     else:
-        check_training(recipe, vocabulary, report)
+        check_training(recipe, vocabulary, loaded, report)
 
 
 def config_of(folder: Path) -> Any:

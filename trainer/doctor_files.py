@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -126,6 +126,23 @@ def place_of_tensor(name: str) -> str:
     return f"{ExpertRef(int(match[1]), int(match[2]))}.{match[3]}" if match else name
 
 
+def digests(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """A checksum of every tensor, of stacked experts' one for each: two loaders of one folder must agree on all."""
+    found: dict[str, str] = {}
+    for name, tensor in named:
+        stacked = _STACKED.search(name)
+        parts = {name: tensor}
+        if stacked:
+            layer, rest = int(stacked[1]), stacked[2]
+            parts = {f"{ExpertRef(layer, e)}.{rest}": part for e, part in enumerate(tensor.unbind(0))}
+        found.update({place: _digest(part) for place, part in parts.items()})
+    return found
+
+
+def _digest(tensor: Tensor) -> str:
+    return xxhash.xxh3_128_hexdigest(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+
+
 def _check_names(files: dict[str, Path], model: Any, report: Report) -> bool:
     state = model.state_dict()
     expected = {name: tuple(t.shape) for name, t in revert_weight_conversion(model, dict(state)).items()}
@@ -193,8 +210,7 @@ def _look(name: str, tensor: Tensor, scan: _Scan, report: Report) -> None:
 def _look_at_expert(layer: int, expert: int, tensor: str, matrix: Tensor, scan: _Scan) -> None:
     if matrix.dim() < 2:
         return
-    digest = xxhash.xxh3_128_hexdigest(matrix.contiguous().view(torch.uint8).numpy())
-    scan.digests[layer, tensor][digest].append(expert)
+    scan.digests[layer, tensor][_digest(matrix)].append(expert)
     if bool(matrix.isfinite().all()):
         scan.statistics[layer, expert][tensor] = Statistics.of(matrix)
 

@@ -43,11 +43,18 @@ def random_tokens(config: Any, num_experts: int, top_k: int, copies: int = 64) -
 
 
 def run_pass(
-    model: nn.Module, blocks: Iterable[MoEBlock], named: Named, ids_BS: Tensor, replay: Mapping[int, Tensor] | None
+    model: nn.Module,
+    blocks: Iterable[MoEBlock],
+    named: Named,
+    ids_BS: Tensor,
+    replay: Mapping[int, Tensor] | None = None,
+    training: bool = False,
 ) -> Pass:
     """Forward and backward of the next-token loss; gradients are taken off the parameters.
 
-    ``replay`` has the indices that each layer must choose, if its own choice is not wanted.
+    Args:
+        replay: the indices that each layer must choose, if its own choice is not wanted.
+        training: whether the model is to do what it does in training only.
     """
     index: dict[int, Tensor] = {}
     outputs: dict[int, Tensor] = {}
@@ -63,7 +70,7 @@ def run_pass(
         hooks.append(block.module.experts.register_forward_pre_hook(called, with_kwargs=True))
         hooks.append(block.module.register_forward_hook(returned))
     model.zero_grad(set_to_none=True)
-    model.eval()
+    model.train(training)
     context = BatchContext(balance=False, replay=replay.get if replay is not None else None)
     try:
         with batch_context(context):

@@ -47,6 +47,8 @@ def open_tape(recipe: Recipe, process: Process, run_dir: Path, config: Any, bloc
     wanted = recipe.train.replay_trace
     if wanted is None and not recipe.log.routing_trace:
         return Tape()
+    if not blocks:
+        raise TraceError("this model routes no tokens: remove log.routing_trace and train.replay_trace")
     experts: Any = blocks[0].experts
     layers, top_k = tuple(block.layer for block in blocks), config.num_experts_per_tok
     header = TraceHeader(config.model_type, layers, experts.num_experts, top_k, process.rank, process.world)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 import moe.experts
-from trainer import cli, doctor
+from trainer import cli, doctor, doctor_training
 from trainer.doctor_files import Statistics
 from trainer.doctor_model import check_model
 from trainer.doctor_report import Report
@@ -272,7 +272,9 @@ def test_adapters_of_a_recipe_must_train(sound, tmp_path, capsys, monkeypatch):
     tail = RECIPE.split("data:")[1].replace("kind: bytes", "kind: model")
     path.write_text(f"model: {{path: {sound['qwen3']}}}\ndata:{tail}adapter: {{a: {{preset: expert-lora}}}}\n")
     assert cli.main(["doctor", str(path)]) == 0
-    assert "ok          adapters" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "ok          adapters" in out
+    assert "ok          loading        53 of 53 tensors" in out
     right = moe.experts.Experts.compute
 
     def without_adapter(self, *args, **kwargs):
@@ -285,6 +287,23 @@ def test_adapters_of_a_recipe_must_train(sound, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(moe.experts.Experts, "compute", without_adapter)
     assert cli.main(["doctor", str(path)]) == 1
     assert "no gradient reached L00.E000.adapter" in capsys.readouterr().out
+
+
+def test_our_loader_must_give_what_transformers_gives(sound, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "r.yaml"
+    tail = RECIPE.split("data:")[1].replace("kind: bytes", "kind: model")
+    path.write_text(f"model: {{path: {sound['qwen3']}}}\ndata:{tail}")
+    right = doctor_training.build_model
+
+    def forgetful(*args):
+        model, blocks = right(*args)
+        with torch.no_grad():
+            blocks[1].experts.down_proj[2, 0, 0] += 1e-3
+        return model, blocks
+
+    monkeypatch.setattr(doctor_training, "build_model", forgetful)
+    assert cli.main(["doctor", str(path)]) == 1
+    assert "loading        L01.E002.down_proj: is not what transformers loads" in capsys.readouterr().out
 
 
 def test_mistakes_are_said_in_a_sentence(sound, tmp_path, capsys, monkeypatch):

@@ -77,3 +77,5 @@ def test_a_trace_that_is_not_there_is_said(recipe, tmp_path):
     process = type("P", (), {"rank": 1, "world": 2, "device": None})
     with pytest.raises(TraceError, match="has no routing trace of rank 1 "):
         open_tape(load_recipe(recipe, ["train.replay_trace=/no"]), process, tmp_path, config, [Block])
+    with pytest.raises(TraceError, match="routes no tokens"):
+        open_tape(load_recipe(recipe, ["log.routing_trace=true"]), process, tmp_path, config, [])
