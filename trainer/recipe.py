@@ -303,6 +303,8 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
         del values["checkpoint"]["disk"]["url"]
     if values["checkpoint"]["load_from"] is None:
         del values["checkpoint"]["load_from"]
+    if values["train"]["replay_trace"] is None:
+        del values["train"]["replay_trace"]
     for name in ("cache_dir", "text_key"):
         if data[name] is None:
             del data[name]

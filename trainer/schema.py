@@ -131,6 +131,7 @@ class TrainSection:
     seed: CountOrZero = 0
     eval_every: CountOrZero = 0  # 0: at the start and the end only
     eval_sequences: Count = 32
+    replay_trace: Text | None = None  # a run whose recorded routing is followed, or "balanced"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +190,7 @@ class LogSection:
     run: Text = ""  # default: the recipe file's stem
     dir: Text = "runs"
     every: Count = 10
+    routing_trace: bool = False  # record where every token is routed
 
 
 @dataclass(frozen=True, kw_only=True)

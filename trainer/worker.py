@@ -33,6 +33,7 @@ from trainer.phases import Phases, longest_deadline_s
 from trainer.recipe import RecipeError, check_world, load_recipe
 from trainer.refusal import is_users_mistake, refuse
 from trainer.rendezvous import Process, die_with_launcher, join, process_started
+from trainer.routing_trace import open_tape
 from trainer.runfolder import check_place, claim, lock, next_attempt, run_folder
 from trainer.schema import Recipe
 from trainer.snapshots import Snapshots, open_snapshots
@@ -138,6 +139,7 @@ def prepare(
         shutil.copytree(data.tokenizer_dir, run_dir / "tokenizer", dirs_exist_ok=True)
     model, blocks = build_model(recipe, process, data.vocab_size)
     meter = RoutingMeter(drained=recipe.checkpoint.mode == "pec")
+    tape = open_tape(recipe, process, run_dir, model.config, blocks)
     observe_gates(blocks, meter, recipe.model.router_aux_loss_coef)
     engine = create_engine(model, recipe, training_dtype(recipe, process.device), recipe.accumulation)
     inner = engine.optimizer.optimizer
@@ -147,7 +149,7 @@ def prepare(
         recipe, process, run_dir, engine.optimizer, events, failpoints, origin, phases.board, partial
     )
     watch = AdapterWatch(model) if recipe.adapter else None
-    run = Run(recipe, process, run_dir, data, engine, snapshots, events, failpoints, meter, phases, watch)
+    run = Run(recipe, process, run_dir, data, engine, snapshots, events, failpoints, meter, phases, watch, tape)
     place_failpoints(run, model, [block.experts for block in blocks], inner)
     seed_streams(recipe.train.seed, "train", process.rank)
     return run
