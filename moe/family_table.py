@@ -145,10 +145,10 @@ BUFFERS = tuple(name for family in FAMILIES.values() for name in family.buffers)
 def resolved(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of ``values`` that family ``name`` has, with its defaults for those that are None."""
     family = FAMILIES[name]
-    known = {key: values.get(key) for key in family.fields}
+    known: dict[str, Any] = {key: values.get(key) for key in family.fields}
     known = {key: family.defaults.get(key) if value is None else value for key, value in known.items()}
     if "head_dim" in known and known["head_dim"] is None:
-        known["head_dim"] = known["hidden_size"] // known["num_attention_heads"]
+        known["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
     return known
 
 
