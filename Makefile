@@ -4,7 +4,8 @@
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-PURE := moe/refs.py moe/layout.py checkpointing/units.py checkpointing/records.py checkpointing/recovery.py \
+PURE := moe/refs.py moe/layout.py moe/family_table.py moe/tracefile.py trainer/doctor_report.py checkpointing/units.py \
+        checkpointing/records.py checkpointing/recovery.py \
         checkpointing/storage.py checkpointing/remote.py checkpointing/compare.py checkpointing/audit.py \
         checkpointing/schedule.py checkpointing/cost.py checkpointing/bandwidth.py checkpointing/partial.py \
         checkpointing/plt.py lora/config.py lora/presets.py inference/policies.py trainer/cli.py trainer/recipe.py trainer/plan.py \
@@ -12,7 +13,7 @@ PURE := moe/refs.py moe/layout.py checkpointing/units.py checkpointing/records.p
         trainer/checkpoint_checks.py trainer/mode_plan.py trainer/disk_rules.py trainer/routing_rules.py trainer/loss_verdict.py trainer/checkpoints.py \
         trainer/checkpoint_cli.py checkpointing/phases.py trainer/phases.py trainer/endings.py trainer/supervisor.py \
         trainer/timesplit.py checkpointing/keeper/faults.py trainer/leftovers.py trainer/matrix.py \
-        trainer/matrix_verdict.py benchmarks/report.py
+        trainer/matrix_verdict.py trainer/family_checks.py trainer/family_shapes.py benchmarks/report.py
 
 .PHONY: install demo test lint clean
 

@@ -86,7 +86,7 @@ class DeepSpeedFolder:
         """Where a rank's tensor lies in the whole model."""
         shape, ep = self.shapes[group][param], self.ep_of(group)
         match = _STACKED.fullmatch(param)
-        if match is None or len(shape) != 3:
+        if match is None or len(shape) not in (2, 3):  # weights, or biases
             if ep > 1:
                 raise DeepSpeedFormatError(
                     f"{self.path}: {param} {shape} is expert-parallel, and not stacked as layers.N...experts.TENSOR"

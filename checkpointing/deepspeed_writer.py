@@ -35,6 +35,7 @@ def write_model(
     experts: Mapping[str, int],
     shared: Mapping[str, str],
     expert_parallel: bool,
+    buffers: Mapping[str, Tensor],
 ) -> None:
     """Weights, whole, by path; ``experts`` has each stacked tensor's layer, ``shared`` the path that one is tied to.
 
@@ -43,6 +44,7 @@ def write_model(
     layers = sorted(set(experts.values())) if expert_parallel else []
     module = {path: w for path, w in weights.items() if not (expert_parallel and path in experts)}
     module |= {path: weights[kept] for path, kept in shared.items()}
+    module |= buffers
     counts = []
     for number, layer in enumerate(layers):
         stacked = {path: weights[path] for path, at in experts.items() if at == layer}
@@ -53,7 +55,7 @@ def write_model(
             torch.save(names, tag_dir / expert_file(number, e))
     states: dict[str, Any] = {
         "module": OrderedDict(module),
-        "buffer_names": [],
+        "buffer_names": list(buffers),
         "optimizer": None,
         "param_shapes": [
             OrderedDict((name, torch.Size(shape)) for name, shape in group.items()) for group in facts.shapes

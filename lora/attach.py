@@ -17,6 +17,7 @@ from lora.experts import ExpertLoRA, ExpertSlice
 from lora.linear import RoutedLinear
 from lora.presets import check_banks, targets_of
 from moe.families import MoEBlock
+from moe.form import PLAIN
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,12 @@ def _attach_experts(block: MoEBlock, banks: Mapping[str, BankConfig], layout_ep:
     if not hasattr(experts, "adapter"):
         raise AdapterError(
             f"{path} ({type(experts).__name__}) cannot take an adapter; convert the model first (moe.convert.convert)"
+        )
+    form = getattr(experts, "form", PLAIN)
+    if form.transposed or form.interleaved:
+        raise AdapterError(
+            f"{path}: expert-lora is for experts with gate_up_proj [E,2I,H], gate rows first; this family's are "
+            f"{'transposed' if form.transposed else 'interleaved'}; use preset mola on the attention's projections"
         )
     if experts.adapter is not None:
         raise AdapterError(f"{path} already has an adapter; attach all banks at once to a model without any")

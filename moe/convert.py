@@ -1,6 +1,6 @@
 """Swap a transformers model's experts for ours, expert-parallel. The gates are the business of :mod:`moe.gates`.
 
->>> # model = transformers.AutoModelForCausalLM.from_config(config)
+>>> # model = new_model("mixtral", sizes, vocab_size=32000, seed=0, dtype=torch.bfloat16)
 >>> # blocks = convert(model, Layout(world=2, ep=2), rank=0)
 """
 
@@ -10,7 +10,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from moe.experts import Experts
-from moe.families import FamilyError, MoEBlock, find_moe_blocks
+from moe.families import FamilyError, MoEBlock, check_family, find_moe_blocks
 from moe.form import ExpertForm
 from moe.layout import Layout
 from moe.refs import TensorAddress
@@ -24,12 +24,14 @@ def convert(model: nn.Module, layout: Layout | None = None, rank: int = 0) -> li
 
     With one expert-parallel rank the Parameter objects are reused: nothing is copied.
 
-    Returns the blocks with their new experts. Raises FamilyError if the model has no MoE block we can handle,
-    ValueError if ``layout.ep`` does not divide the number of experts.
+    Returns the blocks with their new experts. Raises FamilyError if the model has no MoE block we can handle or is of
+    another family than those of :mod:`moe.family_table`, ValueError if ``layout.ep`` does not divide the number of
+    experts.
     """
     layout = layout or Layout()
-    blocks = []
-    for block in find_moe_blocks(model):
+    found, blocks = find_moe_blocks(model), []
+    check_family(model, found)
+    for block in found:
         experts = _local_experts(block, layout, rank)
         block.module.experts = experts
         blocks.append(MoEBlock(block.layer, block.path, block.module, block.gate, experts))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from moe.family_table import FAMILIES, known_families
+
 
 class FamilyError(ValueError):
     """The model is not a mixture of experts this project knows how to handle."""
@@ -48,7 +50,25 @@ def find_moe_blocks(model: nn.Module) -> list[MoEBlock]:
         blocks.append(MoEBlock(int(layer[1]), path, module, gate, experts))
     if not blocks:
         raise FamilyError(
-            f"{type(model).__name__} has no MoE block: looked for modules with `experts` and `gate` or `router`; "
-            "use a mixture-of-experts model"
+            f"{type(model).__name__} has no MoE block: looked for modules with `experts` and `gate` or `router`"
+            f"{_looks_like_experts(model)}; use a mixture-of-experts model of {known_families()}"
         )
     return blocks
+
+
+def _looks_like_experts(model: nn.Module) -> str:
+    """What there is instead, for the message."""
+    found = [path for path, _ in model.named_modules() if re.search(r"expert|moe|router", path.rpartition(".")[2])]
+    return f", found {', '.join(found[:3])}" if found else ", found nothing of that kind"
+
+
+def check_family(model: nn.Module, blocks: list[MoEBlock]) -> None:
+    """Raises FamilyError if the model says that it is of a type outside our table: its routing may differ unseen."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind is not None and kind not in FAMILIES:
+        block = blocks[0]
+        raise FamilyError(
+            f"{type(model).__name__} is of model_type {kind!r}: looked for one of {known_families()}; found "
+            f"{type(block.module).__name__} at {block.path} with {type(block.gate).__name__} and "
+            f"{type(block.experts).__name__}; use a model of one of these families"
+        )

@@ -1,15 +1,19 @@
 """Routing counts of the steps since they were last read.
 
-Shapes: M MoE layers, E experts.
+Shapes: M MoE layers, E experts, T tokens, K choices per token, S choices of all tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from moe.refs import ExpertRef
 
 
 def expert_counts(index: Tensor, num_experts: int) -> Tensor:
@@ -25,25 +29,79 @@ def expert_counts(index: Tensor, num_experts: int) -> Tensor:
 
 @dataclass(frozen=True)
 class RoutingStats:
-    """``counts_ME``: token copies sent to each expert of each MoE layer."""
+    """How some tokens were spread over the experts. Everything here reads ``counts_ME``: on a GPU that waits.
+
+    Attributes:
+        layers: global layer indices.
+        counts_ME: token copies sent to each expert of each MoE layer.
+        dropped_M: copies of each layer that no expert took.
+    """
 
     layers: tuple[int, ...]
     counts_ME: Tensor
+    dropped_M: Tensor
+
+    @property
+    def share_ME(self) -> Tensor:
+        """Each expert's share of its layer's copies, fp64; zero in a layer without any."""
+        return self.counts_ME.double() / self.counts_ME.sum(1, keepdim=True).clamp(min=1)
 
     @property
     def max_load(self) -> float:
         """Largest share of any expert over the balanced share, over all layers (1.0 is balanced)."""
-        total_M1 = self.counts_ME.sum(1, keepdim=True).clamp(min=1)
-        return float((self.counts_ME / total_M1).max() * self.counts_ME.shape[1])
+        return float(self.share_ME.max() * self.counts_ME.shape[1])
+
+    @property
+    def dead_experts(self) -> tuple[ExpertRef, ...]:
+        """The experts that no token reached."""
+        return tuple(ExpertRef(self.layers[m], e) for m, e in (self.counts_ME == 0).nonzero().tolist())
 
     @property
     def dead(self) -> int:
         """Number of (layer, expert) pairs that no token reached."""
         return int((self.counts_ME == 0).sum())
 
+    @property
+    def entropy_M(self) -> Tensor:
+        """Entropy of each layer's load in units of log E: 1.0 is balanced, 0.0 is all tokens to one expert."""
+        num_experts = self.counts_ME.shape[1]
+        if num_experts == 1:
+            return torch.ones(len(self.layers), dtype=torch.float64)
+        return torch.special.entr(self.share_ME).sum(1) / math.log(num_experts)
+
+    @property
+    def cv_M(self) -> Tensor:
+        """Coefficient of variation of each layer's load: the standard deviation over experts over their mean."""
+        return self.share_ME.std(1, correction=0) * self.counts_ME.shape[1]
+
+    @property
+    def dropped(self) -> int:
+        return int(self.dropped_M.sum())
+
+    def figures(self) -> dict[str, Any]:
+        """For the events: plain numbers, a list entry for each layer."""
+        return {
+            "layers": list(self.layers),
+            "tokens": self.counts_ME.tolist(),
+            "entropy": [round(x, 6) for x in self.entropy_M.tolist()],
+            "load_cv": [round(x, 6) for x in self.cv_M.tolist()],
+            "dead": [str(ref) for ref in self.dead_experts],
+            "dropped": self.dropped_M.tolist(),
+            "max_load": round(self.max_load, 6),
+        }
+
+    def brief(self) -> str:
+        """For a line of the log: the worst layer of each figure."""
+        words = [f"busiest expert {self.max_load:.1f}x", f"load CV {float(self.cv_M.max()):.2f}"]
+        if self.dead:
+            words.append(f"{self.dead} dead")
+        if self.dropped:
+            words.append(f"{self.dropped / (self.dropped + int(self.counts_ME.sum())):.1%} dropped")
+        return ", ".join(words)
+
 
 class RoutingMeter:
-    """Accumulates the counts a gate reports, one tensor per MoE layer.
+    """Accumulates the counts a gate reports, one tensor per MoE layer. Adding waits for no device.
 
     Args:
         drained: whether there is a second reader, who calls :meth:`drain` and is independent of the first.
@@ -63,23 +121,31 @@ class RoutingMeter:
         """
         if valid_T is not None:
             top_k_index_TK = top_k_index_TK.masked_fill(~valid_T.bool().view(-1, 1), num_experts + 1)
-        counts_E = expert_counts(top_k_index_TK, num_experts + 2)[:num_experts]
-        for counts in (self._counts, self._undrained) if self._drained else (self._counts,):
-            counts[layer] = counts[layer] + counts_E if layer in counts else counts_E
+        # Behind the experts' own counts: dropped choices, and padding if there is any.
+        counts = expert_counts(top_k_index_TK, num_experts + 2)[: num_experts + 1]
+        for kept in (self._counts, self._undrained) if self._drained else (self._counts,):
+            kept[layer] = kept[layer] + counts if layer in kept else counts
 
     def drain(self, layers: Sequence[int], num_experts: int) -> Tensor:
         """Counts [M,E] since the last drain, zero for layers in which nothing was routed."""
         assert self._drained, "nothing was kept for a second reader"
-        none = torch.zeros(num_experts, dtype=torch.int64)
-        counts_ME = torch.stack([self._undrained[i].cpu().long() if i in self._undrained else none for i in layers])
+        none = torch.zeros(num_experts + 1, dtype=torch.int64)
+        counts = torch.stack([self._undrained[i].cpu().long() if i in self._undrained else none for i in layers])
         self._undrained = {}
-        return counts_ME
+        return counts[:, :num_experts]
 
-    def take(self) -> RoutingStats | None:
-        """The counts so far, which start again from zero; None if nothing was routed."""
+    def take(self, total: Callable[[Tensor], Tensor] | None = None) -> RoutingStats | None:
+        """The counts so far, on the CPU, which start again from zero; None if nothing was routed.
+
+        Args:
+            total: sums a tensor over all ranks, in place or not; every rank must then call this at the same step.
+        """
         if not self._counts:
             return None
         layers = tuple(sorted(self._counts))
-        stats = RoutingStats(layers, torch.stack([self._counts[i] for i in layers]))
+        counts = torch.stack([self._counts[i] for i in layers])
         self._counts = {}
-        return stats
+        if total is not None:
+            counts = total(counts)
+        counts = counts.cpu()
+        return RoutingStats(layers, counts[:, :-1], counts[:, -1])

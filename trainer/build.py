@@ -9,10 +9,12 @@ from torch import nn
 from transformers import masking_utils
 
 from lora.attach import attach, format_table
-from moe.build import load_model, new_model
+from moe.build import new_model
 from moe.convert import convert
 from moe.families import MoEBlock
+from moe.family_table import FAMILIES
 from moe.layout import Layout
+from moe.load import empty_model, fill
 from trainer.rendezvous import Process
 from trainer.schema import Recipe
 
@@ -23,7 +25,7 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
     section = recipe.model
     if section.path is not None:
         overrides = {"attention_dropout": section.attention_dropout}
-        model = load_model(section.path, dtype=dtype, overrides=overrides)
+        model = empty_model(section.path, dtype=dtype, overrides=overrides)
     else:
         assert section.family is not None
         fields = shape_fields(recipe)
@@ -32,6 +34,8 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
     _assume_unpacked()
     layout = Layout(process.world, recipe.parallel.ep)
     blocks = convert(model, layout, process.rank)
+    if section.path is not None:
+        fill(model, section.path)
     if recipe.adapter:
         report = attach(model, recipe.adapter, blocks, layout_ep=layout.ep, seed=recipe.train.seed)
         if process.rank == 0:
@@ -53,9 +57,9 @@ def _assume_unpacked() -> None:
 
 
 def shape_fields(recipe: Recipe) -> dict[str, Any]:
-    """The model section's fields that transformers' configuration takes."""
-    ours = {"family", "path", "router_aux_loss_coef"}
-    return {name: value for name, value in vars(recipe.model).items() if name not in ours}
+    """The model section's keys that are of its family's shape, for :func:`moe.build.new_config`."""
+    assert recipe.model.family is not None
+    return {name: getattr(recipe.model, name) for name in FAMILIES[recipe.model.family].fields}
 
 
 def training_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:

@@ -82,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     drill.add_argument("--json", metavar="FILE", help="write the verdict here, too")
     _add_matrix_options(matrix)
 
+    _add_doctor_options(verb("doctor", _doctor, "compare a model with transformers, and look for what would not train"))
+
     export = verb("export", _export, "write a run's model as a Hugging Face folder")
     export.add_argument("run_dir", metavar="RUN", help="run folder, e.g. runs/quickstart")
     export.add_argument("out_dir", metavar="OUT", help="folder to make")
@@ -110,6 +112,13 @@ def _parser() -> argparse.ArgumentParser:
         help="part of the experts that may be resident, 0 to 1",
     )
     return parser
+
+
+def _add_doctor_options(doctor: argparse.ArgumentParser) -> None:
+    doctor.add_argument("model", metavar="MODEL", help="a Hugging Face folder, or a YAML recipe")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+    doctor.add_argument("--files-only", action="store_true", help="check the files, without loading the model")
+    doctor.add_argument("--json", metavar="FILE", help="write the findings here, too")
 
 
 def _add_matrix_options(matrix: argparse.ArgumentParser) -> None:
@@ -249,6 +258,12 @@ def _show_keeper(run_dir: str, _: bool) -> bool:
         worker = f"worker {keep['pid']}" if keep["attached"] else "no worker"
         print(f"{coordinate}  {worker}, sealed steps {', '.join(map(str, keep['steps'])) or 'none'}")
     return True
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from trainer import doctor
+
+    return doctor.main(arguments.model, arguments.overrides, arguments.json, arguments.files_only)
 
 
 def _generate(arguments: argparse.Namespace) -> int:

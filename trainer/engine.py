@@ -55,13 +55,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """What trains, split into decayed matrices, undecayed vectors, and expert-parallel parameters."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"name": "matrices", "params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
-        {"name": "vectors", "params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        {"name": "matrices", "params": [p for p in trained if _is_matrix(p)], "weight_decay": weight_decay},
+        {"name": "vectors", "params": [p for p in trained if not _is_matrix(p)], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if any(is_moe_param(p) for p in trained):
         groups = split_params_into_different_moe_groups_for_optimizer(groups)
     return [group for group in groups if group["params"]]
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    """Stacked experts' biases are one vector for each expert."""
+    stacked = getattr(parameter, "address", None) is not None and parameter.address.is_expert
+    return parameter.dim() > (2 if stacked else 1)
 
 
 def deepspeed_config(recipe: Recipe, dtype: torch.dtype, accumulation: int) -> dict[str, Any]:

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
+from transformers import AutoTokenizer, PreTrainedModel
 
 from checkpointing.materialise import whole
 from checkpointing.recovery import RecoveryError
@@ -24,7 +23,10 @@ from checkpointing.store import Checkpoint, list_checkpoints, verify
 from lora.format import save_adapter
 from moe.bias import EXTRA
 from moe.build import new_config
+from moe.family_table import FAMILIES
 from moe.fingerprint import fingerprint
+from moe.load import persistent_buffers, read_config
+from moe.save import whole_model, write_folder
 from trainer.build import shape_fields
 from trainer.recipe import RecipeError, load_recipe
 from trainer.routing import inexpressible, set_routing
@@ -120,31 +122,36 @@ def trained_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return whole
 
 
-def _write_model(
-    recipe: Recipe, run: Path, tensors: dict[str, Tensor], bias: bytes | None, out: Path, inexact: bool
-) -> None:
+def exported_model(recipe: Recipe, tensors: dict[str, Tensor]) -> PreTrainedModel:
+    """The run's model with these parameters, whole; persistent buffers as the run began with them.
+
+    Raises FamilyError if they are not the model's.
+    """
     if recipe.model.path is not None:
-        config = AutoConfig.from_pretrained(recipe.model.path)
+        config = read_config(recipe.model.path)
     else:
         vocab_size = tensors["model.embed_tokens.weight"].shape[0]
         config = new_config(recipe.model.family, shape_fields(recipe), vocab_size=vocab_size)
-    dtype = tensors["model.embed_tokens.weight"].dtype
-    _check_routing(inexpressible(recipe, config), inexact)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if config.tie_word_embeddings:
-        tensors = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
-    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
-    if missing or unexpected:
-        raise ExportError(f"the checkpoint and the model disagree: missing {missing}, not in the model {unexpected}")
+    return whole_model(config, tensors, recipe.model.path)
+
+
+def buffers_of(recipe: Recipe, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The persistent buffers of :func:`exported_model`, by path; most families have none."""
+    family = recipe.model.family or read_config(recipe.model.path or "").model_type
+    return persistent_buffers(exported_model(recipe, tensors)) if FAMILIES[family].buffers else {}
+
+
+def _write_model(
+    recipe: Recipe, run: Path, tensors: dict[str, Tensor], bias: bytes | None, out: Path, inexact: bool
+) -> None:
+    model = exported_model(recipe, tensors)
+    _check_routing(inexpressible(recipe, model.config), inexact)
     set_routing(recipe, model, bias)
     # Dropout is a property of the training run, not of the exported model.
     model.config.attention_dropout = 0.0
     model.config.use_cache = True
-    model.config.dtype = dtype
     model.generation_config.eos_token_id = model.config.eos_token_id = _end_token(run)
-    disable_progress_bar()
-    model.save_pretrained(out)
+    write_folder(model, out)
 
 
 def _check_routing(problems: list[str], inexact: bool) -> None:

@@ -36,7 +36,7 @@ from checkpointing.tensorfile import read_metadata
 from moe.refs import ExpertRef
 from trainer.begin_from import carried_progress, layout_of
 from trainer.checkpoints import chosen, source_of, split_step
-from trainer.export import ExportError, trained_tensors
+from trainer.export import ExportError, buffers_of, trained_tensors
 from trainer.export import main as export_hf
 from trainer.progress import Progress
 from trainer.recipe import load_recipe
@@ -139,7 +139,9 @@ def _write_deepspeed(checkpoint: Checkpoint, recipe: Recipe, tag_dir: Path) -> N
     }
     weights = trained_tensors(checkpoint)
     tied = {} if _HEAD in weights or _EMBEDDING not in weights else {_HEAD: _EMBEDDING}
-    write_model(tag_dir, facts, weights, layers, tied, expert_parallel=layout.ep > 1)
+    write_model(
+        tag_dir, facts, weights, layers, tied, expert_parallel=layout.ep > 1, buffers=buffers_of(recipe, weights)
+    )
     counts = [layout.workers // degree for degree in degrees]
     for rank, share in enumerate(shares):
         write_rank(tag_dir, rank, facts, share.optimizer, share.fragments, counts, FRAGMENT_CLASS)

@@ -22,6 +22,8 @@ from trainer.failpoints import Failpoints
 from trainer.phases import Phases
 from trainer.progress import Progress
 from trainer.rendezvous import Process
+from trainer.routing_report import report_routing
+from trainer.routing_trace import Tape
 from trainer.schedules import learning_rate
 from trainer.schema import Recipe
 from trainer.snapshots import Snapshots
@@ -47,6 +49,7 @@ class Run:
     phases: Phases
     watch: AdapterWatch | None = None
     bias: BiasBalance | None = None
+    tape: Tape = field(default_factory=Tape)
     progress: Progress = field(default_factory=Progress)
 
 
@@ -87,13 +90,15 @@ def train_step(run: Run, step: int) -> float:
         run.phases.enter("forward", step)
         ids_BS = next_batch(run, step, micro)
         scale, shape = 1 / run.recipe.accumulation, (ids_BS.shape[0], ids_BS.shape[1])
-        with batch_context(BatchContext(aux_scale=scale, shape=shape, micro_step=micro)):
+        context = BatchContext(aux_scale=scale, shape=shape, micro_step=micro, **run.tape.at(step, micro))
+        with batch_context(context):
             loss = engine(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss
             run.phases.enter("backward", step)
             engine.backward(loss)
         total += loss.detach().float() / run.recipe.accumulation
         if micro == run.recipe.accumulation - 1:
             run.phases.enter("exchange", step)
+            run.tape.flush()
             mean = _exchange(run, total)
             _check_finite(run, step, "loss", mean)
             run.events.write("optimizer", step=step)
@@ -156,9 +161,11 @@ def _check_adapters(run: Run, watch: AdapterWatch) -> AdapterWatch | None:
 
 
 def _report_step(run: Run, step: int, loss: float, seconds: float) -> None:
+    train, stall = run.recipe.train, run.snapshots.stall
+    printed = step % run.recipe.log.every == 0 or step == train.steps or step == 1
+    routing = report_routing(run.meter, run.process, run.events, step) if printed else ""
     if run.process.rank != 0:
         return
-    train, stall = run.recipe.train, run.snapshots.stall
     tokens = train.global_batch_size * run.recipe.data.sequence_length
     run.events.write(
         "step",
@@ -173,13 +180,11 @@ def _report_step(run: Run, step: int, loss: float, seconds: float) -> None:
         committed=run.snapshots.committed,
         stall_copied_s=stall.copied_s,
     )
-    if step % run.recipe.log.every == 0 or step == train.steps or step == 1:
-        routing = run.meter.take()
-        load = f"  busiest expert {routing.max_load:.1f}x" if routing else ""
+    if printed:
         age = step - run.snapshots.committed if run.snapshots.committed > 0 else "-"
         print(
             f"step {step}/{train.steps}  loss {loss:.4f}  grad norm {_grad_norm(run.engine):.3f}  "
-            f"{tokens / seconds:,.0f} tok/s  snapshot age {age}{load}",
+            f"{tokens / seconds:,.0f} tok/s  snapshot age {age}{'  ' * bool(routing)}{routing}",
             flush=True,
         )
 

@@ -18,8 +18,10 @@ from typing import Any
 from checkpointing.cost import BudgetError, size
 from lora.config import BankConfig
 from lora.presets import targets_of
+from moe.family_table import BUFFERS, FAMILIES, known_families
+from trainer.family_shapes import family_shapes
 from trainer.mode_plan import Share, basis_of, budget_of, mode_rows
-from trainer.schema import DiskSection, ModelSection, Recipe
+from trainer.schema import DiskSection, Recipe
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -62,35 +64,8 @@ class Plan:
     share: Share
 
 
-def family_shapes(model: ModelSection, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """Parameter names and shapes of transformers' Qwen3-MoE with this shape, stacked experts."""
-    hidden, inner, experts = model.hidden_size, model.moe_intermediate_size, model.num_experts
-    head = model.head_dim or hidden // model.num_attention_heads
-    query, key = model.num_attention_heads * head, model.num_key_value_heads * head
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab_size, hidden)}
-    for n in range(model.num_hidden_layers):
-        layer = f"model.layers.{n}"
-        shapes |= {
-            f"{layer}.self_attn.q_proj.weight": (query, hidden),
-            f"{layer}.self_attn.k_proj.weight": (key, hidden),
-            f"{layer}.self_attn.v_proj.weight": (key, hidden),
-            f"{layer}.self_attn.o_proj.weight": (hidden, query),
-            f"{layer}.self_attn.q_norm.weight": (head,),
-            f"{layer}.self_attn.k_norm.weight": (head,),
-            f"{layer}.mlp.gate.weight": (experts, hidden),
-            f"{layer}.mlp.experts.gate_up_proj": (experts, 2 * inner, hidden),
-            f"{layer}.mlp.experts.down_proj": (experts, hidden, inner),
-            f"{layer}.input_layernorm.weight": (hidden,),
-            f"{layer}.post_attention_layernorm.weight": (hidden,),
-        }
-    shapes["model.norm.weight"] = (hidden,)
-    if not model.tie_word_embeddings:
-        shapes["lm_head.weight"] = (vocab_size, hidden)
-    return shapes
-
-
 def folder_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor names and shapes in a Hugging Face folder, from safetensors headers alone. Raises PlanError."""
+    """Names and shapes of a Hugging Face folder's parameters, from safetensors headers alone. Raises PlanError."""
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise PlanError(f"model.path: {folder} holds no model*.safetensors; export a model there first")
@@ -102,7 +77,11 @@ def folder_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
                 if size > path.stat().st_size:
                     raise ValueError("its header is cut short")
                 header = json.loads(file.read(size))
-            shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+            shapes |= {
+                name: tuple(entry["shape"])
+                for name, entry in header.items()
+                if name != "__metadata__" and not name.endswith(BUFFERS)
+            }
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"model.path: {path} is not a safetensors file ({error}); export it again") from error
     return shapes
@@ -166,7 +145,7 @@ def plan_run(recipe: Recipe) -> Plan:
     shapes, experts, top_k = _model(recipe)
     top_k = recipe.routing.choices(top_k)
     total = count_by_kind(shapes)
-    layers = len({match[0] for name in shapes if (match := re.match(r".*layers\.\d+\.", name))})
+    layers, moe_layers = _layers(shapes), _layers(name for name in shapes if _EXPERT.search(name))
     banks = {name: bank_parameters(bank, shapes) for name, bank in recipe.adapter.items()}
     for name, count in banks.items():
         if not count:
@@ -204,8 +183,12 @@ def plan_run(recipe: Recipe) -> Plan:
         optimizer_bytes=partition * _MOMENTS_AND_MASTER,
         snapshot_bytes=partition * _MOMENTS_AND_MASTER * generations,
         generations=generations,
-        share=Share(partition, -(-expert_trained // workers), experts, layers, active, top_k),
+        share=Share(partition, -(-expert_trained // workers), experts, moe_layers, active, top_k),
     )
+
+
+def _layers(names: Iterable[str]) -> int:
+    return len({match[0] for name in names if (match := re.match(r".*layers\.\d+\.", name))})
 
 
 def _check_pec(recipe: Recipe, experts: int) -> None:
@@ -252,6 +235,10 @@ def _model(recipe: Recipe) -> tuple[Shapes, int, int]:
     except (OSError, ValueError) as error:
         raise PlanError(f"model.path: {folder / 'config.json'} cannot be read ({error}); export again") from error
     config = config.get("text_config", config) if isinstance(config, dict) else {}
+    if (kind := config.get("model_type")) is not None and kind not in FAMILIES:
+        raise PlanError(
+            f"model.path: {folder / 'config.json'} is of model_type {kind!r}; planaria trains {known_families()}"
+        )
 
     def number(*names: str) -> int:
         return next((config[name] for name in names if isinstance(config.get(name), int)), 0)

@@ -17,8 +17,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from checkpointing.storage import place_of
 from lora.presets import targets_of
+from moe.family_table import FAMILIES, resolved
 from trainer import yaml_lines
-from trainer.recipe_checks import BYTE_VOCABULARY, SHAPE, WITH_PATH, findings
+from trainer.recipe_checks import BYTE_VOCABULARY, WITH_PATH, findings
 from trainer.recipe_hints import meant, unknown_key, word_hint
 from trainer.schema import (
     KEYS,
@@ -263,8 +264,8 @@ def _shown(value: Any) -> str:
 def _resolved(recipe: Recipe, path: FilePath) -> Recipe:
     """Defaults that depend on other keys or on where the recipe lies, written out."""
     model, data = recipe.model, recipe.data
-    if model.family is not None and model.head_dim is None:
-        model = dataclasses.replace(model, head_dim=model.hidden_size // model.num_attention_heads)
+    if model.family is not None:
+        model = dataclasses.replace(model, **resolved(model.family, vars(model)))
     if data.tokenizer.kind == "bytes":
         data = dataclasses.replace(data, tokenizer=dataclasses.replace(data.tokenizer, vocab_size=BYTE_VOCABULARY))
     if data.source == "files":
@@ -292,7 +293,8 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
     if recipe.model.path is not None:
         values["model"] = {name: model[name] for name in WITH_PATH}
     else:
-        values["model"] = {name: v for name, v in model.items() if name != "path" and (v or name not in SHAPE)}
+        family = FAMILIES[model["family"]]
+        values["model"] = {name: v for name, v in model.items() if v is not None and not family.lacks(name)}
     for name in ("routing", "balance"):
         given = {key: value for key, value in values.pop(name).items() if value != KEYS[name, key].default}
         if given:
@@ -305,6 +307,8 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
         del values["checkpoint"]["disk"]["url"]
     if values["checkpoint"]["load_from"] is None:
         del values["checkpoint"]["load_from"]
+    if values["train"]["replay_trace"] is None:
+        del values["train"]["replay_trace"]
     for name in ("cache_dir", "text_key"):
         if data[name] is None:
             del data[name]
@@ -353,7 +357,8 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
             "checkpoint: memory is off and disk.every is 0, so a failure starts the run from step 0; "
             "turn one of them on"
         )
-    layers, k, ep = recipe.model.num_hidden_layers, checkpoint.pec.k_snapshot, recipe.parallel.ep
+    layers = recipe.model.num_hidden_layers - (recipe.model.first_k_dense_replace or 0)
+    k, ep = checkpoint.pec.k_snapshot, recipe.parallel.ep
     if checkpoint.mode == "pec" and k != "auto" and k * layers % ep:
         warnings.append(
             f"checkpoint.pec: k_snapshot={k} x {layers} layers is no multiple of parallel.ep={ep}, so some workers "

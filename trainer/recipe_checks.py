@@ -11,22 +11,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lora.presets import DEFAULT_TARGETS, EXPERT_TENSORS
+from moe.family_table import FAMILIES
 from trainer.checkpoint_checks import CHECKPOINT_RULES
 from trainer.disk_rules import DISK_RULES
+from trainer.family_checks import FAMILY_RULES
 from trainer.recipe_view import Finding, Unknown, View
 from trainer.routing_rules import ROUTING_RULES
 from trainer.schema import KEYS
 from trainer.yaml_lines import Path
 
-SHAPE = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "moe_intermediate_size",
-    "num_experts",
-    "num_experts_per_tok",
-)
 WITH_PATH = ("path", "attention_dropout", "router_aux_loss_coef")
 TARGETS = {
     "expert-lora": EXPERT_TENSORS,
@@ -67,12 +60,10 @@ def _model_origin(view: View) -> Iterator[Finding]:
                     f"model.{name}",
                     (f"model.{name} contradicts model.path, whose config.json says the shape; remove it"),
                 )
-    elif has_family:
-        for name in SHAPE:
-            if not view.given(f"model.{name}") and not view.reported(f"model.{name}"):
-                yield f"model.{name}", f"missing key model.{name}; with model.family the shape must be given"
-    elif isinstance(view.values.get("model"), dict) and not (
-        view.reported("model.family") or view.reported("model.path")
+    elif (
+        not has_family
+        and isinstance(view.values.get("model"), dict)
+        and not (view.reported("model.family") or view.reported("model.path"))
     ):
         yield (
             "model",
@@ -101,15 +92,16 @@ def _head_dim(view: View) -> Iterator[Finding]:
         view("model.hidden_size"),
         view("model.head_dim"),
     )
-    if heads and hidden and head_dim is None and hidden % heads:
+    family = FAMILIES.get(view("model.family"))
+    if not heads or not hidden or (family is not None and family.latent_attention):
+        return
+    if head_dim is None and hidden % heads:
+        other = "" if family is not None and family.lacks("head_dim") else " or give model.head_dim"
         yield (
             "model.hidden_size",
-            (
-                f"model.num_attention_heads={heads} does not divide model.hidden_size={hidden}; "
-                "choose a multiple or give model.head_dim"
-            ),
+            f"model.num_attention_heads={heads} does not divide model.hidden_size={hidden}; choose a multiple{other}",
         )
-    elif heads and hidden and (head_dim or hidden // heads) % 2:
+    elif (head_dim or hidden // heads) % 2:
         yield (
             "model.head_dim",
             (
@@ -310,6 +302,7 @@ def _targets_of(view: View, bank: str) -> tuple[str, ...]:
 
 _RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (
     _model_origin,
+    *FAMILY_RULES,
     _heads,
     _head_dim,
     _model_top_k,

@@ -50,6 +50,10 @@ _ELSEWHERE = {
     "lora_alpha": "adapter.*.alpha",
     "target_modules": "adapter.*.targets",
     "lora": "adapter",
+    "num_local_experts": "model.num_experts",
+    "n_routed_experts": "model.num_experts",
+    "top_k": "model.num_experts_per_tok",
+    "model_type": "model.family",
 }
 
 

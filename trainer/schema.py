@@ -29,12 +29,12 @@ _STRICT = {"extra": "forbid", "allow_inf_nan": False}
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
-    """Either ``family`` with a shape (Hugging Face's own field names), or ``path``."""
+    """Either ``family`` with a shape, or ``path``. :mod:`moe.family_table` says which keys a family has and needs."""
 
     __pydantic_config__ = _STRICT
-    family: Literal["qwen3_moe"] | None = None
+    family: Literal["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss"] | None = None
     path: Text | None = None  # a Hugging Face folder, relative to the current directory
-    # Required with family; 0 with path, where the folder's config.json says.
+    # 0 or None: the family lacks it or has a default, or the folder's config.json says.
     hidden_size: Count = 0
     num_hidden_layers: Count = 0
     num_attention_heads: Count = 0
@@ -43,12 +43,26 @@ class ModelSection:
     num_experts: Count = 0
     num_experts_per_tok: Count = 0
     head_dim: Count | None = None  # default: hidden_size / num_attention_heads
-    norm_topk_prob: bool = True
+    norm_topk_prob: bool | None = None  # default: true
     max_position_embeddings: Count = 2048
     rope_theta: Above0 = 10000.0
     attention_dropout: Probability = 0.0
     initializer_range: Above0 = 0.02
     tie_word_embeddings: bool = False
+    sliding_window: Count | None = None  # mixtral: none; gpt_oss: 128, in every other layer
+    shared_expert_intermediate_size: Count | None = None  # qwen2_moe
+    # DeepSeek's: shared experts, latent attention, group-limited routing, dense layers before those with experts.
+    n_shared_experts: Count | None = None
+    q_lora_rank: Count | None = None  # default: queries without a low rank
+    kv_lora_rank: Count | None = None
+    qk_rope_head_dim: Count | None = None
+    qk_nope_head_dim: Count | None = None
+    v_head_dim: Count | None = None
+    n_group: Count | None = None  # default: 1
+    topk_group: Count | None = None  # default: 1
+    routed_scaling_factor: Above0 | None = None  # default: 1.0
+    first_k_dense_replace: CountOrZero | None = None  # default: 0
+    intermediate_size: Count | None = None  # of the dense layers
     router_aux_loss_coef: AtLeast0 = 0.0
 
 
@@ -154,6 +168,7 @@ class TrainSection:
     seed: CountOrZero = 0
     eval_every: CountOrZero = 0  # 0: at the start and the end only
     eval_sequences: Count = 32
+    replay_trace: Text | None = None  # a run whose recorded routing is followed, or "balanced"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +227,7 @@ class LogSection:
     run: Text = ""  # default: the recipe file's stem
     dir: Text = "runs"
     every: Count = 10
+    routing_trace: bool = False  # record where every token is routed
 
 
 @dataclass(frozen=True, kw_only=True)

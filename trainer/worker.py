@@ -33,6 +33,7 @@ from trainer.recipe import RecipeError, check_world, load_recipe
 from trainer.refusal import is_users_mistake, refuse
 from trainer.rendezvous import Process, die_with_launcher, join, process_started
 from trainer.routing import prepare_gates
+from trainer.routing_trace import open_tape
 from trainer.runfolder import check_place, claim, lock, next_attempt, run_folder
 from trainer.schema import Recipe
 from trainer.snapshots import Snapshots, open_snapshots
@@ -138,6 +139,7 @@ def prepare(
         shutil.copytree(data.tokenizer_dir, run_dir / "tokenizer", dirs_exist_ok=True)
     model, blocks = build_model(recipe, process, data.vocab_size)
     meter = RoutingMeter(drained=recipe.checkpoint.mode == "pec")
+    tape = open_tape(recipe, process, run_dir, model.config, blocks)
     bias = prepare_gates(recipe, process, model, blocks, meter)
     engine = create_engine(model, recipe, training_dtype(recipe, process.device), recipe.accumulation)
     inner = engine.optimizer.optimizer
@@ -148,7 +150,7 @@ def prepare(
     )
     snapshots.bias = bias
     watch = AdapterWatch(model) if recipe.adapter else None
-    run = Run(recipe, process, run_dir, data, engine, snapshots, events, failpoints, meter, phases, watch, bias)
+    run = Run(recipe, process, run_dir, data, engine, snapshots, events, failpoints, meter, phases, watch, bias, tape)
     place_failpoints(run, model, [block.experts for block in blocks], inner)
     seed_streams(recipe.train.seed, "train", process.rank)
     return run

@@ -6,12 +6,14 @@ import torch
 from lora.attach import attach, format_table
 from lora.config import BankConfig
 from lora.errors import AdapterError
+from moe.build import new_model
 from moe.convert import convert
 from moe.families import find_moe_blocks
 from moe.layout import Layout
 
 EXPERT = BankConfig("expert-lora", r=4, alpha=8.0)
 MOLA = BankConfig("mola", r=2, alpha=4.0, num_experts=4, top_k=2)
+IDS = torch.arange(24).reshape(2, 12)
 
 
 def test_only_adapters_train_and_the_report_counts_them(tiny_moe):
@@ -101,3 +103,45 @@ def test_never_wraps_a_router_even_if_it_is_a_linear_layer(tiny_moe):
         layer.mlp.gate = torch.nn.Linear(32, 8, bias=False)
     with pytest.raises(AdapterError, match=r"'gate' matches no linear layer; the model has: k_proj, lm_head, "):
         attach(model, {"a": BankConfig("mola", ("gate",))}, convert(model))
+
+
+SHAPE = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}  # fmt: skip
+LATENT = {
+    "n_shared_experts": 1, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "first_k_dense_replace": 1, "intermediate_size": 24,
+}  # fmt: skip
+
+
+def of_family(family, **more):
+    model = new_model(family, {**SHAPE, **more}, vocab_size=64, seed=0, dtype=torch.float32)
+    return model, convert(model)
+
+
+def test_transposed_experts_refuse_an_expert_bank_and_attention_takes_one():
+    model, blocks = of_family("gpt_oss", num_key_value_heads=1)
+    with pytest.raises(AdapterError, match=r"layers\.0\.mlp\.experts: .* transposed; use preset mola"):
+        attach(model, {"experts": BankConfig("expert-lora", r=2)}, blocks)
+    report = attach(model, {"attention": MOLA}, blocks)
+    assert [match.target for match in report.matches] == ["q_proj"] * 2 + ["v_proj"] * 2
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_only_routed_experts_of_layers_that_have_them_get_an_expert_bank():
+    model, blocks = of_family("deepseek_v3", **LATENT)
+    before = model(input_ids=IDS).logits
+    report = attach(model, {"experts": BankConfig("expert-lora", r=2)}, blocks)
+    assert {match.path for match in report.matches} == {"model.layers.1.mlp.experts"}
+    assert torch.equal(model(input_ids=IDS).logits, before)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_projection_that_latent_attention_does_not_have_is_named():
+    model, blocks = of_family("deepseek_v3", **LATENT)
+    with pytest.raises(AdapterError, match=r"'v_proj' matches no linear layer; the model has: .*kv_b_proj"):
+        attach(model, {"attention": MOLA}, blocks)

@@ -8,16 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora.config import BankConfig
+from moe.build import new_config
+from moe.family_table import FAMILIES
+from trainer.build import shape_fields
+from trainer.family_shapes import family_shapes
 from trainer.plan import (
     Plan,
     PlanError,
     bank_parameters,
     card,
     count_by_kind,
-    family_shapes,
     folder_shapes,
     kind_of,
     plan_run,
@@ -41,11 +44,10 @@ def tiny(*overrides: str) -> Recipe:
     return load_recipe(QUICKSTART, [*TINY, *overrides])
 
 
-def transformers_model(recipe: Recipe, device: str = "meta") -> Qwen3MoeForCausalLM:
-    ours = ("family", "path")
-    fields = {name: value for name, value in vars(recipe.model).items() if name not in ours}
+def transformers_model(recipe: Recipe, device: str = "meta") -> PreTrainedModel:
+    config = new_config(recipe.model.family, shape_fields(recipe), vocab_size=recipe.data.tokenizer.vocab_size)
     with torch.device(device):
-        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**fields, vocab_size=recipe.data.tokenizer.vocab_size))
+        return AutoModelForCausalLM.from_config(config)
 
 
 @pytest.mark.parametrize("overrides", [[], ["model.tie_word_embeddings=true"], ["model.num_key_value_heads=4"]])
@@ -54,6 +56,64 @@ def test_shapes_are_those_of_transformers(overrides: list[str]) -> None:
     model = transformers_model(recipe)
     theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert family_shapes(recipe.model, 300) == theirs
+
+
+LATENT = [
+    "n_shared_experts=2", "kv_lora_rank=12", "qk_rope_head_dim=8", "qk_nope_head_dim=12", "v_head_dim=10",
+    "first_k_dense_replace=1", "intermediate_size=40",
+]  # fmt: skip
+VARIANTS = [
+    ("mixtral", ["head_dim=8", "sliding_window=16"]),
+    ("mixtral", ["tie_word_embeddings=true"]),
+    ("qwen2_moe", ["head_dim=8", "shared_expert_intermediate_size=20"]),
+    ("qwen3_moe", ["head_dim=12"]),
+    ("olmoe", []),
+    ("deepseek_v2", LATENT),
+    ("deepseek_v2", [*LATENT[:5], "q_lora_rank=14"]),
+    ("deepseek_v3", [*LATENT, "n_group=4", "topk_group=2"]),
+    ("deepseek_v3", [*LATENT[:5], "q_lora_rank=14"]),
+    ("gpt_oss", ["head_dim=8"]),
+]
+
+
+def of_family(family: str, keys: list[str]) -> Recipe:
+    """The quickstart with another family's model."""
+    grouped = [] if "kv_lora_rank=12" in keys else ["num_key_value_heads: 2"]
+    shape = [
+        f"family: {family}", "hidden_size: 32", "num_hidden_layers: 2", "num_attention_heads: 4", "num_experts: 8",
+        "num_experts_per_tok: 2", "moe_intermediate_size: 16", *grouped, *(key.replace("=", ": ") for key in keys),
+    ]  # fmt: skip
+    return load_recipe(QUICKSTART, [f"model={{{', '.join(shape)}}}", "data.tokenizer.vocab_size=300"])
+
+
+@pytest.mark.parametrize(("family", "keys"), VARIANTS, ids=lambda value: value if isinstance(value, str) else "")
+def test_every_familys_shapes_and_counts_are_those_of_the_built_model(family: str, keys: list[str]) -> None:
+    recipe = of_family(family, keys)
+    model = transformers_model(recipe)
+    theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert family_shapes(recipe.model, 300) == theirs
+    plan = plan_run(recipe)
+    assert sum(plan.total.values()) == sum(parameter.numel() for parameter in model.parameters())
+    assert "other" not in plan.total
+    assert plan.num_layers == 2
+    assert plan.share.moe_layers == sum(name.endswith("experts.down_proj") for name in theirs)
+    idle = sum(prod(shape) for name, shape in theirs.items() if ".experts." in name) * 6 // 8
+    assert plan.active == sum(plan.total.values()) - idle
+
+
+def test_every_family_is_counted() -> None:
+    assert {family for family, _ in VARIANTS} == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_a_folder_of_the_family_counts_the_same(family: str, tmp_path: Path) -> None:
+    recipe = of_family(family, dict(VARIANTS)[family])
+    transformers_model(recipe, "cpu").save_pretrained(tmp_path)
+    expected = count_by_kind(family_shapes(recipe.model, 300))
+    assert count_by_kind(folder_shapes(tmp_path)) == expected
+    from_folder = load_recipe(QUICKSTART, [f"model={{path: {tmp_path}}}", "data.tokenizer={kind: model}"])
+    assert plan_run(from_folder).total == expected
+    assert plan_run(from_folder).active == plan_run(recipe).active
 
 
 def test_quickstart_has_the_promised_size() -> None:
