@@ -61,6 +61,8 @@ def export(run: str, out_dir: str, form: str, inexact: bool = False) -> int:
     recipe, checkpoint = load_recipe(source.run / "recipe.yaml"), chosen(run)
     if recipe.adapter:
         raise ExportError(f"{name} trains adapters, and DeepSpeed's folders hold whole models; export it with --hf")
+    if recipe.model.frozen_experts:
+        raise ExportError(f"{name} froze experts, and DeepSpeed's folders hold whole models; export it with --hf")
     problems = verify(checkpoint.path)
     if problems:
         raise ExportError(f"{problems[0]}; use another step")

@@ -17,9 +17,10 @@ from trainer.disk_rules import DISK_RULES
 from trainer.family_checks import FAMILY_RULES
 from trainer.recipe_view import Finding, Unknown, View
 from trainer.schema import KEYS
+from trainer.variant_checks import VARIANT_RULES
 from trainer.yaml_lines import Path
 
-WITH_PATH = ("path", "attention_dropout", "router_aux_loss_coef")
+WITH_PATH = ("path", "attention_dropout", "router_aux_loss_coef", "frozen_experts", "soft")
 TARGETS = {
     "expert-lora": EXPERT_TENSORS,
     "mola": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -318,6 +319,7 @@ _RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (
     _run_name,
     *CHECKPOINT_RULES,
     *DISK_RULES,
+    *VARIANT_RULES,
 )
 _BANK_RULES: tuple[Callable[[View, str], Iterator[Finding]], ...] = (
     _bank_ranges,
