@@ -11,10 +11,14 @@ from transformers import masking_utils
 from lora.attach import attach, format_table
 from moe.build import new_model
 from moe.convert import convert
+from moe.extend import freeze_experts
 from moe.families import MoEBlock
 from moe.family_table import FAMILIES
 from moe.layout import Layout
 from moe.load import empty_model, fill
+from moe.merging import MergedExperts
+from moe.mtp import attach_mtp
+from moe.soft import SoftMoE, replace_blocks
 from trainer.rendezvous import Process
 from trainer.schema import Recipe
 
@@ -36,6 +40,13 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
     blocks = convert(model, layout, process.rank)
     if section.path is not None:
         fill(model, section.path)
+    if recipe.model.soft.kind != "none":
+        return _softened(model, blocks, recipe, process), []
+    if recipe.model.frozen_experts:
+        freeze_experts(model, blocks, recipe.model.frozen_experts)
+    mtp = recipe.train.mtp
+    if mtp.depth:
+        blocks += attach_mtp(model, mtp.depth, mtp.weight, seed=recipe.train.seed, layout=layout, rank=process.rank)
     if recipe.adapter:
         report = attach(model, recipe.adapter, blocks, layout_ep=layout.ep, seed=recipe.train.seed)
         if process.rank == 0:
@@ -45,6 +56,20 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
         backend = blocks[0].experts.backend
         print(f"experts run as {backend.name}: {backend.reason}", flush=True)
     return model, blocks
+
+
+def _softened(model: nn.Module, blocks: list[MoEBlock], recipe: Recipe, process: Process) -> nn.Module:
+    """The model with soft blocks in place of its MoE blocks."""
+    soft, seed = recipe.model.soft, recipe.train.seed
+    if soft.kind == "soft_moe":
+        made = replace_blocks(model, blocks, lambda block: SoftMoE(block, soft.slots, seed))
+        what = f"Soft MoE with {soft.slots} slots for each expert"
+    else:
+        made = replace_blocks(model, blocks, lambda block: MergedExperts(block, soft.segment))
+        what = f"experts merged for {f'{soft.segment} positions at once' if soft.segment else 'whole sequences'}"
+    if process.rank == 0:
+        print(f"{len(made)} MoE blocks replaced: {what}; `planaria export` cannot write this model", flush=True)
+    return model.to(process.device)
 
 
 def _assume_unpacked() -> None:

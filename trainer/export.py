@@ -10,12 +10,13 @@ import math
 import shutil
 import tempfile
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from checkpointing.materialise import whole
 from checkpointing.recovery import RecoveryError
@@ -26,6 +27,7 @@ from moe.build import new_config
 from moe.family_table import FAMILIES
 from moe.fingerprint import fingerprint
 from moe.load import persistent_buffers, read_config
+from moe.mtp import PREFIX
 from moe.save import whole_model, write_folder
 from trainer.build import shape_fields
 from trainer.recipe import RecipeError, load_recipe
@@ -41,6 +43,11 @@ class ExportError(ValueError):
 def main(run_dir: str, out_dir: str, inexact: bool = False, step: int | None = None) -> int:
     run, out = Path(run_dir), Path(out_dir)
     recipe, checkpoint = open_run(run, step)
+    if recipe.model.soft.kind != "none":
+        raise ExportError(
+            f"{run} trained soft blocks (model.soft.kind: {recipe.model.soft.kind}), which no Hugging Face class has; "
+            "its checkpoints hold every tensor under its path"
+        )
     if out.exists() and any(out.iterdir()):
         raise ExportError(f"{out} exists and is not empty; give another folder or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -60,9 +67,12 @@ def main(run_dir: str, out_dir: str, inexact: bool = False, step: int | None = N
 
 def _write(recipe: Recipe, run: Path, checkpoint: Checkpoint, temporary: Path, inexact: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="planaria-", dir=temporary.parent) as scratch:
+        base = _frozen_tensors(recipe, checkpoint) if recipe.model.frozen_experts else {}
         redone = whole(checkpoint, Path(scratch), inexact)
-        tensors = trained_tensors(redone)
+        tensors = trained_tensors(redone, base)
         bias = redone.extras(redone.manifest["coordinates"][0]).get(EXTRA)
+    if recipe.train.mtp.depth:
+        tensors = _without_mtp(tensors)
     if recipe.adapter:
         _copy_base(recipe, temporary)
         _write_adapter(recipe, tensors, temporary / "adapter")
@@ -96,9 +106,21 @@ def open_run(run: Path, step: int | None = None) -> tuple[Recipe, Checkpoint]:
     raise ExportError(f"{place} has no usable checkpoint: {why}")
 
 
-def trained_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+def _frozen_tensors(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The base model's parameters by path, in the dtype that the run trained in."""
+    path = recipe.model.path or ""
+    if not Path(path).is_dir() or fingerprint(path) != checkpoint.manifest["metadata"]["base"]:
+        raise ExportError(f"the base model {path} is gone or not what the run trained; put it back")
+    dtype = next(iter(checkpoint.manifest["tensors"].values()))["dtype"]
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def trained_tensors(checkpoint: Checkpoint, base: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Every trained parameter, whole, by its path: fp32 masters cast to the dtype the model trained in.
 
+    Args:
+        base: where frozen parameters, and the frozen experts of trained ones, come from.
     Raises RecoveryError naming layer, expert and tensor if any byte is missing or held twice.
     """
     parts: dict[str, dict[int | None, Tensor]] = defaultdict(dict)
@@ -112,6 +134,8 @@ def trained_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
         if None in pieces:
             flat = pieces[None]
         else:
+            if base:
+                pieces = {e: base[param][e].flatten() for e in range(shape[0])} | pieces
             missing = [e for e in range(shape[0]) if e not in pieces]
             if missing:
                 raise RecoveryError(f"{param}: experts {missing} are missing from the checkpoint")
@@ -119,7 +143,15 @@ def trained_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
         if flat.numel() != math.prod(shape):
             raise RecoveryError(f"{param}: {flat.numel()} elements in the checkpoint, {math.prod(shape)} expected")
         whole[param] = flat.view(*shape).to(getattr(torch, facts[param]["dtype"]))
-    return whole
+    return {**(base or {}), **whole}
+
+
+def _without_mtp(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' classes have no place for the prediction modules, and generation does without them."""
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
+    count = sum(tensor.numel() for tensor in tensors.values()) - sum(tensor.numel() for tensor in kept.values())
+    print(f"left out: the {count:,} parameters of the multi-token prediction modules, which the checkpoint keeps")
+    return kept
 
 
 def exported_model(recipe: Recipe, tensors: dict[str, Tensor]) -> PreTrainedModel:

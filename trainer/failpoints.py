@@ -90,7 +90,7 @@ def place_failpoints(run: Any, model: Any, experts: Sequence[Any], inner: torch.
     middle.register_forward_pre_hook(lambda *_: reached("forward"))
     if failpoints.wants("backward"):
         middle.register_full_backward_pre_hook(lambda *_: reached("backward"))
-    if failpoints.wants("alltoall"):
+    if failpoints.wants("alltoall") and experts:
         _interrupt(experts[len(experts) // 2], reached)
     # After the first group the step is half done.
     inner.register_step_post_hook(lambda *_: reached("optimizer"))

@@ -22,6 +22,7 @@ from moe.family_table import BUFFERS, FAMILIES, known_families
 from trainer.family_shapes import family_shapes
 from trainer.mode_plan import Share, basis_of, budget_of, mode_rows
 from trainer.schema import DiskSection, Recipe
+from trainer.variant_shapes import mtp_shapes, soft_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -144,6 +145,9 @@ def plan_run(recipe: Recipe) -> Plan:
     """Raises PlanError if ``model.path`` cannot be read or does not fit the recipe."""
     shapes, experts, top_k = _model(recipe)
     top_k = recipe.routing.choices(top_k)
+    shapes = {**soft_shapes(shapes, recipe.model.soft), **mtp_shapes(shapes, recipe.train.mtp.depth)}
+    if recipe.model.soft.kind != "none":
+        top_k = experts  # a token takes part in all
     total = count_by_kind(shapes)
     layers, moe_layers = _layers(shapes), _layers(name for name in shapes if _EXPERT.search(name))
     banks = {name: bank_parameters(bank, shapes) for name, bank in recipe.adapter.items()}
@@ -151,12 +155,18 @@ def plan_run(recipe: Recipe) -> Plan:
         if not count:
             targets = ", ".join(targets_of(recipe.adapter[name]))
             raise PlanError(f"adapter.{name}: the model has no {targets}; choose targets that it has")
-    trained = {f"adapter.{name}": count for name, count in banks.items()} or total
     expert_total = total.get("experts", 0)
+    trained = {f"adapter.{name}": count for name, count in banks.items()} or total
+    frozen = recipe.model.frozen_experts
+    if frozen > experts:
+        raise PlanError(f"model.frozen_experts={frozen} is more than the {experts} experts of {recipe.model.path}")
+    if frozen:
+        added = {"experts": expert_total * (experts - frozen) // experts}
+        trained = {"router": total["router"], **{kind: count for kind, count in added.items() if count}}
     expert_trained = (
         sum(banks[name] for name, bank in recipe.adapter.items() if bank.preset == "expert-lora")
         if banks
-        else expert_total
+        else trained.get("experts", 0)
     )
     workers, ep = recipe.parallel.workers, recipe.parallel.ep
     width = 2 if recipe.parallel.dtype == "bf16" or _auto_bf16(recipe) else 4
@@ -188,7 +198,7 @@ def plan_run(recipe: Recipe) -> Plan:
 
 
 def _layers(names: Iterable[str]) -> int:
-    return len({match[0] for name in names if (match := re.match(r".*layers\.\d+\.", name))})
+    return len({match[0] for name in names if (match := re.match(r"(.*layers|mtp)\.\d+\.", name))})
 
 
 def _check_pec(recipe: Recipe, experts: int) -> None:
@@ -290,7 +300,7 @@ def card(
         ("step", f"{plan.tokens_per_step:,} tokens; {recipe.train.steps:,} steps"),
         *_parameters("parameters", plan.total),
         ("", f"{sum(plan.total.values()):>14,}  in all, {plan.active:,} used by a token"),
-        *(_parameters("trained", plan.trained) if recipe.adapter else [("trained", "all of them")]),
+        *(_parameters("trained", plan.trained) if plan.trained != plan.total else [("trained", "all of them")]),
         (
             "per worker",
             f"weights {size(plan.weight_bytes)}, gradients {size(plan.gradient_bytes)}, "

@@ -18,9 +18,10 @@ from trainer.family_checks import FAMILY_RULES
 from trainer.recipe_view import Finding, Unknown, View
 from trainer.routing_rules import ROUTING_RULES
 from trainer.schema import KEYS
+from trainer.variant_checks import VARIANT_RULES
 from trainer.yaml_lines import Path
 
-WITH_PATH = ("path", "attention_dropout", "router_aux_loss_coef")
+WITH_PATH = ("path", "attention_dropout", "router_aux_loss_coef", "frozen_experts", "soft")
 TARGETS = {
     "expert-lora": EXPERT_TENSORS,
     "mola": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -320,6 +321,7 @@ _RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (
     *CHECKPOINT_RULES,
     *DISK_RULES,
     *ROUTING_RULES,
+    *VARIANT_RULES,
 )
 _BANK_RULES: tuple[Callable[[View, str], Iterator[Finding]], ...] = (
     _bank_ranges,

@@ -28,6 +28,17 @@ _STRICT = {"extra": "forbid", "allow_inf_nan": False}
 
 
 @dataclass(frozen=True, kw_only=True)
+class SoftSection:
+    """A block without top-k routing in every MoE block's place, for research: it has no Hugging Face class."""
+
+    __pydantic_config__ = _STRICT
+    kind: Literal["none", "soft_moe", "merging"] = "none"
+    slots: Count = 1  # soft_moe: of each expert
+    segment: CountOrZero = 0  # merging: positions merged for at once, by those before; 0: whole sequences
+    force: bool = False  # train a causal language model with a block that sees later tokens
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSection:
     """Either ``family`` with a shape, or ``path``. :mod:`moe.family_table` says which keys a family has and needs."""
 
@@ -64,6 +75,8 @@ class ModelSection:
     first_k_dense_replace: CountOrZero | None = None  # default: 0
     intermediate_size: Count | None = None  # of the dense layers
     router_aux_loss_coef: AtLeast0 = 0.0
+    frozen_experts: CountOrZero = 0  # with path: only routers and experts from this number on train; 0: everything does
+    soft: SoftSection = field(default_factory=SoftSection)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +164,15 @@ class ParallelSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MtpSection:
+    """Multi-token prediction: modules that predict further tokens in training, and are not exported."""
+
+    __pydantic_config__ = _STRICT
+    depth: CountOrZero = 0  # modules; 0: none
+    weight: Above0 = 0.3  # of the mean of their losses
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainSection:
     __pydantic_config__ = _STRICT
     steps: Count
@@ -169,6 +191,7 @@ class TrainSection:
     eval_every: CountOrZero = 0  # 0: at the start and the end only
     eval_sequences: Count = 32
     replay_trace: Text | None = None  # a run whose recorded routing is followed, or "balanced"
+    mtp: MtpSection = field(default_factory=MtpSection)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,7 +91,12 @@ def test_shipped_recipe_is_valid_and_says_how_to_start_it(path: Path) -> None:
 
 
 def test_number_of_shipped_recipes() -> None:
-    assert [path.name for path in RECIPES] == ["quickstart-lora.yaml", "quickstart.yaml"]
+    assert [path.name for path in RECIPES] == [
+        "merged-experts.yaml",
+        "multi-token.yaml",
+        "quickstart-lora.yaml",
+        "quickstart.yaml",
+    ]
 
 
 def test_values_types_and_resolved_defaults(valid: Path) -> None:

@@ -1,0 +1,85 @@
+"""What optional parts of the model need of the rest of the recipe."""
+
+import pytest
+
+from moe.build import new_model
+from moe.mtp import attach_mtp
+from trainer.build import shape_fields
+from trainer.family_shapes import family_shapes
+from trainer.plan import plan_run
+from trainer.recipe import RecipeError, load_recipe
+from trainer.variant_shapes import mtp_shapes, soft_shapes
+
+RECIPE = """\
+model: {family: qwen3_moe, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1,
+        moe_intermediate_size: 24, num_experts: 6, num_experts_per_tok: 2}
+data: {source: stdlib, include: ["json/*.py"], tokenizer: {kind: bytes}, sequence_length: 24}
+train: {steps: 20, global_batch_size: 8, micro_batch_size: 8, lr: 3e-3}
+"""
+
+
+FROZEN = ["model={path: somewhere, frozen_experts: 2}", "data.tokenizer={kind: model}"]
+
+
+@pytest.fixture
+def load(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return lambda *overrides: load_recipe(path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.mtp.weight=0.1"], "without train.mtp.depth"),
+        (["train.mtp.depth=23"], "looks 24 tokens ahead"),
+        (["model.frozen_experts=2"], "give model.path"),
+        ([*FROZEN, "parallel={workers: 2, ep: 2}"], "frozen experts only"),
+        ([*FROZEN, "checkpoint.mode=pec"], "frozen ones have no state"),
+        ([*FROZEN, "adapter={a: {preset: expert-lora}}"], "adapter and model.frozen_experts each"),
+        ([*FROZEN, "train.mtp.depth=1"], "train.mtp and model.frozen_experts each"),
+        ([*FROZEN, "model.soft={kind: merging, segment: 2}"], "model.soft and model.frozen_experts each"),
+        (["model.soft={kind: soft_moe}"], "see those after it"),
+        (["model.soft={kind: merging}"], "model.soft.segment or set model.soft.force"),
+        (["model.soft={kind: merging, slots: 2, segment: 4}"], "belongs to model.soft.kind soft_moe"),
+        (["model.soft={segment: 4}"], "belongs to model.soft.kind merging"),
+        (["model.soft={kind: merging, segment: 4}", "parallel={workers: 2, ep: 2}"], "set it to 1"),
+        (["model.soft={kind: merging, segment: 4}", "model.router_aux_loss_coef=0.1"], "nothing to balance"),
+        (["model.soft={kind: merging, segment: 4}", "checkpoint.mode=pec"], "a soft block routes none"),
+        (["model.soft={kind: merging, segment: 4}", "adapter={a: {preset: expert-lora}}"], "routed experts"),
+        (["model.soft={kind: merging, segment: 4}", "train.mtp.depth=1"], "routed experts of their own"),
+        (["train.mtp.depth=1", "adapter={a: {preset: expert-lora}}"], "all but adapters is frozen"),
+    ],
+)
+def test_combinations_that_cannot_work_are_refused(load, overrides, said):
+    with pytest.raises(RecipeError, match=said):
+        load(*overrides)
+
+
+@pytest.mark.parametrize("soft", ["{kind: soft_moe, slots: 3, force: true}", "{kind: merging, segment: 4}",
+                                  "{kind: merging, force: true}"])  # fmt: skip
+def test_the_plan_counts_soft_blocks_as_they_are_built(load, soft):
+    import torch
+
+    from trainer.build import build_model
+    from trainer.rendezvous import Process
+
+    recipe = load(f"model.soft={soft}")
+    process = Process(0, 1, 0, torch.device("cpu"))
+    model, blocks = build_model(recipe, process, 257)
+    assert blocks == []
+    theirs = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert soft_shapes(family_shapes(recipe.model, 257), recipe.model.soft) == theirs
+    assert sum(plan_run(recipe).total.values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_the_plan_counts_prediction_modules_as_they_are_built(load):
+    import torch
+
+    recipe = load("train.mtp={depth: 2}")
+    model = new_model("qwen3_moe", shape_fields(recipe), vocab_size=257, seed=0, dtype=torch.float32)
+    before = dict(model.named_parameters())
+    attach_mtp(model, 2, 0.3, seed=0)
+    theirs = {name: tuple(p.shape) for name, p in model.named_parameters() if name not in before}
+    assert mtp_shapes(family_shapes(recipe.model, 257), 2) == theirs
+    assert sum(plan_run(recipe).total.values()) == sum(p.numel() for p in model.parameters())
