@@ -17,15 +17,16 @@ from moe.form import ExpertForm
 
 _CHUNK = 8192  # rows
 _aten = torch.ops.aten
-# name -> (value, gradient from the value's gradient and the input)
-_KNOWN: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    "silu": (torch.nn.functional.silu, _aten.silu_backward),
-    "gelu": (torch.nn.functional.gelu, _aten.gelu_backward),
+_Gradient = Callable[[Tensor, Tensor, Tensor], Tensor]
+# name -> (value, gradient: from the value's gradient and the input, into a tensor that may be the input)
+_KNOWN: dict[str, tuple[Callable[[Tensor], Tensor], _Gradient]] = {
+    "silu": (torch.nn.functional.silu, lambda d, g, out: _aten.silu_backward.grad_input(d, g, grad_input=out)),
+    "gelu": (torch.nn.functional.gelu, lambda d, g, out: _aten.gelu_backward.grad_input(d, g, grad_input=out)),
     "gelu_pytorch_tanh": (
         lambda g: torch.nn.functional.gelu(g, approximate="tanh"),
-        lambda d, g: _aten.gelu_backward(d, g, approximate="tanh"),
+        lambda d, g, out: _aten.gelu_backward.grad_input(d, g, approximate="tanh", grad_input=out),
     ),
-    "relu": (torch.relu, lambda d, g: d * (g > 0)),
+    "relu": (torch.relu, lambda d, g, out: torch.mul(d, g > 0, out=out)),
 }
 
 
@@ -54,10 +55,11 @@ def has_derivative(form: ExpertForm) -> bool:
 
 def scaled(h_N2I: Tensor, score_N: Tensor, form: ExpertForm) -> Tensor:
     """``score * between(h)`` [N,I] in h's dtype."""
+    if h_N2I.dtype == score_N.dtype:
+        return _gated(*split(h_N2I, form), form)[0].mul_(score_N[:, None])
     a_NI = h_N2I.new_empty(h_N2I.shape[0], h_N2I.shape[1] // 2)
-    for rows in _chunks(h_N2I):
-        value, _, _ = _value_and_factors(h_N2I[rows].to(score_N.dtype), form)
-        a_NI[rows] = value.mul_(score_N[rows, None])
+    for rows in _chunks(h_N2I.shape[0]):
+        a_NI[rows] = scaled(h_N2I[rows].to(score_N.dtype), score_N[rows], form)
     return a_NI
 
 
@@ -67,45 +69,54 @@ def scaled_backward(
     """The derivative of :func:`scaled`, and its value once more.
 
     Args:
-        da_NI: gradient of the scaled activation; overwritten by the scaled activation.
+        da_NI: gradient of the scaled activation; its memory is used.
         dh_N2I: receives the gradient of h; may be h itself.
 
     Returns (scaled activation [N,I], gradient of the score [N]).
     """
+    if h_N2I.dtype == score_N.dtype:
+        gate_NI, up_NI = split(h_N2I, form)
+        value_NI, acted_NI = _gated(gate_NI, up_NI, form)
+        ds_N = (da_NI * value_NI).sum(-1)
+        score_N1 = score_N[:, None]
+        _differentiate(da_NI.mul_(score_N1), gate_NI, up_NI, acted_NI, form, split(dh_N2I, form))
+        return value_NI.mul_(score_N1), ds_N
     ds_N = torch.empty_like(score_N)
-    for rows in _chunks(h_N2I):
-        score_N1 = score_N[rows, None]
-        da = da_NI[rows].to(score_N.dtype)
-        value, to_gate, to_up = _value_and_factors(h_N2I[rows].to(score_N.dtype), form)
-        torch.sum(da * value, -1, out=ds_N[rows])
-        da = da * score_N1
-        d_gate, d_up = to_gate(da), to_up(da)
-        da_NI[rows] = value.mul_(score_N1)
-        gate_out, up_out = split(dh_N2I[rows], form)
-        gate_out.copy_(d_gate)
-        up_out.copy_(d_up)
+    for rows in _chunks(h_N2I.shape[0]):
+        da, h = da_NI[rows].to(score_N.dtype), h_N2I[rows].to(score_N.dtype)
+        da_NI[rows], ds_N[rows] = scaled_backward(da, h, score_N[rows], form, h)
+        dh_N2I[rows] = h
     return da_NI, ds_N
 
 
-_Factor = Callable[[Tensor], Tensor]
-
-
-def _value_and_factors(h_N2I: Tensor, form: ExpertForm) -> tuple[Tensor, _Factor, _Factor]:
-    """``between(h)`` [N,I], and what turns its gradient into the gate's and the up projection's."""
-    gate_NI, up_NI = split(h_N2I, form)
+def _gated(gate_NI: Tensor, up_NI: Tensor, form: ExpertForm) -> tuple[Tensor, Tensor]:
+    """``between(h)``, and the activated gate."""
     if form.limit is None:
-        act, act_backward = _KNOWN[form.act]
-        acted_NI = act(gate_NI)
-        return acted_NI * up_NI, lambda d: act_backward(d * up_NI, gate_NI), lambda d: d * acted_NI
+        acted_NI = _KNOWN[form.act][0](gate_NI)
+        return acted_NI * up_NI, acted_NI
+    gate_NI = gate_NI.clamp(max=form.limit)
+    acted_NI = gate_NI * torch.sigmoid(gate_NI * form.alpha)
+    return (up_NI.clamp(min=-form.limit, max=form.limit) + 1) * acted_NI, acted_NI
+
+
+def _differentiate(
+    d_NI: Tensor, gate_NI: Tensor, up_NI: Tensor, acted_NI: Tensor, form: ExpertForm, into: tuple[Tensor, Tensor]
+) -> None:
+    """From the gradient of ``between(h)`` to the gate's and the up projection's; ``into`` may be those themselves."""
+    d_gate_NI, d_up_NI = into
+    if form.limit is None:
+        to_gate_NI = d_NI * up_NI
+        _KNOWN[form.act][1](to_gate_NI, gate_NI, d_gate_NI)
+        torch.mul(d_NI, acted_NI, out=d_up_NI)
+        return
     limit, alpha = form.limit, form.alpha
-    g_NI, u_NI = gate_NI.clamp(max=limit), up_NI.clamp(min=-limit, max=limit)
+    g_NI = gate_NI.clamp(max=limit)
     sigmoid_NI = torch.sigmoid(g_NI * alpha)
-    glu_NI = g_NI * sigmoid_NI
     slope_NI = sigmoid_NI * (1 + alpha * g_NI * (1 - sigmoid_NI)) * (gate_NI <= limit)
-    return (u_NI + 1) * glu_NI, lambda d: d * (u_NI + 1) * slope_NI, lambda d: d * glu_NI * (up_NI.abs() <= limit)
+    to_gate_NI = d_NI * (up_NI.clamp(min=-limit, max=limit) + 1) * slope_NI
+    torch.mul(d_NI * acted_NI, up_NI.abs() <= limit, out=d_up_NI)
+    d_gate_NI.copy_(to_gate_NI)
 
 
-def _chunks(h_N2I: Tensor) -> Iterator[slice]:
-    rows = h_N2I.shape[0]
-    step = _CHUNK if h_N2I.dtype in (torch.bfloat16, torch.float16) else max(rows, 1)
-    return (slice(at, min(at + step, rows)) for at in range(0, rows, step))
+def _chunks(rows: int) -> Iterator[slice]:
+    return (slice(at, min(at + _CHUNK, rows)) for at in range(0, rows, _CHUNK))

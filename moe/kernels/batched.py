@@ -2,7 +2,7 @@
 
 Large buffers are dropped or used again as soon as they may be: what is saved is small, and so should the peak be.
 
-Shapes: R rows, K choices per row, L local experts, N sorted pairs, H hidden, I intermediate, O and M outputs and inputs.
+Shapes: R rows, K choices per row, L local experts, N sorted pairs, H hidden, I intermediate, O outputs, M inputs.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _product(x_NM: Tensor, weight_LOM: Tensor, assignment: Assignment) -> Tensor
 
 
 def weight_gradient(dy_NO: Tensor, x_NM: Tensor, assignment: Assignment, transposed: bool) -> Tensor:
-    """Per expert ``dy.T @ x``, [L,O,M]; the transpose of it if the weight is stored so. Zero where there are no rows."""
+    """Per expert ``dy.T @ x``, [L,O,M], or its transpose if the weight is stored so. Zero for no rows."""
     left, right = (x_NM, dy_NO) if transposed else (dy_NO, x_NM)
     return torch.nn.functional.grouped_mm(left.T, right, offs=group_ends(assignment.counts_L))
 

@@ -1,6 +1,6 @@
 """The minimal layer as a loop of dense products: for CPUs, and for what torch's grouped product refuses.
 
-One expert's rows are gathered, multiplied and activated while they are in the cache; of all pairs only h, y and dx exist.
+One expert's rows are gathered, multiplied and activated while they are in the cache; whole are only h, y and dx.
 
 Shapes: R rows, K choices per row, L local experts, N sorted pairs, H hidden, I intermediate.
 """

@@ -1,8 +1,8 @@
 """An expert layer that keeps for its backward only x, the pre-activations h, the scores and who went where.
 
-The score multiplies the activation *before* the down projection. That projection is linear, ``s * (W2 a) = W2 (s * a)``,
-so its output is not needed for the gradient of s, and nothing of N x H is kept. The gathered rows, the activation and
-its derivative are computed again. A bias after the down projection adds ``s * bias``. Kept, in elements:
+The score multiplies the activation *before* the down projection. That is linear, ``s * (W2 a) = W2 (s * a)``, so its
+output is not needed for the gradient of s, and nothing of N x H is kept. The gathered rows, the activation and its
+derivative are computed again. A bias after the down projection adds ``s * bias``. Kept, in elements:
 ``R*H + N*2I`` instead of the ``N*(2H + 4I)`` of a composition of differentiable pieces (SonicMoE keeps the same).
 
 Shapes: R rows, K choices per row, L local experts, N sorted pairs, H hidden, I intermediate.
