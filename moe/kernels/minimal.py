@@ -54,12 +54,12 @@ class _Mix(torch.autograd.Function):
         assert up_L is not None
         assert down_L is not None
         assignment = Assignment(pair_N, slot_RK, counts_L, complete)
-        out_RH, h_N2I = torch.zeros_like(x_RH), x_RH.new_empty(0, up_L.shape[1])
+        stack = Stack(up_L, down_L, up_bias, down_bias, form)
         with torch.autocast(x_RH.device.type, enabled=False):
             if pair_N.numel():
-                out_RH, h_N2I = how.forward(
-                    x_RH, weights_RK, Stack(up_L, down_L, up_bias, down_bias, form), assignment, keep
-                )
+                out_RH, h_N2I = how.forward(x_RH, weights_RK, stack, assignment, keep)
+            else:
+                out_RH, h_N2I = torch.zeros_like(x_RH), None
         if keep:
             ctx.save_for_backward(x_RH, weights_RK, h_N2I, pair_N, slot_RK, counts_L, *stacked)
             ctx.how, ctx.complete, ctx.form = how, complete, form
