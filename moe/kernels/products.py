@@ -40,7 +40,7 @@ def tiles_for(rows: int, columns: int, depth: int, element_size: int) -> Tiles:
     most = 128 if element_size <= 2 else 64
     sizes = [max(16, min(limit, triton.next_power_of_2(size))) for size, limit in
              ((max(rows, 1), most), (max(columns, 1), most), (max(depth, 1), most // 2))]  # fmt: skip
-    return Tiles(*sizes, num_warps=8 if sizes[0] * sizes[1] >= 128 * 128 else 4, num_stages=3)
+    return Tiles(*sizes, num_warps=8 if sizes[0] * sizes[1] >= 128 * 64 else 4, num_stages=3)
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,10 @@ def _up(x, row, weight, score, h, a, experts, starts, ends, hidden, inner,
     across = tl.cdiv(inner, BN)
     expert = tl.load(experts + tl.program_id(0) // across)
     if expert >= 0:
-        pair = tl.load(starts + tl.program_id(0) // across) + tl.arange(0, BM)
-        here = pair < tl.load(ends + expert)
-        source = tl.load(row + pair, mask=here, other=0)
+        first = tl.load(starts + tl.program_id(0) // across)
+        line = tl.arange(0, BM)
+        here = line < tl.load(ends + expert) - first
+        source = tl.load(row + first + line, mask=here, other=0)
         column = (tl.program_id(0) % across) * BN + tl.arange(0, BN)
         weight += expert * (2 * inner) * hidden
         gate = tl.zeros((BM, BN), dtype=tl.float32)
@@ -90,12 +91,14 @@ def _up(x, row, weight, score, h, a, experts, starts, ends, hidden, inner,
         # As they are kept, so that the backward finds the same.
         gate, up = gate.to(h.dtype.element_ty), up.to(h.dtype.element_ty)
         inside = here[:, None] & (column < inner)[None, :]
-        at = pair[:, None] * (2 * inner) + column[None, :]
+        at = line[:, None] * (2 * inner) + column[None, :]
+        h += first * 2 * inner
         tl.store(h + at, gate, mask=inside)
         tl.store(h + at + inner, up, mask=inside)
         value, _, _ = silu_parts(gate.to(tl.float32), up.to(tl.float32))
-        s = tl.load(score + pair, mask=here, other=0.0)
-        tl.store(a + pair[:, None] * inner + column[None, :], (value * s[:, None]).to(a.dtype.element_ty), mask=inside)
+        s = tl.load(score + first + line, mask=here, other=0.0)[:, None]
+        a += first * inner
+        tl.store(a + line[:, None] * inner + column[None, :], (value * s).to(a.dtype.element_ty), mask=inside)
 
 
 def up_projection(
@@ -122,9 +125,10 @@ def _down_backward(dout, row, weight, score, h, dh, a, partial, experts, starts,
     part = tl.program_id(0) % across
     expert = tl.load(experts + tl.program_id(0) // across)
     if expert >= 0:
-        pair = tl.load(starts + tl.program_id(0) // across) + tl.arange(0, BM)
-        here = pair < tl.load(ends + expert)
-        source = tl.load(row + pair, mask=here, other=0)
+        first = tl.load(starts + tl.program_id(0) // across)
+        line = tl.arange(0, BM)
+        here = line < tl.load(ends + expert) - first
+        source = tl.load(row + first + line, mask=here, other=0)
         column = part * BN + tl.arange(0, BN)
         weight += expert * hidden * inner
         d = tl.zeros((BM, BN), dtype=tl.float32)
@@ -137,16 +141,19 @@ def _down_backward(dout, row, weight, score, h, dh, a, partial, experts, starts,
             right = tl.load(weight + k[:, None].to(tl.int64) * inner + column[None, :], mask=inside, other=0.0)
             d = tl.dot(left, right, d, input_precision="ieee")
         inside = here[:, None] & (column < inner)[None, :]
-        at = pair[:, None] * (2 * inner) + column[None, :]
+        at = line[:, None] * (2 * inner) + column[None, :]
+        h += first * 2 * inner
+        dh += first * 2 * inner
+        a += first * inner
         gate = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(h + at + inner, mask=inside, other=0.0).to(tl.float32)
         value, acted, slope = silu_parts(gate, up)
-        tl.store(partial + pair * across + part, tl.sum(d * value, 1), mask=here)
-        s = tl.load(score + pair, mask=here, other=0.0)[:, None]
+        tl.store(partial + (first + line) * across + part, tl.sum(d * value, 1), mask=here)
+        s = tl.load(score + first + line, mask=here, other=0.0)[:, None]
         d = d * s
         tl.store(dh + at, (d * up * slope).to(dh.dtype.element_ty), mask=inside)
         tl.store(dh + at + inner, (d * acted).to(dh.dtype.element_ty), mask=inside)
-        tl.store(a + pair[:, None] * inner + column[None, :], (value * s).to(a.dtype.element_ty), mask=inside)
+        tl.store(a + line[:, None] * inner + column[None, :], (value * s).to(a.dtype.element_ty), mask=inside)
 
 
 def down_backward(
@@ -160,7 +167,8 @@ def down_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradient of h into ``dh``, which may be h. Returns (scaled activation [N,I], gradient of the score [N])."""
     pairs, (local, hidden, inner) = row_N.numel(), weight_LHI.shape
-    tiles = tiles_for(pairs // local, inner, hidden, dout_RH.element_size())
+    # Half as wide as elsewhere: the epilogue holds five tiles, and registers would spill.
+    tiles = tiles_for(pairs // local, min(inner, 64), hidden, dout_RH.element_size())
     table = tile_table(counts_L, pairs, tiles.rows)
     across = triton.cdiv(inner, tiles.columns)
     a_NI = dout_RH.new_empty(pairs, inner)
@@ -178,21 +186,24 @@ def _product(x, weight, y, experts, starts, ends, inputs, outputs, to_expert, to
     across = tl.cdiv(outputs, BN)
     expert = tl.load(experts + tl.program_id(0) // across)
     if expert >= 0:
-        pair = tl.load(starts + tl.program_id(0) // across) + tl.arange(0, BM)
-        here = pair < tl.load(ends + expert)
+        first = tl.load(starts + tl.program_id(0) // across)
+        line = tl.arange(0, BM)
+        here = line < tl.load(ends + expert) - first
         column = (tl.program_id(0) % across) * BN + tl.arange(0, BN)
         weight += expert * to_expert
+        x += first * inputs
+        y += first * outputs
         total = tl.zeros((BM, BN), dtype=tl.float32)
         for start in range(0, inputs, BK):
             k = start + tl.arange(0, BK)
             left = tl.load(
-                x + pair[:, None] * inputs + k[None, :], mask=here[:, None] & (k < inputs)[None, :], other=0.0
+                x + line[:, None] * inputs + k[None, :], mask=here[:, None] & (k < inputs)[None, :], other=0.0
             )
             at = k[:, None].to(tl.int64) * to_input + column[None, :].to(tl.int64) * to_output
             right = tl.load(weight + at, mask=(k < inputs)[:, None] & (column < outputs)[None, :], other=0.0)
             total = tl.dot(left, right, total, input_precision="ieee")
         tl.store(
-            y + pair[:, None] * outputs + column[None, :],
+            y + line[:, None] * outputs + column[None, :],
             total.to(y.dtype.element_ty),
             mask=here[:, None] & (column < outputs)[None, :],
         )
