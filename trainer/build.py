@@ -13,6 +13,7 @@ from moe.build import new_model
 from moe.convert import convert
 from moe.families import MoEBlock
 from moe.family_table import FAMILIES
+from moe.kernels.grouped import Backend
 from moe.layout import Layout
 from moe.load import empty_model, fill
 from trainer.rendezvous import Process
@@ -41,10 +42,20 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
         if process.rank == 0:
             print(format_table(report), flush=True)
     model.to(process.device)
-    if process.rank == 0:
-        backend = blocks[0].experts.backend
-        print(f"experts run as {backend.name}: {backend.reason}", flush=True)
+    for line in _settle_backends(blocks, section.experts_backend):
+        if process.rank == 0:
+            print(line, flush=True)
     return model, blocks
+
+
+def _settle_backends(blocks: list[MoEBlock], wanted: str) -> list[str]:
+    """Choose how each layer's experts run; one line for all layers that run alike. Raises BackendError."""
+    layers: dict[Backend, list[str]] = {}
+    for block in blocks:
+        block.experts.wanted_backend = wanted
+        layers.setdefault(block.experts.backend, []).append(str(block.layer))
+    where = [f" of layers {', '.join(found)}" if len(layers) > 1 else "" for found in layers.values()]
+    return [f"experts{at} run as {b.name}: {b.reason}" for b, at in zip(layers, where, strict=True)]
 
 
 def _assume_unpacked() -> None:

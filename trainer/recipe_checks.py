@@ -19,7 +19,7 @@ from trainer.recipe_view import Finding, Unknown, View
 from trainer.schema import KEYS
 from trainer.yaml_lines import Path
 
-WITH_PATH = ("path", "attention_dropout", "router_aux_loss_coef")
+WITH_PATH = ("path", "attention_dropout", "router_aux_loss_coef", "experts_backend")
 TARGETS = {
     "expert-lora": EXPERT_TENSORS,
     "mola": ("q_proj", "k_proj", "v_proj", "o_proj"),

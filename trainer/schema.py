@@ -64,6 +64,7 @@ class ModelSection:
     first_k_dense_replace: CountOrZero | None = None  # default: 0
     intermediate_size: Count | None = None  # of the dense layers
     router_aux_loss_coef: AtLeast0 = 0.0
+    experts_backend: Literal["auto", "reference", "grouped_mm", "minimal", "triton"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

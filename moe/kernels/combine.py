@@ -26,7 +26,7 @@ def empty_pairs(like_XH: Tensor, width: int, assignment: Assignment) -> Tensor:
 def combine(y_NH: Tensor, assignment: Assignment) -> Tensor:
     """Sum over each row's choices, in fp32 if y is narrower: [N,H] -> [R,H]. y may have the row of zeros already."""
     slot_RK = assignment.slot_RK
-    if y_NH.is_cuda and probe.has_triton():
+    if y_NH.is_cuda and y_NH.dtype != torch.float64 and probe.has_triton():
         from moe.kernels.elementwise import gather_sum
 
         return gather_sum(y_NH, slot_RK, assignment.pair_N.numel())
