@@ -53,9 +53,8 @@ def test_host_memory_measures_every_kind_of_pages(tmp_path):
 @pytest.mark.timeout(120)
 def test_moe_layer_compares_every_arm_that_runs_here(tmp_path):
     out = tmp_path / "layer.json"
-    printed = run(
-        [sys.executable, "-m", "benchmarks.moe_layer", "--config", "tiny", "--rounds", "2", "--json", str(out)], 110
-    )
+    options = ["--config", "tiny", "--rounds", "2", "--json", str(out)]
+    printed = run([sys.executable, "-m", "benchmarks.moe_layer", *options], timeout=110)
     (layer,) = json.loads(out.read_text())["layers"].values()
     for routing in ("balanced", "skewed"):
         rows = layer[routing]
