@@ -13,7 +13,11 @@ from moe.assignment import Assignment, assign
 from moe.dispatch import AllToAllDispatch
 from moe.form import PLAIN, ExpertForm
 from moe.kernels.activation import between
+from moe.kernels.backend import Site, choose, passes
 from moe.kernels.grouped import Backend, choose_backend, grouped_linear
+from moe.kernels.minimal import minimal_mix
+from moe.kernels.reference import reference_mix
+from moe.kernels.stack import Stack
 
 
 class Experts(nn.Module):
@@ -60,7 +64,7 @@ class Experts(nn.Module):
         self.ep_size = self.num_experts // self.num_local_experts
         self.ep_group: torch.distributed.ProcessGroup | None = None
         self.adapter: nn.Module | None = None
-        self._backend: Backend | None = None
+        self.wanted_backend = "auto"
 
     @property
     def hidden_size(self) -> int:
@@ -76,13 +80,18 @@ class Experts(nn.Module):
         return getattr(self, "gate_up_proj_bias", None), getattr(self, "down_proj_bias", None)
 
     @property
+    def site(self) -> Site:
+        weight, biased = self.gate_up_proj, self.biases[0] is not None
+        sizes = (self.hidden_size, self.intermediate_size)
+        return Site(weight.device, weight.dtype, *sizes, self.form, biased, self.adapter is not None)
+
+    @property
     def backend(self) -> Backend:
-        if self._backend is None:
-            weight = self.gate_up_proj
-            self._backend = choose_backend(
-                weight.device, weight.dtype, self.hidden_size, self.intermediate_size, 2 * self.intermediate_size
-            )
-        return self._backend
+        """How these experts run and why: what ``wanted_backend`` names, or for ``auto`` what a probe finds.
+
+        Raises BackendError if it cannot run here.
+        """
+        return choose(self.site, self.wanted_backend)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden_states`` [T,H], ``top_k_index`` [T,K] (global ids), ``top_k_weights`` [T,K] -> [T,H]."""
@@ -95,12 +104,18 @@ class Experts(nn.Module):
 
     def mix(self, x_RH: Tensor, weights_RK: Tensor, assignment: Assignment) -> Tensor:
         """Each row's local experts, weighted and summed: [R,H]. A row none of whose choices is local gives zeros."""
-        y_NH = self.compute(x_RH[assignment.row_N], assignment.counts_L)
-        weights_N = assignment.spread(weights_RK)
-        return assignment.combine(y_NH * weights_N.unsqueeze(-1).to(y_NH.dtype))
+        name = self.backend.name
+        if name == "grouped_mm":
+            y_NH = self.compute(x_RH[assignment.row_N], assignment.counts_L)
+            weights_N = assignment.spread(weights_RK)
+            return assignment.combine(y_NH * weights_N.unsqueeze(-1).to(y_NH.dtype))
+        stack = Stack(self.gate_up_proj, self.down_proj, *self.biases, self.form)
+        if name == "reference":
+            return reference_mix(x_RH, weights_RK, stack, assignment)
+        return minimal_mix(passes(self.site, name), x_RH, weights_RK, stack, assignment)
 
     def compute(self, x_NH: Tensor, counts_L: Tensor) -> Tensor:
-        """Every row through its local expert, unweighted."""
+        """Every row through its local expert, unweighted, in differentiable pieces between which an adapter fits."""
         gate_up_bias, down_bias = self.biases
         h_N2I = self._product(x_NH, self.gate_up_proj, gate_up_bias, counts_L)
         if self.adapter is not None:
@@ -113,7 +128,8 @@ class Experts(nn.Module):
 
     def _product(self, x_NM: Tensor, weight_L: Tensor, bias_LO: Tensor | None, counts_L: Tensor) -> Tensor:
         weight_LOM = weight_L.transpose(1, 2) if self.form.transposed else weight_L
-        y_NO = grouped_linear(x_NM, weight_LOM, counts_L, self.backend.name)
+        products = choose_backend(x_NM.device, weight_L.dtype, *self.site.widths).name
+        y_NO = grouped_linear(x_NM, weight_LOM, counts_L, products)
         if bias_LO is None:
             return y_NO
         return y_NO + bias_LO.repeat_interleave(counts_L, 0, output_size=y_NO.shape[0])

@@ -14,6 +14,7 @@ from moe.convert import convert
 from moe.extend import freeze_experts
 from moe.families import MoEBlock
 from moe.family_table import FAMILIES
+from moe.kernels.grouped import Backend
 from moe.layout import Layout
 from moe.load import empty_model, fill
 from moe.merging import MergedExperts
@@ -52,9 +53,9 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
         if process.rank == 0:
             print(format_table(report), flush=True)
     model.to(process.device)
-    if process.rank == 0:
-        backend = blocks[0].experts.backend
-        print(f"experts run as {backend.name}: {backend.reason}", flush=True)
+    for line in _settle_backends(blocks, section.experts_backend):
+        if process.rank == 0:
+            print(line, flush=True)
     return model, blocks
 
 
@@ -70,6 +71,16 @@ def _softened(model: nn.Module, blocks: list[MoEBlock], recipe: Recipe, process:
     if process.rank == 0:
         print(f"{len(made)} MoE blocks replaced: {what}; `planaria export` cannot write this model", flush=True)
     return model.to(process.device)
+
+
+def _settle_backends(blocks: list[MoEBlock], wanted: str) -> list[str]:
+    """Choose how each layer's experts run; one line for all layers that run alike. Raises BackendError."""
+    layers: dict[Backend, list[str]] = {}
+    for block in blocks:
+        block.experts.wanted_backend = wanted
+        layers.setdefault(block.experts.backend, []).append(str(block.layer))
+    where = [f" of layers {', '.join(found)}" if len(layers) > 1 else "" for found in layers.values()]
+    return [f"experts{at} run as {b.name}: {b.reason}" for b, at in zip(layers, where, strict=True)]
 
 
 def _assume_unpacked() -> None:

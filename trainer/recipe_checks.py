@@ -21,7 +21,7 @@ from trainer.schema import KEYS
 from trainer.variant_checks import VARIANT_RULES
 from trainer.yaml_lines import Path
 
-WITH_PATH = ("path", "attention_dropout", "router_aux_loss_coef", "frozen_experts", "soft")
+WITH_PATH = ("path", "attention_dropout", "router_aux_loss_coef", "experts_backend", "frozen_experts", "soft")
 TARGETS = {
     "expert-lora": EXPERT_TENSORS,
     "mola": ("q_proj", "k_proj", "v_proj", "o_proj"),

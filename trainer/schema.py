@@ -75,6 +75,7 @@ class ModelSection:
     first_k_dense_replace: CountOrZero | None = None  # default: 0
     intermediate_size: Count | None = None  # of the dense layers
     router_aux_loss_coef: AtLeast0 = 0.0
+    experts_backend: Literal["auto", "reference", "grouped_mm", "minimal", "triton"] = "auto"
     frozen_experts: CountOrZero = 0  # with path: only routers and experts from this number on train; 0: everything does
     soft: SoftSection = field(default_factory=SoftSection)
 

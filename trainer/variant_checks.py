@@ -44,6 +44,8 @@ def _soft(view: View) -> Iterator[Finding]:
         yield "parallel.ep", f"parallel.ep={view('parallel.ep')}: soft blocks keep all experts together; set it to 1"
     if view("model.router_aux_loss_coef"):
         yield "model.router_aux_loss_coef", "a soft block chooses no experts, so there is nothing to balance; remove it"
+    if view("model.experts_backend") != "auto":
+        yield "model.experts_backend", "a soft block has its own computation; remove it"
     for section in ("routing", "balance"):
         if view.values.get(section):
             yield section, f"a soft block chooses no experts, so {section} has nothing to act on; remove it"

@@ -8,8 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe.assignment import Assignment
 from moe.form import PLAIN, ExpertForm
 from moe.kernels.activation import between
+from moe.kernels.stack import Stack
 
 
 def moe_reference(
@@ -22,12 +24,17 @@ def moe_reference(
     gate_up_bias_E2I: Tensor | None = None,
     down_bias_EH: Tensor | None = None,
 ) -> Tensor:
-    """``out[t] = sum_k w[t,k] * W2[e] between(W13[e] x[t])``, ``e = index[t,k]`` (GShard eq. 2, SwiGLU)."""
+    """``out[t] = sum_k w[t,k] * W2[e] between(W13[e] x[t])``, ``e = index[t,k]`` (GShard eq. 2, SwiGLU).
+
+    A choice whose index is E has no expert here, and adds nothing.
+    """
     rows = []
     for t in range(x_TH.shape[0]):
         out_H = torch.zeros_like(x_TH[t])
         for k in range(top_k_index_TK.shape[1]):
             e = int(top_k_index_TK[t, k])
+            if e == gate_up_proj_E.shape[0]:
+                continue
             w13_2IH, w2_HI = gate_up_proj_E[e], down_proj_E[e]
             if form.transposed:
                 w13_2IH, w2_HI = w13_2IH.T, w2_HI.T
@@ -40,3 +47,11 @@ def moe_reference(
             out_H = out_H + top_k_weights_TK[t, k] * y_H
         rows.append(out_H)
     return torch.stack(rows) if rows else x_TH.clone()
+
+
+def reference_mix(x_RH: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment) -> Tensor:
+    """:func:`moe_reference` of rows whose choices were sorted."""
+    ends_L = assignment.counts_L.cumsum(0)
+    index_RK = torch.searchsorted(ends_L, assignment.slot_RK, right=True)
+    biases = (stack.up_bias_L2I, stack.down_bias_LH)
+    return moe_reference(x_RH, index_RK, weights_RK, stack.up_L, stack.down_L, stack.form, *biases)

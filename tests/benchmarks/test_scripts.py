@@ -48,3 +48,19 @@ def test_host_memory_measures_every_kind_of_pages(tmp_path):
         found = result[f"0.0625 GiB, {pages}"]
         assert "unavailable" in found or found["map_populate_s"] > 0
     assert result["0.0625 GiB, 4k"]["prefault_s"] > 0
+
+
+@pytest.mark.timeout(120)
+def test_moe_layer_compares_every_arm_that_runs_here(tmp_path):
+    out = tmp_path / "layer.json"
+    options = ["--config", "tiny", "--rounds", "2", "--json", str(out)]
+    printed = run([sys.executable, "-m", "benchmarks.moe_layer", *options], timeout=110)
+    (layer,) = json.loads(out.read_text())["layers"].values()
+    for routing in ("balanced", "skewed"):
+        rows = layer[routing]
+        assert {"transformers eager", "transformers grouped_mm", "ours grouped_mm", "ours minimal"} <= set(rows)
+        assert "DeepSpeed MoE cf=1.25" in rows, layer["skipped"]
+        assert all(max(row["error"].values()) < 1e-6 for row in rows.values() if row["exact"])
+        assert rows["ours minimal"]["saved_bytes"] < rows["transformers grouped_mm"]["saved_bytes"]
+    assert layer["ceiling_flops"] > 0
+    assert "left out: ScatterMoE: it needs a CUDA device" in printed

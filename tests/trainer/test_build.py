@@ -1,12 +1,15 @@
-"""Building a model: what is taken for granted about its batches."""
+"""Building a model: what is taken for granted about its batches, and how its experts run."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers import masking_utils
 
 from moe.build import new_model
-from trainer.build import _assume_unpacked
+from moe.convert import convert
+from moe.kernels.backend import BackendError
+from trainer.build import _assume_unpacked, _settle_backends
 
 FIELDS = {
     "hidden_size": 32,
@@ -37,3 +40,16 @@ def test_a_forward_pass_does_not_look_for_packed_sequences_and_computes_the_same
     _assume_unpacked()
     assert torch.equal(model(input_ids=ids_BS, use_cache=False).logits, expected)
     assert not looked
+
+
+def test_each_way_in_which_experts_run_is_told_once_and_with_its_layers():
+    fields = {**FIELDS, "num_hidden_layers": 3}
+    blocks = convert(new_model("qwen3_moe", fields, vocab_size=64, seed=1, dtype=torch.float32))
+    (line,) = _settle_backends(blocks, "auto")
+    assert line.startswith("experts run as minimal: ")
+    blocks[1].experts.adapter = torch.nn.Identity()
+    first, second = _settle_backends(blocks, "auto")
+    assert first.startswith("experts of layers 0, 2 run as minimal: ")
+    assert second.startswith("experts of layers 1 run as grouped_mm: an adapter needs")
+    with pytest.raises(BackendError, match="'minimal' cannot run here: an adapter"):
+        _settle_backends(blocks, "minimal")

@@ -1,0 +1,113 @@
+"""The Triton kernels against the reference and torch's: on a GPU if there is one, else interpreted on the CPU.
+
+Run by test_triton.py in a process of its own: whether kernels are interpreted is settled as triton is imported.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from moe.form import PLAIN, ExpertForm
+from moe.kernels import activation
+from tests.moe.layers import Case, compare, run
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _scalars_of_new_numpy():
+    """Triton 3.6 interprets a loop's bound as int(array of one element), which NumPy has refused since 2.4."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+    yield
+    interpreter._patch_lang_tensor = patch
+
+
+SMALL = Case(hidden=24, inner=20, dtype=torch.float32, device=DEVICE)
+CASES = {
+    "odd sizes": dataclasses.replace(SMALL, hidden=21, inner=13),
+    "several tiles": dataclasses.replace(SMALL, tokens=60, hidden=70, inner=66, num_experts=2, top_k=1),
+    "empty experts": dataclasses.replace(SMALL, choices=[1, 4]),
+    "one token": dataclasses.replace(SMALL, tokens=1, top_k=1),
+    "no tokens": dataclasses.replace(SMALL, tokens=0),
+    "choices elsewhere": dataclasses.replace(SMALL, choices=[0, 1, 2, 4, -1, -1], top_k=3),
+    "all choices elsewhere": dataclasses.replace(SMALL, choices=[-1, -1]),
+}  # fmt: skip
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    """On a GPU the probe allows bfloat16 only; these comparisons are in fp32."""
+    monkeypatch.setattr("moe.kernels.backend._interpreted", lambda: True)
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("name", CASES)
+def test_triton_equals_the_reference_with_gradients(name):
+    compare(CASES[name], "triton", tolerance=5e-6)
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_two_runs_are_bitwise_equal_and_a_kept_graph_stays():
+    experts, x, weights, index = CASES["several tiles"].build("triton")
+    inputs = (x, weights, *experts.parameters())
+    out = run(experts, x, weights, index)
+    first = torch.autograd.grad(out.sum(), inputs, retain_graph=True)
+    second = torch.autograd.grad(out.sum(), inputs)
+    third = torch.autograd.grad(run(experts, x, weights, index).sum(), inputs)
+    for again in (second, third):
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("inner", [5, 300])
+def test_elementwise_kernels_equal_torch(inner):
+    from moe.kernels import elementwise
+
+    draw = torch.Generator().manual_seed(0)
+    h, da = torch.randn(7, 2 * inner, generator=draw), torch.randn(7, inner, generator=draw)
+    score = torch.rand(7, generator=draw)
+    h, da, score = h.to(DEVICE), da.to(DEVICE), score.to(DEVICE)
+    torch.testing.assert_close(elementwise.scaled(h, score), activation.scaled(h, score, PLAIN))
+    dh, want_dh = h.clone(), torch.empty_like(h)
+    want_a, want_ds = activation.scaled_backward(da.clone(), h, score, PLAIN, want_dh)
+    a, ds = elementwise.scaled_backward(da, dh, score, dh)  # over h itself
+    for got, want in ((a, want_a), (ds, want_ds), (dh, want_dh)):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_gather_sum_leaves_out_what_is_elsewhere():
+    from moe.kernels.elementwise import gather_sum
+
+    y = torch.arange(12.0, device=DEVICE).view(4, 3)
+    slot = torch.tensor([[0, 3], [4, 1], [4, 4]], device=DEVICE)
+    want = torch.stack([y[0] + y[3], y[1], torch.zeros(3, device=DEVICE)])
+    assert torch.equal(gather_sum(y, slot, 4), want)
+
+
+def test_every_pair_is_in_exactly_one_tile():
+    from moe.kernels.products import tile_table
+
+    for counts in ([0, 5, 0, 33, 1], [0, 0, 0], [16, 32, 16], [39]):
+        table = tile_table(torch.tensor(counts), sum(counts), 16)
+        seen = []
+        for expert, start in zip(table.expert_P.tolist(), table.start_P.tolist(), strict=True):
+            if expert >= 0:
+                seen += range(start, min(start + 16, int(table.end_L[expert])))
+        assert sorted(seen) == list(range(sum(counts)))
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_other_forms_are_refused():
+    from moe.kernels.backend import BackendError
+
+    for case in (dataclasses.replace(SMALL, biased=True), dataclasses.replace(SMALL, form=ExpertForm(transposed=True))):
+        with pytest.raises(BackendError, match="plain silu experts only"):
+            run(*case.build("triton"))
