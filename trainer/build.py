@@ -13,6 +13,7 @@ from moe.build import load_model, new_model
 from moe.convert import convert
 from moe.families import MoEBlock
 from moe.layout import Layout
+from moe.overlap import set_exchange
 from trainer.rendezvous import Process
 from trainer.schema import Recipe
 
@@ -32,6 +33,8 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
     _assume_unpacked()
     layout = Layout(process.world, recipe.parallel.ep)
     blocks = convert(model, layout, process.rank)
+    parallel, top_k = recipe.parallel, model.config.num_experts_per_tok
+    exchange = set_exchange(blocks, top_k, dispatch=parallel.dispatch, overlap=parallel.overlap)
     if recipe.adapter:
         report = attach(model, recipe.adapter, blocks, layout_ep=layout.ep, seed=recipe.train.seed)
         if process.rank == 0:
@@ -40,6 +43,8 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
     if process.rank == 0:
         backend = blocks[0].experts.backend
         print(f"experts run as {backend.name}: {backend.reason}", flush=True)
+        if layout.ep > 1:
+            print(f"tokens travel by {exchange.name}: {exchange.reason}; overlap {parallel.overlap}", flush=True)
     return model, blocks
 
 
