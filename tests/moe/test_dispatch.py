@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +21,7 @@ from moe.copies import (
     plain_counts,
     plain_route,
 )
-from moe.dispatch import choose_dispatch
+from moe.dispatch import EXCHANGES, Routed, choose_dispatch, mix_everywhere
 from moe.experts import Experts
 from moe.families import FamilyError, find_moe_blocks
 from moe.overlap import shared_expert_of
@@ -185,9 +187,7 @@ def test_models_with_shared_experts_equal_one_process_whatever_is_overlapped(rep
         assert found["same"], family
 
 
-@pytest.mark.gpu
-def test_nothing_is_read_from_a_gpu_with_one_rank():
-
+def layer_on_a_gpu():
     device = torch.device("cuda")
     experts = Experts(
         torch.nn.Parameter(torch.randn(8, 64, 32, device=device, dtype=torch.bfloat16)),
@@ -196,10 +196,47 @@ def test_nothing_is_read_from_a_gpu_with_one_rank():
     )
     x = torch.randn(64, 32, device=device, dtype=torch.bfloat16, requires_grad=True)
     index = torch.rand(64, 8, device=device).argsort(1)[:, :2]
-    weights = torch.rand(64, 2, device=device, requires_grad=True)
-    experts(x, index, weights).sum().backward()  # libraries may wait when they begin
+    return experts, Routed(x, index, torch.rand(64, 2, device=device, requires_grad=True))
+
+
+@pytest.mark.gpu
+def test_nothing_is_read_from_a_gpu_with_one_rank():
+    experts, routed = layer_on_a_gpu()
+
+    def step():
+        experts(routed.x_TH, routed.index_TK, routed.weights_TK).sum().backward()
+
+    step()  # libraries may wait when they begin
     torch.cuda.set_sync_debug_mode("error")
     try:
-        experts(x, index, weights).sum().backward()
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_one_read_from_a_gpu_in_an_exchange(method, chunks):
+    """In a group of one rank, whose exchange is a real one of NCCL."""
+    experts, routed = layer_on_a_gpu()
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        dispatcher = EXCHANGES[method](8, dist.group.WORLD)
+
+        def step():
+            return mix_everywhere(dispatcher, experts.mix, routed, chunks).sum().backward()
+
+        step()
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            step()
+        torch.cuda.set_sync_debug_mode("default")
+        assert len([w for w in seen if "synchroniz" in str(w.message)]) == 1
+        want = experts(routed.x_TH, routed.index_TK, routed.weights_TK)
+        got = mix_everywhere(dispatcher, experts.mix, routed, chunks)
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        dist.destroy_process_group()
