@@ -14,6 +14,7 @@ most, H features of a row.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ class Fan:
 
     Attributes:
         source_S: the row of each copy.
-        slot_QP: where each row's copies stand; S (one past the end) if it has fewer than P.
+        slot_QP: where each row's copies stand; -1 for each that it has fewer than P.
     """
 
     source_S: Tensor
@@ -39,7 +40,7 @@ class Fan:
         return x_QH[self.source_S]
 
     def total(self, y_SH: Tensor) -> Tensor:
-        """The sum of each row's copies, [Q,H]; ``y`` has a row of zeros at its end, at S.
+        """The sum of each row's copies, [Q,H]; ``y`` has a row of zeros at its end, for -1.
 
         A gather, not an index_add: the order of additions is fixed.
         """
@@ -79,72 +80,106 @@ class Route:
         return (-1, self.experts_SC.shape[1])
 
 
+@dataclass(frozen=True)
+class Draft(ABC):
+    """What can be planned before the host knows how many rows travel: on a GPU, while it still waits for that.
+
+    Attributes:
+        counts_W2: what this rank sends to every rank: rows that travel, and pairs of a row and a choice.
+    """
+
+    counts_W2: Tensor
+
+    @abstractmethod
+    def route(self, sent: Counts, received: Counts) -> Route:
+        """The whole plan. ``sent`` are :attr:`counts_W2`, ``received`` what every rank has counted for this one."""
+
+
+@dataclass(frozen=True)
+class PlainDraft(Draft):
+    """Copies by expert, of one expert by (token, choice)."""
+
+    rows: Fan
+    weights: Fan
+    experts_S1: Tensor
+
+    @classmethod
+    def of(cls, index_TK: Tensor, ranks: int, num_local: int) -> PlainDraft:
+        flat_S = index_TK.flatten()
+        order_S = torch.argsort(flat_S, stable=True)
+        slot_S = torch.empty_like(order_S)
+        slot_S[order_S] = torch.arange(order_S.numel(), device=order_S.device)
+        pairs_W = _choices_per_rank(index_TK, ranks, num_local).sum(0)
+        return cls(
+            torch.stack([pairs_W, pairs_W], 1),
+            Fan(order_S // index_TK.shape[1], slot_S.view_as(index_TK)),
+            Fan(order_S, slot_S.unsqueeze(1)),
+            (flat_S[order_S] % num_local).to(narrow_type(num_local)).unsqueeze(1),
+        )
+
+    def route(self, sent: Counts, received: Counts) -> Route:
+        splits = _rows(sent), _rows(received)
+        return Route(self.rows, self.weights, self.experts_S1, self.experts_S1[:0], *splits, pairs=None)
+
+
+@dataclass(frozen=True)
+class DeduplicatedDraft(Draft):
+    """Copies by rank, to one rank by token. All tokens stay, also those that have no expert here.
+
+    Attributes:
+        ends_WT: how many copies are sent up to and with that of token t to rank w, in that order.
+        slot_TP: of the token's copy to every other rank.
+    """
+
+    index_TK: Tensor
+    num_local: int
+    ends_WT: Tensor
+    slot_TP: Tensor
+    stay_TK: Tensor
+
+    @classmethod
+    def of(cls, index_TK: Tensor, ranks: int, num_local: int, rank: int) -> DeduplicatedDraft:
+        choices_TW = _choices_per_rank(index_TK, ranks, num_local)
+        remote_W = torch.arange(ranks, device=index_TK.device) != rank
+        travels_WT = (choices_TW > 0).T & remote_W.unsqueeze(1)
+        ends_WT = travels_WT.flatten().cumsum(0).view_as(travels_WT)
+        slot_WT = torch.where(travels_WT, ends_WT - 1, -1)
+        return cls(
+            torch.stack([travels_WT.sum(1), choices_TW.sum(0)], 1),
+            index_TK,
+            num_local,
+            ends_WT,
+            torch.cat([slot_WT[:rank], slot_WT[rank + 1 :]]).T.contiguous(),
+            _local_numbers(index_TK, rank, num_local),
+        )
+
+    def route(self, sent: Counts, received: Counts) -> Route:
+        number_S = torch.arange(1, sum(_rows(sent)) + 1, device=self.index_TK.device)
+        # Where the count reaches each number; nonzero would wait for a GPU to learn how many there are.
+        place_S = torch.searchsorted(self.ends_WT.flatten(), number_S)
+        num_tokens = max(self.index_TK.shape[0], 1)
+        token_S, target_S1 = place_S % num_tokens, (place_S // num_tokens).unsqueeze(1)
+        fan = Fan(token_S, self.slot_TP)
+        experts_SK = _local_numbers(self.index_TK[token_S], target_S1, self.num_local)
+        pairs = sum(pairs for _, pairs in received)
+        return Route(fan, fan, experts_SK, self.stay_TK, _rows(sent), _rows(received), pairs)
+
+
 def narrow_type(num_local: int) -> torch.dtype:
     """The narrowest type that holds 0..L, in which expert numbers travel."""
     return torch.int16 if num_local < 1 << 15 else torch.int32
 
 
-def choices_per_rank(index_TK: Tensor, ranks: int, num_local: int) -> Tensor:
+def _choices_per_rank(index_TK: Tensor, ranks: int, num_local: int) -> Tensor:
     """How many of a token's choices each rank holds, [T,W]."""
     rank_W = torch.arange(ranks, device=index_TK.device)
     return (index_TK.unsqueeze(-1) // num_local == rank_W).sum(1)
 
 
-def plain_counts(choices_TW: Tensor) -> Tensor:
-    """What this rank sends to every rank, [W,2]: rows, and pairs, here the same."""
-    pairs_W = choices_TW.sum(0)
-    return torch.stack([pairs_W, pairs_W], 1)
-
-
-def plain_route(index_TK: Tensor, num_local: int, sent: Counts, received: Counts) -> Route:
-    """Copies by expert, of one expert by (token, choice)."""
-    flat_S = index_TK.flatten()
-    order_S = torch.argsort(flat_S, stable=True)
-    slot_S = torch.empty_like(order_S)
-    slot_S[order_S] = torch.arange(order_S.numel(), device=order_S.device)
-    experts_S1 = (flat_S[order_S] % num_local).to(narrow_type(num_local)).unsqueeze(1)
-    return Route(
-        rows=Fan(order_S // index_TK.shape[1], slot_S.view_as(index_TK)),
-        weights=Fan(order_S, slot_S.unsqueeze(1)),
-        experts_SC=experts_S1,
-        stay_TC=experts_S1[:0],
-        sent=tuple(rows for rows, _ in sent),
-        received=tuple(rows for rows, _ in received),
-        pairs=None,
-    )
-
-
-def deduplicated_counts(choices_TW: Tensor, rank: int) -> Tensor:
-    """What this rank sends to every rank, [W,2]: rows, none to itself, and pairs."""
-    rows_W = (choices_TW > 0).sum(0)
-    remote_W = torch.arange(rows_W.numel(), device=rows_W.device) != rank
-    return torch.stack([rows_W * remote_W, choices_TW.sum(0)], 1)
-
-
-def deduplicated_route(
-    index_TK: Tensor, choices_TW: Tensor, num_local: int, rank: int, sent: Counts, received: Counts
-) -> Route:
-    """Copies by rank, to one rank by token. All tokens stay, also those that have no expert here."""
-    num_tokens, ranks = choices_TW.shape
-    travels_WT = (choices_TW > 0).T & (torch.arange(ranks, device=index_TK.device) != rank).unsqueeze(1)
-    end_WT = travels_WT.flatten().cumsum(0)
-    copies = sum(rows for rows, _ in sent)
-    # The place of the s-th one that travels; nonzero would wait for a GPU to learn how many there are.
-    place_S = torch.searchsorted(end_WT, torch.arange(1, copies + 1, device=index_TK.device))
-    token_S, target_S = place_S % max(num_tokens, 1), place_S // max(num_tokens, 1)
-    slot_WT = torch.where(travels_WT, end_WT.view_as(travels_WT) - 1, copies)
-    fan = Fan(token_S, torch.cat([slot_WT[:rank], slot_WT[rank + 1 :]]).T.contiguous())
-    return Route(
-        rows=fan,
-        weights=fan,
-        experts_SC=_local_numbers(index_TK[token_S], target_S.unsqueeze(1), num_local),
-        stay_TC=_local_numbers(index_TK, rank, num_local),
-        sent=tuple(rows for rows, _ in sent),
-        received=tuple(rows for rows, _ in received),
-        pairs=sum(pairs for _, pairs in received),
-    )
-
-
 def _local_numbers(index: Tensor, rank: Tensor | int, num_local: int) -> Tensor:
     local = index - rank * num_local
     return local.masked_fill((local < 0) | (local >= num_local), num_local).to(narrow_type(num_local))
+
+
+def _rows(counts: Counts) -> tuple[int, ...]:
+    return tuple(rows for rows, _ in counts)

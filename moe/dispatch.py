@@ -17,15 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe.assignment import Assignment, assign
-from moe.copies import (
-    Counts,
-    Route,
-    choices_per_rank,
-    deduplicated_counts,
-    deduplicated_route,
-    plain_counts,
-    plain_route,
-)
+from moe.copies import DeduplicatedDraft, Draft, PlainDraft
 from moe.exchange import Flight, arrive, come_back, send, send_back
 
 Mix = Callable[[Tensor, Tensor, Assignment], Tensor]  # Experts.mix
@@ -149,21 +141,18 @@ class AllToAll(Dispatcher):
         self.num_local = num_experts // self.ranks
 
     def dispatch_preprocess(self, chunks: Sequence[Routed]) -> list[Trip]:
-        choices = [choices_per_rank(chunk.index_TK, self.ranks, self.num_local) for chunk in chunks]
-        sent_WN2 = torch.stack([self._counts(choices_TW) for choices_TW in choices], 1).to(torch.int32)
+        drafts = [self._draft(chunk.index_TK) for chunk in chunks]
+        sent_WN2 = torch.stack([draft.counts_W2 for draft in drafts], 1).to(torch.int32)
         received_WN2 = torch.empty_like(sent_WN2)
         dist.all_to_all_single(received_WN2, sent_WN2, group=self.group)
         sent, received = torch.stack([sent_WN2, received_WN2]).transpose(1, 2).tolist()  # the one wait
         return [
-            Trip(chunk, Flight(self._route(chunk.index_TK, *rest), self.group))
-            for chunk, *rest in zip(chunks, choices, sent, received, strict=True)
+            Trip(chunk, Flight(draft.route(*counts), self.group))
+            for chunk, draft, *counts in zip(chunks, drafts, sent, received, strict=True)
         ]
 
-    def _counts(self, choices_TW: Tensor) -> Tensor:
-        return plain_counts(choices_TW)
-
-    def _route(self, index_TK: Tensor, choices_TW: Tensor, sent: Counts, received: Counts) -> Route:
-        return plain_route(index_TK, self.num_local, sent, received)
+    def _draft(self, index_TK: Tensor) -> Draft:
+        return PlainDraft.of(index_TK, self.ranks, self.num_local)
 
     def token_dispatch(self, trip: Trip) -> None:
         assert trip.flight is not None
@@ -196,11 +185,8 @@ class Deduplicated(AllToAll):
     ``K (1 - 1/W) / ((W-1) (1 - (1 - 1/W)^K))`` times fewer rows do: 4.0 for K=8 and W=2.
     """
 
-    def _counts(self, choices_TW: Tensor) -> Tensor:
-        return deduplicated_counts(choices_TW, self.rank)
-
-    def _route(self, index_TK: Tensor, choices_TW: Tensor, sent: Counts, received: Counts) -> Route:
-        return deduplicated_route(index_TK, choices_TW, self.num_local, self.rank, sent, received)
+    def _draft(self, index_TK: Tensor) -> Draft:
+        return DeduplicatedDraft.of(index_TK, self.ranks, self.num_local, self.rank)
 
 
 EXCHANGES = {"all_to_all": AllToAll, "deduplicated": Deduplicated}

@@ -13,14 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe.assignment import assign
-from moe.copies import (
-    choices_per_rank,
-    deduplicated_counts,
-    deduplicated_route,
-    narrow_type,
-    plain_counts,
-    plain_route,
-)
+from moe.copies import DeduplicatedDraft, PlainDraft, narrow_type
 from moe.dispatch import EXCHANGES, Routed, choose_dispatch, mix_everywhere
 from moe.experts import Experts
 from moe.families import FamilyError, find_moe_blocks
@@ -46,18 +39,13 @@ def routings(draw):
 def routes_of(method, num_local, indices):
     """Every rank's route; the counts are exchanged here."""
     ranks = len(indices)
-    choices = [choices_per_rank(index_TK, ranks, num_local) for index_TK in indices]
     if method == "all_to_all":
-        sent = [plain_counts(c).tolist() for c in choices]
+        drafts = [PlainDraft.of(index, ranks, num_local) for index in indices]
     else:
-        sent = [deduplicated_counts(c, rank).tolist() for rank, c in enumerate(choices)]
+        drafts = [DeduplicatedDraft.of(index, ranks, num_local, rank) for rank, index in enumerate(indices)]
+    sent = [draft.counts_W2.tolist() for draft in drafts]
     received = [[sent[source][rank] for source in range(ranks)] for rank in range(ranks)]
-    if method == "all_to_all":
-        return [plain_route(index, num_local, *counts) for index, *counts in zip(indices, sent, received, strict=True)]
-    return [
-        deduplicated_route(index, choices[rank], num_local, rank, sent[rank], received[rank])
-        for rank, index in enumerate(indices)
-    ]
+    return [draft.route(*counts) for draft, *counts in zip(drafts, sent, received, strict=True)]
 
 
 def exchange(routes, tensors, back=False):
