@@ -39,7 +39,7 @@ def choose_dispatch(wanted: str, top_k: int, ep: int) -> Chosen:
         return Chosen(wanted, "the recipe says so")
     if top_k == 1:
         return Chosen("all_to_all", "a token has one expert, so there is nothing to send twice")
-    return Chosen("deduplicated", f"of a token's {top_k} experts several may be on one worker; it gets one copy")
+    return Chosen("deduplicated", f"several of a token's {top_k} experts may be on one worker, which gets one copy")
 
 
 @dataclass(frozen=True)

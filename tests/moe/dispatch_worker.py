@@ -197,8 +197,11 @@ def overlapped(family, group):
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     ids = torch.randint(0, 31, (ranks, 9), generator=torch.Generator().manual_seed(7))
     found = {}
-    for name in ("none", "shared", "shared again", "chunks"):
+    for name in ("none", "shared", "shared again", "shared recomputed", "chunks", "chunks recomputed"):
         model = tiny(family)
+        if name.endswith("recomputed"):
+            model.train()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         blocks = convert(model, Layout(ranks, ranks), rank)
         set_exchange(blocks, 2, overlap=name.partition(" ")[0])
         for block in blocks:

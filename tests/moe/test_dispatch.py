@@ -12,12 +12,16 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe import exchange as exchange_module
 from moe.assignment import assign
+from moe.convert import convert
 from moe.copies import DeduplicatedDraft, PlainDraft, narrow_type
-from moe.dispatch import EXCHANGES, Routed, choose_dispatch, mix_everywhere
+from moe.dispatch import EXCHANGES, AllToAll, Routed, choose_dispatch, mix_everywhere
+from moe.exchange import Flight
 from moe.experts import Experts
 from moe.families import FamilyError, find_moe_blocks
-from moe.overlap import shared_expert_of
+from moe.layout import Layout
+from moe.overlap import set_exchange, shared_expert_of
 from trainer.launch import worker_environment
 
 HERE = Path(__file__).parent
@@ -127,9 +131,56 @@ def test_auto_deduplicates_if_a_token_has_several_experts_and_says_why():
     assert choose_dispatch("auto", 8, 1).name == "local"
 
 
+def test_a_models_experts_are_told_how_to_exchange_tokens(tiny_model):
+    blocks = convert(tiny_model(), Layout(2, 2), 0)
+    assert set_exchange(blocks, 2, overlap="chunks").name == "deduplicated"
+    assert {(block.experts.dispatch, block.experts.chunks) for block in blocks} == {("deduplicated", 2)}
+    assert set_exchange(convert(tiny_model()), 2).name == "local"
+
+
 def test_overlap_with_a_shared_expert_is_refused_where_there_is_none(tiny_model):
     with pytest.raises(FamilyError, match=r"Qwen3Moe.*no shared expert.*`shared_expert_gate`.*overlap=chunks"):
         shared_expert_of(find_moe_blocks(tiny_model())[0])
+
+
+@pytest.fixture
+def alone():
+    """A gloo group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_other_work_is_done_while_tokens_travel_forward_and_backward(alone, monkeypatch, chunks):
+    """``>`` begins an exchange, ``<`` waits for those begun, ``m`` is other work, ``e`` the experts, ``E`` backward."""
+    done = []
+
+    def note(what, work):
+        def noted(*args, **kwargs):
+            done.append(what)
+            return work(*args, **kwargs)
+
+        return noted
+
+    monkeypatch.setattr(exchange_module, "all_to_all", note(">", exchange_module.all_to_all))
+    monkeypatch.setattr(Flight, "land", note("<", Flight.land))
+
+    def mix(x_RH, weights_RC, assignment):
+        y_RH = x_RH * weights_RC.sum(1, keepdim=True)
+        y_RH.register_hook(lambda d: done.append("E"))
+        done.append("e")
+        return y_RH
+
+    x = torch.randn(5, 3, requires_grad=True)
+    routed = Routed(x, torch.zeros(5, 1, dtype=torch.long), torch.rand(5, 1, requires_grad=True))
+    out = mix_everywhere(AllToAll(1, alone), mix, routed, chunks, lambda: done.append("m"))
+    forward, done[:] = "".join(done), []
+    out.sum().backward()
+    # Tokens, weights and expert numbers go there, one result comes back; then its gradient, and those of the first two.
+    assert forward == {1: ">>>m<e><", 2: ">>>>>>m<e><e><<"}[chunks]
+    assert "".join(done) == {1: "><E>><", 2: ">><E>><E>><<"}[chunks]
+    torch.testing.assert_close(x.grad, routed.weights_TK.detach().expand(5, 3))
 
 
 def launch(folder, ranks, ep):
