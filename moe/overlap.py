@@ -18,8 +18,6 @@ from torch import Tensor
 from moe.dispatch import Chosen, choose_dispatch
 from moe.families import FamilyError, MoEBlock
 
-OVERLAPS = ("none", "shared", "chunks")
-
 
 def set_exchange(blocks: Sequence[MoEBlock], top_k: int, *, dispatch: str = "auto", overlap: str = "none") -> Chosen:
     """Have the experts of all blocks exchange tokens as told, and say which way ``auto`` means.
