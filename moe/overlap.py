@@ -11,6 +11,7 @@ Shapes: B sequences, S positions, T = B*S tokens, K experts per token, H hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,19 +43,21 @@ def set_exchange(blocks: Sequence[MoEBlock], top_k: int, *, dispatch: str = "aut
 
 
 def _overlap_shared(block: MoEBlock) -> None:
-    module, shared = block.module, shared_expert_of(block)
+    module: Any = block.module
+    shared = shared_expert_of(block)
     # Its gate gets what the block would give it: Qwen2's blocks flatten first, DeepSeek's do not.
     flattens = hasattr(module, "shared_expert")
 
     def forward(hidden_states_BSH: Tensor) -> Tensor:
         x_TH = hidden_states_BSH.reshape(-1, hidden_states_BSH.shape[-1])
-        _, weights_TK, index_TK = block.gate(x_TH if flattens else hidden_states_BSH)
+        # The block's own at this moment: a run may put another router in its place.
+        _, weights_TK, index_TK = module.gate(x_TH if flattens else hidden_states_BSH)
         computed: list[Tensor] = []
-        block.experts.meanwhile = lambda: computed.append(shared(x_TH))
+        module.experts.meanwhile = lambda: computed.append(shared(x_TH))
         try:
-            out_TH = block.experts(x_TH, index_TK, weights_TK)
+            out_TH = module.experts(x_TH, index_TK, weights_TK)
         finally:
-            block.experts.meanwhile = None
+            module.experts.meanwhile = None
         return (out_TH + computed[0]).view_as(hidden_states_BSH)
 
     module.forward = forward

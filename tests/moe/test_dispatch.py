@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe import exchange as exchange_module
 from moe.assignment import assign
@@ -141,6 +142,23 @@ def test_a_models_experts_are_told_how_to_exchange_tokens(tiny_model):
 def test_overlap_with_a_shared_expert_is_refused_where_there_is_none(tiny_model):
     with pytest.raises(FamilyError, match=r"Qwen3Moe.*no shared expert.*`shared_expert_gate`.*overlap=chunks"):
         shared_expert_of(find_moe_blocks(tiny_model())[0])
+
+
+def test_a_router_put_in_place_later_is_asked_also_when_the_shared_expert_overlaps():
+    config = AutoConfig.for_model(
+        "qwen2_moe", vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+        moe_intermediate_size=4, shared_expert_intermediate_size=4, num_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    (block,) = convert(AutoModelForCausalLM.from_config(config), Layout(2, 2), 0)
+    set_exchange([block], 1, overlap="shared")
+
+    class Refuses(torch.nn.Module):
+        def forward(self, x_TH):
+            raise LookupError("asked")
+
+    block.module.gate = Refuses()
+    with pytest.raises(LookupError, match="asked"):
+        block.module(torch.zeros(1, 2, 8))
 
 
 @pytest.fixture
