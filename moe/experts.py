@@ -6,11 +6,13 @@ N pairs of a row and a local expert, sorted by expert, H hidden, I intermediate.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from moe.assignment import Assignment, assign
-from moe.dispatch import AllToAllDispatch
+from moe.assignment import Assignment
+from moe.dispatch import EXCHANGES, Dispatcher, Local, Routed, choose_dispatch, mix_everywhere
 from moe.form import PLAIN, ExpertForm
 from moe.kernels.activation import between
 from moe.kernels.backend import Site, choose, passes
@@ -33,6 +35,10 @@ class Experts(nn.Module):
         num_experts: global number of experts.
 
     ``adapter``, if set, adds ``gate_up_delta(x_NH, counts_L)`` and ``down_delta(a_NI, counts_L)`` to the products.
+
+    With other ranks, ``dispatch`` is how tokens reach them (``auto``, ``all_to_all`` or ``deduplicated``), ``chunks``
+    into how many parts they are cut, so that one part travels while another computes, and ``meanwhile``, if set, is
+    called in each forward pass while tokens are on their way.
     """
 
     def __init__(
@@ -63,6 +69,9 @@ class Experts(nn.Module):
         self.num_experts = num_experts or self.num_local_experts
         self.ep_size = self.num_experts // self.num_local_experts
         self.ep_group: torch.distributed.ProcessGroup | None = None
+        self.dispatch = "auto"
+        self.chunks = 1
+        self.meanwhile: Callable[[], None] | None = None
         self.adapter: nn.Module | None = None
         self.wanted_backend = "auto"
 
@@ -95,12 +104,14 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden_states`` [T,H], ``top_k_index`` [T,K] (global ids), ``top_k_weights`` [T,K] -> [T,H]."""
+        routed = Routed(hidden_states, top_k_index, top_k_weights)
+        return mix_everywhere(self._dispatcher(top_k_index.shape[1]), self.mix, routed, self.chunks, self.meanwhile)
+
+    def _dispatcher(self, top_k: int) -> Dispatcher:
         if self.ep_size == 1:
-            return self.mix(hidden_states, top_k_weights, assign(top_k_index, self.num_experts))
+            return Local(self.num_experts)
         assert self.ep_group is not None, "expert-parallel experts were not bound to a process group"
-        dispatch = AllToAllDispatch(self.num_experts, self.ep_group)
-        rows_NH, counts_L, plan = dispatch.scatter(hidden_states, top_k_index)
-        return dispatch.gather(self.compute(rows_NH, counts_L), top_k_weights, plan)
+        return EXCHANGES[choose_dispatch(self.dispatch, top_k, self.ep_size).name](self.num_experts, self.ep_group)
 
     def mix(self, x_RH: Tensor, weights_RK: Tensor, assignment: Assignment) -> Tensor:
         """Each row's local experts, weighted and summed: [R,H]. A row none of whose choices is local gives zeros."""

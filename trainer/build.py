@@ -20,6 +20,7 @@ from moe.load import empty_model, fill
 from moe.merging import MergedExperts
 from moe.mtp import attach_mtp
 from moe.soft import SoftMoE, replace_blocks
+from moe.overlap import set_exchange
 from trainer.rendezvous import Process
 from trainer.schema import Recipe
 
@@ -48,6 +49,8 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
     mtp = recipe.train.mtp
     if mtp.depth:
         blocks += attach_mtp(model, mtp.depth, mtp.weight, seed=recipe.train.seed, layout=layout, rank=process.rank)
+    parallel, top_k = recipe.parallel, recipe.routing.choices(model.config.num_experts_per_tok)
+    exchange = set_exchange(blocks, top_k, dispatch=parallel.dispatch, overlap=parallel.overlap)
     if recipe.adapter:
         report = attach(model, recipe.adapter, blocks, layout_ep=layout.ep, seed=recipe.train.seed)
         if process.rank == 0:
@@ -56,6 +59,8 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
     for line in _settle_backends(blocks, section.experts_backend):
         if process.rank == 0:
             print(line, flush=True)
+    if process.rank == 0 and layout.ep > 1:
+        print(f"tokens travel by {exchange.name}: {exchange.reason}; overlap {parallel.overlap}", flush=True)
     return model, blocks
 
 

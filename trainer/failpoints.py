@@ -98,10 +98,10 @@ def place_failpoints(run: Any, model: Any, experts: Sequence[Any], inner: torch.
 
 def _interrupt(experts: Any, reached: Any) -> None:
     """Between the two exchanges: this rank has received other ranks' rows, and they wait for them to come back."""
-    compute = experts.compute
+    mix = experts.mix
 
     def interrupted(*arguments: Any) -> Any:
         reached("alltoall")
-        return compute(*arguments)
+        return mix(*arguments)
 
-    experts.compute = interrupted
+    experts.mix = interrupted

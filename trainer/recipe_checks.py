@@ -26,6 +26,7 @@ TARGETS = {
     "expert-lora": EXPERT_TENSORS,
     "mola": ("q_proj", "k_proj", "v_proj", "o_proj"),
 }
+WITHOUT_SHARED_EXPERT = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
 BYTE_VOCABULARY = 257  # 256 bytes and <|endoftext|>
 
 
@@ -201,6 +202,18 @@ def _ep_experts(view: View) -> Iterator[Finding]:
         )
 
 
+def _exchange(view: View) -> Iterator[Finding]:
+    ep, overlap = view("parallel.ep"), view("parallel.overlap")
+    for key, nothing in (("parallel.dispatch", "auto"), ("parallel.overlap", "none")):
+        if ep == 1 and view(key) != nothing:
+            yield key, f"{key}={view(key)} does nothing with parallel.ep=1, where no token travels; remove the key"
+    if ep > 1 and overlap == "shared" and view.given("model.family") and view("model.family") in WITHOUT_SHARED_EXPERT:
+        yield (
+            "parallel.overlap",
+            f"parallel.overlap=shared, but {view('model.family')} has no shared expert; choose chunks or none",
+        )
+
+
 def _zero(view: View) -> Iterator[Finding]:
     zero, ep = view("parallel.zero"), view("parallel.ep")
     if zero in (1, 2):
@@ -314,6 +327,7 @@ _RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (
     _vocabulary,
     _ep_workers,
     _ep_experts,
+    _exchange,
     _zero,
     _batch,
     _warmup,

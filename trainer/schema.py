@@ -157,6 +157,10 @@ class ParallelSection:
     __pydantic_config__ = _STRICT
     workers: Count = 1
     ep: Count = 1  # workers that share one set of experts
+    dispatch: Literal["auto", "all_to_all", "deduplicated"] = (
+        "auto"  # auto: deduplicated if tokens have several experts
+    )
+    overlap: Literal["none", "shared", "chunks"] = "none"  # what is computed while tokens travel
     zero: int = 1
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: fp32 on CPU, bf16 on GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -38,6 +38,25 @@ def test_checkpoint_compares_and_recovers_exactly(tmp_path):
     assert not os.listdir(work), "run folders and saves are left behind"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_expert_parallel_counts_fewer_bytes_and_times_every_arm(tmp_path):
+    out = tmp_path / "result.json"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=0"]
+    options = ["--config", "cpu", "--rounds", "1", "--json", str(out)]
+    printed = run([sys.executable, *torchrun, "-m", "benchmarks.expert_parallel", *options], timeout=100)
+    routings = json.loads(out.read_text())["routings"]
+    for found in routings.values():
+        assert found["summary"]["fewer_bytes"] >= 3.5
+        assert found["summary"]["arms"]["ep1"]["throughput"] == 1
+        assert set(found["summary"]["arms"]) >= {"all_to_all", "deduplicated", "deduplicated, 2 chunks"}
+        assert found["limits"]["link_gbps"] > 0
+    # Counted, not computed: at K choices of E experts on two ranks, T*K/2 rows travel one way and as many back.
+    rows = routings["balanced"]["bytes"]["all_to_all"]["forward"]["rows"]
+    assert rows == pytest.approx(2 * 2 * 512 * 4 * 256 * 4, rel=0.05)
+    assert "fewer bytes" in printed
+
+
 @pytest.mark.timeout(90)
 def test_host_memory_measures_every_kind_of_pages(tmp_path):
     out = tmp_path / "memory.json"

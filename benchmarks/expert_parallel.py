@@ -1,0 +1,331 @@
+"""What it costs to spread experts over two workers: bytes, times, and throughput against a worker that has them all.
+
+    torchrun --standalone --nproc-per-node 2 -m benchmarks.expert_parallel --config cpu
+    torchrun --standalone --nproc-per-node 2 -m benchmarks.expert_parallel --config qwen3
+
+One layer, equal tokens on every worker in all arms, forward and backward. Arms take turns, and all workers begin each
+turn together; the slowest worker's time counts, and the median over turns. Bytes are counted where they are handed to
+the exchange, those to other workers only. The limits (link, matrix product) are measured in the same run.
+
+Prints tables and writes JSON to --json, or expert-parallel-CONFIG.json in the folder that the variable OUT names (else
+build/).
+
+Shapes: T tokens of a worker, K experts per token, E experts, L of them on a worker, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import moe.exchange
+from benchmarks.machine import describe_machine, result_path, save, say
+from moe.dispatch import EXCHANGES, AllToAll, Routed
+from moe.exchange import arrive, come_back, send, send_back
+from moe.experts import Experts
+from trainer.rendezvous import Process, die_with_launcher, join
+from trainer.worker import _make_deterministic as make_deterministic
+
+# NCCL's multicast needs rights that containers often lack; it must be off before NCCL starts.
+_ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+_WIDEST_METADATA = 64  # columns of an exchanged tensor; wider ones are tokens
+_BARS = {"fewer_bytes": 3.5, "throughput": 0.9}  # on two GPUs at k=8
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of one layer; ``link`` and ``square`` those of the limits: bytes to one worker, and a matrix's side."""
+
+    device: str
+    dtype: torch.dtype
+    tokens: int
+    hidden: int
+    inner: int
+    experts: int
+    top_k: int
+    rounds: int
+    link: int
+    square: int
+
+
+CONFIGS = {
+    "cpu": Config("cpu", torch.float32, 512, 256, 96, 16, 8, 9, 4 << 20, 1024),
+    "qwen3": Config("cuda", torch.bfloat16, 16384, 2048, 768, 128, 8, 15, 256 << 20, 8192),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """``dispatch`` is None where every worker has all experts."""
+
+    name: str
+    dispatch: str | None
+    chunks: int = 1
+
+
+ARMS = (
+    Arm("ep1", None),
+    Arm("all_to_all", "all_to_all"),
+    Arm("deduplicated", "deduplicated"),
+    Arm("deduplicated, 2 chunks", "deduplicated", 2),
+)
+
+
+class Bench:
+    """The layer in all its arms, the tokens, and the clock that all workers share."""
+
+    def __init__(self, config: Config, process: Process, skew: float) -> None:
+        self.config, self.process = config, process
+        self.experts = {arm.name: self._experts(arm) for arm in ARMS}
+        generator = torch.Generator().manual_seed(100 + process.rank)
+        shape = (config.tokens, config.hidden)
+        self.x_TH = torch.randn(shape, generator=generator).to(process.device, config.dtype).requires_grad_()
+        self.d_out_TH = torch.randn(shape, generator=generator).to(process.device, config.dtype)
+        self.index_TK = routing(config, skew, generator).to(process.device)
+        weights_TK = torch.rand(config.tokens, config.top_k, generator=generator)
+        self.weights_TK = weights_TK.to(process.device, config.dtype).requires_grad_()
+
+    def _experts(self, arm: Arm) -> Experts:
+        config, process = self.config, self.process
+        local = config.experts if arm.dispatch is None else config.experts // process.world
+        generator = torch.Generator(process.device).manual_seed(process.rank)
+
+        def draw(*shape: int) -> nn.Parameter:
+            weight = torch.randn(shape, generator=generator, device=process.device, dtype=config.dtype)
+            return nn.Parameter(weight / shape[-1] ** 0.5)
+
+        experts = Experts(
+            draw(local, 2 * config.inner, config.hidden),
+            draw(local, config.hidden, config.inner),
+            layer=0,
+            num_experts=config.experts,
+        )
+        experts.ep_group, experts.chunks = dist.group.WORLD, arm.chunks
+        experts.dispatch = arm.dispatch or "auto"
+        return experts
+
+    def step(self, arm: str) -> None:
+        """Forward and backward, gradients of everything."""
+        experts = self.experts[arm]
+        for tensor in (self.x_TH, self.weights_TK, *experts.parameters()):
+            tensor.grad = None
+        experts(self.x_TH, self.index_TK, self.weights_TK).backward(self.d_out_TH)
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """Of the slowest worker; all begin together."""
+        dist.barrier()
+        self._wait()
+        started = time.perf_counter()
+        work()
+        self._wait()
+        taken = torch.tensor(time.perf_counter() - started, dtype=torch.float64, device=self.process.device)
+        dist.all_reduce(taken, dist.ReduceOp.MAX)
+        return float(taken)
+
+    def _wait(self) -> None:
+        if self.process.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def median(self, work: Callable[[], object]) -> float:
+        self.seconds(work)
+        return statistics.median(self.seconds(work) for _ in range(self.config.rounds))
+
+
+def routing(config: Config, skew: float, generator: torch.Generator) -> Tensor:
+    """K different experts for every token, [T,K]; popularity falls as 1/rank^skew, the same experts' on all workers."""
+    order_E = torch.randperm(config.experts, generator=torch.Generator().manual_seed(1))
+    popularity_E = (order_E + 1.0) ** -skew
+    return torch.multinomial(popularity_E.expand(config.tokens, -1), config.top_k, generator=generator)
+
+
+@contextmanager
+def counted(rank: int) -> Iterator[dict[str, int]]:
+    """Bytes handed to the exchange for other workers while it is open; ``rows``: those of tokens among them."""
+    found = {"bytes": 0, "rows": 0}
+    original = moe.exchange.all_to_all
+
+    def count(out: Tensor, x: Tensor, received: Any, sent: Any, group: Any) -> dist.Work:
+        nbytes = sum(n for other, n in enumerate(sent) if other != rank) * x.shape[1] * x.element_size()
+        found["bytes"] += nbytes
+        found["rows"] += nbytes if x.is_floating_point() and x.shape[1] > _WIDEST_METADATA else 0
+        return original(out, x, received, sent, group)
+
+    moe.exchange.all_to_all = count
+    try:
+        yield found
+    finally:
+        moe.exchange.all_to_all = original
+
+
+def count_bytes(bench: Bench, arm: str) -> dict[str, dict[str, int]]:
+    """Over all workers, of the forward and of the backward pass."""
+    out: dict[str, dict[str, int]] = {}
+    experts = bench.experts[arm]
+    with counted(bench.process.rank) as forward:
+        result = experts(bench.x_TH, bench.index_TK, bench.weights_TK)
+    with counted(bench.process.rank) as backward:
+        result.backward(bench.d_out_TH)
+    for name, found in (("forward", forward), ("backward", backward)):
+        total = torch.tensor(list(found.values()), device=bench.process.device)
+        dist.all_reduce(total)
+        out[name] = dict(zip(found, total.tolist(), strict=True))
+    return out
+
+
+def time_directions(bench: Bench, method: str) -> dict[str, float]:
+    """Sending and returning alone, without the experts; and everything before that, the exchange of counts included."""
+    group = dist.group.WORLD
+    assert group is not None
+    dispatcher: AllToAll = EXCHANGES[method](bench.config.experts, group)
+    routed = Routed(bench.x_TH.detach(), bench.index_TK, bench.weights_TK.detach())
+    flight = dispatcher.dispatch_preprocess([routed])[0].flight
+    assert flight is not None
+    weights_QC = routed.weights_TK.reshape(flight.route.weights_shape)
+    y_RH = arrive(flight, *send(flight, routed.x_TH, weights_QC)[:2])[0].clone()
+    return {
+        "plan_s": bench.median(lambda: dispatcher.dispatch_preprocess([routed])),
+        "send_s": bench.median(lambda: arrive(flight, *send(flight, routed.x_TH, weights_QC)[:2])),
+        "return_s": bench.median(lambda: come_back(flight, send_back(flight, y_RH))),
+    }
+
+
+def measure_limits(bench: Bench) -> dict[str, float]:
+    """The link's bandwidth a direction, the exchange of counts with its wait alone, and a matrix product's speed."""
+    config, device, world = bench.config, bench.process.device, bench.process.world
+    x = torch.randint(0, 255, (world * config.link,), dtype=torch.uint8, device=device)
+    out = torch.empty_like(x)
+    mine = bench.process.rank
+    splits = [0 if rank == mine else config.link for rank in range(world)]
+    payload = x[: sum(splits)]
+    target = out[: sum(splits)]
+    link_s = bench.median(lambda: dist.all_to_all_single(target, payload, splits, splits))
+    counts, answer = torch.ones(2, world, 2, dtype=torch.int32, device=device)
+    a = torch.randn(config.square, config.square, device=device).to(config.dtype)
+    product = torch.empty_like(a)
+    matmul_s = bench.median(lambda: torch.mm(a, a, out=product))
+    return {
+        "link_gbps": sum(splits) / link_s / 1e9,
+        "counts_s": bench.median(lambda: (dist.all_to_all_single(answer, counts), answer.tolist())),
+        "matmul_tflops": 2 * config.square**3 / matmul_s / 1e12,
+    }
+
+
+def measure(bench: Bench) -> dict[str, Any]:
+    """All arms in turns, then the exchanges alone."""
+    for arm in ARMS:
+        bench.step(arm.name)
+    times: dict[str, list[float]] = {arm.name: [] for arm in ARMS}
+    for _ in range(bench.config.rounds):
+        for arm in ARMS:
+            times[arm.name].append(bench.seconds(lambda arm=arm: bench.step(arm.name)))
+    return {
+        "seconds": times,
+        "bytes": {method: count_bytes(bench, method) for method in EXCHANGES},
+        "alone": {method: time_directions(bench, method) for method in EXCHANGES},
+        "limits": measure_limits(bench),
+    }
+
+
+def summarise(config: Config, found: dict[str, Any]) -> dict[str, Any]:
+    """Ratios: bytes of all exchanges, plain over deduplicated; throughput of each arm over ``ep1``, pair by pair."""
+    total = {
+        method: sum(direction["bytes"] for direction in directions.values())
+        for method, directions in found["bytes"].items()
+    }
+    one = found["seconds"]["ep1"]
+    flops = 18 * config.tokens * config.top_k * config.hidden * config.inner
+    arms = {}
+    for arm, seconds in found["seconds"].items():
+        middle = statistics.median(seconds)
+        arms[arm] = {
+            "step_s": middle,
+            "throughput": statistics.median(a / b for a, b in zip(one, seconds, strict=True)),
+            "tokens_per_s": config.tokens / middle,
+            "of_matmul": flops / middle / 1e12 / found["limits"]["matmul_tflops"],
+        }
+    return {
+        "bytes_per_step": total,
+        "fewer_bytes": total["all_to_all"] / total["deduplicated"],
+        "fewer_rows": found["bytes"]["all_to_all"]["forward"]["rows"]
+        / found["bytes"]["deduplicated"]["forward"]["rows"],
+        "arms": arms,
+    }
+
+
+def table(name: str, found: dict[str, Any], summary: dict[str, Any], world: int) -> str:
+    limits = found["limits"]
+    lines = [
+        "",
+        f"{name} routing, {world} workers; link {limits['link_gbps']:.2f} GB/s a direction, matrix product "
+        f"{limits['matmul_tflops']:.3f} TFLOP/s, counts alone {1e3 * limits['counts_s']:.3f} ms",
+        "arm                     fwd+bwd ms   tokens/s a worker   x ep1   of the matrix product",
+    ]
+    lines += [
+        f"{arm:22s} {1e3 * row['step_s']:11.2f} {row['tokens_per_s']:19,.0f} {row['throughput']:7.3f} "
+        f"{row['of_matmul']:23.1%}"
+        for arm, row in summary["arms"].items()
+    ]
+    lines.append("exchange alone          plan ms   send ms   return ms   MB a step   sending, of the link")
+    for method, times in found["alone"].items():
+        gbps = found["bytes"][method]["forward"]["bytes"] / 2 / world / times["send_s"] / 1e9
+        lines.append(
+            f"{method:22s} {1e3 * times['plan_s']:8.3f} {1e3 * times['send_s']:9.3f} {1e3 * times['return_s']:11.3f} "
+            f"{summary['bytes_per_step'][method] / 1e6:11.2f} {gbps / limits['link_gbps']:22.1%}"
+        )
+    lines.append(f"fewer bytes: {summary['fewer_bytes']:.2f} (rows of tokens alone: {summary['fewer_rows']:.2f})")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", choices=sorted(CONFIGS), required=True)
+    parser.add_argument("--rounds", type=int, help="turns of every arm, instead of the config's")
+    parser.add_argument("--json", help="where to write the figures")
+    options = parser.parse_args()
+    os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
+    die_with_launcher()
+    config = CONFIGS[options.config]
+    if options.rounds:
+        config = dataclasses.replace(config, rounds=options.rounds)
+    process = join(config.device)
+    make_deterministic(process)
+    if process.world < 2:
+        sys.exit("give torchrun --nproc-per-node 2: with one worker no token travels")
+    result: dict[str, Any] = {
+        "machine": describe_machine(),
+        "config": dataclasses.asdict(config),
+        "world": process.world,
+        "bars": _BARS if config.device == "cuda" else {},
+        "routings": {},
+    }
+    path = result_path(f"expert-parallel-{options.config}.json", options.json)
+    for name, skew in (("balanced", 0.0), ("skewed (Zipf)", 1.0)):
+        bench = Bench(config, process, skew)
+        found = measure(bench)
+        summary = summarise(config, found)
+        result["routings"][name] = {**found, "summary": summary}
+        result["backend"] = dataclasses.asdict(bench.experts["deduplicated"].backend)
+        if process.rank == 0:
+            save(path, result)
+            say(table(name, found, summary, process.world))
+        del bench
+    if process.rank == 0:
+        say(f"experts run as {result['backend']['name']}; bars on two GPUs: {_BARS}; written to {path}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""The exchange itself: rows to the ranks of a group and back, with gradients, begun in one place and ended in another.
+
+:func:`send` and :func:`arrive` turn tokens into the rows that this rank's experts see, :func:`send_back` and
+:func:`come_back` turn rows into tokens. Both are linear and each is the other's adjoint, so the backward of one runs
+the other. What is computed between the two halves, forward or backward, runs while the bytes are on their way; results
+do not depend on how long that takes.
+
+The same code runs on gloo and NCCL. Ranks without rows take part in every exchange, in the same order as all others.
+
+Shapes: T tokens, C choices per copy, S copies sent, R rows (T or 0 that stay, then those received), Q rows of which
+copies are made, H features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe.copies import Fan, Route
+
+
+def all_to_all(
+    out: Tensor, x: Tensor, received: Sequence[int], sent: Sequence[int], group: dist.ProcessGroup
+) -> dist.Work:
+    """Begin to exchange rows. Whatever experts send to other ranks, but for the counts, goes through here."""
+    if x.dtype == torch.int16:  # which neither gloo nor NCCL knows
+        out, x = out.view(torch.uint8), x.view(torch.uint8)
+    return dist.all_to_all_single(out, x, list(received), list(sent), group=group, async_op=True)
+
+
+class Flight:
+    """What is on its way between the two halves of an exchange; the same object serves the backward pass.
+
+    Args:
+        route: this rank's part.
+        group: the ranks that take part.
+    """
+
+    def __init__(self, route: Route, group: dist.ProcessGroup) -> None:
+        self.route, self.group = route, group
+        # Whether tokens and weights need gradients: the same on all ranks, for they run the same model.
+        self.wanted = (False, False)
+        self.coming_back: list[Tensor | None] = []
+        self._works: list[dist.Work] = []
+        self._leaving: list[Tensor] = []
+
+    def spread(self, x_QH: Tensor, fan: Fan) -> Tensor:
+        """Begin to send copies of ``x``: [R,H], those that stay at once, the others after :meth:`land`."""
+        return self.exchange(x_QH[: self.route.stay], fan.copies(x_QH))
+
+    def exchange(self, stay: Tensor, copies: Tensor) -> Tensor:
+        stays, received = stay.shape[0], self.route.received
+        rows = copies.new_empty((stays + sum(received), copies.shape[1]))
+        rows[:stays] = stay
+        self._begin(rows[stays:], copies, received, self.route.sent)
+        return rows
+
+    def give_back(self, y_RH: Tensor) -> Tensor:
+        """Begin to return the rows that were received: [S+1,H] after :meth:`land`, the last one zero."""
+        back_SH = y_RH.new_empty((sum(self.route.sent) + 1, y_RH.shape[1]))
+        back_SH[-1:] = 0
+        self._begin(back_SH[:-1], y_RH[self.route.stay :].contiguous(), self.route.sent, self.route.received)
+        return back_SH
+
+    def gather(self, y_RH: Tensor, back_SH: Tensor, fan: Fan) -> Tensor:
+        """Each row's sum over its copies, here and returned: [Q,H]."""
+        total_QH = fan.total(back_SH)
+        return y_RH[: self.route.stay] + total_QH if self.route.stay else total_QH
+
+    def _begin(self, out: Tensor, x: Tensor, received: Sequence[int], sent: Sequence[int]) -> None:
+        self._leaving.append(x)
+        self._works.append(all_to_all(out, x, received, sent, self.group))
+
+    def land(self) -> None:
+        """Wait for all of it: the host with gloo, the current stream with NCCL."""
+        for work in self._works:
+            work.wait()
+        self._works.clear()
+        self._leaving.clear()
+
+
+class _Send(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, flight: Flight, x_TH: Tensor, weights_QC: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.flight = flight
+        flight.wanted = (ctx.needs_input_grad[1], ctx.needs_input_grad[2])
+        x_RH, weights_RC = flight.spread(x_TH, flight.route.rows), flight.spread(weights_QC, flight.route.weights)
+        _mark(ctx, flight, x_RH, weights_RC)
+        return x_RH, weights_RC
+
+    @staticmethod
+    def backward(ctx: Any, *d_rows: Tensor) -> tuple[Tensor | None, ...]:
+        flight: Flight = ctx.flight
+        flight.land()
+        fans = (flight.route.rows, flight.route.weights)
+        returned, flight.coming_back = flight.coming_back, []
+        gathered = (
+            None if back is None else flight.gather(d, back, fan)
+            for d, back, fan in zip(d_rows, returned, fans, strict=True)
+        )
+        return (None, *gathered)
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, flight: Flight, x_RH: Tensor, weights_RC: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.flight = flight
+        flight.land()
+        outputs = x_RH.view_as(x_RH), weights_RC.view_as(weights_RC)
+        _mark(ctx, flight, *outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *d_rows: Tensor) -> tuple[Tensor | None, ...]:
+        flight: Flight = ctx.flight
+        flight.coming_back = [
+            flight.give_back(d) if wanted else None for d, wanted in zip(d_rows, flight.wanted, strict=True)
+        ]
+        return (None, *d_rows)
+
+
+def _mark(ctx: Any, flight: Flight, *rows: Tensor) -> None:
+    ctx.mark_non_differentiable(*(row for row, wanted in zip(rows, flight.wanted, strict=True) if not wanted))
+
+
+class _SendBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, flight: Flight, y_RH: Tensor) -> Tensor:
+        ctx.flight = flight
+        flight.coming_back = [flight.give_back(y_RH)]
+        return y_RH.view_as(y_RH)
+
+    @staticmethod
+    def backward(ctx: Any, d_y_RH: Tensor) -> tuple[None, Tensor]:
+        ctx.flight.land()
+        return None, d_y_RH
+
+
+class _ComeBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, flight: Flight, y_RH: Tensor) -> Tensor:
+        ctx.flight = flight
+        flight.land()
+        (back_SH,) = flight.coming_back
+        flight.coming_back = []
+        assert back_SH is not None
+        return flight.gather(y_RH, back_SH, flight.route.rows)
+
+    @staticmethod
+    def backward(ctx: Any, d_out_TH: Tensor) -> tuple[None, Tensor]:
+        flight: Flight = ctx.flight
+        # In flight until the other half has landed: between the two nobody else sees it.
+        return None, flight.spread(d_out_TH, flight.route.rows)
+
+
+def send(flight: Flight, x_TH: Tensor, weights_QC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Begin to send: (x [R,H], weights [R,C], expert numbers [R,C]), to be read after :func:`arrive` only."""
+    x_RH, weights_RC = _Send.apply(flight, x_TH, weights_QC)
+    return x_RH, weights_RC, flight.exchange(flight.route.stay_TC, flight.route.experts_SC)
+
+
+def arrive(flight: Flight, x_RH: Tensor, weights_RC: Tensor) -> tuple[Tensor, Tensor]:
+    """Wait for what :func:`send` began."""
+    return _Arrive.apply(flight, x_RH, weights_RC)
+
+
+def send_back(flight: Flight, y_RH: Tensor) -> Tensor:
+    """Begin to return one row for each received. The result is for :func:`come_back` only."""
+    return _SendBack.apply(flight, y_RH)
+
+
+def come_back(flight: Flight, y_RH: Tensor) -> Tensor:
+    """Wait for what :func:`send_back` began, and sum each token's rows: [T,H]."""
+    return _ComeBack.apply(flight, y_RH)

@@ -1,0 +1,262 @@
+"""Started by torchrun: every dispatcher against one process that has all experts, forward and backward.
+
+Every rank draws the whole problem from one seed and takes its share. Rank 0 writes, into the file given, the largest
+relative error over all ranks of each result, whether repetitions gave the same bits, and what the host read. Arguments:
+that file, and how many ranks share one set of experts.
+"""
+
+import itertools
+import json
+import os
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lora.experts import ExpertLoRA, ExpertSlice
+from moe.convert import convert
+from moe.experts import Experts
+from moe.form import PLAIN, ExpertForm
+from moe.layout import Layout
+from moe.overlap import set_exchange
+from trainer.rendezvous import die_with_launcher, join
+
+GPT_OSS = ExpertForm(transposed=True, interleaved=True, limit=7.0)
+HIDDEN, INNER = 10, 6
+
+
+@dataclass(frozen=True)
+class Case:
+    """``tokens``: of each rank, repeated as often as needed. ``reach``: into how many experts they are routed."""
+
+    top_k: int
+    per_rank: int = 4  # experts
+    tokens: tuple[int, ...] = (13, 7)
+    reach: int | None = None
+    form: ExpertForm = PLAIN
+    biased: bool = False
+    adapter: bool = False
+    frozen: bool = False
+    recompute: bool = False
+
+
+CASES = {
+    "one choice": Case(1),
+    "two choices": Case(2),
+    "eight choices": Case(8, per_rank=5),
+    "one expert a rank": Case(2, per_rank=1),
+    "an empty rank": Case(3, reach=4),
+    "no tokens on a rank": Case(2, tokens=(9, 0)),
+    "one token": Case(2, tokens=(1, 0)),
+    "no tokens at all": Case(2, tokens=(0,)),
+    "gpt_oss": Case(4, form=GPT_OSS, biased=True),
+    "adapter": Case(3, adapter=True),
+    "adapter, frozen": Case(3, adapter=True, frozen=True),
+    "frozen": Case(2, frozen=True),
+    "recomputed": Case(2, recompute=True, tokens=(6, 0)),
+}
+
+
+def whole(case, experts, first=0, local=None):
+    """The experts ``first`` to ``first + local`` of a seeded set, with an adapter whose B is not zero."""
+    local = local or experts
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape):
+        return torch.nn.Parameter(torch.randn(experts, *shape, generator=generator)[first : first + local].clone())
+
+    up = (HIDDEN, 2 * INNER) if case.form.transposed else (2 * INNER, HIDDEN)
+    down = (INNER, HIDDEN) if case.form.transposed else (HIDDEN, INNER)
+    parts = [draw(*up), draw(*down)]
+    biases = {"gate_up_bias": draw(2 * INNER), "down_bias": draw(HIDDEN)} if case.biased else {}
+    module = Experts(*parts, case.form, layer=0, first_expert=first, num_experts=experts, **biases)
+    module.requires_grad_(not case.frozen)
+    if case.adapter:
+        factors = {"gate_up_proj": (2, 4.0), "down_proj": (3, 3.0)}
+        module.adapter = ExpertLoRA("a", ExpertSlice(0, experts, first, local), HIDDEN, INNER, factors)
+        for name in factors:
+            b = getattr(module.adapter, name).B
+            b.data = torch.randn(experts, *b.shape[1:], generator=generator)[first : first + local].clone()
+    return module
+
+
+def problem(case, experts, ranks):
+    """Tokens, routing and upstream gradients of every rank."""
+    generator = torch.Generator().manual_seed(4)
+    for rank in range(ranks):
+        num = case.tokens[rank % len(case.tokens)]
+        order = torch.rand(num, case.reach or experts, generator=generator).argsort(1)
+        yield (
+            torch.randn(num, HIDDEN, generator=generator),
+            order[:, : case.top_k],
+            torch.rand(num, min(case.top_k, order.shape[1]), generator=generator),
+            torch.randn(num, HIDDEN, generator=generator),
+        )
+
+
+def run(module, case, x, index, weights, upstream):
+    """Output and all gradients by name."""
+    module.zero_grad()
+    x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+    out = checkpoint(module, x, index, weights, use_reentrant=False) if case.recompute else module(x, index, weights)
+    out.backward(upstream)
+    found = {"out": out.detach(), "x": x.grad, "weights": weights.grad}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            found[name] = parameter.grad
+    return found
+
+
+def compare(case, method, chunks, group):
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    experts = case.per_rank * ranks
+    shares = list(problem(case, experts, ranks))
+    start = sum(share[0].shape[0] for share in shares[:rank])
+    tokens = slice(start, start + shares[rank][0].shape[0])
+    mine = slice(rank * case.per_rank, (rank + 1) * case.per_rank)
+    want = run(whole(case, experts), case, *(torch.cat(parts) for parts in zip(*shares, strict=True)))
+    module = whole(case, experts, mine.start, case.per_rank)
+    module.ep_group, module.dispatch, module.chunks = group, method, chunks
+    got = run(module, case, *shares[rank])
+    again = run(module, case, *shares[rank])
+    errors = {}
+    for name, value in want.items():
+        value = value[tokens if name in ("out", "x", "weights") else mine]
+        assert got[name] is not None, f"{name} has no gradient on rank {rank}"
+        errors[name] = float((got[name] - value).norm() / value.norm().clamp(min=1e-12))
+    with torch.no_grad():
+        evaluated = module(*shares[rank][:3])
+    same = all(torch.equal(got[name], again[name]) for name in got) and torch.equal(evaluated, got["out"])
+    return {"errors": errors, "same": same}
+
+
+class HostReads(TorchFunctionMode):
+    """Counts what would wait for a GPU."""
+
+    NAMES = ("tolist", "item", "nonzero", "masked_select", "unique", "__bool__", "__int__", "__index__", "cpu", "numpy")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in self.NAMES:
+            self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def host_reads(method, chunks, group):
+    """Of one layer, forward and backward, without the experts' own."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    case = CASES["two choices"]
+    share = list(problem(case, case.per_rank * ranks, ranks))[rank]
+    module = whole(case, case.per_rank * ranks, rank * case.per_rank, case.per_rank)
+    module.ep_group, module.dispatch, module.chunks = group, method, chunks
+    module.mix = lambda x_RH, weights_RC, assignment: x_RH * weights_RC.sum(1, keepdim=True)
+    x, weights = share[0].clone().requires_grad_(), share[2].clone().requires_grad_()
+    with HostReads() as reads:
+        module(x, share[1], weights).backward(share[3])
+    return reads.seen
+
+
+FAMILIES = {
+    "qwen2_moe": {"shared_expert_intermediate_size": 12, "num_experts": 8, "num_key_value_heads": 1},
+    "deepseek_v2": {"n_shared_experts": 1, "n_routed_experts": 8, "first_k_dense_replace": 0, "q_lora_rank": None,
+                    "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "n_group": 2,
+                    "topk_group": 1},
+    "deepseek_v3": {"n_shared_experts": 1, "n_routed_experts": 8, "first_k_dense_replace": 0, "q_lora_rank": None,
+                    "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "n_group": 2,
+                    "topk_group": 1},
+}  # fmt: skip
+
+
+def tiny(family):
+    config = AutoConfig.for_model(
+        family, vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        moe_intermediate_size=12, num_experts_per_tok=2, max_position_embeddings=32,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None, **FAMILIES[family],
+    )  # fmt: skip
+    torch.manual_seed(6)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def gradients(model, ids):
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def overlapped(family, group):
+    """A model whose shared expert runs while tokens travel, against the same without, and against one process."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    ids = torch.randint(0, 31, (ranks, 9), generator=torch.Generator().manual_seed(7))
+    found = {}
+    for name in ("none", "shared", "shared again", "shared recomputed", "chunks", "chunks recomputed"):
+        model = tiny(family)
+        if name.endswith("recomputed"):
+            model.train()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        blocks = convert(model, Layout(ranks, ranks), rank)
+        set_exchange(blocks, 2, overlap=name.partition(" ")[0])
+        for block in blocks:
+            block.experts.ep_group = group
+        found[name] = gradients(model, ids[rank : rank + 1])
+    want = gradients(tiny(family), ids)
+    errors = {}
+    for overlap, got in found.items():
+        for name, value in got.items():
+            if ".experts." in name:
+                local = value.shape[0]
+                value, whole_value = value / ranks, want[name][rank * local : (rank + 1) * local]
+            else:
+                dist.all_reduce(value := value / ranks, group=group)
+                whole_value = want[name]
+            errors[f"{overlap} {name}"] = float((value - whole_value).norm() / whole_value.norm().clamp(min=1e-12))
+    same = all(torch.equal(found["shared"][name], value) for name, value in found["shared again"].items())
+    same = same and torch.equal(found["shared"]["loss"], found["none"]["loss"])
+    return {"errors": errors, "same": same}
+
+
+def agreed(results):
+    """Of all ranks' answers to the same questions, the worst."""
+    return {
+        "errors": {name: max(one["errors"][name] for one in results) for name in results[0]["errors"]},
+        "same": all(one["same"] for one in results),
+    }
+
+
+def gather(found):
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, found)
+    return every
+
+
+def main(out, ep):
+    die_with_launcher()
+    torch.set_num_threads(1)
+    process = join("cpu", timedelta(seconds=60))
+    groups = [dist.new_group(range(first, first + ep)) for first in range(0, process.world, ep)]
+    group = groups[process.rank // ep]
+    report = {"cases": {}, "families": {}, "reads": {}}
+    for name, method, chunks in itertools.product(CASES, ("all_to_all", "deduplicated"), (1, 2)):
+        found = compare(CASES[name], method, chunks, group)
+        report["cases"][f"{name}, {method}, {chunks}"] = agreed(gather(found))
+    for method, chunks in itertools.product(("all_to_all", "deduplicated"), (1, 2)):
+        report["reads"][f"{method}, {chunks}"] = gather(host_reads(method, chunks, group))
+    for family in FAMILIES:
+        report["families"][family] = agreed(gather(overlapped(family, group)))
+    if process.rank == 0:
+        Path(out).write_text(json.dumps(report))
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,299 @@
+"""Dispatchers: their index arithmetic with a simulated exchange, and real gloo ranks against one process."""
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moe import exchange as exchange_module
+from moe.assignment import assign
+from moe.convert import convert
+from moe.copies import DeduplicatedDraft, PlainDraft, narrow_type
+from moe.dispatch import EXCHANGES, AllToAll, Routed, choose_dispatch, mix_everywhere
+from moe.exchange import Flight
+from moe.experts import Experts
+from moe.families import FamilyError, find_moe_blocks
+from moe.layout import Layout
+from moe.overlap import set_exchange, shared_expert_of
+from trainer.launch import worker_environment
+
+HERE = Path(__file__).parent
+METHODS = ("all_to_all", "deduplicated")
+
+
+@st.composite
+def routings(draw):
+    """Of every rank, choices [T,K]; ranks may have no tokens, experts may get none."""
+    ranks, num_local = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    experts = ranks * num_local
+    reach = draw(st.integers(1, experts))
+    top_k = draw(st.integers(1, reach))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    tokens = draw(st.lists(st.integers(0, 6), min_size=ranks, max_size=ranks))
+    return num_local, [torch.rand(t, reach, generator=generator).argsort(1)[:, :top_k] for t in tokens]
+
+
+def routes_of(method, num_local, indices):
+    """Every rank's route; the counts are exchanged here."""
+    ranks = len(indices)
+    if method == "all_to_all":
+        drafts = [PlainDraft.of(index, ranks, num_local) for index in indices]
+    else:
+        drafts = [DeduplicatedDraft.of(index, ranks, num_local, rank) for rank, index in enumerate(indices)]
+    sent = [draft.counts_W2.tolist() for draft in drafts]
+    received = [[sent[source][rank] for source in range(ranks)] for rank in range(ranks)]
+    return [draft.route(*counts) for draft, *counts in zip(drafts, sent, received, strict=True)]
+
+
+def exchange(routes, tensors, back=False):
+    """What every rank receives of every rank's rows."""
+    splits = [list(r.received if back else r.sent) for r in routes]
+    parts = [t.split(split) for t, split in zip(tensors, splits, strict=True)]
+    return [torch.cat([parts[source][rank] for source in range(len(routes))]) for rank in range(len(routes))]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(METHODS), routings())
+def test_every_token_meets_exactly_its_own_experts_and_weights(method, routing):
+    """A token's row is its number, an expert's work is to add ``number * expert``: the sum tells who met whom."""
+    num_local, indices = routing
+    routes = routes_of(method, num_local, indices)
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.rand(index.shape[0], 1, generator=generator, dtype=torch.float64) for index in indices]
+    weights = [torch.rand(index.shape, generator=generator, dtype=torch.float64) for index in indices]
+    views = [w.reshape(r.weights_shape) for w, r in zip(weights, routes, strict=True)]
+    arrived_x = exchange(routes, [r.rows.copies(x) for r, x in zip(routes, tokens, strict=True)])
+    arrived_w = exchange(routes, [r.weights.copies(w) for r, w in zip(routes, views, strict=True)])
+    arrived_e = exchange(routes, [r.experts_SC for r in routes])
+
+    results = []
+    for rank, route in enumerate(routes):
+        x_RH = torch.cat([tokens[rank][: route.stay], arrived_x[rank]])
+        w_RC = torch.cat([views[rank][: route.stay], arrived_w[rank]])
+        e_RC = torch.cat([route.stay_TC, arrived_e[rank]])
+        assignment = assign(e_RC, num_local, route.pairs)
+        assert assignment.pair_N.numel() == int((e_RC < num_local).sum()) == int(assignment.counts_L.sum())
+        expert_N = rank * num_local + torch.arange(num_local).repeat_interleave(assignment.counts_L)
+        y_NH = x_RH[assignment.row_N] * expert_N.unsqueeze(1) * assignment.spread(w_RC).unsqueeze(1)
+        results.append(assignment.combine(y_NH))
+    returned = exchange(routes, [y[r.stay :] for r, y in zip(routes, results, strict=True)], back=True)
+    for rank, route in enumerate(routes):
+        total = route.rows.total(torch.cat([returned[rank], torch.zeros(1, 1, dtype=torch.float64)]))
+        if route.stay:
+            total = total + results[rank][: route.stay]
+        want = tokens[rank] * (indices[rank] * weights[rank]).sum(1, keepdim=True)
+        torch.testing.assert_close(total, want)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(METHODS), routings())
+def test_copies_and_totals_are_each_others_adjoint(method, routing):
+    num_local, indices = routing
+    generator = torch.Generator().manual_seed(1)
+    for route, index in zip(routes_of(method, num_local, indices), indices, strict=True):
+        for fan, rows in ((route.rows, index.shape[0]), (route.weights, route.weights.slot_QP.shape[0])):
+            x = torch.randn(rows, 2, generator=generator, dtype=torch.float64)
+            y = torch.randn(sum(route.sent), 2, generator=generator, dtype=torch.float64)
+            padded = torch.cat([y, torch.zeros(1, 2, dtype=torch.float64)])
+            torch.testing.assert_close((fan.copies(x) * y).sum(), (x * fan.total(padded)).sum())
+
+
+@settings(max_examples=40, deadline=None)
+@given(routings())
+def test_one_copy_goes_to_each_remote_rank_that_holds_any_of_a_tokens_experts(routing):
+    num_local, indices = routing
+    for rank, route in enumerate(routes_of("deduplicated", num_local, indices)):
+        owners = [set((row // num_local).tolist()) - {rank} for row in indices[rank]]
+        assert list(route.sent) == [sum(r in own for own in owners) for r in range(len(indices))]
+        targets = [r for r, rows in enumerate(route.sent) for _ in range(rows)]
+        pairs = set(zip(route.rows.source_S.tolist(), targets, strict=True))
+        assert pairs == {(token, r) for token, own in enumerate(owners) for r in own}
+        assert route.received[rank] == 0
+
+
+def test_expert_numbers_travel_in_the_narrowest_type_that_also_holds_none():
+    assert narrow_type(32767) == torch.int16
+    assert narrow_type(32768) == torch.int32
+
+
+def test_auto_deduplicates_if_a_token_has_several_experts_and_says_why():
+    assert choose_dispatch("auto", 8, 2).name == "deduplicated"
+    assert "8 experts" in choose_dispatch("auto", 8, 2).reason
+    assert choose_dispatch("auto", 1, 2).name == "all_to_all"
+    assert choose_dispatch("all_to_all", 8, 2).name == "all_to_all"
+    assert choose_dispatch("auto", 8, 1).name == "local"
+
+
+def test_a_models_experts_are_told_how_to_exchange_tokens(tiny_model):
+    blocks = convert(tiny_model(), Layout(2, 2), 0)
+    assert set_exchange(blocks, 2, overlap="chunks").name == "deduplicated"
+    assert {(block.experts.dispatch, block.experts.chunks) for block in blocks} == {("deduplicated", 2)}
+    assert set_exchange(convert(tiny_model()), 2).name == "local"
+
+
+def test_overlap_with_a_shared_expert_is_refused_where_there_is_none(tiny_model):
+    with pytest.raises(FamilyError, match=r"Qwen3Moe.*no shared expert.*`shared_expert_gate`.*overlap=chunks"):
+        shared_expert_of(find_moe_blocks(tiny_model())[0])
+
+
+def test_a_router_put_in_place_later_is_asked_also_when_the_shared_expert_overlaps():
+    config = AutoConfig.for_model(
+        "qwen2_moe", vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+        moe_intermediate_size=4, shared_expert_intermediate_size=4, num_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    (block,) = convert(AutoModelForCausalLM.from_config(config), Layout(2, 2), 0)
+    set_exchange([block], 1, overlap="shared")
+
+    class Refuses(torch.nn.Module):
+        def forward(self, x_TH):
+            raise LookupError("asked")
+
+    block.module.gate = Refuses()
+    with pytest.raises(LookupError, match="asked"):
+        block.module(torch.zeros(1, 2, 8))
+
+
+@pytest.fixture
+def alone():
+    """A gloo group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_other_work_is_done_while_tokens_travel_forward_and_backward(alone, monkeypatch, chunks):
+    """``>`` begins an exchange, ``<`` waits for those begun, ``m`` is other work, ``e`` the experts, ``E`` backward."""
+    done = []
+
+    def note(what, work):
+        def noted(*args, **kwargs):
+            done.append(what)
+            return work(*args, **kwargs)
+
+        return noted
+
+    monkeypatch.setattr(exchange_module, "all_to_all", note(">", exchange_module.all_to_all))
+    monkeypatch.setattr(Flight, "land", note("<", Flight.land))
+
+    def mix(x_RH, weights_RC, assignment):
+        y_RH = x_RH * weights_RC.sum(1, keepdim=True)
+        y_RH.register_hook(lambda d: done.append("E"))
+        done.append("e")
+        return y_RH
+
+    x = torch.randn(5, 3, requires_grad=True)
+    routed = Routed(x, torch.zeros(5, 1, dtype=torch.long), torch.rand(5, 1, requires_grad=True))
+    out = mix_everywhere(AllToAll(1, alone), mix, routed, chunks, lambda: done.append("m"))
+    forward, done[:] = "".join(done), []
+    out.sum().backward()
+    # Tokens, weights and expert numbers go there, one result comes back; then its gradient, and those of the first two.
+    assert forward == {1: ">>>m<e><", 2: ">>>>>>m<e><e><<"}[chunks]
+    assert "".join(done) == {1: "><E>><", 2: ">><E>><E>><<"}[chunks]
+    torch.testing.assert_close(x.grad, routed.weights_TK.detach().expand(5, 3))
+
+
+def launch(folder, ranks, ep):
+    out = folder / f"{ranks}-{ep}.json"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--max-restarts=0"]
+    command = [sys.executable, *torchrun, str(HERE / "dispatch_worker.py"), str(out), str(ep)]
+    environment = {**worker_environment(ranks), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(2, 2), pytest.param((4, 2), marks=pytest.mark.slow), pytest.param((4, 4), marks=pytest.mark.slow)],
+    ids=["2 ranks", "4 ranks, ep 2", "4 ranks, ep 4"],
+)
+def report(request, tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("dispatch"), *request.param)
+
+
+def test_outputs_and_all_gradients_equal_one_process(report):
+    wrong = {f"{case}: {name}": e for case, found in report["cases"].items() for name, e in found["errors"].items()}
+    assert len(wrong) > 200
+    assert not {name: error for name, error in wrong.items() if not error <= 1e-6}
+
+
+def test_repeating_it_gives_the_same_bits_also_without_gradients(report):
+    assert [case for case, found in report["cases"].items() if not found["same"]] == []
+
+
+def test_the_host_reads_once_in_a_layer_however_many_chunks(report):
+    assert len(report["reads"]) == 4
+    for case, ranks in report["reads"].items():
+        assert all(reads == ["tolist"] for reads in ranks), f"{case}: {ranks}"
+
+
+def test_models_with_shared_experts_equal_one_process_whatever_is_overlapped(report):
+    """Every gradient of the model; with the shared expert overlapped, also the loss's very bits."""
+    assert set(report["families"]) == {"qwen2_moe", "deepseek_v2", "deepseek_v3"}
+    for family, found in report["families"].items():
+        assert not {name: error for name, error in found["errors"].items() if not error <= 1e-6}, family
+        assert found["same"], family
+
+
+def layer_on_a_gpu():
+    device = torch.device("cuda")
+    experts = Experts(
+        torch.nn.Parameter(torch.randn(8, 64, 32, device=device, dtype=torch.bfloat16)),
+        torch.nn.Parameter(torch.randn(8, 32, 32, device=device, dtype=torch.bfloat16)),
+        layer=0,
+    )
+    x = torch.randn(64, 32, device=device, dtype=torch.bfloat16, requires_grad=True)
+    index = torch.rand(64, 8, device=device).argsort(1)[:, :2]
+    return experts, Routed(x, index, torch.rand(64, 2, device=device, requires_grad=True))
+
+
+@pytest.mark.gpu
+def test_nothing_is_read_from_a_gpu_with_one_rank():
+    experts, routed = layer_on_a_gpu()
+
+    def step():
+        experts(routed.x_TH, routed.index_TK, routed.weights_TK).sum().backward()
+
+    step()  # libraries may wait when they begin
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_one_read_from_a_gpu_in_an_exchange(method, chunks):
+    """In a group of one rank, whose exchange is a real one of NCCL."""
+    experts, routed = layer_on_a_gpu()
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        dispatcher = EXCHANGES[method](8, dist.group.WORLD)
+
+        def step():
+            return mix_everywhere(dispatcher, experts.mix, routed, chunks).sum().backward()
+
+        step()
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            step()
+        torch.cuda.set_sync_debug_mode("default")
+        assert len([w for w in seen if "synchroniz" in str(w.message)]) == 1
+        want = experts(routed.x_TH, routed.index_TK, routed.weights_TK)
+        got = mix_everywhere(dispatcher, experts.mix, routed, chunks)
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        dist.destroy_process_group()
