@@ -19,8 +19,8 @@ from moe.layout import Layout
 from moe.load import empty_model, fill
 from moe.merging import MergedExperts
 from moe.mtp import attach_mtp
-from moe.soft import SoftMoE, replace_blocks
 from moe.overlap import set_exchange
+from moe.soft import SoftMoE, replace_blocks
 from trainer.rendezvous import Process
 from trainer.schema import Recipe
 
