@@ -257,6 +257,7 @@ def layer_on_a_gpu():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_nothing_is_read_from_a_gpu_with_one_rank():
     experts, routed = layer_on_a_gpu()
 
@@ -272,6 +273,7 @@ def test_nothing_is_read_from_a_gpu_with_one_rank():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize("method", METHODS)
 def test_one_read_from_a_gpu_in_an_exchange(method, chunks):
