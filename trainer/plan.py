@@ -161,8 +161,8 @@ def plan_run(recipe: Recipe) -> Plan:
     if frozen > experts:
         raise PlanError(f"model.frozen_experts={frozen} is more than the {experts} experts of {recipe.model.path}")
     if frozen:
-        added = {"experts": expert_total * (experts - frozen) // experts}
-        trained = {"router": total["router"], **{kind: count for kind, count in added.items() if count}}
+        kept = {"experts": expert_total * (experts - frozen) // experts}
+        trained = {"router": total["router"], **{kind: count for kind, count in kept.items() if count}}
     expert_trained = (
         sum(banks[name] for name, bank in recipe.adapter.items() if bank.preset == "expert-lora")
         if banks
