@@ -16,12 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moe.load import FolderError
+
 SHARD_BYTES = 1 << 30
 _INDEX = "model.safetensors.index.json"
-
-
-class FolderError(ValueError):
-    """A model folder cannot be read, or must not be written; the message says which and why."""
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

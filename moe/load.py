@@ -36,7 +36,7 @@ _FUSED = "gate_up_proj"
 
 
 class FolderError(FamilyError):
-    """A model folder cannot be loaded: what, where, and what to do."""
+    """A model folder cannot be loaded, or must not be written: what, where, and what to do."""
 
 
 def read_config(folder: str | Path) -> PreTrainedConfig:

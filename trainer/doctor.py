@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from checkpointing.keeper.memory import available_bytes
 from moe.build import new_config, new_model
+from moe.dispatch import choose_dispatch
 from moe.families import find_moe_blocks
 from moe.layout import Layout
 from trainer.build import shape_fields, training_dtype
@@ -145,8 +146,10 @@ def _report_layout(recipe: Recipe, report: Report) -> None:
     dtype = str(training_dtype(recipe, device)).removeprefix("torch.")
     report.fact("recipe", f"{layout.world} workers on {device.type}, ep {layout.ep}, ZeRO {parallel.zero}, {dtype}")
     link = "gloo" if device.type == "cpu" else "NCCL"
-    report.fact("dispatch", f"all-to-all over {link}" if layout.ep > 1 else "none: every worker has all experts")
-    count = int(str(report.facts["MoE layers"]).split(", ")[1].split()[0])
+    count, top_k = (int(part.split()[0]) for part in str(report.facts["MoE layers"]).split(", ")[1:])
+    exchange = choose_dispatch(parallel.dispatch, recipe.routing.choices(top_k), layout.ep)
+    over = f" over {link}" if layout.ep > 1 else ""
+    report.fact("dispatch", f"{exchange.name}{over}: {exchange.reason}")
     parts = [layout.local_experts(rank, count) for rank in range(layout.ep)]
     report.fact(
         "experts of worker", [f"{rank} (mod {layout.ep}): {p.start}..{p.stop - 1}" for rank, p in enumerate(parts)]

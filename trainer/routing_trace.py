@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.families import MoEBlock
-from moe.trace import BalancedRouting, Recorder, Replay, follow_context
+from moe.trace import BalancedRouting, Recorder, Replay
 from moe.tracefile import TraceError, TraceHeader, TraceWriter, trace_file
 from trainer.rendezvous import Process
 from trainer.schema import Recipe
@@ -40,7 +40,7 @@ class Tape:
 
 
 def open_tape(recipe: Recipe, process: Process, run_dir: Path, config: Any, blocks: Sequence[MoEBlock]) -> Tape:
-    """Also hooks the gates, if there is something to record or to replay; call it before others hook them.
+    """What the run's gates record and replay, by the BatchContext of each pass.
 
     Raises TraceError for a trace that is missing, broken or of another model, batch or layout.
     """
@@ -61,7 +61,6 @@ def open_tape(recipe: Recipe, process: Process, run_dir: Path, config: Any, bloc
     recorder = None
     if recipe.log.routing_trace:
         recorder = Recorder(TraceWriter(trace_file(run_dir / "trace", process.rank), header))
-    follow_context(blocks)
     return Tape(recorder, source)
 
 

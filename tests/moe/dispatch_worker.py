@@ -240,7 +240,7 @@ def gather(found):
 def main(out, ep):
     die_with_launcher()
     torch.set_num_threads(1)
-    process = join("cpu", timedelta(seconds=60))
+    process = join("cpu", timedelta(seconds=100))
     groups = [dist.new_group(range(first, first + ep)) for first in range(0, process.world, ep)]
     group = groups[process.rank // ep]
     report = {"cases": {}, "families": {}, "reads": {}}

@@ -7,7 +7,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moe.folder import FolderError, new_folder, read_tensors, write_tensors
+from moe.folder import new_folder, read_tensors, write_tensors
+from moe.load import FolderError
 from moe.upcycle import UpcycleError, Upcycling, upcycle
 from trainer.cli import main
 

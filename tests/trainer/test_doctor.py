@@ -260,7 +260,7 @@ def test_a_recipe_is_examined_as_it_would_train(tmp_path, capsys):
     assert cli.main(["doctor", str(path)]) == 0
     out = capsys.readouterr().out
     assert "0 (mod 2): 0..3; 1 (mod 2): 4..7" in out
-    assert "all-to-all over gloo" in out
+    assert "deduplicated over gloo: " in out
     assert "ok          optimizer" in out
     # One expert per token, normalised: its weight is always 1, and the router never learns.
     assert cli.main(["doctor", str(path), "model.num_experts_per_tok=1"]) == 1
