@@ -132,7 +132,7 @@ class RoutingMeter:
         none = torch.zeros(num_experts + 1, dtype=torch.int64)
         counts = torch.stack([self._undrained[i].cpu().long() if i in self._undrained else none for i in layers])
         self._undrained = {}
-        return counts[:, :num_experts]
+        return counts[:, :num_experts].contiguous()  # collectives take the memory from the start as it is
 
     def take(self, total: Callable[[Tensor], Tensor] | None = None) -> RoutingStats | None:
         """The counts so far, on the CPU, which start again from zero; None if nothing was routed.

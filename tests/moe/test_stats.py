@@ -64,7 +64,9 @@ def test_readers_are_independent_and_start_again_from_zero():
     assert meter.take().counts_ME.tolist() == [[1, 1, 0]]
     assert meter.take() is None
     meter.add(0, torch.tensor([[2, 1]]), 3)
-    assert meter.drain([0], 3).tolist() == [[1, 2, 1]]
+    drained = meter.drain([0], 3)
+    assert drained.tolist() == [[1, 2, 1]]
+    assert drained.is_contiguous(), "it is summed over all ranks where it lies"
     assert meter.drain([0], 3).tolist() == [[0, 0, 0]]
     assert meter.take().counts_ME.tolist() == [[0, 1, 1]]
 
