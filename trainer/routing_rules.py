@@ -42,6 +42,13 @@ def _expert_choice(view: View) -> Iterator[Finding]:
         yield "routing.force", "routing.force is for routing.method=expert_choice; remove it"
 
 
+def _traces(view: View) -> Iterator[Finding]:
+    """A trace holds each token's choices, of which there are none."""
+    for key in ("train.replay_trace", "log.routing_trace"):
+        if view(key) and view("routing.method") == "expert_choice":
+            yield key, f"{key} is of tokens that choose experts, with expert_choice none does; remove it"
+
+
 def _groups(view: View) -> Iterator[Finding]:
     if view.given("routing.topk_group") and not view.given("routing.n_group"):
         yield "routing.topk_group", "routing.topk_group chooses among groups; give routing.n_group, too"
@@ -118,6 +125,7 @@ def _adapters(view: View) -> Iterator[Finding]:
 ROUTING_RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (
     _method_keys,
     _expert_choice,
+    _traces,
     _groups,
     _group_sizes,
     _top_k,

@@ -74,6 +74,12 @@ def test_recipes_that_contradict_themselves_are_refused(override, says):
     assert says in str(refused.value)
 
 
+@pytest.mark.parametrize("key", ["train.replay_trace=balanced", "log.routing_trace=true"])
+def test_a_trace_of_experts_that_choose_is_refused(key):
+    with pytest.raises(RecipeError, match="is of tokens that choose experts"):
+        recipe("routing={method: expert_choice, force: true}", "model.router_aux_loss_coef=0", key)
+
+
 def test_an_adapter_leaves_the_base_models_routing_alone(tmp_path):
     overrides = ["adapter={a: {preset: expert-lora, r: 2, alpha: 4}}", "routing.method=top_k"]
     with pytest.raises(RecipeError, match="which an adapter leaves as it is"):
