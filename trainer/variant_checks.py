@@ -49,6 +49,9 @@ def _soft(view: View) -> Iterator[Finding]:
     for section in ("routing", "balance"):
         if view.values.get(section):
             yield section, f"a soft block chooses no experts, so {section} has nothing to act on; remove it"
+    for key in ("train.replay_trace", "log.routing_trace"):
+        if view(key):
+            yield key, f"{key}: a soft block chooses no experts, so there is no routing to record or follow; remove it"
     if view("checkpoint.mode") == "pec":
         yield "checkpoint.mode", "mode pec counts routed tokens, and a soft block routes none; use wal or dense"
     if view.values.get("adapter"):

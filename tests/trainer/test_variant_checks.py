@@ -45,6 +45,7 @@ def load(tmp_path):
         (["model.soft={segment: 4}"], "belongs to model.soft.kind merging"),
         (["model.soft={kind: merging, segment: 4}", "parallel={workers: 2, ep: 2}"], "set it to 1"),
         (["model.soft={kind: merging, segment: 4}", "model.router_aux_loss_coef=0.1"], "nothing to balance"),
+        (["model.soft={kind: merging, segment: 4}", "log.routing_trace=true"], "no routing to record or follow"),
         (["model.soft={kind: merging, segment: 4}", "checkpoint.mode=pec"], "a soft block routes none"),
         (["model.soft={kind: merging, segment: 4}", "adapter={a: {preset: expert-lora}}"], "routed experts"),
         (["model.soft={kind: merging, segment: 4}", "train.mtp.depth=1"], "routed experts of their own"),
