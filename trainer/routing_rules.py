@@ -71,6 +71,20 @@ def _group_sizes(view: View) -> Iterator[Finding]:
         )
 
 
+def _top_k_of_groups(view: View) -> Iterator[Finding]:
+    n_group, topk_group, experts = view("routing.n_group"), view("routing.topk_group"), view("model.num_experts")
+    if not (n_group and topk_group and experts) or experts % n_group or view("routing.method") == "switch":
+        return
+    top_k = 2 if view("routing.method") == "gshard" else view("routing.top_k") or view("model.num_experts_per_tok")
+    there = min(topk_group, n_group) * (experts // n_group)
+    if top_k > there:
+        yield (
+            "routing.topk_group",
+            f"routing.topk_group={topk_group} of {n_group} groups have {there} experts, and a token chooses {top_k}; "
+            "raise it",
+        )
+
+
 def _top_k(view: View) -> Iterator[Finding]:
     top_k, experts = view("routing.top_k"), view("model.num_experts")
     if top_k and experts and top_k > experts:
@@ -128,6 +142,7 @@ ROUTING_RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (
     _traces,
     _groups,
     _group_sizes,
+    _top_k_of_groups,
     _top_k,
     _dropping,
     _aux_loss,

@@ -82,4 +82,15 @@ def _frozen_experts(view: View) -> Iterator[Finding]:
             yield key, f"{key} and model.frozen_experts each say what trains; remove one"
 
 
-VARIANT_RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (_mtp, _soft, _frozen_experts)
+def _adapted_backend(view: View) -> Iterator[Finding]:
+    banks, backend = view.values.get("adapter"), view("model.experts_backend")
+    if not isinstance(banks, dict) or backend in ("auto", "grouped_mm"):
+        return
+    if any(isinstance(bank, dict) and bank.get("preset") == "expert-lora" for bank in banks.values()):
+        yield (
+            "model.experts_backend",
+            f"model.experts_backend={backend} has no room for an adapter on the experts; choose grouped_mm or auto",
+        )
+
+
+VARIANT_RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (_mtp, _soft, _frozen_experts, _adapted_backend)

@@ -53,6 +53,7 @@ def test_keys_that_are_not_given_are_the_models_own():
         ("routing.jitter=0.1", "routing.jitter needs a routing.method"),
         ("routing={method: switch, top_k: 2}", "routing.top_k is decided by routing.method=switch"),
         ("routing.method=expert_choice", "sees its own future"),
+        ("routing={method: top_k, n_group: 16, topk_group: 1, top_k: 4}", "have 2 experts, and a token chooses 4"),
         ("routing={method: top_k, force: true}", "routing.force is for"),
         ("routing={method: top_k, n_group: 4}", "limits nothing; give routing.topk_group"),
         ("routing={method: top_k, topk_group: 4}", "give routing.n_group"),
