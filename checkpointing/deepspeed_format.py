@@ -30,7 +30,7 @@ from moe.refs import TensorAddress
 EXPERT_PREFIX = "deepspeed_moe.experts.deepspeed_experts."
 MODEL_STATES = "mp_rank_00_model_states.pt"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_STACKED = re.compile(r"(?:.*\.)?layers\.(\d+)\..*\bexperts\.(\w+)")
+_STACKED = re.compile(r"(?:.*\.)?(?:layers|mtp)\.(\d+)\..*\bexperts\.(\w+)")
 _GROUP = re.compile(r"ep_size_(\d+)")
 
 

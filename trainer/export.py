@@ -168,9 +168,21 @@ def exported_model(recipe: Recipe, tensors: dict[str, Tensor]) -> PreTrainedMode
 
 
 def buffers_of(recipe: Recipe, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The persistent buffers of :func:`exported_model`, by path; most families have none."""
+    """The persistent buffers of :func:`exported_model`, by path, and of prediction modules; most families have none."""
     family = recipe.model.family or read_config(recipe.model.path or "").model_type
-    return persistent_buffers(exported_model(recipe, tensors)) if FAMILIES[family].buffers else {}
+    if not FAMILIES[family].buffers:
+        return {}
+    model = exported_model(recipe, {name: t for name, t in tensors.items() if not name.startswith(PREFIX)})
+    found, layers = persistent_buffers(model), model.config.num_hidden_layers
+    last = f"model.layers.{layers - 1}."
+    # A prediction module's layer is like the last one, and its buffers stay as they were made.
+    made = {
+        f"{PREFIX}{layers + k}.block.{name.removeprefix(last)}": torch.zeros_like(buffer)
+        for k in range(recipe.train.mtp.depth)
+        for name, buffer in found.items()
+        if name.startswith(last)
+    }
+    return {**found, **made}
 
 
 def _write_model(

@@ -42,6 +42,13 @@ def _expert_choice(view: View) -> Iterator[Finding]:
         yield "routing.force", "routing.force is for routing.method=expert_choice; remove it"
 
 
+def _traces(view: View) -> Iterator[Finding]:
+    """A trace holds each token's choices, of which there are none."""
+    for key in ("train.replay_trace", "log.routing_trace"):
+        if view(key) and view("routing.method") == "expert_choice":
+            yield key, f"{key} is of tokens that choose experts, with expert_choice none does; remove it"
+
+
 def _groups(view: View) -> Iterator[Finding]:
     if view.given("routing.topk_group") and not view.given("routing.n_group"):
         yield "routing.topk_group", "routing.topk_group chooses among groups; give routing.n_group, too"
@@ -61,6 +68,20 @@ def _group_sizes(view: View) -> Iterator[Finding]:
         yield (
             "routing.n_group",
             f"routing.n_group={n_group} does not divide model.num_experts={experts}; choose a divisor",
+        )
+
+
+def _top_k_of_groups(view: View) -> Iterator[Finding]:
+    n_group, topk_group, experts = view("routing.n_group"), view("routing.topk_group"), view("model.num_experts")
+    if not (n_group and topk_group and experts) or experts % n_group or view("routing.method") == "switch":
+        return
+    top_k = 2 if view("routing.method") == "gshard" else view("routing.top_k") or view("model.num_experts_per_tok")
+    there = min(topk_group, n_group) * (experts // n_group)
+    if top_k > there:
+        yield (
+            "routing.topk_group",
+            f"routing.topk_group={topk_group} of {n_group} groups have {there} experts, and a token chooses {top_k}; "
+            "raise it",
         )
 
 
@@ -118,8 +139,10 @@ def _adapters(view: View) -> Iterator[Finding]:
 ROUTING_RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (
     _method_keys,
     _expert_choice,
+    _traces,
     _groups,
     _group_sizes,
+    _top_k_of_groups,
     _top_k,
     _dropping,
     _aux_loss,

@@ -49,6 +49,9 @@ def _soft(view: View) -> Iterator[Finding]:
     for section in ("routing", "balance"):
         if view.values.get(section):
             yield section, f"a soft block chooses no experts, so {section} has nothing to act on; remove it"
+    for key in ("train.replay_trace", "log.routing_trace"):
+        if view(key):
+            yield key, f"{key}: a soft block chooses no experts, so there is no routing to record or follow; remove it"
     if view("checkpoint.mode") == "pec":
         yield "checkpoint.mode", "mode pec counts routed tokens, and a soft block routes none; use wal or dense"
     if view.values.get("adapter"):
@@ -79,4 +82,15 @@ def _frozen_experts(view: View) -> Iterator[Finding]:
             yield key, f"{key} and model.frozen_experts each say what trains; remove one"
 
 
-VARIANT_RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (_mtp, _soft, _frozen_experts)
+def _adapted_backend(view: View) -> Iterator[Finding]:
+    banks, backend = view.values.get("adapter"), view("model.experts_backend")
+    if not isinstance(banks, dict) or backend in ("auto", "grouped_mm"):
+        return
+    if any(isinstance(bank, dict) and bank.get("preset") == "expert-lora" for bank in banks.values()):
+        yield (
+            "model.experts_backend",
+            f"model.experts_backend={backend} has no room for an adapter on the experts; choose grouped_mm or auto",
+        )
+
+
+VARIANT_RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (_mtp, _soft, _frozen_experts, _adapted_backend)

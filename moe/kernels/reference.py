@@ -54,4 +54,10 @@ def reference_mix(x_RH: Tensor, weights_RK: Tensor, stack: Stack, assignment: As
     ends_L = assignment.counts_L.cumsum(0)
     index_RK = torch.searchsorted(ends_L, assignment.slot_RK, right=True)
     biases = (stack.up_bias_L2I, stack.down_bias_LH)
-    return moe_reference(x_RH, index_RK, weights_RK, stack.up_L, stack.down_L, stack.form, *biases)
+    out_RH = moe_reference(x_RH, index_RK, weights_RK, stack.up_L, stack.down_L, stack.form, *biases)
+    # Nothing of everything: a rank without pairs must take part in the backward exchanges, with gradients of zero.
+    inputs = (x_RH, weights_RK, stack.up_L, stack.down_L, *biases)
+    for tensor in inputs:
+        if tensor is not None:
+            out_RH = out_RH + tensor[:0].sum().to(out_RH.dtype)
+    return out_RH

@@ -262,6 +262,9 @@ def test_a_recipe_is_examined_as_it_would_train(tmp_path, capsys):
     assert "0 (mod 2): 0..3; 1 (mod 2): 4..7" in out
     assert "deduplicated over gloo: " in out
     assert "ok          optimizer" in out
+    # Looking needs no GPU, whatever training does.
+    assert cli.main(["doctor", str(path), "model.experts_backend=triton"]) == 0
+    capsys.readouterr()
     # One expert per token, normalised: its weight is always 1, and the router never learns.
     assert cli.main(["doctor", str(path), "model.num_experts_per_tok=1"]) == 1
     assert "model.layers.0.mlp.gate.weight: got rounding errors" in capsys.readouterr().out

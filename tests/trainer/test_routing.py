@@ -53,6 +53,7 @@ def test_keys_that_are_not_given_are_the_models_own():
         ("routing.jitter=0.1", "routing.jitter needs a routing.method"),
         ("routing={method: switch, top_k: 2}", "routing.top_k is decided by routing.method=switch"),
         ("routing.method=expert_choice", "sees its own future"),
+        ("routing={method: top_k, n_group: 16, topk_group: 1, top_k: 4}", "have 2 experts, and a token chooses 4"),
         ("routing={method: top_k, force: true}", "routing.force is for"),
         ("routing={method: top_k, n_group: 4}", "limits nothing; give routing.topk_group"),
         ("routing={method: top_k, topk_group: 4}", "give routing.n_group"),
@@ -72,6 +73,12 @@ def test_recipes_that_contradict_themselves_are_refused(override, says):
     with pytest.raises(RecipeError) as refused:
         recipe(override)
     assert says in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["train.replay_trace=balanced", "log.routing_trace=true"])
+def test_a_trace_of_experts_that_choose_is_refused(key):
+    with pytest.raises(RecipeError, match="is of tokens that choose experts"):
+        recipe("routing={method: expert_choice, force: true}", "model.router_aux_loss_coef=0", key)
 
 
 def test_an_adapter_leaves_the_base_models_routing_alone(tmp_path):

@@ -45,9 +45,11 @@ def load(tmp_path):
         (["model.soft={segment: 4}"], "belongs to model.soft.kind merging"),
         (["model.soft={kind: merging, segment: 4}", "parallel={workers: 2, ep: 2}"], "set it to 1"),
         (["model.soft={kind: merging, segment: 4}", "model.router_aux_loss_coef=0.1"], "nothing to balance"),
+        (["model.soft={kind: merging, segment: 4}", "log.routing_trace=true"], "no routing to record or follow"),
         (["model.soft={kind: merging, segment: 4}", "checkpoint.mode=pec"], "a soft block routes none"),
         (["model.soft={kind: merging, segment: 4}", "adapter={a: {preset: expert-lora}}"], "routed experts"),
         (["model.soft={kind: merging, segment: 4}", "train.mtp.depth=1"], "routed experts of their own"),
+        (["model.experts_backend=minimal", "adapter={a: {preset: expert-lora}}"], "no room for an adapter"),
         (["train.mtp.depth=1", "adapter={a: {preset: expert-lora}}"], "all but adapters is frozen"),
     ],
 )
@@ -83,3 +85,29 @@ def test_the_plan_counts_prediction_modules_as_they_are_built(load):
     theirs = {name: tuple(p.shape) for name, p in model.named_parameters() if name not in before}
     assert mtp_shapes(family_shapes(recipe.model, 257), 2) == theirs
     assert sum(plan_run(recipe).total.values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_prediction_modules_have_a_place_in_deepspeeds_folders(load):
+    import torch
+
+    from checkpointing.deepspeed_format import DeepSpeedFolder
+    from moe.load import persistent_buffers
+    from trainer.export import buffers_of
+
+    latent = (
+        "kv_lora_rank: 8, qk_rope_head_dim: 8, qk_nope_head_dim: 8, v_head_dim: 8, n_shared_experts: 1, n_group: 2, "
+        "topk_group: 1, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, moe_intermediate_size: 8, "
+        "num_experts: 8, num_experts_per_tok: 2"
+    )
+    recipe = load(f"model={{family: deepseek_v3, {latent}}}", "train.mtp={depth: 2}")
+    model = new_model("deepseek_v3", shape_fields(recipe), vocab_size=257, seed=0, dtype=torch.float32)
+    attach_mtp(model, 2, 0.3, seed=0)
+    found = buffers_of(recipe, {name: p.detach() for name, p in model.named_parameters()})
+    assert {name: t.shape for name, t in found.items()} == {
+        name: t.shape for name, t in persistent_buffers(model).items()
+    }
+    for name, parameter in model.mtp.named_parameters(prefix="mtp"):
+        shapes = [{name: parameter.shape}]
+        states = {"base_optimizer_state": {"param_groups": [{}]}}
+        folder = DeepSpeedFolder("tag", {"param_shapes": shapes}, [states], {})
+        assert folder.address_of(name, 0, 0) == parameter.address
