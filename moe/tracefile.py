@@ -11,7 +11,7 @@ All integers are little-endian. A file is a header and records:
              u64       optimizer step
              u32 x 4   micro-batch, layer, tokens T, bytes of one index (2 or 4)
              u32       CRC-32 of the 28 bytes above
-             T*K*size  indices [T,K], int16 or int32; ``num_experts`` stands for a choice that was dropped
+             T*K*size  indices [T,K], int16 or int32, as the gate chose them: also those that capacity dropped
              T*K*4     weights [T,K], float32, if the header says so
              u32       CRC-32 of indices and weights
 

@@ -50,6 +50,8 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
     if mtp.depth:
         blocks += attach_mtp(model, mtp.depth, mtp.weight, seed=recipe.train.seed, layout=layout, rank=process.rank)
     parallel, top_k = recipe.parallel, recipe.routing.choices(model.config.num_experts_per_tok)
+    if recipe.routing.method == "expert_choice":
+        top_k = blocks[0].experts.num_experts  # all of them are listed for every token
     exchange = set_exchange(blocks, top_k, dispatch=parallel.dispatch, overlap=parallel.overlap)
     if recipe.adapter:
         report = attach(model, recipe.adapter, blocks, layout_ep=layout.ep, seed=recipe.train.seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from moe.family_table import FAMILIES
 from trainer.recipe_view import Finding, View
 from trainer.schema import children
 
@@ -53,6 +54,9 @@ def _groups(view: View) -> Iterator[Finding]:
     if view.given("routing.topk_group") and not view.given("routing.n_group"):
         yield "routing.topk_group", "routing.topk_group chooses among groups; give routing.n_group, too"
     n_group, topk_group = view("routing.n_group"), view("routing.topk_group")
+    family = FAMILIES.get(view("model.family") or "")
+    if view.given("routing.group_score") and not n_group and family is not None and family.lacks("n_group"):
+        yield "routing.group_score", "routing.group_score compares groups, and there are none; give routing.n_group"
     if n_group and n_group > 1 and not topk_group:
         yield "routing.n_group", f"routing.n_group={n_group} limits nothing; give routing.topk_group, too"
     elif n_group and topk_group and topk_group > n_group:

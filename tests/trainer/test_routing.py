@@ -67,6 +67,7 @@ def test_keys_that_are_not_given_are_the_models_own():
         ("balance={aux_loss: hf}", "give balance.aux_loss_coef, too"),
         ("balance.bias_rate=0.1", "unknown key balance.bias_rate"),
         ("routing={method: expert_choice, force: true}", "model.router_aux_loss_coef: experts that choose"),
+        ("routing={method: top_k, group_score: max}", "routing.group_score compares groups, and there are none"),
     ],
 )
 def test_recipes_that_contradict_themselves_are_refused(override, says):
@@ -141,7 +142,7 @@ def test_a_gate_is_replaced_only_if_it_routes_otherwise(section):
         ("deepseek_v2", "routing={method: top_k, n_group: 2, topk_group: 2, top_k: 4}", None),
         ("deepseek_v3", "routing={method: top_k, n_group: 2, topk_group: 1}", None),
         ("deepseek_v3", "balance.bias_update_rate=0.1", None),
-        ("deepseek_v3", "routing={method: top_k, group_score: max}", "group_score max"),
+        ("deepseek_v3", "routing={method: top_k, n_group: 4, topk_group: 2, group_score: max}", "group_score max"),
         ("gpt_oss", "routing={method: top_k, top_k: 1}", None),
     ],
 )
