@@ -82,6 +82,9 @@ def model_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"model.path: {folder} has no usable tokenizer ({error}); save one there") from error
+    # Where there are no files, transformers makes one up for the model's type that knows special tokens only.
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise DataError(f"model.path: {folder} holds no tokenizer; save one there")
     if tokenizer.eos_token_id is None:
         raise DataError(f"model.path: the tokenizer in {folder} has no eos_token, which ends a document; set one")
     return tokenizer

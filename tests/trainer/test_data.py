@@ -206,6 +206,13 @@ def test_a_models_tokenizer_is_taken_over(json_bundle: DataBundle, root: Path, t
         load_section(data, cache_root=root / "other", model_path=str(tmp_path / "none"))
 
 
+def test_a_model_without_tokenizer_files_is_refused(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "vocab_size": 257}))
+    data = section(["json/*.py"], tokenizer=TokenizerSection(kind="model"))
+    with pytest.raises(DataError, match="holds no tokenizer"):
+        load_section(data, cache_root=root, model_path=str(tmp_path))
+
+
 # ---- packed cache
 
 
