@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from math import prod
 
-import torch
 from torch import nn
 
 from lora.config import BankConfig
 from lora.errors import AdapterError
-from lora.experts import ExpertLoRA, ExpertSlice
-from lora.linear import RoutedLinear
-from lora.presets import check_banks, targets_of
+from lora.expert_site import attach_experts
+from lora.linear_site import attach_linears
+from lora.presets import check_banks, expand
+from lora.sites import Frame, Match, global_size
 from moe.families import MoEBlock
-from moe.form import PLAIN
 
+__all__ = ["AttachReport", "Match", "attach", "format_table"]
 
-@dataclass(frozen=True)
-class Match:
-    """One place that a bank was put on; ``parameters`` counts trainable ones over all experts."""
-
-    bank: str
-    path: str
-    target: str
-    parameters: int
+Attacher = Callable[[nn.Module, str, BankConfig, Sequence[MoEBlock], Frame], list[Match]]
+_SITES: dict[str, Attacher] = {"linear": attach_linears, "experts": attach_experts}
 
 
 @dataclass(frozen=True)
@@ -52,11 +45,11 @@ def attach(
 ) -> AttachReport:
     """Freeze ``model`` and give it the adapters that ``banks`` describe; B starts at zero, so outputs stay.
 
-    Call after the experts were converted and before the optimizer is built. Expert banks go to the
-    ``adapter`` of every block's experts; routed banks replace matching linears in place.
+    Call after the experts were converted and before the optimizer is built. Expert banks go to the ``adapter`` of
+    every block's experts; the others to the modules that their targets name.
 
     Args:
-        blocks: the model's MoE blocks, with experts that have an ``adapter`` attribute.
+        blocks: the model's MoE blocks, with experts that have an ``adapter`` attribute; none for a dense model.
         layout_ep: expert-parallel degree, which the experts must have been converted for.
         seed: of the factors that start at random.
 
@@ -64,90 +57,25 @@ def attach(
     there) and for experts that cannot take an adapter.
     """
     check_banks(banks)
+    for block in blocks:
+        if getattr(block.module.experts, "adapter", None) is not None:
+            raise AdapterError(
+                f"{block.path}.experts already has an adapter; attach all banks at once to a model without any"
+            )
     model.requires_grad_(False)
-    matches: list[Match] = []
-    expert_banks = {name: bank for name, bank in banks.items() if bank.preset == "expert-lora"}
-    if expert_banks:
-        for block in blocks:
-            matches += _attach_experts(block, expert_banks, layout_ep, seed)
-    routers = {block.gate for block in blocks}
-    for name, bank in banks.items():
-        if bank.preset == "mola":
-            matches += _attach_linears(model, name, bank, routers, seed)
+    frame = Frame(_layers(model), seed, layout_ep)
+    matches = [
+        match
+        for name, bank in banks.items()
+        for match in _SITES[str(expand(bank).site)](model, name, bank, blocks, frame)
+    ]
     return _report(model, matches)
 
 
-def _attach_experts(block: MoEBlock, banks: Mapping[str, BankConfig], layout_ep: int, seed: int) -> list[Match]:
-    experts, path = block.module.experts, f"{block.path}.experts"
-    if not hasattr(experts, "adapter"):
-        raise AdapterError(
-            f"{path} ({type(experts).__name__}) cannot take an adapter; convert the model first (moe.convert.convert)"
-        )
-    form = getattr(experts, "form", PLAIN)
-    if form.transposed or form.interleaved:
-        raise AdapterError(
-            f"{path}: expert-lora is for experts with gate_up_proj [E,2I,H], gate rows first; this family's are "
-            f"{'transposed' if form.transposed else 'interleaved'}; use preset mola on the attention's projections"
-        )
-    if experts.adapter is not None:
-        raise AdapterError(f"{path} already has an adapter; attach all banks at once to a model without any")
-    if experts.ep_size != layout_ep:
-        raise AdapterError(f"{path} was converted for ep={experts.ep_size}, the adapter is for ep={layout_ep}")
-    owners = {target: name for name, bank in banks.items() for target in targets_of(bank)}
-    factors = {target: (banks[name].r, banks[name].alpha) for target, name in owners.items()}
-    hidden, intermediate = _sizes(experts, path)
-    # The weights' own place and type; where experts hold none, the gate's.
-    home = next(chain(experts.parameters(), block.module.parameters()))
-    local = experts.num_experts // experts.ep_size
-    part = ExpertSlice(block.layer, experts.num_experts, experts.first_expert, local, experts.ep_size)
-    experts.adapter = ExpertLoRA(
-        f"{path}.adapter", part, hidden, intermediate, factors, seed=seed, device=home.device, dtype=home.dtype
-    )
-    return [
-        Match(owners[target], path, target, _global_size(getattr(experts.adapter, target).parameters()))
-        for target in factors
-    ]
-
-
-def _sizes(experts: nn.Module, path: str) -> tuple[int, int]:
-    """(hidden, intermediate), from the weights or, where they are not held, from attributes."""
-    down_LHI = getattr(experts, "down_proj", None)
-    if isinstance(down_LHI, torch.Tensor) and down_LHI.dim() == 3:
-        return down_LHI.shape[1], down_LHI.shape[2]
-    try:
-        return experts.hidden_size, experts.intermediate_size
-    except AttributeError:
-        raise AdapterError(
-            f"{path} ({type(experts).__name__}) has neither a stacked down_proj [L,H,I] "
-            "nor hidden_size and intermediate_size"
-        ) from None
-
-
-def _attach_linears(model: nn.Module, name: str, bank: BankConfig, routers: set[nn.Module], seed: int) -> list[Match]:
-    linears = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module not in routers
-    }
-    matches = []
-    for target in targets_of(bank):
-        found = [path for path in linears if f".{path}".endswith(f".{target}")]
-        if not found:
-            there = ", ".join(sorted({path.rpartition(".")[2] for path in linears})) or "no linear layer at all"
-            raise AdapterError(f"adapter.{name}: target {target!r} matches no linear layer; the model has: {there}")
-        for path in found:
-            if isinstance(linears[path], RoutedLinear):
-                raise AdapterError(f"adapter.{name}: {path} already has a bank; give each linear to one")
-            routed = RoutedLinear(linears[path], bank, path, seed=seed)
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, routed)
-            linears[path] = routed
-            matches.append(Match(name, path, target, _global_size(routed.adapter.parameters())))
-    return matches
-
-
-def _global_size(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(prod(p.address.global_shape) if hasattr(p, "address") else p.numel() for p in parameters)
+def _layers(model: nn.Module) -> int:
+    """The model's decoder layers; banks may give them different experts and ranks."""
+    found = [re.search(r"layers\.(\d+)\.", f"{path}.") for path, _ in model.named_modules()]
+    return max((int(match[1]) for match in found if match), default=-1) + 1
 
 
 def _kind(path: str) -> str:
@@ -161,9 +89,9 @@ def _report(model: nn.Module, matches: Sequence[Match]) -> AttachReport:
     frozen = 0
     for path, parameter in model.named_parameters():
         if parameter.requires_grad:
-            trainable[_kind(path)] += _global_size([parameter])
+            trainable[_kind(path)] += global_size([parameter])
         else:
-            frozen += _global_size([parameter])
+            frozen += global_size([parameter])
     return AttachReport(tuple(matches), dict(trainable), frozen)
 
 

@@ -5,12 +5,13 @@ Shapes: L local experts, N rows sorted by local expert, H hidden, I intermediate
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lora.config import BankAt
+from lora.errors import AdapterError
 from lora.factors import factored_delta, stacked_init
 from moe.refs import TensorAddress
 
@@ -27,7 +28,7 @@ class ExpertSlice:
 
 
 class StackedFactors(nn.Module):
-    """A [L, R, in] and B [L, out, R] of one stacked expert tensor; the delta is ``alpha/r * B A x``."""
+    """A [L, R, in] and B [L, out, R] of one stacked expert tensor; the delta is ``scale * B A x``."""
 
     def __init__(
         self,
@@ -38,13 +39,13 @@ class StackedFactors(nn.Module):
         out_features: int,
         *,
         r: int,
-        alpha: float,
+        scale: float,
         seed: int,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
-        self.scale = alpha / r
+        self.scale = scale
         key = f"{seed}/layer {experts.layer}/{name}/A"
         a_LRM = stacked_init(experts.local, experts.first, (r, in_features), key)
         self.A = nn.Parameter(a_LRM.to(device=device, dtype=dtype))
@@ -76,30 +77,32 @@ class ExpertLoRA(nn.Module):
 
     Args:
         path: path of this module in the model, e.g. ``model.layers.3.mlp.experts.adapter``.
-        factors: ``(r, alpha)`` per tensor, any of ``gate_up_proj`` and ``down_proj``.
+        experts: which experts it serves.
     """
 
-    def __init__(
-        self,
-        path: str,
-        experts: ExpertSlice,
-        hidden: int,
-        intermediate: int,
-        factors: Mapping[str, tuple[int, float]],
-        *,
-        seed: int = 0,
-        device=None,
-        dtype=None,
-    ) -> None:
+    def __init__(self, path: str, experts: ExpertSlice, hidden: int, intermediate: int) -> None:
         super().__init__()
+        self.path, self.slice = path, experts
         self.layer, self.hidden, self.intermediate = experts.layer, hidden, intermediate
         self.num_experts, self.first_expert, self.ep_size = experts.total, experts.first, experts.ep
-        dims = {"gate_up_proj": (hidden, 2 * intermediate), "down_proj": (intermediate, hidden)}
-        for name, (r, alpha) in factors.items():
-            stack = StackedFactors(
-                name, f"{path}.{name}", experts, *dims[name], r=r, alpha=alpha, seed=seed, device=device, dtype=dtype
-            )
-            self.add_module(name, stack)
+
+    def add(self, name: str, bank: BankAt, *, seed: int = 0, device=None, dtype=None) -> None:
+        """Adapt the tensor ``name``. Raises AdapterError if it already is."""
+        if hasattr(self, name):
+            raise AdapterError(f"{self.path}.{name} is adapted already; give each tensor to one bank")
+        sizes = {"gate_up_proj": (self.hidden, 2 * self.intermediate), "down_proj": (self.intermediate, self.hidden)}
+        factors = StackedFactors(
+            name,
+            f"{self.path}.{name}",
+            self.slice,
+            *sizes[name],
+            r=bank.r,
+            scale=bank.scale,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+        )
+        self.add_module(name, factors)
 
     def gate_up_delta(self, x_NH: Tensor, counts_L: Tensor) -> Tensor:
         """[N, 2I], scaled. ``counts_L``: int64 rows per local expert; the rows of x are in that order."""

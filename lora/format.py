@@ -27,7 +27,7 @@ from lora.attach import AttachReport, attach
 from lora.config import BankConfig
 from lora.errors import AdapterError
 from lora.peft_format import CONFIG_FILE, export_peft
-from lora.presets import bank_of, check_banks, is_exactly_lora
+from lora.presets import bank_of, check_banks, expand, is_exactly_lora
 from moe.convert import convert
 from moe.families import find_moe_blocks
 
@@ -110,7 +110,10 @@ def load_adapter(folder: str | Path) -> Adapter:
     """
     folder = Path(folder)
     manifest = _read_manifest(folder / MANIFEST_FILE)
-    banks = {name: BankConfig(**{**b, "targets": tuple(b["targets"])}) for name, b in manifest["banks"].items()}
+    banks = {
+        name: BankConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in bank.items()})
+        for name, bank in manifest["banks"].items()
+    }
     expected: dict[str, dict[str, Any]] = manifest["tensors"]
     file = folder / TENSORS_FILE
     try:
@@ -149,7 +152,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, base_fingerprint: str |
             "use the base model it was exported with"
         )
     blocks = []
-    if any(bank.preset == "expert-lora" for bank in adapter.banks.values()):
+    if any(expand(bank).site == "experts" for bank in adapter.banks.values()):
         blocks = find_moe_blocks(model)
         if not all(hasattr(block.experts, "adapter") for block in blocks):
             blocks = convert(model)
@@ -185,15 +188,16 @@ def _check_tensors(tensors: Mapping[str, Tensor], banks: Mapping[str, BankConfig
         if name is None:
             raise AdapterError(f"{path} belongs to none of the banks {', '.join(banks)}")
         used.add(name)
-        bank, factor = banks[name], path.rpartition(".")[2]
+        factor = path.rpartition(".")[2]
         if factor == "router":
             fits = tensor.dim() == 2
         else:
-            fits = tensor.dim() == 3 and bank.r == (tensor.shape[1] if factor == "A" else tensor.shape[2])
+            fits = tensor.dim() == 3
             if (partner := path[:-1] + ("B" if factor == "A" else "A")) not in tensors:
                 raise AdapterError(f"{path} is there, but {partner} is not")
+            fits = fits and tensor.shape[1 if factor == "A" else 2] == tensors[partner].shape[2 if factor == "A" else 1]
         if not fits:
-            raise AdapterError(f"{path}: shape {tuple(tensor.shape)} is not {LAYOUT} with r={bank.r} ({name})")
+            raise AdapterError(f"{path}: shape {tuple(tensor.shape)} is not {LAYOUT} ({name})")
     if empty := [name for name in banks if name not in used]:
         raise AdapterError(f"adapter.{empty[0]} has no tensors")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora.config import BankConfig
+from lora.config import BankAt
 from lora.factors import stacked_init, uniform_init
 from moe.balance import inject, switch_loss
 from moe.context import current
@@ -24,15 +24,15 @@ class LinearBank(nn.Module):
         path: str,
         in_features: int,
         out_features: int,
-        bank: BankConfig,
+        bank: BankAt,
         *,
         seed: int = 0,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
-        self.top_k, self.scale = bank.top_k, bank.alpha / bank.r
-        self.balance_coef = bank.router_aux_loss_coef
+        self.top_k, self.scale = bank.config.top_k, bank.scale
+        self.balance_coef = bank.config.router_aux_loss_coef
         key, place = f"{seed}/{path}", {"device": device, "dtype": dtype}
         a_ERM = stacked_init(bank.num_experts, 0, (bank.r, in_features), f"{key}/A")
         router_EM = uniform_init((bank.num_experts, in_features), f"{key}/router")
@@ -80,7 +80,7 @@ class RoutedLinear(nn.Linear):
     with them their names in checkpoints and exports, stay as they were.
     """
 
-    def __init__(self, base: nn.Linear, bank: BankConfig, path: str, *, seed: int = 0) -> None:
+    def __init__(self, base: nn.Linear, bank: BankAt, path: str, *, seed: int = 0) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight = base.weight

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora.config import BankConfig
 from lora.errors import AdapterError
-from lora.presets import EXPERT_TENSORS, is_exactly_lora, targets_of
+from lora.presets import EXPERT_TENSORS, expand, is_exactly_lora, targets_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -57,7 +57,7 @@ def peft_config(
 ) -> dict[str, Any]:
     """The ``adapter_config.json`` that goes with :func:`peft_tensors`."""
     _require_lora(banks)
-    of = {target: bank for bank in banks.values() for target in targets_of(bank)}
+    of = {target: expand(bank) for bank in banks.values() for target in targets_of(bank)}
     first = next(iter(of.values()))
     sites = {_LAYER.sub("", path.rpartition(".adapter.")[0]) for path in tensors}
     return {

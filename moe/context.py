@@ -26,6 +26,10 @@ class BatchContext:
         balance: whether auxiliary losses and routing statistics are wanted (off in evaluation).
         shape: (B, S); None if the tokens are not known to form sequences.
         mask_T: false for padding, which counts in no loss and no statistic; None if all tokens are real.
+        segment_T: which of its row's samples each token belongs to, counted from 0, where rows are packed; None: a row
+            is one sample.
+        task_T: the task of each token's sample; None if the data names none.
+        slot_T: the adapter that each token belongs to, where several train at once; None: there is one.
         micro_step: 0 in the first pass of an optimizer step.
         record: called as ``record(layer, index_TK, weights_TK)`` with what each gate decided; in training once per
             layer, not again when a checkpointed layer is recomputed.
@@ -37,6 +41,9 @@ class BatchContext:
     balance: bool = True
     shape: tuple[int, int] | None = None
     mask_T: Tensor | None = None
+    segment_T: Tensor | None = None
+    task_T: Tensor | None = None
+    slot_T: Tensor | None = None
     micro_step: int = 0
     record: Record | None = None
     replay: Replay | None = None

@@ -49,7 +49,7 @@ def _experts_of_pec(view: View) -> Iterator[Finding]:
     if view("checkpoint.mode") != "pec":
         return
     banks = view("adapter")
-    if banks and not any(view(f"adapter.{name}.preset") == "expert-lora" for name in banks):
+    if banks and not any(str(view(f"adapter.{name}.preset")).startswith("expert-lora") for name in banks):
         yield (
             "checkpoint.mode",
             "mode pec captures some experts at a time, but no bank of this run is an expert's "

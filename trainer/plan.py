@@ -17,7 +17,7 @@ from typing import Any
 
 from checkpointing.cost import BudgetError, size
 from lora.config import BankConfig
-from lora.presets import targets_of
+from lora.presets import bank_at, expand, layer_of, targets_of
 from moe.family_table import BUFFERS, FAMILIES, known_families
 from trainer.family_shapes import family_shapes
 from trainer.mode_plan import Share, basis_of, budget_of, mode_rows
@@ -116,12 +116,13 @@ def count_by_kind(shapes: Shapes) -> dict[str, int]:
 
 def bank_parameters(bank: BankConfig, shapes: Shapes) -> int:
     """Trainable parameters of one bank on a model with these tensors, all experts counted."""
-    total = 0
+    total, layers = 0, _layers(shapes)
     for target in targets_of(bank):
         for name, (out_features, in_features) in _sites(target, shapes):
-            total += bank.r * (in_features + out_features) * (1 if kind_of(name) == "experts" else bank.num_experts)
-            if bank.preset == "mola":
-                total += bank.num_experts * in_features
+            here = bank_at(bank, layer_of(name), layers, 1)
+            total += here.num_experts * here.r * (in_features + out_features)
+            if here.config.router == "token":
+                total += here.num_experts * in_features
     return total
 
 
@@ -164,7 +165,7 @@ def plan_run(recipe: Recipe) -> Plan:
         kept = {"experts": expert_total * (experts - frozen) // experts}
         trained = {"router": total["router"], **{kind: count for kind, count in kept.items() if count}}
     expert_trained = (
-        sum(banks[name] for name, bank in recipe.adapter.items() if bank.preset == "expert-lora")
+        sum(banks[name] for name, bank in recipe.adapter.items() if expand(bank).site == "experts")
         if banks
         else trained.get("experts", 0)
     )

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 
 from checkpointing.storage import place_of
-from lora.presets import targets_of
+from lora.presets import expand
 from moe.family_table import FAMILIES, resolved
 from trainer import yaml_lines
 from trainer.recipe_checks import BYTE_VOCABULARY, WITH_PATH, findings
@@ -170,6 +170,8 @@ def _alternatives_joined(error: ValidationError) -> list[dict[str, Any]]:
         key = next((p for p in (path, path[:-1]) if schema_path(p) in _NUMBER_OR_AUTO), path)
         if key != path:
             kind = "number_or_auto"
+        elif path[:1] == ("adapter",) and path[2:3] in _COUNTS | _INITS and len(path) > 3:
+            key, kind = path[:3], "count" if path[2:3] in _COUNTS else "init"
         errors[key, kind] = {**one, "loc": key, "type": kind}
     return list(errors.values())
 
@@ -186,6 +188,9 @@ _RANGES = {
 }
 _BOUNDS = tuple(_RANGES.values())
 _NUMBER_OR_AUTO = {path for path, key in KEYS.items() if Literal["auto"] in get_args(key.annotation)}
+# A bank's keys that take a number or something else.
+_COUNTS = {("num_experts",), ("r",)}
+_INITS = {("a_init",), ("router_init",)}
 _WANTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -196,6 +201,8 @@ _WANTED = {
     "tuple_type": "a list",
     "dict_type": "a mapping",
     "dataclass_type": "a mapping of keys",
+    "count": "a whole number, or a list of them for groups of layers",
+    "init": "kaiming or a number",
 }
 
 
@@ -273,7 +280,7 @@ def _resolved(recipe: Recipe, path: FilePath) -> Recipe:
         data = dataclasses.replace(data, include=tuple(str(folder / pattern) for pattern in data.include))
     if data.format == "jsonl" and data.text_key is None:
         data = dataclasses.replace(data, text_key="text")
-    banks = {name: dataclasses.replace(b, targets=targets_of(b)) for name, b in recipe.adapter.items()}
+    banks = {name: expand(bank) for name, bank in recipe.adapter.items()}
     log = recipe.log if recipe.log.run else dataclasses.replace(recipe.log, run=path.stem)
     checkpoint, disk = recipe.checkpoint, recipe.checkpoint.disk
     place = place_of(disk.url or "")
@@ -319,8 +326,9 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
     if checkpoint["mode"] != "pec":
         del checkpoint["pec"]
     for bank in values["adapter"].values():
-        bank["targets"] = list(bank["targets"])
-        if bank["preset"] == "expert-lora":
+        for name, value in bank.items():
+            bank[name] = list(value) if isinstance(value, tuple) else value
+        if bank["site"] == "experts":
             for name in ("num_experts", "top_k", "router_aux_loss_coef"):
                 del bank[name]
     return values

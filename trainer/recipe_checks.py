@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lora.presets import DEFAULT_TARGETS, EXPERT_TENSORS
 from moe.family_table import FAMILIES
+from trainer.bank_rules import BANK_RULES
 from trainer.checkpoint_checks import CHECKPOINT_RULES
 from trainer.disk_rules import DISK_RULES
 from trainer.family_checks import FAMILY_RULES
@@ -22,10 +22,6 @@ from trainer.variant_checks import VARIANT_RULES
 from trainer.yaml_lines import Path
 
 WITH_PATH = ("path", "attention_dropout", "router_aux_loss_coef", "experts_backend", "frozen_experts", "soft")
-TARGETS = {
-    "expert-lora": EXPERT_TENSORS,
-    "mola": ("q_proj", "k_proj", "v_proj", "o_proj"),
-}
 WITHOUT_SHARED_EXPERT = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
 BYTE_VOCABULARY = 257  # 256 bytes and <|endoftext|>
 
@@ -44,7 +40,7 @@ def findings(values: dict[str, Any], bad: set[Path]) -> Iterator[Finding]:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
             yield ("adapter", name), f"adapter bank {name!r}: use letters, digits, '_' and '-', a letter first"
             continue
-        for bank_rule in _BANK_RULES:
+        for bank_rule in BANK_RULES:
             try:
                 yield from bank_rule(view, f"adapter.{name}")
             except Unknown:
@@ -260,60 +256,6 @@ def _run_name(view: View) -> Iterator[Finding]:
         )
 
 
-def _bank_ranges(view: View, bank: str) -> Iterator[Finding]:
-    for name in ("r", "num_experts", "top_k"):
-        if view(f"{bank}.{name}") < 1:
-            yield f"{bank}.{name}", f"{bank}.{name} must be at least 1, not {view(f'{bank}.{name}')}; change it"
-    if view(f"{bank}.alpha") <= 0:
-        yield f"{bank}.alpha", f"{bank}.alpha must be more than 0, not {view(f'{bank}.alpha')}; change it"
-    if view(f"{bank}.router_aux_loss_coef") < 0:
-        yield f"{bank}.router_aux_loss_coef", f"{bank}.router_aux_loss_coef must be at least 0; change it"
-
-
-def _bank_top_k(view: View, bank: str) -> Iterator[Finding]:
-    top_k, experts = view(f"{bank}.top_k"), view(f"{bank}.num_experts")
-    if view(f"{bank}.preset") == "mola" and top_k > experts >= 1:
-        yield f"{bank}.top_k", f"{bank}.top_k={top_k} is more than {bank}.num_experts={experts}; choose fewer"
-
-
-def _bank_keys(view: View, bank: str) -> Iterator[Finding]:
-    if view(f"{bank}.preset") == "expert-lora":
-        for name in ("num_experts", "top_k", "router_aux_loss_coef"):
-            if view.given(f"{bank}.{name}"):
-                yield (
-                    f"{bank}.{name}",
-                    (f"{bank}.{name} belongs to preset mola; expert-lora follows the model's own router: remove it"),
-                )
-
-
-def _bank_targets(view: View, bank: str) -> Iterator[Finding]:
-    preset = view(f"{bank}.preset")
-    names, allowed = view(f"{bank}.targets"), TARGETS[preset]
-    for i, name in enumerate(names):
-        if name not in allowed:
-            yield (
-                f"{bank}.targets.{i}",
-                (f"{bank}.targets: {name!r} is no target of preset {preset}; choose from {', '.join(allowed)}"),
-            )
-        elif name in names[:i]:
-            yield f"{bank}.targets.{i}", f"{bank}.targets names {name!r} twice; keep one"
-
-
-def _bank_overlap(view: View, bank: str) -> Iterator[Finding]:
-    for other in view.values["adapter"]:
-        if f"adapter.{other}" == bank or "." in other:
-            return
-        if view(f"adapter.{other}.preset") == view(f"{bank}.preset"):
-            mine, theirs = _targets_of(view, bank), _targets_of(view, f"adapter.{other}")
-            if shared := [name for name in mine if name in theirs]:
-                yield bank, f"banks adapter.{other} and {bank} both target {', '.join(shared)}; keep one of them"
-
-
-def _targets_of(view: View, bank: str) -> tuple[str, ...]:
-    preset = view(f"{bank}.preset")
-    return tuple(view(f"{bank}.targets")) or DEFAULT_TARGETS[preset]
-
-
 _RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (
     _model_origin,
     *FAMILY_RULES,
@@ -336,11 +278,4 @@ _RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (
     *DISK_RULES,
     *ROUTING_RULES,
     *VARIANT_RULES,
-)
-_BANK_RULES: tuple[Callable[[View, str], Iterator[Finding]], ...] = (
-    _bank_ranges,
-    _bank_top_k,
-    _bank_keys,
-    _bank_targets,
-    _bank_overlap,
 )

@@ -86,7 +86,7 @@ def _adapted_backend(view: View) -> Iterator[Finding]:
     banks, backend = view.values.get("adapter"), view("model.experts_backend")
     if not isinstance(banks, dict) or backend in ("auto", "grouped_mm"):
         return
-    if any(isinstance(bank, dict) and bank.get("preset") == "expert-lora" for bank in banks.values()):
+    if any(isinstance(bank, dict) and str(bank.get("preset")).startswith("expert-lora") for bank in banks.values()):
         yield (
             "model.experts_backend",
             f"model.experts_backend={backend} has no room for an adapter on the experts; choose grouped_mm or auto",

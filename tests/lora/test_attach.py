@@ -66,7 +66,7 @@ def test_counts_do_not_depend_on_the_expert_parallel_degree(tiny_moe):
         ({"e": EXPERT, "f": BankConfig("expert-lora", targets=["down_proj"])}, ["adapter.f", "down_proj", "adapter.e"]),
         ({"a": BankConfig("mola", top_k=5)}, ["adapter.a", "top_k=5", "num_experts=4"]),
         ({"a": BankConfig("mola", r=0)}, ["adapter.a", "r=0"]),
-        ({"a": BankConfig("lora", r=1)}, ["adapter.a", "'lora'", "mola"]),
+        ({"a": BankConfig("lra", r=1)}, ["adapter.a", "'lra'", "mola"]),
         ({"a": MOLA, "b": BankConfig("mola", targets=["self_attn.q_proj"])}, ["adapter.b", "q_proj", "already"]),
     ],
 )

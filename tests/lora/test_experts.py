@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora.config import BankConfig
 from lora.experts import ExpertLoRA, ExpertSlice
 from lora.factors import FactoredDelta
+from lora.presets import bank_at
 from moe.convert import convert
 from moe.layout import Layout
 
@@ -18,7 +20,10 @@ FACTORS = {"gate_up_proj": (4, 6.0), "down_proj": (3, 5.0)}
 def make(first: int = 0, local: int = EXPERTS, ep: int = 1, factors=None, **place) -> ExpertLoRA:
     part = ExpertSlice(3, EXPERTS, first, local, ep)
     path = "model.layers.3.mlp.experts.adapter"
-    return ExpertLoRA(path, part, HIDDEN, INTERMEDIATE, factors or FACTORS, **place)
+    adapter = ExpertLoRA(path, part, HIDDEN, INTERMEDIATE)
+    for name, (r, alpha) in (factors or FACTORS).items():
+        adapter.add(name, bank_at(BankConfig("expert-lora", r=r, alpha=alpha), 0, 1), **place)
+    return adapter
 
 
 def randomize(module: torch.nn.Module, seed: int = 1) -> None:
@@ -141,7 +146,6 @@ def test_addresses_name_global_experts_and_only_expert_parallel_ones_are_tagged(
 def test_slices_of_one_adapter_add_up_to_the_whole_through_the_experts_seam(tiny_moe, ep):
     """Per-rank experts with slices of one adapter give the rows, and the gradients, of the whole."""
     from lora.attach import attach
-    from lora.config import BankConfig
 
     banks = {"e": BankConfig("expert-lora", r=4, alpha=8.0)}
 
@@ -181,7 +185,8 @@ def test_slices_of_one_adapter_add_up_to_the_whole_through_the_experts_seam(tiny
 @pytest.mark.parametrize("counts", [[40, 0, 130, 1, 0, 29], [0, 0, 0, 0, 0, 0]])
 def test_grouped_products_on_cuda_equal_the_loop_and_leave_no_gradient_out(counts):
     part = ExpertSlice(0, EXPERTS, 0, EXPERTS)
-    adapter = ExpertLoRA("x", part, 256, 128, {"gate_up_proj": (8, 16.0)}, device="cuda", dtype=torch.bfloat16)
+    adapter = ExpertLoRA("x", part, 256, 128)
+    adapter.add("gate_up_proj", bank_at(BankConfig("expert-lora"), 0, 1), device="cuda", dtype=torch.bfloat16)
     stack = adapter.gate_up_proj
     torch.manual_seed(0)
     with torch.no_grad():

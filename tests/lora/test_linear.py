@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora.config import BankConfig
 from lora.linear import RoutedLinear
+from lora.presets import bank_at, expand
 from moe.context import BatchContext, batch_context
 
 BANK = BankConfig("mola", r=3, alpha=6.0, num_experts=5, top_k=2)
@@ -17,7 +18,7 @@ BANK = BankConfig("mola", r=3, alpha=6.0, num_experts=5, top_k=2)
 
 def make(bank: BankConfig = BANK, dtype=torch.float64, bias: bool = True) -> RoutedLinear:
     torch.manual_seed(0)
-    return RoutedLinear(nn.Linear(6, 9, bias=bias, dtype=dtype), bank, "layers.0.q_proj")
+    return RoutedLinear(nn.Linear(6, 9, bias=bias, dtype=dtype), bank_at(bank, 0, 1), "layers.0.q_proj")
 
 
 def randomize(module: nn.Module) -> None:
@@ -29,7 +30,7 @@ def randomize(module: nn.Module) -> None:
 
 def naive(x: Tensor, linear: RoutedLinear, bank: BankConfig) -> tuple[Tensor, Tensor]:
     """Outputs, and the balance loss, of MoLA: softmax over all experts, the best K renormalised."""
-    adapter, rows, chosen, probabilities = linear.adapter, [], [], []
+    adapter, rows, chosen, probabilities, bank = linear.adapter, [], [], [], expand(bank)
     for token in x:
         p = (adapter.router @ token).exp()
         p = p / p.sum()
@@ -86,7 +87,7 @@ def test_the_balance_loss_is_off_outside_training_batches():
 
 def test_keeps_the_parameters_and_the_outputs_of_the_linear_it_takes_over():
     base = nn.Linear(6, 9)
-    routed = RoutedLinear(base, BANK, "layers.0.q_proj")
+    routed = RoutedLinear(base, bank_at(BANK, 0, 1), "layers.0.q_proj")
     assert routed.weight is base.weight
     assert routed.bias is base.bias
     x = torch.randn(3, 6)
@@ -99,8 +100,10 @@ def test_start_values_depend_on_seed_and_path_only():
     first = make().adapter
     torch.manual_seed(99)
     again = make().adapter
-    other = RoutedLinear(nn.Linear(6, 9, dtype=torch.float64), BANK, "layers.1.q_proj").adapter
-    reseeded = RoutedLinear(nn.Linear(6, 9, dtype=torch.float64), BANK, "layers.0.q_proj", seed=1).adapter
+    other = RoutedLinear(nn.Linear(6, 9, dtype=torch.float64), bank_at(BANK, 0, 1), "layers.1.q_proj").adapter
+    reseeded = RoutedLinear(
+        nn.Linear(6, 9, dtype=torch.float64), bank_at(BANK, 0, 1), "layers.0.q_proj", seed=1
+    ).adapter
     for name in ("A", "router"):
         assert torch.equal(getattr(first, name), getattr(again, name))
         assert not torch.equal(getattr(first, name), getattr(other, name))
