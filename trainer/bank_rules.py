@@ -17,7 +17,8 @@ def expanded(view: View, bank: str) -> BankConfig:
     """The bank with its preset's fields. Raises Unknown if any of its values is wrong already."""
     given = [field.name for field in fields(BankConfig) if view.given(f"{bank}.{field.name}")]
     values: dict[str, Any] = {name: view(f"{bank}.{name}") for name in ("preset", *given)}
-    return expand(BankConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}))
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return expand(BankConfig(**values))
 
 
 def _ranges(view: View, bank: str) -> Iterator[Finding]:
