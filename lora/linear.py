@@ -5,6 +5,8 @@ Shapes: T tokens, M inputs, O outputs, E experts of the bank, K of them per toke
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,6 +44,10 @@ class LinearBank(nn.Module):
         for name in ("A", "B", "router"):
             parameter = getattr(self, name)
             parameter.address = TensorAddress(f"{path}.{name}", tuple(parameter.shape))
+        self.observe: Callable[[Tensor], None] | None = None
+
+    def probes(self) -> list[tuple[str, nn.Parameter]]:
+        return [("B", self.B)]
 
     def gates(self, x_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Dense gates [T, E], zero outside the K chosen; router logits [T, E]; choices [T, K]. fp32 or wider."""
@@ -61,6 +67,8 @@ class LinearBank(nn.Module):
         """
         experts, rank, _ = self.A.shape
         gate_TE, logits_TE, index_TK = self.gates(x_TM)
+        if self.observe is not None:
+            self.observe(gate_TE)
         z_TX = F.linear(x_TM, self.A.to(x_TM.dtype).flatten(0, 1))
         scaled_TE = (gate_TE * self.scale).to(x_TM.dtype)
         z_TX = (z_TX.unflatten(1, (experts, rank)) * scaled_TE.unsqueeze(-1)).flatten(1)
