@@ -65,7 +65,7 @@ def test_counts_do_not_depend_on_the_expert_parallel_degree(tiny_moe):
         ({"e": BankConfig("expert-lora", targets=["w1"])}, ["adapter.e", "w1", "gate_up_proj"]),
         ({"e": EXPERT, "f": BankConfig("expert-lora", targets=["down_proj"])}, ["adapter.f", "down_proj", "adapter.e"]),
         ({"a": BankConfig("mola", top_k=5)}, ["adapter.a", "top_k=5", "num_experts=4"]),
-        ({"a": BankConfig("mola", r=0)}, ["adapter.a", "r=0"]),
+        ({"a": BankConfig("mola", r=0)}, ["adapter.a.r must be at least 1, not 0"]),
         ({"a": BankConfig("lra", r=1)}, ["adapter.a", "'lra'", "mola"]),
         ({"a": MOLA, "b": BankConfig("mola", targets=["self_attn.q_proj"])}, ["adapter.b", "q_proj", "already"]),
     ],
