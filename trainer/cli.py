@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
+from trainer.adapter_cli import add_adapter_verbs
 from trainer.checkpoint_cli import add_verbs
 from trainer.faults import POINTS
 from trainer.model_cli import add_model_verbs
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
     checkpoint = verbs.add_parser("checkpoint", help="look at, check, compare or delete a run's checkpoints")
     add_verbs(checkpoint)
+    add_adapter_verbs(verbs.add_parser("adapter", help="write adapters for other tools, or read theirs"))
 
     keeper = verb("keeper", _keeper, "stop, or look at, the process that holds a run's state in memory")
     keeper.add_argument("action", choices=("stop", "status"), help="stop writes the newest step to disk first")
