@@ -176,11 +176,6 @@ def check_banks(banks: Mapping[str, BankConfig]) -> None:
             owners[str(full.site), target] = name
 
 
-def is_exactly_lora(banks: Mapping[str, BankConfig]) -> bool:
-    """Whether the whole adapter is the function PEFT calls LoRA, so that PEFT may load it."""
-    return bool(banks) and all(bank.preset == "expert-lora" for bank in banks.values())
-
-
 def bank_of(path: str, banks: Mapping[str, BankConfig]) -> str | None:
     """Name of the bank that the adapter tensor at ``path`` belongs to; None if no bank has such a target.
 
