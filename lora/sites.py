@@ -37,21 +37,29 @@ class Probed(Protocol):
 
 @dataclass(frozen=True)
 class Match:
-    """One place that a bank was put on; ``parameters`` counts trainable ones over all experts."""
+    """One place that a bank was put on; ``parameters`` counts trainable ones over all experts.
+
+    Site, experts and rank are filled in by :func:`lora.attach.attach`.
+    """
 
     bank: str
     path: str
     target: str
     parameters: int
+    site: str = ""
+    num_experts: int = 0
+    r: int = 0
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What holds for the whole model: its number of layers, the seed, and the expert-parallel degree."""
+    """What holds for the whole model: its number of layers, the seed, the expert-parallel degree, and how many experts
+    the model's own router gives a token (0: unknown, or no such router); pass the last to ``bank_at`` as ``active``."""
 
     layers: int
     seed: int = 0
     ep: int = 1
+    active: int = 0
 
 
 def global_size(parameters: Iterable[nn.Parameter]) -> int:
