@@ -152,7 +152,7 @@ def backward(
     needs_x: bool,
     overwrite: bool,
 ) -> tuple[Gradients, PairGradients | None, PairGradients | None]:
-    """Gradients of x, of the scores, and of both pairs' factors. ``keep`` as in the forward. ``overwrite``: h is not needed again."""
+    """Gradients of x, of the scores, and of both pairs' factors. ``keep`` as in the forward; ``overwrite``: h may go."""
     row_N, local = assignment.row_N, stack.up_L.shape[0]
     score_N = spread_scores(weights_RK, assignment, x_RH.dtype)
     ds_N = torch.empty_like(score_N)

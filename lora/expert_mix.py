@@ -1,7 +1,7 @@
 """A whole expert layer with low-rank pairs as one function that keeps little for its backward.
 
-As :mod:`moe.kernels.minimal`: kept are x, the routing and the pre-activations (LoRA's part in them included), and of
-those only as many as :func:`lora.fold.kept_rows` says. ``A x``, the activation and the gathered rows are computed again.
+As :mod:`moe.kernels.minimal`: kept are x, the routing and the pre-activations (LoRA's part in them included), of those
+as many as :func:`lora.fold.kept_rows` says. ``A x``, the activation and the gathered rows are computed again.
 The score multiplies before the down projection, and before its pair, which is linear, too.
 
 Shapes: R rows, K choices per row, L local experts, N sorted pairs, H hidden, I intermediate.

@@ -1,6 +1,7 @@
 """LoRA on every routed expert, factored and stacked.
 
-Shapes: L local experts, R rows, N pairs of a row and a local expert, sorted by expert, H hidden, I intermediate, Q rank.
+Shapes: L local experts, R rows, N pairs of a row and a local expert, sorted by expert, H hidden, I intermediate,
+Q rank.
 """
 
 from __future__ import annotations

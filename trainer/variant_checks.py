@@ -89,7 +89,8 @@ def _adapted_backend(view: View) -> Iterator[Finding]:
     if any(isinstance(bank, dict) and str(bank.get("preset")).startswith("expert-lora") for bank in banks.values()):
         yield (
             "model.experts_backend",
-            f"model.experts_backend={backend} has no room for an adapter on the experts; choose auto, minimal or grouped_mm",
+            f"model.experts_backend={backend} has no room for an adapter on the experts; choose auto, minimal or "
+            "grouped_mm",
         )
 
 
