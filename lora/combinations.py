@@ -28,7 +28,7 @@ _COMBINES = {
     "token": ("soft", "top_k", "top_p", "threshold", "switch"),
     "task": ("soft", "top_k"),
 }
-_SHARES = {"linear": ("none", "A"), "experts": ("none", "all", "outer"), "ffn": ("none",), "parallel": ("none",)}
+_SHARES = {"linear": ("none", "A"), "experts": ("none", "A", "all", "outer"), "ffn": ("none",), "parallel": ("none",)}
 
 
 def _own(full: BankConfig) -> bool:

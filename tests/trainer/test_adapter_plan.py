@@ -27,6 +27,7 @@ FAMILIES = {
     "mixtral": MOE,
     "qwen2_moe": {**MOE, "shared_expert_intermediate_size": 20},
     "deepseek_v3": LATENT,
+    "gpt_oss": MOE,
 }
 
 
