@@ -6,6 +6,8 @@ it chose, sorted by expert, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -52,6 +54,7 @@ class FfnBank(nn.Module):
             outs, ins = (hidden, inner) if name == "down_proj" else (inner, hidden)
             self.add_module(name, Factors(f"{path}.{name}", outs, ins, here, **place))
         self.router = BankRouter(f"{path}.router", hidden, here, **place)
+        self.observe: Callable[[Tensor], None] | None = None
 
     def probes(self) -> list[tuple[str, nn.Parameter]]:
         """What must get a gradient wherever a token with loss has passed: every B, for the rest has none while it is 0."""
@@ -60,6 +63,8 @@ class FfnBank(nn.Module):
     def forward(self, x_TH: Tensor, u_TI: Tensor, v_TI: Tensor, form: ExpertForm) -> tuple[Tensor, Tensor, Tensor]:
         """(m [T,I], d [T,H]) as :func:`~lora.shared_ffn.mix` has them, and the sum [T] of each token's gates."""
         decision = self.router(x_TH)
+        if self.observe is not None:
+            self.observe(decision.gate_TE)
         assignment, gate_TK = _pairs(decision)
         dropout = self.here.config.dropout or 0.0
         scales, keep_NI = Scales(self.here.scale, self.here.scale), None
