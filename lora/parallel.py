@@ -1,19 +1,19 @@
 """PERFT: low-rank experts beside a whole MoE block.
 
-``y = MoE(x) + sum_j g_j s B_j A_j x`` (arXiv 2411.08212, "PERFT", section 3; 2508.02587): bottlenecks from the block's
-input to its output, not on its linear layers. The adapters' inner activation is the identity, as in LoRA, which is what
-surveys of the paper say it mostly uses; this, the number of adapters M, their width and the weights' normalisation could
+``y = MoE(x) + sum_j g_j s B_j A_j x`` (PERFT, arXiv 2411.08212, section 3; 2508.02587): bottlenecks from the block's
+input to its output, not on its linear layers. Their inner activation is the identity, as in LoRA, which is what surveys
+of the paper say it mostly uses. This, the number of adapters M, their width and whether weights are renormalised could
 not be verified in the paper itself.
 
 * ``perft-r``: M adapters and a top-K router of their own.
-* ``perft-e``: one adapter per expert of the block, ``g`` being the choices and weights that the block's own router gives
-  its experts in the same forward pass.
+* ``perft-e``: one adapter per expert of the block, ``g`` being the choices and weights that the block's own router
+  gives its experts in the same forward pass.
 * ``perft-d``: M adapters, all used, with weight one.
 * ``perft-s``: one adapter for all tokens.
 
-With expert parallelism every rank holds all adapters, those of perft-e too. They read the block's input and its router's
-choices, and both are on the token's own rank: sharded adapters would send every token a second time for products of
-rank R. They count as data-parallel, so their gradients are averaged over all ranks, and train the same at any degree.
+With expert parallelism every rank holds all adapters, those of perft-e too. They read the block's input and the choices
+of its router, and both are on the token's own rank: sharded adapters would send every token a second time for products
+of rank R. They count as data-parallel: gradients are averaged over all ranks, and they train the same at any degree.
 
 Shapes: T tokens, K choices of each, E adapters (for perft-e the block's experts), N pairs sorted by adapter, H hidden,
 R rank.
@@ -80,9 +80,7 @@ class FollowingBank(nn.Module):
         return f"{self.here.config.preset}, experts={self.here.num_experts}, r={self.here.r}, scale={self.here.scale:g}"
 
 
-def _delta(
-    x_TH: Tensor, gate_TK: Tensor, a_ERH: Tensor, b_EHR: Tensor, assignment: Assignment, scale: float
-) -> Tensor:
+def _delta(x_TH: Tensor, gate_TK: Tensor, a_ERH: Tensor, b_EHR: Tensor, assignment: Assignment, scale: float) -> Tensor:
     backend = choose_backend(x_TH.device, x_TH.dtype, *a_ERH.shape[1:]).name
     z_NR = grouped_linear(x_TH[assignment.row_N], a_ERH, assignment.counts_L, backend)
     gate_N1 = (assignment.spread(gate_TK) * scale).to(z_NR.dtype)[:, None]
@@ -95,10 +93,7 @@ def put_beside(
     """Make the bank ``block.adapter`` and add what it computes to the block's output; returns the bank.
 
     The block stays what it is, so that its parameters keep their paths and its class its other outputs.
-
-    Raises AdapterError for banks that cannot stand beside a block.
     """
-    _check(path, here)
     place = {"seed": seed, "device": device, "dtype": dtype}
     if here.config.router != "base":
         block.adapter = LinearBank(f"{path}.adapter", hidden, hidden, here, **place)
@@ -144,16 +139,3 @@ def _with(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(output, tuple):
         return (change(output[0]), *output[1:])
     return change(output)
-
-
-def _check(path: str, here: BankAt) -> None:
-    config, say = here.config, f"{path} ({here.config.preset})"
-    if config.router == "base":
-        for name, only in (("share", "none"), ("kind", "lowrank"), ("mixer", False), ("contrastive_coef", 0.0)):
-            if getattr(config, name) != only:
-                raise AdapterError(
-                    f"{say}: {name}={getattr(config, name)} is not for adapters that follow the block's router; "
-                    f"leave it {only}"
-                )
-    elif config.kind == "scale":
-        raise AdapterError(f"{say}: kind scale would multiply the block's output; use kind lowrank")

@@ -28,7 +28,7 @@ def own_top_k(x_TH: Tensor, router_EH: Tensor, top_k: int) -> tuple[list[Weights
 def followed(index_TK: Tensor, weights_TK: Tensor) -> list[Weights]:
     """perft-e: what the block's router gave its experts."""
     return [
-        {e: w for e, w in zip(index_K.tolist(), weights_K, strict=True)}
+        dict(zip(index_K.tolist(), weights_K, strict=True))
         for index_K, weights_K in zip(index_TK, weights_TK, strict=True)
     ]
 

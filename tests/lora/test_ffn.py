@@ -22,7 +22,7 @@ from moe.context import BatchContext, batch_context
 from moe.form import ExpertForm
 from tests.lora.reference_mixlora import balance_loss, block, choose, z_loss
 
-H, I, E = 6, 10, 4
+HIDDEN, INNER, E = 6, 10, 4
 SMALL = {"num_experts": E, "r": 3, "alpha": 6.0, "dropout": 0.0, "router_aux_loss_coef": 0.05}
 PRESETS = {
     "mixlora": BankConfig("mixlora", **SMALL),
@@ -34,7 +34,7 @@ PRESETS = {
 
 def feed_forward(bias: bool = False, dtype: torch.dtype = torch.float64) -> LlamaMLP:
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=H, intermediate_size=I, num_attention_heads=2, mlp_bias=bias)
+    config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=INNER, num_attention_heads=2, mlp_bias=bias)
     return LlamaMLP(config).to(dtype).requires_grad_(False)
 
 
@@ -67,7 +67,7 @@ def randomize(model: nn.Module) -> None:
 
 def reference(model: TwoLayers, bank: BankConfig, x: Tensor) -> tuple[Tensor, Tensor]:
     """Output, and the losses with their coefficients."""
-    x_TH, layers, loss = x.reshape(-1, H), [], torch.zeros((), dtype=torch.float64)
+    x_TH, layers, loss = x.reshape(-1, HIDDEN), [], torch.zeros((), dtype=torch.float64)
     for layer in model.layers:
         w, full = dict(layer["mlp"].named_parameters()), layer["mlp"].adapter.here
         config = full.config
@@ -87,7 +87,7 @@ def test_outputs_losses_and_all_gradients_match_over_three_steps(name, bias):
     trained = [[p for p in m.parameters() if p.requires_grad] for m in (fast, slow)]
     optimizers = [torch.optim.SGD(p, lr=0.01) for p in trained]
     for step in range(3):
-        x = torch.randn(2, 5, H, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        x = torch.randn(2, 5, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
         x_fast, x_slow = x.clone().requires_grad_(), x.clone().requires_grad_()
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -110,7 +110,7 @@ def test_outputs_losses_and_all_gradients_match_over_three_steps(name, bias):
 def test_the_capacity_of_the_test_above_is_reached():
     model = adapted(PRESETS["mixlora-switch, full"])
     router = model.layers[0]["mlp"].adapter.router
-    gates = router(torch.randn(10, H, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).gate_TE
+    gates = router(torch.randn(10, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).gate_TE
     assert (gates == 0).all(1).any()
 
 
@@ -119,21 +119,21 @@ def test_experts_without_tokens_and_calls_without_tokens_get_zero_gradients():
     mlp = model.layers[0]["mlp"]
     with torch.no_grad():  # experts 0 and 1 always win
         mlp.adapter.router.weight.zero_()[:2, 0] = torch.tensor([9.0, 8.0])
-    x = torch.randn(5, H, dtype=torch.float64).abs()
+    x = torch.randn(5, HIDDEN, dtype=torch.float64).abs()
     mlp(x).sum().backward()
     for name, parameter in mlp.adapter.named_parameters():
         if "router" not in name:
             assert parameter.grad[:2].abs().amax((1, 2)).min() > 0, name
             assert parameter.grad[2:].eq(0).all(), name
     mlp.zero_grad()
-    assert mlp(x[:0]).shape == (0, H)
+    assert mlp(x[:0]).shape == (0, HIDDEN)
     mlp(x[:0]).sum().backward()
     assert all(p.grad is not None and p.grad.eq(0).all() for p in mlp.adapter.parameters())
 
 
 @pytest.mark.parametrize("name", ["mixlora", "mixlora-dynamic", "mixlora-switch"])
 def test_at_the_start_the_block_computes_its_old_output_times_the_sum_of_gates(name):
-    model, x = TwoLayers(bias=True), torch.randn(7, H, dtype=torch.float64)
+    model, x = TwoLayers(bias=True), torch.randn(7, HIDDEN, dtype=torch.float64)
     for parameter in model.parameters():
         parameter.normal_()
     before = model.layers[0]["mlp"](x)
@@ -159,8 +159,8 @@ def test_at_the_start_the_block_computes_its_old_output_times_the_sum_of_gates(n
 
 def tensors(seed: int, tokens: int, top_k: int, rank: int = 3) -> list[Tensor]:
     g = torch.Generator().manual_seed(seed)
-    shapes = [(tokens, H), (tokens, I), (tokens, I), (tokens, top_k)]
-    shapes += [(E, 2 * rank, H), (E, I, rank), (E, I, rank), (E, rank, I), (E, H, rank)]
+    shapes = [(tokens, HIDDEN), (tokens, INNER), (tokens, INNER), (tokens, top_k)]
+    shapes += [(E, 2 * rank, HIDDEN), (E, INNER, rank), (E, INNER, rank), (E, rank, INNER), (E, HIDDEN, rank)]
     return [torch.randn(*s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes]
 
 
@@ -191,7 +191,7 @@ def test_any_assignment_with_dropout_of_h_matches_pair_by_pair(tokens, top_k, dr
         index_TK = index_TK.masked_fill(torch.rand(index_TK.shape, generator=g) < 0.4, E)
         pairs = int((index_TK < E).sum())
     assignment, inputs = assign(index_TK, E, pairs), tensors(seed, tokens, top_k)
-    keep_TKI = torch.rand(tokens, top_k, I, generator=g) < (0.6 if dropout else 1.1)
+    keep_TKI = torch.rand(tokens, top_k, INNER, generator=g) < (0.6 if dropout else 1.1)
     keep_NI = keep_TKI.flatten(0, 1)[assignment.pair_N] if dropout else None
     copies, scales = [t.detach().clone().requires_grad_() for t in inputs], Scales(2.0, 3.0)
     form = ExpertForm(act="silu")
@@ -208,7 +208,7 @@ def test_any_assignment_with_dropout_of_h_matches_pair_by_pair(tokens, top_k, dr
 
 def test_dropout_is_off_in_evaluation_and_repeats_with_the_generator_in_training():
     model = adapted(BankConfig("mixlora", **SMALL | {"dropout": 0.5}))
-    mlp, x = model.layers[0]["mlp"], torch.randn(8, H, dtype=torch.float64)
+    mlp, x = model.layers[0]["mlp"], torch.randn(8, HIDDEN, dtype=torch.float64)
     still = mlp.eval()(x)
     assert torch.equal(still, mlp(x))
     mlp.train()
@@ -258,11 +258,10 @@ def test_what_a_block_cannot_carry_is_refused():
             attach(model or TwoLayers(), {"m": bank, **more}, [])
 
     refused("matches no dense feed-forward block", BankConfig("mixlora", targets=("attn",)))
-    refused("share=A is not for feed-forward blocks", BankConfig("mixlora", share="A"))
-    refused("kind=scale", BankConfig("mixlora", kind="scale"))
-    refused("mixer=True", BankConfig("mixlora", mixer=True))
-    refused("need a router of their own", BankConfig("mixlora", router="none", combine="sum", balance="none"))
-    refused("up_proj already has an adapter", BankConfig("mixlora"), other=BankConfig("lora", targets=("up_proj",)))
+    refused("is inside layers.0.mlp", BankConfig("mixlora"), other=BankConfig("lora", targets=("up_proj",)))
+    adapted_inside = TwoLayers()
+    attach(adapted_inside, {"l": BankConfig("lora", targets=("up_proj",))}, [])
+    refused("up_proj already has an adapter", BankConfig("mixlora"), adapted_inside)
     twice = TwoLayers()
     attach(twice, {"m": BankConfig("mixlora")}, [])
     refused("already has a bank", BankConfig("mixlora"), twice)
@@ -273,7 +272,7 @@ def test_what_a_block_cannot_carry_is_refused():
 
 def test_bf16_routes_in_fp32_and_stays_near_fp32():
     model = adapted(PRESETS["mixlora"]).float()
-    mlp, x = model.layers[0]["mlp"], torch.randn(32, H).bfloat16()
+    mlp, x = model.layers[0]["mlp"], torch.randn(32, HIDDEN).bfloat16()
     for parameter in mlp.parameters():
         parameter.data = parameter.data.bfloat16()
     half = mlp(x)
