@@ -61,7 +61,7 @@ class LinearBank(nn.Module):
         self.router = None
         if config.router != "none":
             self.router = BankRouter(f"{path}.router", in_features, bank, seed=seed, **place)
-            self.observe: Callable[[Tensor], None] | None = None
+        self.observe: Callable[[Tensor], None] | None = None
 
     def probes(self) -> list[tuple[str, nn.Parameter]]:
         """What must get a gradient wherever a token with loss has passed: B, for the others have none while it is 0."""
@@ -71,7 +71,7 @@ class LinearBank(nn.Module):
         """``y_TO``, the frozen layer's output, plus the delta. It is changed in place: nobody else may hold it."""
         decision = self.router(x_TM) if self.router is not None else None
         gate_TE = None if decision is None else decision.gate_TE
-        if gate_TE is not None and self.observe is not None:
+        if self.observe is not None and gate_TE is not None:
             self.observe(gate_TE)
         b_EOR = self.B.to(x_TM.dtype)
         if self.A is None:
