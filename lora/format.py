@@ -153,7 +153,8 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, base_fingerprint: str |
             "use the base model it was exported with"
         )
     blocks = []
-    if any(expand(bank).site == "experts" for bank in adapter.banks.values()):
+    sites = {expand(bank).site for bank in adapter.banks.values()}
+    if sites & {"experts", "parallel"}:
         blocks = find_moe_blocks(model)
         if not all(hasattr(block.experts, "adapter") for block in blocks):
             blocks = convert(model)
