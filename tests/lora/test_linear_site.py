@@ -19,7 +19,7 @@ TOKENS = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
 def context(balance: bool) -> BatchContext:
-    return BatchContext(balance=balance, shape=(2, 12), task_T=torch.zeros(24, dtype=torch.int64))
+    return BatchContext(balance=balance, shape=(2, 12), task_T=torch.arange(2).repeat_interleave(12))
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -34,7 +34,8 @@ def test_there_are_presets_of_linear_layers():
 
 @pytest.mark.parametrize("preset", LINEAR)
 def test_a_preset_trains_every_parameter_and_comes_back_from_its_folder(tiny_moe, tmp_path, preset):
-    banks = {"a": BankConfig(preset, targets=("q_proj", "v_proj"))}
+    tasks = {"num_tasks": 2} if preset == "moelora-task" else {}
+    banks = {"a": BankConfig(preset, targets=("q_proj", "v_proj"), **tasks)}
     model = tiny_moe()
     before = logits(model)
     attach(model.train(), banks, convert(model))
