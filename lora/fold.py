@@ -48,16 +48,17 @@ def reason(way: Way, inputs: int, outputs: int, dropout: float) -> str:
     return f"split up to {fold_from(inputs, outputs)} rows of an expert, folded beyond"
 
 
-def kept_rows(pairs: int, rows: int, experts: int, hidden: int, inner: int) -> int:
+def kept_rows(pairs: int, rows: int, experts: int, hidden: int, inner: int, ranks: int) -> int:
     """How many of the sorted pairs' pre-activations [2I] to keep; those of the others are computed again.
 
     Args:
         pairs, rows: N pairs of R rows; the rows [R,H] themselves are kept anyway.
         experts: whose weights are here.
+        ranks: of both tensors' pairs, added; each pair's products with A are kept, too.
 
-    >>> kept_rows(2048, 256, 64, 256, 128), kept_rows(4096, 1024, 16, 256, 384)
-    (2048, 3422)
+    >>> kept_rows(2048, 256, 64, 256, 128, 16), kept_rows(4096, 1024, 16, 256, 384, 16)
+    (2048, 3337)
     """
     whole = experts * 3 * hidden * inner + pairs * (hidden + 4 * inner)
-    room = KEPT_SHARE * whole - rows * hidden
+    room = KEPT_SHARE * whole - rows * hidden - pairs * ranks
     return max(0, min(pairs, int(room // (2 * inner))))
