@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora.expert_pairs import Kept, Pair, PairGradients, Pairs, masked, masks
-from lora.fold import Way, fold_back_from, fold_from, folds
+from lora.fold import Way, folds_above, folds_back_above
 from moe.assignment import Assignment
 from moe.kernels.batched import expert_of, scaled, scaled_backward
 from moe.kernels.combine import combine
@@ -35,8 +35,8 @@ class _Linear:
             return
         lacking = -pair.a_LRM.shape[1] % _ALIGNED
         self.a_LQM, self.b_LOQ = F.pad(pair.a_LRM, (0, 0, 0, lacking)), F.pad(pair.b_LOR, (0, lacking))
-        self.folds = folds(way, rows, fold_from(self.inputs, self.outputs), pair.dropout)
-        self.folds_back = folds(way, rows, fold_back_from(self.outputs), pair.dropout)
+        self.folds = rows > folds_above(way, self.inputs, self.outputs, pair.dropout)
+        self.folds_back = rows > folds_back_above(way, self.outputs, pair.dropout)
 
     def _folded(self) -> Tensor:
         """``W + s B A`` [L,O,M]."""

@@ -9,13 +9,15 @@ I intermediate, M inputs, O outputs, Q rank, P leading pairs whose pre-activatio
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lora.expert_pairs import Kept, Pair, PairGradients, Pairs, masked, masks
-from lora.fold import Way, fold_back_from, fold_from, folds
+from lora.fold import Way, folds_above, folds_back_above
 from moe.assignment import Assignment
 from moe.kernels.activation import scaled, scaled_backward
 from moe.kernels.combine import combine, empty_pairs
@@ -28,8 +30,11 @@ class _Linear:
     are so many and so small that slicing a tensor for each would cost as much again."""
 
     def __init__(self, weight_LOM: Tensor, pair: Pair | None, way: Way) -> None:
-        self.weight_LOM, self.pair, self.way = weight_LOM, pair, way
+        self.weight_LOM, self.pair = weight_LOM, pair
         self.experts, self.outputs, self.inputs = weight_LOM.shape
+        dropout = 0.0 if pair is None else pair.dropout
+        self.folds_above = math.inf if pair is None else folds_above(way, self.inputs, self.outputs, dropout)
+        self.folds_back_above = math.inf if pair is None else folds_back_above(way, self.outputs, dropout)
 
     @cached_property
     def weight(self) -> tuple[Tensor, ...]:
@@ -57,8 +62,9 @@ class _Linear:
 
     @cached_property
     def _b_LQO(self) -> Tensor:
-        """With the rank first in memory, as in A: thin products run twice as fast so."""
-        return self._pair.b_LOR.transpose(1, 2).contiguous()
+        """``s B`` with the rank first in memory, as in A: thin products run twice as fast so."""
+        b_LQO = self._pair.b_LOR.transpose(1, 2)
+        return torch.mul(b_LQO, self._pair.scale, out=b_LQO.new_empty(b_LQO.shape))
 
     @cached_property
     def _buffer(self) -> Tensor:
@@ -69,13 +75,9 @@ class _Linear:
         assert self.pair is not None
         return self.pair
 
-    def _folds(self, rows: int, threshold: int) -> bool:
-        return self.pair is not None and folds(self.way, rows, threshold, self.pair.dropout)
-
     def _folded(self, expert: int) -> Tensor:
         """``W + s B A`` [O,M] of one expert; valid until the next call."""
-        pair = self._pair
-        return torch.addmm(self.weight[expert], self.b[expert], self.a[expert], alpha=pair.scale, out=self._buffer)
+        return torch.addmm(self.weight[expert], self.b[expert], self.a[expert], out=self._buffer)
 
     def rank_space(self, rows: int) -> Tensor:
         """Room for ``A x`` of so many rows."""
@@ -83,74 +85,85 @@ class _Linear:
 
     def forward(self, group: Group, x_GM: Tensor, dropped_GM: Tensor, into_GO: Tensor, z_GQ: Tensor) -> None:
         """``into[n] = W x[n] + s B A dropped[n]``; ``z`` becomes ``A dropped`` of the experts that are not folded."""
-        threshold = fold_from(self.inputs, self.outputs)
-        parts = (t.split(group.sizes) for t in (x_GM, dropped_GM, into_GO, z_GQ))
-        for e, x, dropped, into, z in zip(group.experts, *parts, strict=True):
-            if self._folds(x.shape[0], threshold):
-                torch.mm(x, self._folded(e).t(), out=into)
-                continue
-            torch.mm(x, self.weight_t[e], out=into)
-            if self.pair is not None:
-                into.addmm_(torch.mm(dropped, self.a_t[e], out=z), self.b_t[e], alpha=self.pair.scale)
-
-    def backward(self, group: Group, dy_GO: Tensor, mask_GM: Tensor | None, into_GM: Tensor | None) -> list[Tensor]:
-        """``into[n] = W.T dy[n] + mask * s A.T B.T dy[n]``; returns ``B.T dy`` [n,Q] of each of the group's experts."""
-        threshold = fold_back_from(self.outputs)
-        if into_GM is None:
-            parts = zip(group.experts, dy_GO.split(group.sizes), strict=True)
-            return [] if self.pair is None else [dy.mm(self.b[e]) for e, dy in parts]
-        dz: list[Tensor] = []
-        for e, dy, into in zip(group.experts, dy_GO.split(group.sizes), into_GM.split(group.sizes), strict=True):
-            folded = self._folds(dy.shape[0], threshold)
-            torch.mm(dy, self._folded(e) if folded else self.weight[e], out=into)
+        sizes = group.sizes
+        parts = zip(group.experts, sizes, *(t.split(sizes) for t in (x_GM, dropped_GM, into_GO, z_GQ)), strict=True)
+        for e, rows, x, dropped, into, z in parts:
             if self.pair is None:
-                continue
-            dz.append(dy.mm(self.b[e]))
-            if not folded and mask_GM is None:
-                into.addmm_(dz[-1], self.a[e], alpha=self.pair.scale)
-        if self.pair is not None and mask_GM is not None:
-            added = [z.mm(self.a[e]) for e, z in zip(group.experts, dz, strict=True)]
-            into_GM.addcmul_(torch.cat(added), mask_GM, value=self.pair.scale)
-        return dz
+                torch.mm(x, self.weight_t[e], out=into)
+            elif rows > self.folds_above:
+                torch.mm(x, self._folded(e).t(), out=into)
+            else:
+                torch.mm(dropped, self.a_t[e], out=z)
+                torch.mm(z, self.b_t[e], out=into)
+                into.addmm_(x, self.weight_t[e])
+
+    def backward(self, group: Group, dy_GO: Tensor, mask_GM: Tensor | None, into_GM: Tensor | None) -> Tensor:
+        """``into[n] = W.T dy[n] + mask * s A.T B.T dy[n]``; returns ``s B.T dy`` [G,Q]."""
+        sizes, dz_GQ = group.sizes, self.rank_space(dy_GO.shape[0])
+        parts = list(zip(group.experts, sizes, dy_GO.split(sizes), dz_GQ.split(sizes), strict=True))
+        if self.pair is not None:
+            for e, _, dy, dz in parts:
+                torch.mm(dy, self.b[e], out=dz)
+        if into_GM is None:
+            return dz_GQ
+        for (e, rows, dy, dz), into in zip(parts, into_GM.split(sizes), strict=True):
+            if self.pair is None:
+                torch.mm(dy, self.weight[e], out=into)
+            elif rows > self.folds_back_above:
+                torch.mm(dy, self._folded(e), out=into)
+            else:
+                torch.mm(dz, self.a[e], out=into)
+                if mask_GM is None:
+                    into.addmm_(dy, self.weight[e])
+        if mask_GM is not None and self.pair is not None:
+            into_GM.mul_(mask_GM)
+            for (e, _, dy, _), into in zip(parts, into_GM.split(sizes), strict=True):
+                into.addmm_(dy, self.weight[e])
+        return dz_GQ
 
     def factor_gradients(
-        self,
-        group: Group,
-        dy_GO: Tensor,
-        dz: list[Tensor],
-        dropped_GM: Tensor,
-        z_GQ: Tensor,
-        into: _Into | None,
+        self, group: Group, dy_GO: Tensor, dz_GQ: Tensor, dropped_GM: Tensor, z_GQ: Tensor, into: _Into | None
     ) -> None:
-        """Adds ``dy.T (A x)`` and ``dz.T x``, but for the scale. ``z``: as the forward left it."""
+        """Adds ``dz.T x``, and ``(A x).T dy`` without the scale. ``z``: as the forward left it."""
         if into is None:
             return
-        threshold = fold_from(self.inputs, self.outputs)
-        parts = zip(dy_GO.split(group.sizes), dz, dropped_GM.split(group.sizes), z_GQ.split(group.sizes), strict=True)
-        for e, (dy, d, x, z) in zip(group.experts, parts, strict=True):
-            if self._folds(x.shape[0], threshold):
-                z = x.mm(self.a_t[e])
-            into.add(e, d, x, z, dy)
+        sizes, experts = group.sizes, group.experts
+        dy, x, z, dz_t, z_t = (
+            *(t.split(sizes) for t in (dy_GO, dropped_GM, z_GQ)), *(t.t().split(sizes, 1) for t in (dz_GQ, z_GQ))
+        )  # fmt: skip
+        for i, rows in enumerate(sizes):
+            if rows > self.folds_above:
+                torch.mm(x[i], self.a_t[experts[i]], out=z[i])
+        into.a.add(experts, dz_t, x)
+        into.b_t.add(experts, z_t, dy)
+
+
+class _Sum:
+    """The gradient of one stack of factors: an expert's product is its own, or added to the others' if shared."""
+
+    def __init__(self, like_L: Tensor, experts: int) -> None:
+        self.stack_L = like_L.new_zeros(like_L.shape)
+        self.shared, self.views = like_L.shape[0] < experts, self.stack_L.unbind(0)
+
+    def add(self, experts: Sequence[int], left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
+        if self.shared:
+            for one, other in zip(left, right, strict=True):
+                self.views[0].addmm_(one, other)
+        else:
+            for e, one, other in zip(experts, left, right, strict=True):
+                torch.mm(one, other, out=self.views[e])
 
 
 class _Into:
-    """Where the gradients of one pair's factors are added up: A's [L,Q,M], and B's as [L,Q,O]."""
+    """Where the gradients of one pair's factors are added up: A's [L,Q,M], and B's as [L,Q,O], not yet scaled."""
 
     def __init__(self, pair: Pair, experts: int) -> None:
         self.scale = pair.scale
-        self.a_LQM, self.b_LQO = (t.new_zeros(t.shape) for t in (pair.a_LRM, pair.b_LOR.transpose(1, 2)))
-        self.a, self.b_t = _each(self.a_LQM, experts), _each(self.b_LQO, experts)
+        self.a, self.b_t = _Sum(pair.a_LRM, experts), _Sum(pair.b_LOR.transpose(1, 2), experts)
 
-    def add(self, expert: int, dz_nQ: Tensor, x_nM: Tensor, z_nQ: Tensor, dy_nO: Tensor) -> None:
-        """``dz.T x`` and ``z.T dy``: of an expert of its own the only rows, of a shared factor some of them."""
-        for into, stack_L, left, right in ((self.a, self.a_LQM, dz_nQ, x_nM), (self.b_t, self.b_LQO, z_nQ, dy_nO)):
-            if stack_L.shape[0] < len(into):
-                into[expert].addmm_(left.t(), right)
-            else:
-                torch.mm(left.t(), right, out=into[expert])
-
-    def scaled(self) -> PairGradients:
-        return PairGradients(self.a_LQM.mul_(self.scale), self.b_LQO.transpose(1, 2).contiguous().mul_(self.scale))
+    def found(self) -> PairGradients:
+        b_LOQ = self.b_t.stack_L.transpose(1, 2)
+        return PairGradients(self.a.stack_L, torch.mul(b_LOQ, self.scale, out=b_LOQ.new_empty(b_LOQ.shape)))
 
 
 def _each(stack_L: Tensor, experts: int) -> tuple[Tensor, ...]:
@@ -205,9 +218,11 @@ def backward(
     up, down = _linears(stack, pairs)
     into_up, into_down = (None if pair is None else _Into(pair, local) for pair in (pairs.up, pairs.down))
     drop_up, drop_down = masks(pairs.up, pairs.seed, x_RH), masks(pairs.down, pairs.seed + 1, x_RH)
+    # Written to for folded experts, and where h is computed again.
+    z_up_NQ, z_down_NQ = (z if overwrite else z.clone() for z in (kept.z_up_NQ, kept.z_down_NQ))
     for group in groups(assignment, keep):
         at = group.pairs
-        rows, z_up = row_N[at], kept.z_up_NQ[at]
+        rows, z_up = row_N[at], z_up_NQ[at]
         dy, x, score = dout_RH.index_select(0, rows), x_RH.index_select(0, rows), score_N[at]
         mask_up = drop_up(*x.shape)
         if at.stop <= kept.h_P2I.shape[0]:
@@ -220,7 +235,7 @@ def backward(
         da = x.new_empty(x.shape[0], down.inputs)
         dz = down.backward(group, dy, mask_down, da)
         a, ds_N[at] = scaled_backward(da, h, score, stack.form, dh)
-        down.factor_gradients(group, dy, dz, masked(a, mask_down), kept.z_down_NQ[at], into_down)
+        down.factor_gradients(group, dy, dz, masked(a, mask_down), z_down_NQ[at], into_down)
         if stack.down_bias_LH is not None:
             ds_N[at] += (dy * bias_rows(stack.down_bias_LH, group)).sum(-1).to(ds_N.dtype)
         dz = up.backward(group, dh, mask_up, None if dx_NH is None else dx_NH[at])
@@ -228,4 +243,4 @@ def backward(
     found = Gradients(weights=gather_scores(ds_N, weights_RK, assignment))
     if dx_NH is not None:
         found.x = combine(dx_NH, assignment)
-    return found, into_up and into_up.scaled(), into_down and into_down.scaled()
+    return found, into_up and into_up.found(), into_down and into_down.found()

@@ -333,9 +333,11 @@ def test_what_is_kept_fits_the_share_of_what_a_layer_would_hold(pairs, rows, exp
 
 
 def test_folding_is_for_experts_with_more_rows_than_the_crossover():
-    at = fold.fold_from(256, 256)
-    assert (fold.folds("auto", at, at), fold.folds("auto", at + 1, at)) == (False, True)
-    assert fold.folds("fold", 1, at)
-    assert not fold.folds("split", 10 * at, at)
-    assert not fold.folds("fold", 10 * at, at, dropout=0.1)
-    assert fold.reason("auto", 256, 256, 0.0) == f"split up to {at} rows of an expert, folded beyond"
+    at = fold.folds_above("auto", 2048, 1536)
+    assert at == pytest.approx(2048 * 1536 / 3584)
+    assert fold.folds_back_above("auto", 1536) == 1536
+    for above in (fold.folds_above, lambda way, i, o, dropout=0.0: fold.folds_back_above(way, o, dropout)):
+        assert above("fold", 2048, 1536) == 0
+        assert above("split", 2048, 1536) == float("inf")
+        assert above("fold", 2048, 1536, dropout=0.1) == float("inf")
+    assert fold.reason("auto", 256, 256, 0.0) == "split up to 128 rows of an expert, folded beyond"
