@@ -2,8 +2,8 @@
 
 Nothing is kept of the frozen layers before the first adapter, nor the input of any frozen linear layer: its weight gets
 no gradient. What is left is what norms, attention, activations, softmaxes and the adapters themselves keep. Counted are
-transformers' modules as planaria runs them on a CPU: attention that keeps q, k, v and its output, experts that keep their
-input and pre-activations. With attention dropout, which keeps the probabilities too, in families with latent attention,
+transformers' modules as planaria runs them: attention that keeps q, k, v and its output, experts that keep their input
+and pre-activations. With attention dropout, which keeps the probabilities too, in families with latent attention,
 and of banks whose choices vary (``top_p``, ``threshold``: counted as if all experts were chosen) the truth is another.
 
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from lora.config import BankAt
 from lora.cost import Size, chosen
 from lora.fold import kept_rows
-from lora.methods import FFN
+from lora.methods import EXPERT_TENSORS, FFN
 from lora.targets import Placed
 from trainer.model_shapes import ModelShapes
 
@@ -35,6 +35,7 @@ class Batch:
         width: bytes of a number in the training dtype; what is fp32 whatever that is counts 4.
         heads: of the attention.
         vocabulary: logits of a token.
+        ep: workers that share the experts.
     """
 
     tokens: int
@@ -42,6 +43,7 @@ class Batch:
     width: int
     heads: int
     vocabulary: int
+    ep: int = 1
 
 
 def saved_bytes(model: ModelShapes, placed: Sequence[Resolved], batch: Batch) -> dict[str, int]:
@@ -57,6 +59,21 @@ def saved_bytes(model: ModelShapes, placed: Sequence[Resolved], batch: Batch) ->
     found[BASE] += 2 * batch.sequence * queries // batch.heads * batch.width
     found[BASE] += batch.tokens * (4 * batch.vocabulary + 8)
     return dict(found)
+
+
+def working_bytes(placed: Iterable[Resolved], batch: Batch) -> int:
+    """What backward needs beside what was kept, when it begins: two gradients of the logits, in fp32, and the training
+    dtype's where that is another; and for a contrastive loss three of the similarities of one place."""
+    logits = batch.tokens * batch.vocabulary * (8 + (batch.width if batch.width != 4 else 0))
+    return logits + 12 * max((_pairs(bank, batch.tokens) ** 2 for _, bank, _ in placed), default=0)
+
+
+def _pairs(bank: BankAt, tokens: int) -> int:
+    """Rows that a bank's contrastive loss compares with each other."""
+    full = bank.config
+    if not full.contrastive_coef or full.router != "token":
+        return 0
+    return tokens * (full.top_k or 1 if full.combine == "top_k" else 1)
 
 
 def _hidden(model: ModelShapes) -> int:
@@ -139,20 +156,21 @@ class _Layer:
 
     def _experts(self, hidden: int) -> int:
         """Input and routing: a weight, an order and a place for each choice."""
-        return self._once("into the block", self._numbers(hidden)) + self.tokens * self.model.active * (4 + 8 + 8)
+        here = self._once("into the block", self._numbers(hidden))
+        if self.batch.ep > 1:
+            here = self._rows() * hidden * self.width
+        return here + self.tokens * self.model.active * (4 + 8 + 8)
+
+    def _rows(self) -> int:
+        """Rows that the experts of this worker see, routing being even; each worker sends a token at most once."""
+        return self.tokens * max(1, min(self.model.active, self.batch.ep))
 
     # -- banks ------------------------------------------------------------------------------------------------------
 
     def _bank(self, placed: Placed, bank: BankAt, size: Size) -> int:
         full, site = bank.config, placed.site
         if site == "experts":
-            if not self._first_of_experts(placed):
-                return 0
-            inner = self.model.experts[f"{placed.path.rpartition('.')[0]}.down_proj"][2]
-            hidden = self.model.experts[f"{placed.path.rpartition('.')[0]}.gate_up_proj"][2]
-            pairs = self.tokens * size.active
-            rows = kept_rows(pairs, self.tokens, size.count, hidden, inner)
-            return self._experts(hidden) + rows * 2 * inner * self.width
+            return self._adapted_experts(placed, bank, size)
         if site == "ffn":
             return self._mixed(bank, size)
         kept = self._input(placed, size)
@@ -162,12 +180,21 @@ class _Layer:
         kept += self._router(bank) + (self._numbers(size.ins * (1 + live)) if full.jitter else 0)
         if full.kind == "scale":
             return kept + self._numbers(size.outs)
-        return kept + self._numbers((1 if full.share == "A" else bank.num_experts) * bank.r) + self._contrast(bank, size)
+        products = self._numbers((1 if full.share == "A" else bank.num_experts) * bank.r)
+        return kept + products + self._contrast(bank, size)
 
-    def _first_of_experts(self, placed: Placed) -> bool:
-        """All banks of a layer's experts are computed, and kept for, in one."""
-        block = placed.path.rpartition(".")[0]
-        return placed is next(one for one, _, _ in self.here if one.path.rpartition(".")[0] == block)
+    def _adapted_experts(self, placed: Placed, bank: BankAt, size: Size) -> int:
+        """All banks of a layer's experts are computed as one; the first pays for what they share."""
+        experts = placed.path.rpartition(".")[0]
+        mine = [(one, here.r) for one, here, _ in self.here if one.path.rpartition(".")[0] == experts]
+        pairs = self.tokens * size.active
+        kept = self._numbers(size.active * bank.r)
+        if mine[0][0] is not placed:
+            return kept
+        hidden, inner = (self.model.experts[f"{experts}.{name}"][2] for name in EXPERT_TENSORS)
+        local = size.count // self.batch.ep
+        rows = kept_rows(pairs, self._rows(), local, hidden, inner, sum(r for _, r in mine))
+        return kept + self._experts(hidden) + rows * 2 * inner * self.width
 
     def _input(self, placed: Placed, size: Size) -> int:
         """The adapted layer's input, which neighbours may share, or attention keep anyway."""
@@ -192,19 +219,18 @@ class _Layer:
         return kept
 
     def _contrast(self, bank: BankAt, size: Size) -> int:
-        full = bank.config
-        if not full.contrastive_coef or full.router != "token":
+        pairs = _pairs(bank, self.tokens)
+        if not pairs:
             return 0
-        pairs = self.tokens * (full.top_k or 1 if full.combine == "top_k" else 1)
         ranks = bank.num_experts * bank.r
         return pairs * pairs * 14 + (2 * pairs + ranks + size.outs) * ranks * 4
 
     def _mixed(self, bank: BankAt, size: Size) -> int:
-        """A feed-forward bank: input, the two shared products, gates, and of each pair its products and its dropout."""
+        """A feed-forward bank: input, the two shared products, gates, and of each pair its products and dropout."""
         pairs, r, full = self.tokens * chosen(bank), bank.r, bank.config
         kept = self._numbers(2 * size.outs) + self._router(bank) + pairs * (4 + 8 + 8 * (full.combine == "top_k"))
         kept += pairs * 3 * r * self.width + bank.num_experts * 2 * r * size.ins * self.width
-        # With jitter the router keeps another input than the experts, and with dropout these another than it.
+        # With jitter the router keeps another input than the experts, with dropout these another than it.
         views = (1 + self.after if full.jitter else 1) + (1 + self.after if full.dropout else bool(full.jitter))
         return kept + self._numbers(views * size.ins) + (pairs * size.outs if full.dropout else 0)
 
