@@ -26,15 +26,16 @@ from torch import Tensor, nn
 from lora.attach import AttachReport, attach
 from lora.config import BankConfig
 from lora.errors import AdapterError
+from lora.exactness import is_exactly_lora
 from lora.peft_format import CONFIG_FILE, export_peft
-from lora.presets import bank_of, check_banks, expand, is_exactly_lora
+from lora.presets import bank_of, check_banks, expand
 from moe.convert import convert
 from moe.families import find_moe_blocks
 
 SCHEMA = 1
 TENSORS_FILE = "bank.safetensors"
 MANIFEST_FILE = "manifest.json"
-LAYOUT = "A=E,r,in;B=E,out,r;router=E,in"
+LAYOUT = "A=E|1,r,in;C=E,r,r;B=E,out,r;router.weight=E,in"
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, base_fingerprint: str |
             "use the base model it was exported with"
         )
     blocks = []
-    if any(expand(bank).site == "experts" for bank in adapter.banks.values()):
+    sites = {expand(bank).site for bank in adapter.banks.values()}
+    if sites & {"experts", "parallel"}:
         blocks = find_moe_blocks(model)
         if not all(hasattr(block.experts, "adapter") for block in blocks):
             blocks = convert(model)
@@ -189,8 +191,12 @@ def _check_tensors(tensors: Mapping[str, Tensor], banks: Mapping[str, BankConfig
             raise AdapterError(f"{path} belongs to none of the banks {', '.join(banks)}")
         used.add(name)
         factor = path.rpartition(".")[2]
-        if factor == "router":
-            fits = tensor.dim() == 2
+        if ".adapter.router." in path:
+            fits = tensor.dim() == (1 if factor == "threshold_bias" else 2)
+        elif factor == "C":
+            fits = tensor.dim() == 3 and tensor.shape[1] == tensor.shape[2]
+        elif expand(banks[name]).kind == "scale":
+            fits = factor == "B" and tensor.dim() == 3 and tensor.shape[2] == 1
         else:
             fits = tensor.dim() == 3
             if (partner := path[:-1] + ("B" if factor == "A" else "A")) not in tensors:

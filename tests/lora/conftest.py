@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 
 @pytest.fixture(scope="session")
@@ -28,5 +28,26 @@ def tiny_moe():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return Qwen3MoeForCausalLM(config).to(dtype).train()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_dense():
+    """Builds a Llama of 2 layers, hidden 32; the same weights every time."""
+
+    def build() -> LlamaForCausalLM:
+        config = LlamaConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            vocab_size=64,
+            initializer_range=0.2,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return LlamaForCausalLM(config).train()
 
     return build
