@@ -13,7 +13,8 @@ from lora.attach import attach
 from lora.config import BankConfig
 from lora.errors import AdapterError
 from lora.format import collect_adapter, load_adapter, save_adapter
-from lora.peft_format import export_peft, peft_tensors
+from lora.peft_format import BaseFacts, peft_files, write_peft
+from lora.presets import expand
 from moe.convert import convert
 
 TOKENS = torch.arange(48).view(4, 12)
@@ -56,7 +57,7 @@ def test_peft_loads_the_folder_and_gives_the_same_logits(tiny_moe, tmp_path, ban
     assert (want - base).norm() / base.norm() > 0.1
     for logits in (got, merged):
         assert (logits - want).norm() / want.norm() < 1e-5
-    assert load_adapter(tmp_path / "adapter").banks == banks
+    assert load_adapter(tmp_path / "adapter").banks == {name: expand(bank) for name, bank in banks.items()}
 
 
 def test_tensor_names_and_shapes_are_those_of_a_live_peft_model(tiny_moe):
@@ -67,7 +68,7 @@ def test_tensor_names_and_shapes_are_those_of_a_live_peft_model(tiny_moe):
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     )
     theirs = get_peft_model_state_dict(get_peft_model(tiny_moe(), config))
-    ours = peft_tensors(collect_adapter(with_adapter(tiny_moe, BOTH)), BOTH)
+    ours, _ = peft_files(collect_adapter(with_adapter(tiny_moe, BOTH)), BOTH, BaseFacts())
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
 
@@ -84,6 +85,6 @@ def test_peft_refuses_a_mixed_adapter_even_beside_expert_tensors(tiny_moe, tmp_p
 
 
 def test_only_expert_lora_exports(tiny_moe, tmp_path):
-    with pytest.raises(AdapterError, match=r"this adapter has a \(mola\)"):
-        export_peft(tmp_path, collect_adapter(with_adapter(tiny_moe, MIXED)), MIXED)
+    with pytest.raises(AdapterError, match=r"adapter.a \(mola\) weighs its experts by a router for each token"):
+        write_peft(collect_adapter(with_adapter(tiny_moe, MIXED)), MIXED, tmp_path / "out", BaseFacts())
     assert list(tmp_path.iterdir()) == []
