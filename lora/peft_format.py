@@ -35,6 +35,7 @@ from moe.folder import new_folder
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _PREFIX = "base_model.model."
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _LAYER = re.compile(r"^(.*?layers\.\d+\.)(.*)$")
 # PEFT takes these names of a mixture's linear layers for its experts', and would adapt those instead.
 _MISTAKEN = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
@@ -64,8 +65,9 @@ class BaseFacts:
             family = found.get("model_type")
         except (OSError, ValueError, AttributeError):
             return cls(str(base))
-        key = FAMILIES[family].fields.get("num_experts") if family in FAMILIES else None
-        return cls(str(base), family, found.get(key) if key else None)
+        # transformers writes some families' under another name than it reads.
+        counts = [found[key] for key in _COUNTS if isinstance(found.get(key), int)] if family in FAMILIES else []
+        return cls(str(base), family, counts[0] if counts else None)
 
 
 def pack_a(a_ERM: Tensor) -> Tensor:
