@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lora.attach import attach
 from lora.config import BankConfig
@@ -38,6 +39,23 @@ class Place:
         return self.a.shape[1]
 
 
+def levelled(places: Iterable[Place]) -> list[Place]:
+    """The same updates, with one rank in all layers where the scale is one and the ranks are not.
+
+    A bank has one alpha, and with it a scale that follows the rank. Rows of zeros in A and B change no update.
+    """
+    found = list(places)
+    for tensor in {place.tensor for place in found if place.site == "experts"}:
+        here = [i for i, place in enumerate(found) if place.site == "experts" and place.tensor == tensor]
+        if len({found[i].scale for i in here}) == 1:
+            most = max(found[i].r for i in here)
+            for i in here:
+                place, missing = found[i], most - found[i].r
+                a, b = functional.pad(place.a, (0, 0, 0, missing)), functional.pad(place.b, (0, missing))
+                found[i] = replace(place, a=a, b=b)
+    return found
+
+
 def banks_for(places: Iterable[Place], model: nn.Module, config: PeftConfig) -> dict[str, BankConfig]:
     """As few banks as can say the ranks and scales of all places.
 
@@ -60,6 +78,8 @@ def native_tensors(places: Iterable[Place], banks: Mapping[str, BankConfig], mod
     factors = {}
     for place in places:
         inner = "" if place.site == "linear" else place.tensor
+        if (place.place, inner, "A") in factors:
+            raise AdapterError(f"{place.place}.{place.tensor} is adapted twice in the file; save the adapter again")
         factors[place.place, inner, "A"], factors[place.place, inner, "B"] = place.a, place.b
     tensors = {}
     for path, parameter in model.named_parameters():
@@ -107,9 +127,8 @@ def _expert_bank(tensor: str, places: list[Place], model: nn.Module, config: Pef
     ranks = {layer_of(place.place): place.r for place in places}
     alphas = {_alpha(place, config) for place in places}
     if len(alphas) > 1:
-        raise AdapterError(
-            f"{tensor} has alpha {', '.join(f'{a:g}' for a in sorted(alphas))} in different layers; one bank has one"
-        )
+        told = ", ".join(f"{alpha:g}" for alpha in sorted(alphas))
+        raise AdapterError(f"experts' {tensor} has alpha {told} in different layers, and a bank has one for all")
     r: int | tuple[int, ...] = places[0].r
     if len(set(ranks.values())) > 1:
         # A rank for each layer of the model; dense ones have no use for theirs.
@@ -147,8 +166,10 @@ def _targets(paths: set[str], every: set[str]) -> tuple[str, ...]:
 
 def _alpha(place: Place, config: PeftConfig) -> float:
     """What gives the scale under the bank's rule."""
-    alpha = place.scale * (math.sqrt(place.r) if config.rslora else place.r)
-    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+    divisor = math.sqrt(place.r) if config.rslora else place.r
+    alpha = place.scale * divisor
+    nearest = (float(round(alpha)), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next((value for value in nearest if value / divisor == place.scale), alpha)
 
 
 def _scaling(config: PeftConfig) -> str:

@@ -145,7 +145,9 @@ def pack(
         elif per_expert:
             names = _expert_names(delta, base, stacked)
             packed |= _apart(delta, names)
+            # Modules where experts are apart; the parameter where PEFT fuses them, which it does not tell all families.
             modules |= {f"experts.{e}.{name}" for e in range(delta.experts) for name in names[1]}
+            parameters.add(_rest(delta.name))
             ranks += _ranks_apart(delta, names, alpha)
         else:
             both = sum(other.place == delta.place for other in stacked) == 2

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from lora.config import BankConfig
 from lora.errors import AdapterError
 from lora.format import save_adapter
-from lora.import_banks import Place, banks_for, native_tensors
+from lora.import_banks import Place, banks_for, levelled, native_tensors
 from lora.peft_config import PeftConfig, read_peft_config
 from lora.peft_format import WEIGHTS_FILE, unpack_a, unpack_b
 from lora.presets import EXPERT_TENSORS
@@ -47,7 +47,7 @@ def import_adapter(peft: Path, out: Path, base: Path, *, expert_slowest: bool = 
     config = read_peft_config(peft)
     model = _skeleton(base)
     reader = _Reader(config, model, expert_slowest)
-    places = reader.places(_pairs(peft))
+    places = levelled(reader.places(_pairs(peft)))
     banks = banks_for(places, model, config)
     save_adapter(out, native_tensors(places, banks, model), banks, fingerprint(base), base_model=str(base))
     return banks
@@ -135,7 +135,7 @@ class _Reader:
         if a.shape[1] != module.in_features or b.shape != (module.out_features, a.shape[0]):
             raise self._misfit(key, pair, f"a linear layer [{module.out_features}, {module.in_features}]")
         parameter = f"{place}.weight"
-        known = parameter if any(parameter.endswith(f".{name}") for name in self.config.parameters) else place
+        known = parameter if any(f".{parameter}".endswith(f".{name}") for name in self.config.parameters) else place
         self._check_rank(known, a.shape[0])
         return Place("linear", place, "weight", a.unsqueeze(0), b.unsqueeze(0), self.config.scale_of(known))
 
@@ -143,19 +143,17 @@ class _Reader:
         inner = key.removesuffix(".base_layer")
         place = self._place(inner)
         module = self.modules.get(place)
+        if inner.endswith(".experts.base_layer"):
+            raise AdapterError(f"{key}: three wrappers around one module; biases of experts cannot be imported")
         if not all(isinstance(getattr(module, name, None), nn.Parameter) for name in EXPERT_TENSORS):
             raise AdapterError(f"the tensors {key}.lora_* adapt nothing that the base model has; is it another base?")
-        if inner != key and inner.endswith(".base_layer"):
-            raise AdapterError(f"{key}: three wrappers around one module; biases of experts cannot be imported")
         if inner != key or f"{key}.base_layer" in pairs:
             name = EXPERT_TENSORS[0] if inner != key else EXPERT_TENSORS[1]
         else:
             name = self._single(place)
         parameter = f"{place}.{name}"
-        r = self.config.r_of(parameter)
         a, b = self._unpacked(parameter, pair, _Stacked.of(module, name))
         self._check_rank(parameter, a.shape[1])
-        assert a.shape[1] == r
         return Place("experts", place, name, a, b, self.config.scale_of(parameter))
 
     def _single(self, place: str) -> str:
