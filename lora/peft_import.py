@@ -44,19 +44,27 @@ def import_adapter(peft: Path, out: Path, base: Path, *, expert_slowest: bool = 
         expert_slowest: lora_B of stacked experts is packed (O, E*R) instead of (O, R*E).
     Raises AdapterError for a feature, tensor or shape that cannot be taken over exactly, by its name.
     """
-    config = read_peft_config(peft)
+    config, base_fingerprint = read_peft_config(peft), fingerprint_of(base)
     model = _skeleton(base)
     reader = _Reader(config, model, expert_slowest)
     places = levelled(reader.places(_pairs(peft)))
     banks = banks_for(places, model, config)
-    save_adapter(out, native_tensors(places, banks, model), banks, fingerprint(base), base_model=str(base))
+    save_adapter(out, native_tensors(places, banks, model), banks, base_fingerprint, base_model=str(base))
     return banks
+
+
+def fingerprint_of(base: Path) -> str:
+    """Raises AdapterError if ``base`` is no model's folder."""
+    if not (base / "config.json").is_file():
+        raise AdapterError(f"{base} has no config.json; give the Hugging Face folder of the model it was trained on")
+    try:
+        return fingerprint(base)
+    except ValueError as error:
+        raise AdapterError(str(error)) from error
 
 
 def _skeleton(base: Path) -> PreTrainedModel:
     """The base model without its weights."""
-    if not (base / "config.json").is_file():
-        raise AdapterError(f"{base} has no config.json; give the Hugging Face folder of the model it was trained on")
     try:
         config = AutoConfig.from_pretrained(base)
         with init_empty_weights():

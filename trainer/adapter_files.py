@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from lora.errors import AdapterError
 from lora.exactness import require
 from lora.format import Adapter, load_adapter
 from lora.merge import format_losses, merge_into_folder
 from lora.peft_format import BaseFacts, write_peft
-from lora.peft_import import import_adapter
+from lora.peft_import import fingerprint_of, import_adapter
 from lora.tasks import write_tasks
 from lora.upcycled import write_upcycled
-from moe.fingerprint import fingerprint
 
 
 def export(adapter_dir: str, out_dir: str, form: str, base_dir: str | None) -> int:
@@ -23,7 +24,10 @@ def export(adapter_dir: str, out_dir: str, form: str, base_dir: str | None) -> i
     base = None if base_dir is None else Path(base_dir)
     if base is not None:
         _check_base(adapter, base)
-    _WRITERS[form](adapter, base, out)
+    try:
+        _WRITERS[form](adapter, base, out)
+    except SafetensorError as error:
+        raise AdapterError(f"{base}: a file of its weights is damaged ({error}); copy the folder again") from error
     return 0
 
 
@@ -81,7 +85,7 @@ def _needed(base: Path | None, form: str) -> Path:
 
 
 def _check_base(adapter: Adapter, base: Path) -> None:
-    found = fingerprint(base)
+    found = fingerprint_of(base)
     if found != adapter.base_fingerprint:
         raise AdapterError(
             f"the adapter was trained on base {adapter.base_fingerprint}, {base} is {found}; give the folder that it "

@@ -167,8 +167,8 @@ def test_bases_and_folders_that_do_not_fit_are_refused(tmp_path):
         write_upcycled(without, BANKS, base, tmp_path / "moe")
     with pytest.raises(FolderError, match="exists"):
         write_upcycled(found, BANKS, base, base)
-    with pytest.raises(AdapterError, match="has no config.json"):
+    with pytest.raises(AdapterError, match=r"has no config\.json"):
         write_upcycled(found, BANKS, tmp_path, tmp_path / "moe")
-    with pytest.raises(AdapterError, match="phi3.*cannot be upcycled"):
+    with pytest.raises(AdapterError, match=r"phi3.*cannot be upcycled"):
         write_upcycled(found, BANKS, dense(tmp_path / "other", "phi3", pad_token_id=0), tmp_path / "moe")
     assert sorted(os.listdir(tmp_path)) == ["dense", "other"]
