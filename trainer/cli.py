@@ -101,7 +101,11 @@ def _parser() -> argparse.ArgumentParser:
     keeper.add_argument("run_dir", metavar="RUN", help="run folder, e.g. runs/quickstart")
     keeper.add_argument("--discard", action="store_true", help="stop without writing, and even if the disk hangs")
 
-    generate = verb("generate", _generate, "generate text with experts kept outside of the compute memory")
+    _add_generate_options(verb("generate", _generate, "generate text with experts kept outside of the compute memory"))
+    return parser
+
+
+def _add_generate_options(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("model_dir", metavar="DIR", help="Hugging Face folder of a MoE model")
     generate.add_argument("--adapter", metavar="DIR", help="adapter folder")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
@@ -113,7 +117,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="F",
         help="part of the experts that may be resident, 0 to 1",
     )
-    return parser
 
 
 def _add_doctor_options(doctor: argparse.ArgumentParser) -> None:
