@@ -19,7 +19,8 @@ from checkpointing.cost import BudgetError, size
 from lora.config import BankConfig
 from lora.cost import Parameters, parameters
 from lora.errors import AdapterError
-from moe.family_table import BUFFERS, FAMILIES, known_families
+from moe.family_table import BUFFERS, DENSE, FAMILIES, known_families
+from trainer.dense_rules import dense_problem, is_dense
 from trainer.family_shapes import family_shapes
 from trainer.mode_plan import Share, basis_of, budget_of, mode_rows
 from trainer.model_shapes import model_shapes
@@ -229,16 +230,19 @@ def _model(recipe: Recipe) -> tuple[Shapes, int, int]:
     except (OSError, ValueError) as error:
         raise PlanError(f"model.path: {folder / 'config.json'} cannot be read ({error}); export again") from error
     config = config.get("text_config", config) if isinstance(config, dict) else {}
-    if (kind := config.get("model_type")) is not None and kind not in FAMILIES:
+    if (kind := config.get("model_type")) is not None and kind not in FAMILIES and not is_dense(kind):
         raise PlanError(
-            f"model.path: {folder / 'config.json'} is of model_type {kind!r}; planaria trains {known_families()}"
+            f"model.path: {folder / 'config.json'} is of model_type {kind!r}; planaria trains {known_families()}, and "
+            f"adapters on {', '.join(DENSE)}"
         )
+    if is_dense(kind) and (problem := dense_problem(recipe, kind)):
+        raise PlanError(problem)
 
     def number(*names: str) -> int:
         return next((config[name] for name in names if isinstance(config.get(name), int)), 0)
 
     experts = number("num_experts", "num_local_experts", "n_routed_experts")
-    if not experts:
+    if not experts and not is_dense(kind):
         raise PlanError(f"model.path: {folder / 'config.json'} names no experts; planaria trains MoE models")
     if experts % recipe.parallel.ep:
         raise PlanError(
@@ -279,7 +283,7 @@ def card(
         ("run", f"{recipe.log.dir}/{recipe.log.run}"),
         ("model", recipe.model.path or f"new {recipe.model.family}"),
         ("layout", f"{parallel.workers} workers, ep {parallel.ep}, ZeRO-{parallel.zero}, {dtype}"),
-        ("experts", f"{plan.experts_per_worker} a layer on each worker, {plan.num_layers} layers"),
+        ("experts", _experts(plan)),
         ("text", f"{num_files} files, {size(num_bytes)}"),
         ("step", f"{plan.tokens_per_step:,} tokens; {recipe.train.steps:,} steps"),
         *_parameters("parameters", plan.total),
@@ -299,6 +303,12 @@ def card(
         *(_modes(recipe, plan, available, events) if memory.enabled else []),
     ]
     return "\n".join(f"{name:<12} {text}" for name, text in rows)
+
+
+def _experts(plan: Plan) -> str:
+    if not plan.experts_per_worker:
+        return f"none in the base, which is dense, {plan.num_layers} layers"
+    return f"{plan.experts_per_worker} a layer on each worker, {plan.num_layers} layers"
 
 
 def _disk_tier(disk: DiskSection) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lora.config import BankConfig
 from moe.context import BatchContext
 
+_MIXED = {"num_experts": 4, "r": 2, "alpha": 4.0, "dropout": 0.0, "router_aux_loss_coef": 0.1}
 CUT_OFF = "experts and mola"  # the case whose ranks also have to notice an adapter that is cut off
 
 CASES: dict[str, dict[str, BankConfig]] = {
@@ -42,7 +43,23 @@ CASES: dict[str, dict[str, BankConfig]] = {
             "mola", targets=("v_proj",), r=2, balance_pooled=True, router_aux_loss_coef=0.1, z_loss_coef=0.01
         ),
     },
+    "beside MoE blocks, following their router": {"perft-e": BankConfig("perft-e", r=2)},
+    "beside MoE blocks, own router": {
+        "perft-r": BankConfig(
+            "perft-r", r=2, num_experts=4, top_k=2, balance="switch", router_aux_loss_coef=0.1, z_loss_coef=0.01
+        ),
+    },
+    "beside MoE blocks, all": {"perft-d": BankConfig("perft-d", r=2, num_experts=2)},
+    "beside MoE blocks, one": {"perft-s": BankConfig("perft-s", r=2)},
+    "dense, mixlora": {"mixlora": BankConfig("mixlora", **_MIXED)},
+    "dense, mixlora-dynamic": {"mixlora-dynamic": BankConfig("mixlora-dynamic", **_MIXED)},
+    "dense, mixlora-switch": {"mixlora-switch": BankConfig("mixlora-switch", jitter=0.0, **_MIXED)},
 }
+
+
+def is_dense(case: str) -> bool:
+    """Whether the case's base is the dense one."""
+    return case.startswith("dense")
 
 
 def context_of(tokens_BT: Tensor, aux_scale: float = 1.0) -> BatchContext:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.ops import __compatible_ops__
 from torch import Tensor
-from transformers import Qwen3MoeForCausalLM
+from transformers import LlamaForCausalLM, Qwen3MoeForCausalLM
 
 from lora.errors import AdapterError
 from lora.format import apply_adapter, load_adapter
@@ -27,7 +27,7 @@ from moe.context import batch_context
 from moe.convert import convert
 from moe.deepspeed_ep import bind_expert_parallel
 from moe.layout import Layout
-from tests.lora.rank_cases import CASES, CUT_OFF, context_of, file_of
+from tests.lora.rank_cases import CASES, CUT_OFF, context_of, file_of, is_dense
 
 
 def initialize(model: torch.nn.Module, stage: int) -> deepspeed.DeepSpeedEngine:
@@ -54,8 +54,11 @@ def total(flags: Tensor) -> Tensor:
 
 def train(folder: Path, case: str, stage: int, rank: int, world: int) -> dict[str, object]:
     """Three steps of the case, whose values are saved; in one case then a step with an adapter cut off on one rank."""
-    model = Qwen3MoeForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-    blocks = convert(model, Layout(world, world), rank)
+    if is_dense(case):
+        model, blocks = LlamaForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32), []
+    else:
+        model = Qwen3MoeForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+        blocks = convert(model, Layout(world, world), rank)
     apply_adapter(model, load_adapter(folder / f"adapter-{file_of(case)}"))
     for block in blocks:
         bind_expert_parallel(block.experts)
