@@ -6,6 +6,7 @@ Shapes: E experts, R rank, M inputs, O outputs.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from lora.config import BankConfig
 from lora.errors import AdapterError
-from lora.presets import bank_of, expand
+from lora.presets import bank_of, expand, matches
 
 FACTORS = ("A", "B", "C")
+_ONE_LAYER = re.compile(r"\d|[*?\[]")  # in a target: it may name some layers only
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Delta:
         scale: alpha / r, or alpha / sqrt r.
         alpha: what gives ``scale`` under the bank's own rule.
         rank_scaling: whether that rule is alpha / sqrt r.
+        everywhere: whether the bank adapts the tensor of this name in every layer.
     """
 
     bank: str
@@ -42,6 +45,7 @@ class Delta:
     scale: float
     alpha: float
     rank_scaling: bool
+    everywhere: bool = False
 
     @property
     def experts(self) -> int:
@@ -114,7 +118,9 @@ def _delta(
     scale = alpha / math.sqrt(r) if by_root else alpha / r
     tensor = "weight" if full.site == "linear" else inner.rpartition(".")[2]
     a, b = (factor.expand(experts, -1, -1) for factor in (a, b))
-    return Delta(name, str(full.site), place, tensor, a, b, scale, alpha, by_root)
+    adapted = place if full.site == "linear" else f"{place}.{tensor}"
+    everywhere = any(matches(target, adapted) for target in full.targets if not _ONE_LAYER.search(target))
+    return Delta(name, str(full.site), place, tensor, a, b, scale, alpha, by_root, everywhere)
 
 
 def summed(delta: Delta, gates: Sequence[float] | Tensor | None = None) -> Delta:

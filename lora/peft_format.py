@@ -146,14 +146,15 @@ def pack(
             names = _expert_names(delta, base, stacked)
             packed |= _apart(delta, names)
             # Modules where experts are apart; the parameter where PEFT fuses them, which it does not tell all families.
-            modules |= {f"experts.{e}.{name}" for e in range(delta.experts) for name in names[1]}
-            parameters.add(_rest(delta.name))
+            where = "experts" if delta.everywhere else names[0]
+            modules |= {f"{where}.{e}.{name}" for e in range(delta.experts) for name in names[1]}
+            parameters.add(_rest(delta.name) if delta.everywhere else delta.name)
             ranks += _ranks_apart(delta, names, alpha)
         else:
             both = sum(other.place == delta.place for other in stacked) == 2
             nested = ".base_layer" if both and delta.tensor == EXPERT_TENSORS[0] else ""
             packed |= _pair(f"{delta.place}{nested}", pack_a(delta.a_ERM), pack_b(delta.b_EOR))
-            parameters.add(_rest(delta.name))
+            parameters.add(_rest(delta.name) if delta.everywhere else delta.name)
             ranks.append(_rank(delta.name, delta.r, alpha))
     config = _config(ranks, sorted(modules), sorted(parameters), base.name)
     # PEFT refuses dropout together with target_parameters; it acts in training only, and our manifest keeps it.

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from lora.config import BankConfig
 from lora.errors import AdapterError
 from lora.format import save_adapter
-from lora.import_banks import Place, banks_for, levelled, native_tensors
+from lora.import_banks import Place, banks_for, native_tensors
 from lora.peft_config import PeftConfig, read_peft_config
 from lora.peft_format import WEIGHTS_FILE, unpack_a, unpack_b
 from lora.presets import EXPERT_TENSORS
@@ -47,7 +47,7 @@ def import_adapter(peft: Path, out: Path, base: Path, *, expert_slowest: bool = 
     config, base_fingerprint = read_peft_config(peft), fingerprint_of(base)
     model = _skeleton(base)
     reader = _Reader(config, model, expert_slowest)
-    places = levelled(reader.places(_pairs(peft)))
+    places = reader.places(_pairs(peft))
     banks = banks_for(places, model, config)
     save_adapter(out, native_tensors(places, banks, model), banks, base_fingerprint, base_model=str(base))
     return banks

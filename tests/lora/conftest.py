@@ -4,13 +4,9 @@ import math
 
 import pytest
 import torch
-<<<<<<< HEAD
 from torch import nn
 from torch.nn import functional
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-=======
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
->>>>>>> ffn
 
 from lora.attach import attach
 from lora.presets import bank_of, expand
@@ -45,7 +41,27 @@ def tiny_moe():
 
 
 @pytest.fixture(scope="session")
-<<<<<<< HEAD
+def tiny_dense():
+    """Builds a Llama of 2 layers, hidden 32; the same weights every time."""
+
+    def build() -> LlamaForCausalLM:
+        config = LlamaConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            vocab_size=64,
+            initializer_range=0.2,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return LlamaForCausalLM(config).train()
+
+    return build
+
+
+@pytest.fixture(scope="session")
 def adapted():
     """``adapted(model, banks)``: the model with these banks and every adapter tensor away from its start."""
 
@@ -107,23 +123,3 @@ def plain_logits():
 
 def _adding(a: torch.Tensor, b: torch.Tensor, scale: float):
     return lambda _module, args, y: y + functional.linear(functional.linear(args[0], a), b) * scale
-=======
-def tiny_dense():
-    """Builds a Llama of 2 layers, hidden 32; the same weights every time."""
-
-    def build() -> LlamaForCausalLM:
-        config = LlamaConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=48,
-            vocab_size=64,
-            initializer_range=0.2,
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return LlamaForCausalLM(config).train()
-
-    return build
->>>>>>> ffn

@@ -161,6 +161,17 @@ def test_any_bank_s_tensors_survive_and_its_fields_are_kept(adapted, tiny_moe, t
         assert torch.equal(fresh.get_parameter(path), tensor), path
 
 
+def test_branches_beside_blocks_survive_too(adapted, tiny_moe, tmp_path):
+    for preset in ("perft-r", "perft-e", "perft-d", "perft-s"):
+        banks = {"p": BankConfig(preset, r=2)}
+        ours = adapted(tiny_moe(), banks)
+        save_adapter(tmp_path / preset, collect_adapter(ours), banks, "base")
+        fresh = tiny_moe().eval()
+        apply_adapter(fresh, load_adapter(tmp_path / preset))
+        with torch.no_grad():
+            assert torch.equal(fresh(TOKENS).logits, ours(TOKENS).logits), preset
+
+
 def test_a_changed_default_of_a_preset_changes_no_adapter_that_exists(adapted, tiny_moe, tmp_path, monkeypatch):
     banks = {"a": BankConfig("hydralora", ("q_proj",))}
     save_adapter(tmp_path / "a", collect_adapter(adapted(tiny_moe(), banks)), banks, "")

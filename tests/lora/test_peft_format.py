@@ -26,7 +26,9 @@ from moe.fingerprint import fingerprint
 
 TOKENS = torch.arange(48).view(4, 12)
 # PEFT looks for the patterns among modules alone, and warns falsely where they are of parameters.
-pytestmark = pytest.mark.filterwarnings("ignore:.*rank_pattern", "ignore:.*alpha_pattern")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*rank_pattern", "ignore:.*alpha_pattern", "ignore:.*no module was matched", "ignore:.*missing adapter keys"
+)
 EXPERTS = {"e": BankConfig("expert-lora", r=4, alpha=6.8)}
 ATTENTION = {"a": BankConfig("lora", ("q_proj", "o_proj"), r=3, alpha=4.1)}
 ROUTED = EXPERTS | {"a": BankConfig("mola", r=2)}
@@ -47,6 +49,7 @@ CASES = {
         "a": BankConfig("rslora", r=5, alpha=2.0),
     },
     "rslora beside lora": EXPERTS | {"a": BankConfig("rslora", r=4, alpha=2.0)},
+    "one layer of the experts": {"e": BankConfig("expert-lora", ("layers.1.*",), r=3, alpha=4.0)},
     "shared": {"e": BankConfig("expert-lora-shared", r=3, alpha=4.0)},
     "shared outer": {"e": BankConfig("expert-lora-shared-outer", r=3, alpha=4.0)},
 }

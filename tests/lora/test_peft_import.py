@@ -7,13 +7,13 @@ import os
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from lora.errors import AdapterError
 from lora.format import apply_adapter, load_adapter
-from lora.peft_format import pack_a, pack_b
+from lora.peft_format import BaseFacts, pack_a, pack_b, write_peft
 from lora.peft_import import import_adapter
 
 TOKENS = torch.arange(48).view(4, 12)
@@ -125,10 +125,20 @@ def fused(pairs, turned=False, b_slowest=False):
     return found
 
 
-def test_scales_that_differ_by_layer_are_refused(base_folder, tmp_path):
-    write(tmp_path / "peft", fused(factors()), alpha_pattern={"layers.1.*": 4})
-    with pytest.raises(AdapterError, match="has alpha 4, 6 in different layers"):
-        import_adapter(tmp_path / "peft", tmp_path / "native", base_folder)
+def test_layers_with_scales_of_their_own_and_layers_without_an_adapter(base_folder, tmp_path):
+    pairs = {key: pair for key, pair in factors().items() if key != (0, "down_proj")}
+    tensors = {k.replace("0.mlp.experts.base_layer", "0.mlp.experts"): t for k, t in fused(pairs).items()}
+    names = ["layers.0.mlp.experts.gate_up_proj", "layers.1.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"]
+    write(tmp_path / "peft", tensors, alpha_pattern={"layers.1.*": 4}, target_parameters=names)
+    banks = import_adapter(tmp_path / "peft", tmp_path / "native", base_folder)
+    assert {(len(bank.targets), bank.alpha) for bank in banks.values()} == {(1, 6), (2, 4)}
+    check(tmp_path / "native", pairs)
+    adapter = load_adapter(tmp_path / "native")
+    write_peft(adapter.tensors, adapter.banks, tmp_path / "again", BaseFacts.read(base_folder))
+    theirs = PeftModel.from_pretrained(base_of(base_folder), tmp_path / "again")
+    assert sum(".lora_A." in name for name, _ in theirs.named_parameters()) == 3
+    want = ours(tmp_path / "native", base_folder)
+    assert (logits(theirs) - want).norm() / want.norm() < 1e-5
 
 
 def test_a_tensor_in_both_layouts_is_refused(base_folder, tmp_path):
@@ -203,7 +213,7 @@ def test_gate_and_up_with_factors_of_their_own_become_block_diagonal(base_folder
     write(tmp_path / "peft", apart(pairs, same_a=False), target_modules=["gate_proj", "up_proj", "down_proj"])
     banks = import_adapter(tmp_path / "peft", tmp_path / "native", base_folder)
     assert {(bank.targets, bank.r, bank.alpha) for bank in banks.values()} == {
-        (("gate_up_proj",), 2 * R, 12), (("down_proj",), R, 6)
+        (("mlp.experts.gate_up_proj",), 2 * R, 12), (("mlp.experts.down_proj",), R, 6)
     }  # fmt: skip
     found, (a, b) = load_adapter(tmp_path / "native").tensors, pairs[1, "gate_up_proj"]
     place = "model.layers.1.mlp.experts.adapter.gate_up_proj"
@@ -272,11 +282,10 @@ def expert(layer, e, matrix, pair):
             "0 to 7 must all have a pair",
         ),
         (expert(0, 0, "w2", {"A": torch.ones(R, 16), "B": torch.ones(32, R)}), "experts of this family have no w2"),
-        ({k: t for k, t in fused(factors()).items() if "layers.0" in k}, r"layers\.1\.mlp\.experts.*is not adapted"),
         ({k.replace("experts", "experts.base_layer"): t for k, t in fused(factors()).items()}, "three wrappers"),
         ({}, "holds no tensor"),
     ],
-    ids=["norm", "magnitude", "no B", "unknown", "misshapen", "one expert", "w2", "one layer", "biases", "empty"],
+    ids=["norm", "magnitude", "no B", "unknown", "misshapen", "one expert", "w2", "biases", "empty"],
 )
 def test_tensors_that_fit_nowhere_are_refused_by_name(base_folder, tmp_path, tensors, message):
     write(tmp_path / "peft", tensors)

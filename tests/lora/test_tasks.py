@@ -24,6 +24,7 @@ BANKS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*rank_pattern", "ignore:.*alpha_pattern")
 def test_each_task_s_lora_gives_its_logits(adapted, tiny_moe, base_folder, tmp_path):
     ours = adapted(tiny_moe(), BANKS)
     tensors = collect_adapter(ours)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora.config import BankConfig
 from lora.errors import AdapterError
-from lora.format import load_adapter, save_adapter
+from lora.format import apply_adapter, collect_adapter, load_adapter, save_adapter
 from lora.upcycled import write_upcycled
 from moe.folder import read_tensors
 from moe.load import FolderError
@@ -101,6 +101,24 @@ def test_the_mixture_computes_what_mixlora_does(tmp_path, family, kind):
         got = model.eval()(TOKENS).logits.double()
         plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).eval()(TOKENS).logits
     want = naive(base, found)
+    assert (want - plain).norm() / want.norm() > 0.1
+    assert (got - want).norm() / want.norm() < 2e-6
+
+
+def test_what_the_training_module_saves_becomes_the_same_mixture(adapted, tiny_dense, tmp_path):
+    """From attach to a folder that transformers loads, with the adapter folder in between."""
+    tiny_dense().save_pretrained(tmp_path / "dense")
+    ours = adapted(tiny_dense(), BANKS)
+    save_adapter(tmp_path / "adapter", collect_adapter(ours), BANKS, "base", base_model=str(tmp_path / "dense"))
+    adapter = load_adapter(tmp_path / "adapter")
+    again = tiny_dense().eval()
+    apply_adapter(again, adapter)
+    write_upcycled(adapter.tensors, adapter.banks, tmp_path / "dense", tmp_path / "moe")
+    mixture = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", dtype=torch.float32).eval()
+    with torch.no_grad():
+        want, same, got = (model(TOKENS).logits for model in (ours, again, mixture))
+        plain = tiny_dense().eval()(TOKENS).logits
+    assert torch.equal(same, want)
     assert (want - plain).norm() / want.norm() > 0.1
     assert (got - want).norm() / want.norm() < 2e-6
 

@@ -77,7 +77,7 @@ def test_every_form_of_a_plain_adapter_computes_the_same(base, adapters, tmp_pat
     assert torch.equal(fused, apart)
     assert (merged - fused).norm() / fused.norm() < 1e-5
     said = run("import", tmp_path / "peft-per-expert", tmp_path / "back", "--base", base)
-    assert "experts: expert-lora r=2 alpha=3 on gate_up_proj, down_proj" in said
+    assert "experts: expert-lora r=2 alpha=3 on mlp.experts.down_proj, mlp.experts.gate_up_proj" in said
     want = load_adapter(adapters / "lora").tensors
     assert all(torch.equal(load_adapter(tmp_path / "back").tensors[path], tensor) for path, tensor in want.items())
     run("export", adapters / "tasks", tmp_path / "tasks", "--to", "tasks")
