@@ -81,7 +81,7 @@ def split_factor(path: str) -> tuple[str, str, str]:
 def deltas_of(
     tensors: Mapping[str, Tensor], banks: Mapping[str, BankConfig], routed_experts: int | None = None
 ) -> list[Delta]:
-    """The updates of all banks' factors, C multiplied into A, shared factors given to each expert.
+    """The updates of all banks' factors, C multiplied into A in fp32, shared factors given to each expert.
 
     Args:
         tensors: by parameter path, over all experts; routers and the like are passed over.
@@ -105,7 +105,7 @@ def _delta(
     full = expand(banks[name])
     a, b = found["A"], found["B"]
     if "C" in found:
-        a = torch.matmul(found["C"].float(), a.float()).to(a.dtype)
+        a = torch.matmul(found["C"].float(), a.float())
     experts = max(a.shape[0], b.shape[0])
     if full.site == "experts" and experts == 1 and full.share == "all":
         if routed_experts is None:
@@ -126,6 +126,8 @@ def _delta(
 def summed(delta: Delta, gates: Sequence[float] | Tensor | None = None) -> Delta:
     """``sum_e g_e B_e A_e`` as one update of rank E * R: A's rows stacked, B's columns side by side, times the gates.
 
+    What the gates multiply is fp32, whatever the factors are.
+
     Args:
         gates: one for each expert; ones by default.
     """
@@ -134,7 +136,7 @@ def summed(delta: Delta, gates: Sequence[float] | Tensor | None = None) -> Delta
     b_EOR = delta.b_EOR
     if gates is not None:
         gates_E = torch.as_tensor(gates, dtype=torch.float32)
-        b_EOR = (b_EOR.float() * gates_E.view(-1, 1, 1)).to(b_EOR.dtype)
+        b_EOR = b_EOR.float() * gates_E.view(-1, 1, 1)
     a_1XM = delta.a_ERM.flatten(0, 1).unsqueeze(0)
     b_1OX = b_EOR.permute(1, 0, 2).flatten(1).unsqueeze(0)
     growth = math.sqrt(delta.experts) if delta.rank_scaling else delta.experts

@@ -45,12 +45,22 @@ class Update:
     halves: int = 1
     transposed: bool = False
 
-    def value(self) -> Tensor:
-        """fp32, of the tensor's shape."""
-        if self.expert is None:
-            whole_EOM = torch.stack([self.delta.of(expert) for expert in range(self.delta.experts)])
-            return whole_EOM.transpose(1, 2) if self.transposed else whole_EOM
-        return self.delta.of(self.expert).chunk(self.halves)[self.half]
+    def parts(self) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """What is added, in fp32, and at which index: an expert at a time, so that a whole stack is never held."""
+        if self.expert is not None:
+            yield (), self.delta.of(self.expert).chunk(self.halves)[self.half]
+            return
+        for expert in range(self.delta.experts):
+            value_OM = self.delta.of(expert)
+            yield (expert,), value_OM.T if self.transposed else value_OM
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor that it is added to."""
+        outputs, inputs = self.delta.b_EOR.shape[1], self.delta.a_ERM.shape[2]
+        if self.expert is not None:
+            return outputs // self.halves, inputs
+        return self.delta.experts, *((inputs, outputs) if self.transposed else (outputs, inputs))
 
 
 @dataclass
@@ -116,21 +126,19 @@ class Merger:
 
     def apply(self, name: str, tensor: Tensor, update: Update) -> Tensor:
         """Raises AdapterError for a tensor that is no matrix of floats, or of another shape than the update."""
-        value = update.value()
         if tensor.dtype not in _FLOATS:
+            raise AdapterError(f"the base's {name} is {tensor.dtype}, and nothing can be added to that; dequantise it")
+        if tuple(tensor.shape) != update.shape:
             raise AdapterError(
-                f"the base's {name} is {tensor.dtype}, to which nothing can be added; dequantise it first"
-            )
-        if tensor.shape != value.shape:
-            raise AdapterError(
-                f"the base's {name} has shape {list(tensor.shape)}, the adapter's update {list(value.shape)}; is it "
+                f"the base's {name} has shape {list(tensor.shape)}, the adapter's update {list(update.shape)}; is it "
                 "another base model?"
             )
-        exact = tensor.float() + value
-        cast = exact.to(tensor.dtype)
-        loss = self.losses[_kind(update.delta)]
-        loss.update += float(value.double().square().sum())
-        loss.rounding += float((cast.double() - exact.double()).square().sum())
+        cast, loss = torch.empty_like(tensor), self.losses[_kind(update.delta)]
+        for at, value in update.parts():
+            exact = tensor[at].float() + value
+            cast[at] = exact.to(tensor.dtype)
+            loss.update += float(value.double().square().sum())
+            loss.rounding += float((cast[at].double() - exact.double()).square().sum())
         return cast
 
     def check(self, base: Path) -> None:

@@ -57,8 +57,8 @@ class PeftConfig:
         return self.alpha_of(key) / (math.sqrt(self.r_of(key)) if self.rslora else self.r_of(key))
 
 
-def read_peft_config(folder: Path) -> PeftConfig:
-    """The configuration in ``folder``.
+def read_peft_config(folder: Path, version: str | None = None) -> PeftConfig:
+    """The configuration in ``folder``; ``version``: of the PEFT that wrote it, if it does not say.
 
     Raises AdapterError if there is none, if it is not of a LoRA, or for a feature that has no equal here, by its name.
     """
@@ -73,6 +73,8 @@ def read_peft_config(folder: Path) -> PeftConfig:
         kind = found.get("peft_type") if isinstance(found, dict) else None
         raise AdapterError(f"{file} has peft_type {kind!r}; only LORA can be imported")
     _check_features(found, file)
+    if version is not None and found.get("peft_version") not in (None, version):
+        raise AdapterError(f"{file} says peft_version {found['peft_version']!r}; leave out --peft-version {version}")
     try:
         return PeftConfig(
             r=int(found.get("r", 8)),
@@ -81,7 +83,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
             rslora=bool(found.get("use_rslora")),
             rank_pattern=dict(found.get("rank_pattern") or {}),
             alpha_pattern=dict(found.get("alpha_pattern") or {}),
-            version=_version(found.get("peft_version")),
+            version=_version(found.get("peft_version") or version),
             parameters=tuple(found.get("target_parameters") or ()),
         )
     except (TypeError, ValueError) as error:
@@ -106,8 +108,12 @@ def _check_features(found: Mapping[str, Any], file: Path) -> None:
 
 
 def _version(text: str | None) -> tuple[int, int] | None:
-    found = re.match(r"(\d+)\.(\d+)", text or "")
-    return (int(found[1]), int(found[2])) if found else None
+    if text is None:
+        return None
+    found = re.match(r"(\d+)\.(\d+)", text)
+    if found is None:
+        raise AdapterError(f"{text!r} is no version of PEFT; give one as 0.17")
+    return int(found[1]), int(found[2])
 
 
 def _matched(pattern: Mapping[str, Any], key: str, default: Any) -> Any:

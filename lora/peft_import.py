@@ -36,15 +36,18 @@ _APART = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")
 _SWAPPED_SINCE = (0, 19)
 
 
-def import_adapter(peft: Path, out: Path, base: Path, *, expert_slowest: bool = False) -> dict[str, BankConfig]:
+def import_adapter(
+    peft: Path, out: Path, base: Path, *, expert_slowest: bool = False, peft_version: str | None = None
+) -> dict[str, BankConfig]:
     """Write ``peft`` as an adapter folder, whole or not at all; returns its banks.
 
     Args:
         base: Hugging Face folder of the model that it was trained on.
         expert_slowest: lora_B of stacked experts is packed (O, E*R) instead of (O, R*E).
+        peft_version: that wrote ``peft``, if its configuration does not say.
     Raises AdapterError for a feature, tensor or shape that cannot be taken over exactly, by its name.
     """
-    config, base_fingerprint = read_peft_config(peft), fingerprint_of(base)
+    config, base_fingerprint = read_peft_config(peft, peft_version), fingerprint_of(base)
     model = _skeleton(base)
     reader = _Reader(config, model, expert_slowest)
     places = reader.places(_pairs(peft))
@@ -201,7 +204,7 @@ class _Reader:
             if self.config.version is None:
                 raise AdapterError(
                     f"{name} has as many inputs as outputs, and adapter_config.json has no peft_version: PEFT before "
-                    "0.19 wrote the transpose, and nothing tells which this is; add the peft_version that wrote it"
+                    "0.19 wrote the transpose, and nothing tells which this is; give --peft-version"
                 )
             return self.config.version < _SWAPPED_SINCE
         return turned

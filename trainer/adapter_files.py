@@ -31,9 +31,10 @@ def export(adapter_dir: str, out_dir: str, form: str, base_dir: str | None) -> i
     return 0
 
 
-def import_peft(peft_dir: str, out_dir: str, base_dir: str, expert_slowest: bool) -> int:
+def import_peft(peft_dir: str, out_dir: str, base_dir: str, expert_slowest: bool, peft_version: str | None) -> int:
     """Make an adapter folder of PEFT's; prints its banks. Raises AdapterError or FolderError."""
-    banks = import_adapter(Path(peft_dir), Path(out_dir), Path(base_dir), expert_slowest=expert_slowest)
+    folders = Path(peft_dir), Path(out_dir), Path(base_dir)
+    banks = import_adapter(*folders, expert_slowest=expert_slowest, peft_version=peft_version)
     for name, bank in banks.items():
         print(f"{name}: {bank.preset} r={bank.r} alpha={bank.alpha:g} on {', '.join(bank.targets)}")
     print(f"wrote the adapter to {out_dir}")

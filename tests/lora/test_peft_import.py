@@ -171,6 +171,13 @@ def test_square_experts_without_a_version_are_refused(base_folder, tmp_path):
     with pytest.raises(AdapterError, match=r"gate_up_proj has as many inputs as outputs.*no peft_version"):
         import_adapter(tmp_path / "peft", tmp_path / "native", base_folder)
     assert os.listdir(tmp_path) == ["peft"]
+    with pytest.raises(AdapterError, match="'new' is no version of PEFT"):
+        import_adapter(tmp_path / "peft", tmp_path / "native", base_folder, peft_version="new")
+    import_adapter(tmp_path / "peft", tmp_path / "native", base_folder, peft_version="0.20")
+    check(tmp_path / "native", factors())
+    write(tmp_path / "told", fused(factors()), peft_version="0.21.2")
+    with pytest.raises(AdapterError, match=r"says peft_version '0\.21\.2'; leave out"):
+        import_adapter(tmp_path / "told", tmp_path / "never", base_folder, peft_version="0.17")
 
 
 @pytest.mark.parametrize("turned", [False, True])

@@ -6,10 +6,13 @@ import os
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lora.config import BankConfig
+from lora.deltas import Delta, summed
 from lora.errors import AdapterError
 from lora.format import collect_adapter
 from lora.peft_format import BaseFacts
@@ -41,6 +44,26 @@ def test_each_task_s_lora_gives_its_logits(adapted, tiny_moe, base_folder, tmp_p
     assert (seen[0] - seen[1]).norm() / seen[0].norm() > 1e-2
     banks = import_adapter(tmp_path / "out" / "task-1", tmp_path / "native", base_folder)
     assert {bank.r for bank in banks.values()} == {2, 8}  # E experts of rank r / E each
+
+
+sizes = st.integers(1, 4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(experts=sizes, rank=sizes, inputs=sizes, outputs=sizes, by_root=st.booleans(), gated=st.booleans())
+def test_one_update_of_all_experts_is_their_sum(experts, rank, inputs, outputs, by_root, gated):
+    generator = torch.Generator().manual_seed(experts + 7 * rank)
+    a, b = (
+        torch.randn(experts, rank, inputs, generator=generator),
+        torch.randn(experts, outputs, rank, generator=generator),
+    )
+    gates = torch.rand(experts, generator=generator) if gated else torch.ones(experts)
+    scale = 3.0 / (rank**0.5 if by_root else rank)
+    one = summed(Delta("a", "linear", "x", "weight", a, b, scale, 3.0, by_root), gates if gated else None)
+    assert (one.experts, one.r) == (1, experts * rank)
+    assert one.alpha / (one.r**0.5 if by_root else one.r) == pytest.approx(scale)
+    want = scale * torch.einsum("e,eor,eri->oi", gates, b, a)
+    torch.testing.assert_close(one.of(0), want, rtol=1e-4, atol=1e-5)
 
 
 def test_other_adapters_are_refused(adapted, tiny_moe, tmp_path):
