@@ -95,14 +95,15 @@ def plain_logits():
     """
 
     def logits(model: nn.Module, tensors, banks, tokens: torch.Tensor) -> torch.Tensor:
-        hooks = []
+        hooks, mixture = [], any(hasattr(module, "experts") for module in model.modules())
         for path in [path for path in tensors if path.endswith(".A")]:
             place, _, inner = path.removesuffix(".A").rpartition(".adapter")
             bank = expand(banks[bank_of(path, banks)])
             a, b = tensors[path], tensors[path[:-1] + "B"]
             scale = bank.alpha / (math.sqrt(a.shape[1]) if bank.scaling == "sqrt_r" else a.shape[1])
             module = model.get_submodule(place)
-            if ".shared_expert." in path:  # PEFT can have these as parameters only
+            if mixture and place.endswith(("gate_proj", "up_proj", "down_proj")):
+                # PEFT can have these as parameters only, for it takes their names for those of experts.
                 module.weight.data += (b[0] @ a[0]) * scale
             elif isinstance(module, nn.Linear):
                 hooks.append(module.register_forward_hook(_adding(a[0], b[0], scale)))

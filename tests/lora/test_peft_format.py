@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     LlamaConfig,
     MixtralConfig,
     Qwen2MoeConfig,
@@ -134,6 +135,15 @@ def qwen2_moe():
     )  # fmt: skip
 
 
+def deepseek():
+    return DeepseekV3Config(
+        hidden_size=32, moe_intermediate_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, kv_lora_rank=8,
+        q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=1, n_group=2,
+        topk_group=1, vocab_size=64, initializer_range=0.2,
+    )  # fmt: skip
+
+
 def llama():
     return LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -141,6 +151,7 @@ def llama():
     )  # fmt: skip
 
 
+BESIDE = BankConfig("lora", ("shared_experts.down_proj", "layers.0.mlp.gate_proj", "kv_b_proj"), r=2, alpha=3.0)
 SHARED_EXPERT = BankConfig("lora", ("shared_expert.up_proj", "shared_expert.down_proj"), r=2, alpha=3.0)
 
 
@@ -150,9 +161,10 @@ SHARED_EXPERT = BankConfig("lora", ("shared_expert.up_proj", "shared_expert.down
         (mixtral(), EXPERTS | ATTENTION, [False, True]),
         (qwen2_moe(), EXPERTS | {"s": SHARED_EXPERT}, [False, True]),
         (qwen2_moe(), {"s": SHARED_EXPERT}, [False]),
+        (deepseek(), EXPERTS | {"b": BESIDE}, [False, True]),
         (llama(), {"f": BankConfig("lora", ("gate_proj", "down_proj"), r=2, alpha=3.0)}, [False]),
     ],
-    ids=["mixtral", "qwen2_moe", "a shared expert alone", "llama"],
+    ids=["mixtral", "qwen2_moe", "a shared expert alone", "deepseek_v3", "llama"],
 )
 def test_other_families_differ_by_nothing_too(adapted, plain_logits, tmp_path, config, banks, per_expert):
     torch.manual_seed(1)
