@@ -9,6 +9,7 @@ from torch import nn
 from transformers import masking_utils
 
 from lora.attach import attach, format_table
+from lora.presets import expansions
 from moe.build import new_model
 from moe.convert import assign_addresses, convert
 from moe.extend import freeze_experts
@@ -60,7 +61,7 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
     if recipe.adapter:
         report = attach(model, recipe.adapter, blocks, layout_ep=layout.ep, seed=recipe.train.seed)
         if process.rank == 0:
-            print(format_table(report), flush=True)
+            print("\n".join([*expansions(recipe.adapter), format_table(report)]), flush=True)
     model.to(process.device)
     for line in _settle_backends(blocks, section.experts_backend):
         if process.rank == 0:

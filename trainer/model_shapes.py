@@ -29,6 +29,7 @@ class ModelShapes:
     layers: decoder layers.
     active: routed experts of a token.
     linear: (out, in) of each linear layer by path; ``experts``: (E, out, in) of each stacked tensor.
+    norms: width of each vector by path, such as norms' weights.
     places: where banks may go.
     """
 
@@ -36,6 +37,7 @@ class ModelShapes:
     active: int
     linear: Mapping[str, tuple[int, int]]
     experts: Mapping[str, tuple[int, int, int]]
+    norms: Mapping[str, int]
     places: Places
 
     def size(self, placed: Placed) -> Size:
@@ -82,7 +84,8 @@ def model_shapes(shapes: Shapes, active: int) -> ModelShapes:
     ffn = tuple(parent for parent in parents if all(f"{parent}.{name}" in linear for name in FFN))
     layers = [int(match[1]) for name in shapes if (match := re.search(r"layers\.(\d+)\.", name))]
     places = Places(tuple(linear), tuple(stacked), ffn, tuple(blocks), refused)
-    return ModelShapes(max(layers, default=-1) + 1, active, linear, stacked, places)
+    norms = {name.rpartition(".")[0]: shape[0] for name, shape in shapes.items() if len(shape) == 1}
+    return ModelShapes(max(layers, default=-1) + 1, active, linear, stacked, norms, places)
 
 
 def _stacked(shapes: Shapes) -> dict[str, tuple[int, int, int]]:

@@ -19,6 +19,7 @@ from checkpointing.cost import BudgetError, size
 from lora.config import BankConfig
 from lora.cost import Parameters, parameters
 from lora.errors import AdapterError
+from lora.presets import expansions
 from moe.family_table import BUFFERS, DENSE, FAMILIES, known_families
 from trainer.dense_rules import dense_problem, is_dense
 from trainer.family_shapes import family_shapes
@@ -136,7 +137,7 @@ def bank_parameters(banks: Mapping[str, BankConfig], shapes: Shapes, active: int
 
 def plan_run(recipe: Recipe) -> Plan:
     """Raises PlanError if ``model.path`` cannot be read or does not fit the recipe."""
-    shapes, experts, own = _model(recipe)
+    shapes, experts, own = base_of(recipe)
     top_k = recipe.routing.choices(own)
     shapes = {**soft_shapes(shapes, recipe.model.soft), **mtp_shapes(shapes, recipe.train.mtp.depth)}
     if recipe.model.soft.kind != "none":
@@ -154,7 +155,7 @@ def plan_run(recipe: Recipe) -> Plan:
         trained = {"router": total["router"], **{kind: count for kind, count in kept.items() if count}}
     expert_trained = sum(bank.of_experts for bank in banks.values()) if banks else trained.get("experts", 0)
     workers, ep = recipe.parallel.workers, recipe.parallel.ep
-    width = 2 if recipe.parallel.dtype == "bf16" or _auto_bf16(recipe) else 4
+    width = number_width(recipe)
     everything, training = sum(total.values()), sum(trained.values())
     added = training if banks else 0
     local_weights = everything - expert_total + added - (expert_trained if banks else 0)
@@ -206,12 +207,17 @@ def _generations(recipe: Recipe) -> int:
     return _DISK_GENERATIONS if disk.every or disk.final else 0
 
 
+def number_width(recipe: Recipe) -> int:
+    """Bytes of a number in the training dtype."""
+    return 2 if recipe.parallel.dtype == "bf16" or _auto_bf16(recipe) else 4
+
+
 def _auto_bf16(recipe: Recipe) -> bool:
     return recipe.parallel.dtype == "auto" and recipe.parallel.device == "cuda"
 
 
-def _model(recipe: Recipe) -> tuple[Shapes, int, int]:
-    """Shapes, routed experts per layer and experts per token."""
+def base_of(recipe: Recipe) -> tuple[Shapes, int, int]:
+    """Shapes, routed experts per layer and experts per token of the model to train. Raises PlanError."""
     model = recipe.model
     if model.path is None:
         return (
@@ -288,6 +294,7 @@ def card(
         ("step", f"{plan.tokens_per_step:,} tokens; {recipe.train.steps:,} steps"),
         *_parameters("parameters", plan.total),
         ("", f"{sum(plan.total.values()):>14,}  in all, {plan.active:,} used by a token"),
+        *(("adapter" if i == 0 else "", text) for i, text in enumerate(expansions(recipe.adapter))),
         *(_parameters("trained", plan.trained) if plan.trained != plan.total else [("trained", "all of them")]),
         (
             "per worker",
