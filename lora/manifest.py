@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora.combinations import used_fields
 from lora.config import BankConfig
 from lora.errors import AdapterError
 from lora.exactness import obstacles
@@ -105,9 +106,12 @@ def _bank(name: str, values: dict[str, Any], schema: int, folder: Path) -> BankC
     if unknown := sorted(values.keys() - known):
         raise AdapterError(f"{where} has the field {unknown[0]!r}, which this version does not know; use a newer one")
     try:
-        return expand(BankConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}))
+        full = expand(BankConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}))
     except (AdapterError, TypeError) as error:
         raise AdapterError(f"{where}: {error}; use the version that wrote it") from error
+    # Fields without an effect follow the preset: they would look like a choice where its default has changed since.
+    preset, idle = expand(BankConfig(full.preset)), known.difference(used_fields(full))
+    return replace(full, **{field: getattr(preset, field) for field in idle})
 
 
 def digest(tensor: Tensor) -> str:
