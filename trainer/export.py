@@ -230,4 +230,6 @@ def _copy_base(recipe: Recipe, out: Path) -> None:
 
 def _write_adapter(recipe: Recipe, tensors: dict[str, Tensor], out: Path) -> None:
     base = recipe.model.path or ""
-    save_adapter(out, tensors, recipe.adapter, fingerprint(base), base_model=base)
+    parallel = recipe.parallel
+    topology = {name: getattr(parallel, name) for name in ("workers", "ep", "zero", "dtype")}
+    save_adapter(out, tensors, recipe.adapter, fingerprint(base), base_model=base, topology=topology)
