@@ -35,6 +35,10 @@ def _own(full: BankConfig) -> bool:
     return full.router in ("token", "task")
 
 
+def _trains_factors(full: BankConfig) -> bool:
+    return full.kind == "lowrank" and not full.adapters
+
+
 def _chosen(full: BankConfig) -> bool:
     return full.router == "token" and full.site == "linear" and full.combine in ("top_k", "switch")
 
@@ -45,15 +49,18 @@ _NEEDS: dict[str, tuple[Callable[[BankConfig], bool], str]] = {
         lambda full: _own(full) or full.combine == "sum",
         "a bank with a router of its own, or combine: sum",
     ),
+    "adapters": (lambda full: bool(full.adapters), "a bank with trained adapters for experts"),
     "r": (lambda full: full.kind == "lowrank", "kind: lowrank"),
-    "rank_rule": (lambda full: full.kind == "lowrank", "kind: lowrank"),
-    "alpha": (lambda full: full.kind == "lowrank", "kind: lowrank"),
-    "scaling": (lambda full: full.kind == "lowrank", "kind: lowrank"),
+    "rank_rule": (_trains_factors, "kind: lowrank without adapters"),
+    "alpha": (_trains_factors, "kind: lowrank without adapters, which keep their scale"),
+    "scaling": (_trains_factors, "kind: lowrank without adapters, which keep their scale"),
     "dropout": (lambda full: full.kind == "lowrank", "kind: lowrank"),
-    "a_init": (lambda full: full.kind == "lowrank", "kind: lowrank"),
-    "router_init": (_own, "router: token or task"),
+    "a_init": (_trains_factors, "kind: lowrank without adapters"),
+    "router_init": (lambda full: _own(full) and full.score == "linear", "router: token or task, and score: linear"),
     "task_embedding": (lambda full: full.router == "task", "router: task"),
     "num_tasks": (lambda full: full.router == "task", "router: task"),
+    "score": (lambda full: full.router == "token", "router: token"),
+    "temperature": (lambda full: full.router == "token" and full.score != "linear", "router: token and score: arrow"),
     "jitter": (lambda full: full.router == "token", "router: token"),
     "top_k": (lambda full: _own(full) and full.combine == "top_k", "a router of the bank's own and combine: top_k"),
     "renormalise": (
@@ -92,7 +99,7 @@ def idle(full: BankConfig, given: Iterable[str]) -> Iterator[Finding]:
 
 def faults(full: BankConfig) -> Iterator[Finding]:
     """What no model can carry: values out of range, and fields that contradict each other."""
-    found = [*_ranges(full), *_choices(full), *_kinds(full)]
+    found = [*_ranges(full), *_choices(full), *_kinds(full), *_trained(full)]
     yield from found or (*_losses(full), *_counts(full))
 
 
@@ -104,7 +111,7 @@ def shown(value: Any) -> str:
 
 
 _AT_LEAST_1 = ("num_experts", "r", "top_k", "task_embedding", "num_tasks")
-_MORE_THAN_0 = ("alpha", "capacity", "contrastive_temperature")
+_MORE_THAN_0 = ("alpha", "capacity", "temperature", "contrastive_temperature")
 _AT_LEAST_0 = ("router_aux_loss_coef", "z_loss_coef", "contrastive_coef")
 _BELOW_1 = ("dropout", "jitter")
 
@@ -171,6 +178,51 @@ def _kinds(full: BankConfig) -> Iterator[Finding]:
         yield "mixer", f"mixer=true is for site: linear, not {full.site}; write mixer: false"
     if full.site == "linear" and full.share == "A" and full.router == "none":
         yield "share", "share=A shares between experts, and router: none has one; write share: none, or give a router"
+
+
+def _trained(full: BankConfig) -> Iterator[Finding]:
+    """Of banks whose experts are trained adapters."""
+    if full.score == "arrow" and not full.adapters:
+        yield (
+            "adapters",
+            "adapters is empty, and score: arrow compares tokens with trained adapters; list two or more of their "
+            "folders",
+        )
+    if not full.adapters:
+        return
+    if twice := [folder for i, folder in enumerate(full.adapters) if folder in full.adapters[:i]]:
+        yield "adapters", f"adapters names {twice[0]!r} twice; keep one"
+    elif len(full.adapters) < 2:
+        yield "adapters", f"adapters has {full.adapters[0]!r} alone, and there is nothing to choose; list two or more"
+    if full.num_experts != len(full.adapters):
+        say = f"num_experts={shown(full.num_experts)}, and adapters names {len(full.adapters)}, which are the experts"
+        yield "num_experts", f"{say}; remove num_experts"
+    if full.site != "linear":
+        yield "adapters", f"adapters are for site: linear, not {full.site}; remove them, or write site: linear"
+        return
+    if full.router not in ("token", "task"):
+        yield "router", f"router={full.router} weighs no adapters; write router: token or router: task"
+    for field, needed in (("kind", "lowrank"), ("share", "none"), ("mixer", False)):
+        if (value := getattr(full, field)) != needed:
+            say = f"{field}={shown(value)} is for factors that train, and those of adapters are what they are"
+            yield field, f"{say}; write {field}: {shown(needed)}"
+    if isinstance(full.r, tuple):
+        yield "r", f"r={shown(full.r)}: adapters of all layers are kept at one rank; write the largest of theirs"
+    if full.score == "arrow":
+        yield from _arrow(full)
+    elif full.combine == "top_k" and full.top_k == 1 and full.renormalise:
+        yield "top_k", "top_k=1 with renormalise: true weighs all choices 1, so that no router trains; write top_k: 2"
+
+
+def _arrow(full: BankConfig) -> Iterator[Finding]:
+    if full.router != "token":
+        yield "router", f"router={full.router} asks no token, and score: arrow compares tokens; write router: token"
+    if full.combine not in ("soft", "top_k"):
+        yield "combine", f"combine={full.combine} is for scores that train; write combine: top_k or combine: soft"
+    for field in ("router_aux_loss_coef", "z_loss_coef", "contrastive_coef", "jitter"):
+        if getattr(full, field):
+            say = f"{field}={shown(getattr(full, field))} is for training, and score: arrow trains nothing"
+            yield field, f"{say}; write {field}: 0"
 
 
 def _losses(full: BankConfig) -> Iterator[Finding]:

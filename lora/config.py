@@ -27,12 +27,14 @@ Preset = Literal[
     "perft-e",
     "perft-d",
     "perft-s",
+    "arrow",
 ]
 Site = Literal["linear", "experts", "ffn", "parallel"]
 Share = Literal["none", "A", "all", "outer"]
 Kind = Literal["lowrank", "scale"]
 Scope = Literal["none", "base", "token", "task"]
 Combine = Literal["static", "sum", "soft", "top_k", "top_p", "threshold", "switch"]
+Score = Literal["linear", "arrow"]
 Balance = Literal["none", "switch", "localized_cv2"]
 Count = int | tuple[int, ...]
 
@@ -50,6 +52,7 @@ class BankConfig:
             (experts), of feed-forward blocks (ffn) or MoE blocks (parallel).
         site: ``linear`` adapts linear layers; ``experts`` the stacked weights of routed experts; ``ffn`` runs a whole
             dense feed-forward block once per adapter expert; ``parallel`` adds a residual beside an MoE block.
+        adapters: folders of trained adapters, which are the bank's experts and stay as they are; E is their number.
         num_experts: E, low-rank experts of one site; a list gives groups of neighbouring layers their own numbers.
         r: rank of each, before ``rank_rule``; a list as for ``num_experts``.
         rank_rule: ``fixed``: r as it is; ``per_active``: r divided by the experts a token uses; ``per_total``: r
@@ -65,6 +68,9 @@ class BankConfig:
             ``task`` of the sample.
         task_embedding: width of a task's embedding.
         num_tasks: how many tasks there are.
+        score: of an expert, for a token's state x: ``linear``: w_e x, trained; ``arrow``: |v_e x|, where v_e is the
+            direction that a trained adapter amplifies most.
+        temperature: what scores are divided by before the softmax, where ``score`` is not linear.
         jitter: multiplies the router's input by a uniform draw from [1 - jitter, 1 + jitter], in training.
         combine: ``static`` one expert; ``sum`` all with weight 1; ``soft`` all, weighted; ``top_k``; ``top_p``;
             ``threshold`` those above a learned threshold; ``switch`` the best one, with a capacity.
@@ -86,6 +92,7 @@ class BankConfig:
     preset: Preset
     targets: tuple[str, ...] = ()
     site: Site | None = None
+    adapters: tuple[str, ...] = ()
     num_experts: Count | None = None
     r: Count | None = None
     rank_rule: Literal["fixed", "per_active", "per_total"] | None = None
@@ -100,6 +107,8 @@ class BankConfig:
     router: Scope | None = None
     task_embedding: int | None = None
     num_tasks: int | None = None
+    score: Score | None = None
+    temperature: float | None = None
     jitter: float | None = None
     combine: Combine | None = None
     top_k: int | None = None

@@ -28,10 +28,13 @@ class Size:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Trainable numbers at one place: those of each of the model's experts, all counted, and those all ranks hold."""
+    """Trainable numbers at one place: those of each of the model's experts, all counted, and those all ranks hold.
+
+    ``frozen``: numbers of trained adapters, which the model holds and does not train."""
 
     of_experts: int
     shared: int
+    frozen: int = 0
 
     @property
     def total(self) -> int:
@@ -54,6 +57,9 @@ def parameters(here: BankAt, size: Size, tensor: str = "") -> Parameters:
     if full.kind == "scale":
         return Parameters(0, experts * size.outs + _router(here, size.ins))
     factors = (1 if full.share == "A" else experts) * a + experts * (b + (r * r if full.mixer else 0))
+    if full.adapters:
+        directions = experts * size.ins if full.score == "arrow" else 0
+        return Parameters(0, _router(here, size.ins) - directions, factors + directions)
     return Parameters(0, factors + _router(here, size.ins))
 
 
@@ -82,7 +88,7 @@ def added(here: BankAt, size: Size) -> int:
     full, experts, r, both = here.config, here.num_experts, here.r, size.ins + size.outs
     router = 0
     if full.router == "token":
-        router = 6 * size.ins * (experts + (full.combine == "threshold"))
+        router = (4 if full.score == "arrow" else 6) * size.ins * (experts + (full.combine == "threshold"))
     if full.site == "experts":
         return 6 * r * both * size.active
     if full.site == "ffn":
@@ -92,7 +98,7 @@ def added(here: BankAt, size: Size) -> int:
     if full.router == "base":
         return 6 * r * both * size.active
     ranks = (1 if full.share == "A" else experts) * size.ins + experts * (size.outs + (r if full.mixer else 0))
-    return router + 6 * r * ranks
+    return router + (4 if full.adapters else 6) * r * ranks
 
 
 def chosen(here: BankAt) -> int:

@@ -27,7 +27,8 @@ class LinearBank(nn.Module):
     """E low-rank experts of one linear layer, and what weighs them; see :class:`RoutedLinear`.
 
     Parameters, as far as the bank has them: ``A`` [F, R, M], ``C`` [E, R, R], ``B`` [E, O, R], and those of
-    ``router``. B starts at zero. Banks of kind ``scale`` have only B, [E, O, 1].
+    ``router``. B starts at zero. Banks of kind ``scale`` have only B, [E, O, 1]. Those whose experts are trained
+    adapters do not train A and B; :func:`lora.trained.fill` loads them.
 
     Raises AdapterError for a bank that no linear layer can carry.
     """
@@ -56,6 +57,9 @@ class LinearBank(nn.Module):
         if config.mixer:
             self.C = nn.Parameter(stacked_init(experts, 0, (rank, rank), f"{key}/C").to(**place))
         self.B = nn.Parameter(torch.zeros(experts, out_features, 1 if scales else rank, **place))
+        if config.adapters:  # loaded by lora.trained; until then not a number, which cannot pass for a trained one
+            for factor in (self.A, self.B):
+                factor.requires_grad_(False).data.fill_(torch.nan)
         for name, parameter in self.named_parameters():
             parameter.address = TensorAddress(f"{path}.{name}", tuple(parameter.shape))
         self.router = None
@@ -64,8 +68,13 @@ class LinearBank(nn.Module):
         self.observe: Callable[[Tensor], None] | None = None
 
     def probes(self) -> list[tuple[str, nn.Parameter]]:
-        """What must get a gradient wherever a token with loss has passed: B, for the others have none while it is 0."""
-        return [("B", self.B)]
+        """What must get a gradient wherever a token with loss has passed: B, for the others have none while it is 0.
+
+        Where B is a trained adapter's, what weighs it must."""
+        if self.B.requires_grad:
+            return [("B", self.B)]
+        weight = self.router.weight
+        return [("router.weight", weight)] if weight.requires_grad else []
 
     def forward(self, x_TM: Tensor, y_TO: Tensor) -> Tensor:
         """``y_TO``, the frozen layer's output, plus the delta. It is changed in place: nobody else may hold it."""

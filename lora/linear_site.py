@@ -38,5 +38,6 @@ def attach_linears(
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, routed)
             linears[path] = routed
-            found.append(Match(name, path, target, global_size(routed.adapter.parameters())))
+            trained = [p for p in routed.adapter.parameters() if p.requires_grad]
+            found.append(Match(name, path, target, global_size(trained)))
     return found

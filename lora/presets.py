@@ -21,6 +21,7 @@ from lora.methods import ATTENTION, EXPERT_TENSORS, METHODS
 _NEUTRAL: dict[str, Any] = {
     "targets": ATTENTION,
     "site": "linear",
+    "adapters": (),
     "num_experts": 1,
     "r": 8,
     "rank_rule": "fixed",
@@ -35,6 +36,8 @@ _NEUTRAL: dict[str, Any] = {
     "router": "none",
     "task_embedding": 64,
     "num_tasks": 1,
+    "score": "linear",
+    "temperature": 1.0,
     "jitter": 0.0,
     "combine": "static",
     "top_k": 2,
@@ -63,6 +66,8 @@ def expand(bank: BankConfig) -> BankConfig:
         raise AdapterError(f"no preset {bank.preset!r}; one of {', '.join(PRESETS)}")
     values = _NEUTRAL | PRESETS[bank.preset]
     missing = {f.name: values[f.name] for f in fields(bank) if getattr(bank, f.name) in (None, ())}
+    if bank.adapters and bank.num_experts is None:
+        missing["num_experts"] = len(bank.adapters)
     return replace(bank, **missing)
 
 
@@ -107,7 +112,7 @@ def bank_at(bank: BankConfig, layer: int, layers: int, routed: int = 0, active: 
 
 def _shares(full: BankConfig, experts: int, active: int) -> int:
     """How many experts ``r`` is divided among."""
-    if full.rank_rule == "fixed":
+    if full.rank_rule == "fixed" or full.adapters:
         return 1
     if full.rank_rule == "per_total" or full.combine in ("soft", "sum", "top_p", "threshold"):
         return experts  # of the last two a token may use all
@@ -168,7 +173,7 @@ def check_banks(banks: Mapping[str, BankConfig]) -> None:
             full = expand(bank)
         except AdapterError as error:
             raise AdapterError(f"adapter.{name}: {error}") from None
-        default = expand(BankConfig(bank.preset))
+        default = expand(BankConfig(bank.preset, adapters=bank.adapters))
         changed = [f.name for f in fields(full) if getattr(full, f.name) != getattr(default, f.name)]
         for _, sentence in (*faults(full), *idle(full, changed)):
             raise AdapterError(f"adapter.{name}.{sentence}")

@@ -56,6 +56,8 @@ class BankRouter(nn.Module):
       expert takes ``capacity`` times the even share of the tokens, earlier ones first and padding never; the others get
       weight zero (Switch Transformer, arXiv 2101.03961, eq. 2-3).
 
+    With ``score: arrow`` it is ``p = softmax(|V h| / temperature)``, and the rows of V do not train; they are loaded.
+
     ``jitter`` multiplies h by a uniform draw from [1 - jitter, 1 + jitter] in training. It is drawn from the device's
     default generator, which checkpoints hold and activation checkpointing restores.
 
@@ -74,7 +76,11 @@ class BankRouter(nn.Module):
         self._key, self._place = f"{seed}/{path}", {"device": device, "dtype": dtype}
         by_task = config.router == "task"
         width = config.task_embedding if by_task else in_features
-        self._add("weight", start_init((here.num_experts, width), config.router_init, f"{self._key}.weight"))
+        if config.score == "arrow":
+            # Not a number until they are loaded: an adapter without its directions must not pass for one.
+            self._add("weight", torch.full((here.num_experts, width), torch.nan)).requires_grad_(False)
+        else:
+            self._add("weight", start_init((here.num_experts, width), config.router_init, f"{self._key}.weight"))
         if by_task:
             self._add("task_embedding", start_init((config.num_tasks, width), 1.0, f"{self._key}.task_embedding"))
         if config.combine == "threshold":
@@ -82,10 +88,11 @@ class BankRouter(nn.Module):
             # As wide as the weight's, which the bound of the draw depends on; a linear layer's bias starts like that.
             self._add("threshold_bias", uniform_init((width,), f"{self._key}.threshold_bias")[:1].clone())
 
-    def _add(self, name: str, start: Tensor) -> None:
+    def _add(self, name: str, start: Tensor) -> nn.Parameter:
         parameter = nn.Parameter(start.to(**self._place))
         parameter.address = TensorAddress(f"{self.path}.{name}", tuple(parameter.shape))
         self.register_parameter(name, parameter)
+        return parameter
 
     def forward(self, x_TM: Tensor) -> Decision:
         """Raises AdapterError if tokens have to be routed by tasks that the batch does not name."""
@@ -94,6 +101,8 @@ class BankRouter(nn.Module):
         if jitter and self.training:
             h_TD = h_TD * torch.empty_like(h_TD).uniform_(1 - jitter, 1 + jitter)
         logits_TE = wide_linear(h_TD, self.weight)
+        if self.here.config.score == "arrow":  # a singular vector's sign means nothing
+            logits_TE = logits_TE.abs() / self.here.config.temperature
         return inject_losses(self._decide(logits_TE, h_TD), self.here, self.path)
 
     def _decide(self, logits_TE: Tensor, h_TD: Tensor) -> Decision:

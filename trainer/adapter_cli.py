@@ -95,9 +95,24 @@ def _presets(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _arrow_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("out_dir", metavar="OUT", help="adapter folder to make")
+    sub.add_argument("adapter_dirs", metavar="ADAPTER", nargs="+", help="two or more folders of plain LoRA adapters")
+    sub.add_argument("--top-k", type=int, default=3, metavar="K", help="adapters that a token uses (3)")
+    sub.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of their softmax (1)")
+
+
+def _arrow(arguments: argparse.Namespace) -> int:
+    from trainer import adapter_files
+
+    folders = tuple(arguments.adapter_dirs)
+    return adapter_files.make_arrow(arguments.out_dir, folders, arguments.top_k, arguments.temperature)
+
+
 VERBS = {
     "plan": Verb("say what a recipe's banks train, cost and can be written as", _plan_arguments, _plan),
     "presets": Verb("list the published methods, or explain one", _presets_arguments, _presets),
     "export": Verb("write an adapter for other tools", _export_arguments, _export),
+    "arrow": Verb("make one adapter of several, of which each token chooses; nothing trains", _arrow_arguments, _arrow),
     "import": Verb("make an adapter of what PEFT saved", _import_arguments, _import),
 }

@@ -9,11 +9,13 @@ from safetensors import SafetensorError
 
 from lora.errors import AdapterError
 from lora.exactness import require
-from lora.format import Adapter, load_adapter
+from lora.format import Adapter, load_adapter, save_adapter
 from lora.merge import format_losses, merge_into_folder
 from lora.peft_format import BaseFacts, write_peft
 from lora.peft_import import fingerprint_of, import_adapter
+from lora.presets import expansions
 from lora.tasks import write_tasks
+from lora.trained import arrow_of
 from lora.upcycled import write_upcycled
 
 
@@ -37,6 +39,16 @@ def import_peft(peft_dir: str, out_dir: str, base_dir: str, expert_slowest: bool
     banks = import_adapter(*folders, expert_slowest=expert_slowest, peft_version=peft_version)
     for name, bank in banks.items():
         print(f"{name}: {bank.preset} r={bank.r} alpha={bank.alpha:g} on {', '.join(bank.targets)}")
+    print(f"wrote the adapter to {out_dir}")
+    return 0
+
+
+def make_arrow(out_dir: str, adapter_dirs: tuple[str, ...], top_k: int, temperature: float) -> int:
+    """Make an adapter folder that is Arrow over others; prints its bank. Raises AdapterError."""
+    tensors, bank, base = arrow_of(adapter_dirs, top_k, temperature)
+    banks = {"arrow": bank}
+    save_adapter(out_dir, tensors, banks, base)
+    print("\n".join(expansions(banks)))
     print(f"wrote the adapter to {out_dir}")
     return 0
 

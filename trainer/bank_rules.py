@@ -9,6 +9,7 @@ from typing import Any
 from lora.combinations import faults, idle
 from lora.config import BankConfig
 from lora.presets import expand, matches
+from trainer.adapter_seal import adapter_problem
 from trainer.recipe_view import Finding, View
 
 # Names of linear layers that must not be adapted, and why.
@@ -74,4 +75,34 @@ def _overlap(view: View, bank: str) -> Iterator[Finding]:
             yield bank, f"banks adapter.{other} and {bank} both target {', '.join(shared)}; keep one of them"
 
 
-BANK_RULES: tuple[Callable[[View, str], Iterator[Finding]], ...] = (_empty, _faults, _idle, _targets, _overlap)
+def _adapters(view: View, bank: str) -> Iterator[Finding]:
+    """Of banks whose experts are trained adapters."""
+    full = expanded(view, bank)
+    if not full.adapters:
+        return
+    if not view.given("model.path"):
+        yield f"{bank}.adapters", f"{bank}.adapters were trained on a model, and this one is new; give model.path"
+    for i, folder in enumerate(full.adapters):
+        if why := adapter_problem(folder):
+            yield f"{bank}.adapters.{i}", f"{bank}.adapters: {why}"
+
+
+def _nothing_trains(view: View, bank: str) -> Iterator[Finding]:
+    names = [f"adapter.{name}" for name in view.values["adapter"]]
+    if bank == names[0] and all(expanded(view, name).score == "arrow" for name in names):
+        yield (
+            bank,
+            f"{bank}: nothing trains, for score: arrow only reads trained adapters; add a bank that trains, or make an "
+            "adapter of them without a run: planaria adapter arrow OUT FOLDER FOLDER",
+        )
+
+
+BANK_RULES: tuple[Callable[[View, str], Iterator[Finding]], ...] = (
+    _empty,
+    _faults,
+    _idle,
+    _targets,
+    _overlap,
+    _adapters,
+    _nothing_trains,
+)

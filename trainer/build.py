@@ -10,11 +10,13 @@ from transformers import masking_utils
 
 from lora.attach import attach, format_table
 from lora.presets import expansions
+from lora.trained import fill as fill_experts
 from moe.build import new_model
 from moe.convert import assign_addresses, convert
 from moe.extend import freeze_experts
 from moe.families import MoEBlock
 from moe.family_table import FAMILIES
+from moe.fingerprint import fingerprint
 from moe.kernels.grouped import Backend
 from moe.layout import Layout
 from moe.load import empty_model, fill
@@ -64,6 +66,7 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
     exchange = set_exchange(blocks, top_k, dispatch=parallel.dispatch, overlap=parallel.overlap)
     if recipe.adapter:
         report = attach(model, recipe.adapter, blocks, layout_ep=layout.ep, seed=recipe.train.seed)
+        _load_experts(model, recipe, process)
         if process.rank == 0:
             print("\n".join([*expansions(recipe.adapter), format_table(report)]), flush=True)
     model.to(process.device)
@@ -82,9 +85,17 @@ def _adapted_dense(model: nn.Module, recipe: Recipe, process: Process) -> nn.Mod
     assign_addresses(model)
     fill(model, recipe.model.path)
     report = attach(model, recipe.adapter, [], seed=recipe.train.seed)
+    _load_experts(model, recipe, process)
     if process.rank == 0:
         print(format_table(report), flush=True)
     return model.to(process.device)
+
+
+def _load_experts(model: nn.Module, recipe: Recipe, process: Process) -> None:
+    """Those of banks whose experts are trained adapters. Rank 0 reads the base, to see that it is theirs."""
+    if any(bank.adapters for bank in recipe.adapter.values()):
+        base = recipe.model.path if process.rank == 0 else None
+        fill_experts(model, recipe.adapter, fingerprint(base) if base else None)
 
 
 def _softened(model: nn.Module, blocks: list[MoEBlock], recipe: Recipe, process: Process) -> nn.Module:

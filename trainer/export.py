@@ -22,6 +22,7 @@ from checkpointing.materialise import whole
 from checkpointing.recovery import RecoveryError
 from checkpointing.store import Checkpoint, list_checkpoints, verify
 from lora.format import save_adapter
+from lora.trained import frozen_tensors
 from moe.bias import EXTRA
 from moe.build import new_config
 from moe.family_table import family_of
@@ -232,4 +233,5 @@ def _write_adapter(recipe: Recipe, tensors: dict[str, Tensor], out: Path) -> Non
     base = recipe.model.path or ""
     parallel = recipe.parallel
     topology = {name: getattr(parallel, name) for name in ("workers", "ep", "zero", "dtype")}
+    tensors = tensors | frozen_tensors(recipe.adapter)
     save_adapter(out, tensors, recipe.adapter, fingerprint(base), base_model=base, topology=topology)

@@ -130,7 +130,7 @@ def bank_parameters(banks: Mapping[str, BankConfig], shapes: Shapes, active: int
             here_found = parameters(here, size, placed.path.rpartition(".")[2])
             before = found[placed.bank]
             of_experts, shared = before.of_experts + here_found.of_experts, before.shared + here_found.shared
-            found[placed.bank] = Parameters(of_experts, shared)
+            found[placed.bank] = Parameters(of_experts, shared, before.frozen + here_found.frozen)
     except AdapterError as error:
         raise PlanError(str(error)) from None
     return found
@@ -161,6 +161,7 @@ def plan_run(recipe: Recipe) -> Plan:
     width = number_width(recipe)
     everything, training = sum(total.values()), sum(trained.values())
     added = training if banks else 0
+    added += sum(bank.frozen for bank in banks.values())
     local_weights = everything - expert_total + added - (expert_trained if banks else 0)
     local_weights += (expert_total + (expert_trained if banks else 0)) // ep
     local_trained = training - expert_trained + expert_trained // ep

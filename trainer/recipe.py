@@ -20,6 +20,7 @@ from lora.combinations import used_fields
 from lora.presets import expand
 from moe.family_table import FAMILIES, resolved
 from trainer import yaml_lines
+from trainer.adapter_seal import adapter_seal
 from trainer.esft_file import selection_digest
 from trainer.recipe_checks import BYTE_VOCABULARY, WITH_PATH, findings
 from trainer.recipe_hints import meant
@@ -180,7 +181,10 @@ def _resolved(recipe: Recipe, path: FilePath) -> Recipe:
         data = dataclasses.replace(data, include=tuple(str(folder / pattern) for pattern in data.include))
     if data.format == "jsonl" and data.text_key is None:
         data = dataclasses.replace(data, text_key="text")
-    banks = {name: expand(bank) for name, bank in recipe.adapter.items()}
+    banks = {
+        name: expand(dataclasses.replace(bank, adapters=tuple(map(os.path.abspath, bank.adapters))))
+        for name, bank in recipe.adapter.items()
+    }
     log = recipe.log if recipe.log.run else dataclasses.replace(recipe.log, run=path.stem)
     checkpoint, disk = recipe.checkpoint, recipe.checkpoint.disk
     place = place_of(disk.url or "")
@@ -251,6 +255,9 @@ def recipe_fingerprint(recipe: Recipe) -> str:
         values["load_from"] = recipe.checkpoint.load_from
     if recipe.model.trainable_experts is not None:
         values["model"]["trainable_experts"] = selection_digest(recipe.model.trainable_experts)
+    for name, bank in recipe.adapter.items():
+        if bank.adapters:
+            values["adapter"][name]["adapters"] = [adapter_seal(folder) for folder in bank.adapters]
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

@@ -40,10 +40,13 @@ def test_a_docstring_has_the_formula_the_paper_the_defaults_and_what_is_open(nam
         assert re.search(rf"\b{key} {re.escape(shown)}\b", words), (key, shown, words)
 
 
+NEEDED = {"moelora-task": {"num_tasks": 3}, "arrow": {"adapters": ("a", "b", "c")}}
+
+
 def test_every_preset_is_a_method_that_can_be_trained():
     assert tuple(PRESETS) == get_args(Preset)
     for name in PRESETS:
-        full = expand(BankConfig(name, num_tasks=3) if name == "moelora-task" else BankConfig(name))
+        full = expand(BankConfig(name, **NEEDED.get(name, {})))
         assert not list(faults(full)), name
         assert all(getattr(full, field) is not None for field in FIELDS)
         inherited = {"top_k"} if name in ("mixlora-dynamic", "mixlora-switch") else set()
@@ -104,6 +107,20 @@ def test_every_combination_is_either_trained_or_refused_by_a_field_that_is_part_
         (BankConfig("mola", balance="localized_cv2"), "balance=localized_cv2"),
         (BankConfig("adamole", combine="soft"), "balance=switch counts choices, and combine: soft makes none"),
         (BankConfig("mixlora", num_experts=(4, 8)), "balance_pooled=true, but layers with num_experts=[4, 8]"),
+        (BankConfig("arrow"), "adapters is empty"),
+        (BankConfig("arrow", adapters=("a", "b")), "top_k=3 is more than num_experts=2"),
+        (BankConfig("arrow", adapters=("a", "b", "b")), "adapters names 'b' twice"),
+        (BankConfig("arrow", adapters=("a",), top_k=1), "adapters has 'a' alone"),
+        (BankConfig("arrow", adapters=("a", "b", "c"), num_experts=4), "num_experts=4, and adapters names 3"),
+        (BankConfig("arrow", adapters=("a", "b", "c"), alpha=4.0), "alpha has no effect"),
+        (BankConfig("arrow", adapters=("a", "b", "c"), combine="switch"), "combine=switch is for scores that train"),
+        (BankConfig("arrow", adapters=("a", "b", "c"), z_loss_coef=0.1), "z_loss_coef=0.1 is for training"),
+        (BankConfig("arrow", adapters=("a", "b", "c"), r=(8, 4)), "r=[8, 4]: adapters of all layers"),
+        (BankConfig("hydralora", adapters=("a", "b")), "share=A is for factors that train"),
+        (BankConfig("mixlora", adapters=("a", "b")), "adapters are for site: linear, not ffn"),
+        (BankConfig("lora", adapters=("a", "b")), "router=none weighs no adapters"),
+        (BankConfig("mola", adapters=("a", "b"), top_k=1), "top_k=1 with renormalise: true weighs all choices 1"),
+        (BankConfig("mola", temperature=2.0), "temperature has no effect"),
         (BankConfig("lora", dropout=1.0), "dropout must be at least 0 and less than 1, not 1.0"),
     ],
 )

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
+from inference.engine import LLM
 from lora.attach import attach
 from lora.config import BankConfig
 from lora.format import collect_adapter, load_adapter, save_adapter
@@ -123,6 +124,51 @@ def test_mistakes_are_said_in_a_sentence_and_leave_nothing(base, adapters, tmp_p
         assert message in said.err, (arguments, said.err)
         assert said.err.count("\n") == 1
         assert sorted(tmp_path.rglob("*")) == before, arguments
+
+
+def test_arrow_of_several_adapters_is_made_and_answers(base, adapters, tmp_path, capsys):
+    plain = []
+    for seed in (1, 2):
+        loaded = load_adapter(adapters / "tasks")
+        banks = {"a": BankConfig("lora", ("q_proj",), r=1, alpha=2.0 + seed)}
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {
+            path: torch.randn(1, *tensor.shape[1:], generator=generator)
+            for path, tensor in loaded.tensors.items()
+            if path.endswith((".A", ".B"))
+        }
+        save_adapter(tmp_path / f"plain-{seed}", tensors, banks, fingerprint(base))
+        plain.append(tmp_path / f"plain-{seed}")
+    made = tmp_path / "made"
+    assert main(["adapter", "arrow", str(made), *map(str, plain), "--top-k", "1", "--temperature", "0.5"]) == 0
+    said = capsys.readouterr().out
+    assert "arrow: targets [q_proj], site linear, adapters [" in said
+    assert "top_k 1" in said
+    assert "temperature 0.5" in said
+    assert load_adapter(made).banks["arrow"].num_experts == 2
+    with_it = generated(base, made)
+    assert all(tensor.isfinite().all() for tensor in load_adapter(made).tensors.values())
+    assert with_it.isfinite().all()
+    assert not torch.equal(with_it, generated(base, plain[0]))
+
+    for wrong, message in [
+        ([tmp_path / "x", plain[0], adapters / "routed", "--top-k", "1"], "adapter.m (mola) weighs its experts"),
+        ([tmp_path / "x", plain[0], plain[0], "--top-k", "1"], "twice; keep one"),
+        ([tmp_path / "x", plain[0], "--top-k", "1"], "list two or more"),
+        ([tmp_path / "x", *plain], "top_k=3 is more than num_experts=2; choose fewer"),
+        ([tmp_path / "x", *plain, "--top-k", "1", "--temperature", "0"], "temperature must be more than 0, not 0.0"),
+        ([tmp_path / "x", plain[0], tmp_path / "none"], "is no adapter: it has no manifest.json"),
+    ]:
+        assert main(["adapter", "arrow", *map(str, wrong)]) == 2, wrong
+        said = capsys.readouterr()
+        assert message in said.err, (wrong, said.err)
+        assert not (tmp_path / "x").exists()
+
+
+def generated(base, adapter):
+    """Logits of the inference engine."""
+    with torch.no_grad():
+        return LLM(base, expert_budget=1.0, adapter=adapter, device="cpu").model(TOKENS).logits
 
 
 def test_damage_to_a_base_that_fits_is_said(base, adapters, tmp_path, capsys):
