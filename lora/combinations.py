@@ -56,11 +56,17 @@ _NEEDS: dict[str, tuple[Callable[[BankConfig], bool], str]] = {
     "scaling": (_trains_factors, "kind: lowrank without adapters, which keep their scale"),
     "dropout": (lambda full: full.kind == "lowrank", "kind: lowrank"),
     "a_init": (_trains_factors, "kind: lowrank without adapters"),
-    "router_init": (lambda full: _own(full) and full.score == "linear", "router: token or task, and score: linear"),
+    "router_init": (
+        lambda full: _own(full) and full.score != "arrow",
+        "router: token or task, and a score that trains",
+    ),
     "task_embedding": (lambda full: full.router == "task", "router: task"),
     "num_tasks": (lambda full: full.router == "task", "router: task"),
     "score": (lambda full: full.router == "token", "router: token"),
-    "temperature": (lambda full: full.router == "token" and full.score != "linear", "router: token and score: arrow"),
+    "temperature": (
+        lambda full: full.router == "token" and full.score != "linear",
+        "router: token and score: arrow or outputs",
+    ),
     "jitter": (lambda full: full.router == "token", "router: token"),
     "top_k": (lambda full: _own(full) and full.combine == "top_k", "a router of the bank's own and combine: top_k"),
     "renormalise": (
@@ -71,7 +77,7 @@ _NEEDS: dict[str, tuple[Callable[[BankConfig], bool], str]] = {
     "capacity": (lambda full: full.combine == "switch", "combine: switch"),
     "max_threshold": (lambda full: full.combine == "threshold", "combine: threshold"),
     "router_aux_loss_coef": (lambda full: full.balance != "none", "balance: switch or localized_cv2"),
-    "balance_pooled": (lambda full: full.balance == "switch", "balance: switch"),
+    "balance_pooled": (lambda full: full.balance in ("switch", "product"), "balance: switch or product"),
     "localized_delta": (lambda full: full.balance == "localized_cv2", "balance: localized_cv2"),
     "z_loss_coef": (lambda full: full.router == "token", "router: token"),
     "contrastive_coef": (_chosen, "site: linear, router: token and combine: top_k or switch"),
@@ -182,11 +188,10 @@ def _kinds(full: BankConfig) -> Iterator[Finding]:
 
 def _trained(full: BankConfig) -> Iterator[Finding]:
     """Of banks whose experts are trained adapters."""
-    if full.score == "arrow" and not full.adapters:
+    if full.score != "linear" and not full.adapters:
         yield (
             "adapters",
-            "adapters is empty, and score: arrow compares tokens with trained adapters; list two or more of their "
-            "folders",
+            f"adapters is empty, and score: {full.score} is of trained adapters; list two or more of their folders",
         )
     if not full.adapters:
         return
@@ -202,24 +207,27 @@ def _trained(full: BankConfig) -> Iterator[Finding]:
         return
     if full.router not in ("token", "task"):
         yield "router", f"router={full.router} weighs no adapters; write router: token or router: task"
-    for field, needed in (("kind", "lowrank"), ("share", "none"), ("mixer", False)):
+    for field, needed in (("kind", "lowrank"), ("share", "none"), ("mixer", False), ("contrastive_coef", 0.0)):
         if (value := getattr(full, field)) != needed:
             say = f"{field}={shown(value)} is for factors that train, and those of adapters are what they are"
             yield field, f"{say}; write {field}: {shown(needed)}"
     if isinstance(full.r, tuple):
         yield "r", f"r={shown(full.r)}: adapters of all layers are kept at one rank; write the largest of theirs"
-    if full.score == "arrow":
-        yield from _arrow(full)
-    elif full.combine == "top_k" and full.top_k == 1 and full.renormalise:
+    if full.score != "linear":
+        yield from _scored(full)
+    if full.score != "arrow" and full.combine == "top_k" and full.top_k == 1 and full.renormalise:
         yield "top_k", "top_k=1 with renormalise: true weighs all choices 1, so that no router trains; write top_k: 2"
 
 
-def _arrow(full: BankConfig) -> Iterator[Finding]:
+def _scored(full: BankConfig) -> Iterator[Finding]:
+    """Of scores that are not a trained row for each expert."""
     if full.router != "token":
-        yield "router", f"router={full.router} asks no token, and score: arrow compares tokens; write router: token"
+        yield "router", f"router={full.router} asks no token, and score: {full.score} does; write router: token"
     if full.combine not in ("soft", "top_k"):
-        yield "combine", f"combine={full.combine} is for scores that train; write combine: top_k or combine: soft"
-    for field in ("router_aux_loss_coef", "z_loss_coef", "contrastive_coef", "jitter"):
+        yield "combine", f"combine={full.combine} is for score: linear; write combine: top_k or combine: soft"
+    if full.jitter:
+        yield "jitter", f"jitter={full.jitter} is for score: linear, not {full.score}; write jitter: 0"
+    for field in ("router_aux_loss_coef", "z_loss_coef") if full.score == "arrow" else ():
         if getattr(full, field):
             say = f"{field}={shown(getattr(full, field))} is for training, and score: arrow trains nothing"
             yield field, f"{say}; write {field}: 0"
@@ -232,10 +240,10 @@ def _losses(full: BankConfig) -> Iterator[Finding]:
             f"balance={full.balance} evens out what a router of the bank's own does for each token, and router is "
             f"{full.router}; write balance: none",
         )
-    elif full.balance == "localized_cv2" and full.combine != "soft":
+    elif full.balance in ("localized_cv2", "product") and full.combine != "soft":
         yield (
             "balance",
-            f"balance=localized_cv2 is a loss on soft weights, and combine is {full.combine}; write combine: soft or "
+            f"balance={full.balance} is a loss on soft weights, and combine is {full.combine}; write combine: soft or "
             "balance: switch",
         )
     elif full.balance == "switch" and full.combine == "soft" and full.router_aux_loss_coef:

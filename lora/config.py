@@ -28,14 +28,15 @@ Preset = Literal[
     "perft-d",
     "perft-s",
     "arrow",
+    "mole",
 ]
 Site = Literal["linear", "experts", "ffn", "parallel"]
 Share = Literal["none", "A", "all", "outer"]
 Kind = Literal["lowrank", "scale"]
 Scope = Literal["none", "base", "token", "task"]
 Combine = Literal["static", "sum", "soft", "top_k", "top_p", "threshold", "switch"]
-Score = Literal["linear", "arrow"]
-Balance = Literal["none", "switch", "localized_cv2"]
+Score = Literal["linear", "arrow", "outputs"]
+Balance = Literal["none", "switch", "localized_cv2", "product"]
 Count = int | tuple[int, ...]
 
 
@@ -69,8 +70,9 @@ class BankConfig:
         task_embedding: width of a task's embedding.
         num_tasks: how many tasks there are.
         score: of an expert, for a token's state x: ``linear``: w_e x, trained; ``arrow``: |v_e x|, where v_e is the
-            direction that a trained adapter amplifies most.
-        temperature: what scores are divided by before the softmax, where ``score`` is not linear.
+            direction that a trained adapter amplifies most; ``outputs``: w_e times the outputs of all trained adapters.
+        temperature: what scores are divided by before the softmax, where ``score`` is not linear; trained if they are
+            of outputs.
         jitter: multiplies the router's input by a uniform draw from [1 - jitter, 1 + jitter], in training.
         combine: ``static`` one expert; ``sum`` all with weight 1; ``soft`` all, weighted; ``top_k``; ``top_p``;
             ``threshold`` those above a learned threshold; ``switch`` the best one, with a capacity.
@@ -79,7 +81,7 @@ class BankConfig:
         top_p: of combine top_p.
         capacity: of combine switch, the most tokens that one expert takes, as a multiple of the even share.
         max_threshold: of combine threshold; 0: 1 / E.
-        balance: ``switch`` or LoRAMoE's ``localized_cv2``.
+        balance: ``switch``, LoRAMoE's ``localized_cv2``, or MOLE's ``product``.
         router_aux_loss_coef: its coefficient.
         balance_pooled: whether the loss counts over all layers together instead of in each.
         localized_delta: of localized_cv2, how far the importance of experts differs between task types.

@@ -59,7 +59,8 @@ def parameters(here: BankAt, size: Size, tensor: str = "") -> Parameters:
     factors = (1 if full.share == "A" else experts) * a + experts * (b + (r * r if full.mixer else 0))
     if full.adapters:
         directions = experts * size.ins if full.score == "arrow" else 0
-        return Parameters(0, _router(here, size.ins) - directions, factors + directions)
+        width = experts * size.outs if full.score == "outputs" else size.ins
+        return Parameters(0, _router(here, width) - directions, factors + directions)
     return Parameters(0, factors + _router(here, size.ins))
 
 
@@ -70,7 +71,8 @@ def _router(here: BankAt, width: int) -> int:
     if full.router == "task":
         width = full.task_embedding or 0
         tasks = (full.num_tasks or 0) * width
-    return here.num_experts * width + tasks + (width + 1 if full.combine == "threshold" else 0)
+    more = (width + 1 if full.combine == "threshold" else 0) + (full.score == "outputs")
+    return here.num_experts * width + tasks + more
 
 
 def floor(here: BankAt, size: Size) -> int:
@@ -89,6 +91,8 @@ def added(here: BankAt, size: Size) -> int:
     router = 0
     if full.router == "token":
         router = (4 if full.score == "arrow" else 6) * size.ins * (experts + (full.combine == "threshold"))
+    if full.score == "outputs":
+        router = 4 * experts * r * size.ins + 6 * experts * experts * r
     if full.site == "experts":
         return 6 * r * both * size.active
     if full.site == "ffn":

@@ -16,6 +16,7 @@ from lora.config import BankAt
 from lora.errors import AdapterError
 from lora.factors import stacked_init
 from lora.objectives import contrastive_loss, real_tokens
+from lora.output_scores import output_scores
 from lora.rank_space import RankSpace, ScaledOutput
 from lora.routers import BankRouter, Decision, check_router
 from moe.balance import inject
@@ -64,7 +65,8 @@ class LinearBank(nn.Module):
             parameter.address = TensorAddress(f"{path}.{name}", tuple(parameter.shape))
         self.router = None
         if config.router != "none":
-            self.router = BankRouter(f"{path}.router", in_features, bank, seed=seed, **place)
+            seen = experts * out_features if config.score == "outputs" else in_features
+            self.router = BankRouter(f"{path}.router", seen, bank, seed=seed, **place)
         self.observe: Callable[[Tensor], None] | None = None
 
     def probes(self) -> list[tuple[str, nn.Parameter]]:
@@ -78,7 +80,7 @@ class LinearBank(nn.Module):
 
     def forward(self, x_TM: Tensor, y_TO: Tensor) -> Tensor:
         """``y_TO``, the frozen layer's output, plus the delta. It is changed in place: nobody else may hold it."""
-        decision = self.router(x_TM) if self.router is not None else None
+        decision = self._decision(x_TM)
         gate_TE = None if decision is None else decision.gate_TE
         if self.observe is not None and gate_TE is not None:
             self.observe(gate_TE)
@@ -89,6 +91,14 @@ class LinearBank(nn.Module):
         c_ERR = None if self.C is None else self.C.to(x_TM.dtype)
         y_TO = RankSpace.apply(y_TO, x_TM, a_FRM, c_ERR, b_EOR, gate_TE, self.here.scale, self._dropout())
         return y_TO if decision is None else self._contrasted(y_TO, x_TM, decision)
+
+    def _decision(self, x_TM: Tensor) -> Decision | None:
+        if self.router is None:
+            return None
+        if self.here.config.score != "outputs":
+            return self.router(x_TM)
+        scores_TE = output_scores(x_TM, self.A, self.B, self.here.scale, self.router.weight)
+        return self.router.weigh(scores_TE, x_TM)
 
     def _dropout(self) -> tuple[float, int] | None:
         """Share of the input to drop, and the seed of which, drawn from the generator that checkpoints hold."""

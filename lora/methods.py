@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lora.config import Preset
+from lora.trained_methods import arrow, mole
 
 EXPERT_TENSORS = ("gate_up_proj", "down_proj")
 ATTENTION = ("q_proj", "v_proj")
@@ -352,20 +353,6 @@ def perft_s() -> Values:
     return {"site": "parallel", "targets": ("mlp",)}
 
 
-def arrow() -> Values:
-    """Arrow (arXiv 2405.11157): trained LoRAs, of which each token chooses by what they amplify. Nothing trains.
-
-    y = W x + sum over S of g_e s_e B_e A_e x,  S = the top_k of |v_e x|,  g = softmax over S of |v_e x| / temperature
-    v_e is the right singular vector of B_e A_e for its largest singular value; it has length 1, x is as it is
-
-    adapters must be given: folders of adapters that are exactly LoRA, trained on the same base and layers. r is the
-    largest of their ranks. `planaria adapter arrow` makes an adapter of them without a run.
-    Defaults: router token, score arrow, combine top_k, top_k 3, temperature 1.
-    Not verified: top_k and temperature, which are those of PEFT's implementation; the paper's were not looked up.
-    """
-    return {"router": "token", "score": "arrow", "combine": "top_k", "top_k": 3, "temperature": 1.0}
-
-
 METHODS: dict[Preset, Method] = {
     "lora": lora,
     "rslora": rslora,
@@ -389,4 +376,5 @@ METHODS: dict[Preset, Method] = {
     "perft-d": perft_d,
     "perft-s": perft_s,
     "arrow": arrow,
+    "mole": mole,
 }

@@ -50,11 +50,13 @@ def inject_losses(decision: Decision, here: BankAt, path: str) -> Decision:
     if not context.balance or not (coef or config.z_loss_coef) or not tokens:
         return decision
     mask_T, gate_TE, terms = real_tokens(tokens), decision.gate_TE, []
-    if coef and config.balance == "switch" and config.balance_pooled:
+    if coef and config.balance in ("switch", "product") and config.balance_pooled:
         gate_TE = _inject_pooled(decision, here, path, mask_T, context)
     elif coef and config.balance == "switch":
         fixed = decision.index_TK.shape[1] if decision.index_TK is not None else 1
         terms.append(coef * switch_loss(decision.probs_TE, decision.chosen_TE, mask_T) / fixed)
+    elif coef and config.balance == "product":
+        terms.append(coef * product_loss(decision.probs_TE, mask_T))
     elif coef and config.balance == "localized_cv2":
         terms.append(coef * _localized(gate_TE, here, path, mask_T, context))
     if config.z_loss_coef:
@@ -74,6 +76,12 @@ def switch_loss(probs_TE: Tensor, chosen_TE: Tensor, mask_T: Tensor | None = Non
     return probs_TE.shape[1] * (counts_E / real * sum_E / real).sum()
 
 
+def product_loss(probs_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
+    """``-log prod_e q_e``, q the mean of ``probs_TE`` over real tokens (MOLE, arXiv 2404.13628)."""
+    _, sum_E, real = _sums(probs_TE, torch.ones_like(probs_TE, dtype=torch.bool), mask_T)
+    return -(sum_E / real).clamp(min=_TINY).log().sum()
+
+
 def _sums(probs_TE: Tensor, chosen_TE: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Choices of each expert, sum of its probabilities, and the number of tokens (at least 1), of real tokens."""
     if mask_T is None:
@@ -86,19 +94,23 @@ def _sums(probs_TE: Tensor, chosen_TE: Tensor, mask_T: Tensor | None) -> tuple[T
 
 
 def _inject_pooled(decision: Decision, here: BankAt, path: str, mask_T: Tensor | None, context: BatchContext) -> Tensor:
-    """The gates, with MixLoRA's balance loss (arXiv 2404.15159, eq. 6-7): f and P over the tokens of all layers.
+    """The gates, with a balance loss over the tokens of all layers.
 
-    ``E * sum_e f_e P_e`` with f the choices per token, which sum to K. Its gradient needs the counts of all layers,
-    which are there in backward. They are kept by site, so that a layer that is run again counts once.
+    MixLoRA's (arXiv 2404.15159, eq. 6-7) is ``E * sum_e f_e P_e`` with f the choices per token, which sum to K; MOLE's
+    is :func:`product_loss`. Their gradients need sums over all layers, which are there in backward. They are kept by
+    site, so that a layer that is run again counts once.
     """
     counts_E, sum_E, real = _sums(decision.probs_TE, decision.chosen_TE, mask_T)
     sites = context.kept.setdefault(("bank balance", here.config), {})
-    sites[path] = torch.cat([counts_E.detach(), real.view(1)]).double()
+    switch = here.config.balance == "switch"
+    sites[path] = torch.cat([(counts_E if switch else sum_E).detach(), real.view(1)]).double()
     if not torch.is_grad_enabled():
         return decision.gate_TE
 
     def gradient() -> Tensor:
         total_X = torch.stack(list(sites.values())).sum(0)
+        if not switch:
+            return -1 / total_X[:-1].clamp(min=_TINY)
         return here.num_experts * total_X[:-1] / total_X[-1].square()
 
     return inject_late(decision.gate_TE, sum_E, gradient, here.config.router_aux_loss_coef)

@@ -57,13 +57,14 @@ class BankRouter(nn.Module):
       weight zero (Switch Transformer, arXiv 2101.03961, eq. 2-3).
 
     With ``score: arrow`` it is ``p = softmax(|V h| / temperature)``, and the rows of V do not train; they are loaded.
+    With ``score: outputs`` scores come from :mod:`lora.output_scores`, and a trained ``temperature`` divides them.
 
     ``jitter`` multiplies h by a uniform draw from [1 - jitter, 1 + jitter] in training. It is drawn from the device's
     default generator, which checkpoints hold and activation checkpointing restores.
 
     Args:
         path: path of this module in the model, which ends in ``.adapter.router``.
-        in_features: M.
+        in_features: M; with ``score: outputs`` the experts' outputs together.
 
     Raises AdapterError for a bank whose router and combine rule do not belong together.
     """
@@ -81,6 +82,8 @@ class BankRouter(nn.Module):
             self._add("weight", torch.full((here.num_experts, width), torch.nan)).requires_grad_(False)
         else:
             self._add("weight", start_init((here.num_experts, width), config.router_init, f"{self._key}.weight"))
+        if config.score == "outputs":
+            self._add("temperature", torch.full((1,), float(config.temperature)))
         if by_task:
             self._add("task_embedding", start_init((config.num_tasks, width), 1.0, f"{self._key}.task_embedding"))
         if config.combine == "threshold":
@@ -102,8 +105,17 @@ class BankRouter(nn.Module):
             h_TD = h_TD * torch.empty_like(h_TD).uniform_(1 - jitter, 1 + jitter)
         logits_TE = wide_linear(h_TD, self.weight)
         if self.here.config.score == "arrow":  # a singular vector's sign means nothing
-            logits_TE = logits_TE.abs() / self.here.config.temperature
-        return inject_losses(self._decide(logits_TE, h_TD), self.here, self.path)
+            logits_TE = logits_TE.abs()
+        return self.weigh(logits_TE, h_TD)
+
+    def weigh(self, scores_TE: Tensor, h_TD: Tensor) -> Decision:
+        """The combine rule on scores, divided by the temperature if there is one, and the losses. ``h_TD``: routed."""
+        score = self.here.config.score
+        if score == "arrow":
+            scores_TE = scores_TE / self.here.config.temperature
+        elif score == "outputs":
+            scores_TE = scores_TE / self.temperature.to(scores_TE.dtype)
+        return inject_losses(self._decide(scores_TE, h_TD), self.here, self.path)
 
     def _decide(self, logits_TE: Tensor, h_TD: Tensor) -> Decision:
         config, probs_TE = self.here.config, logits_TE.softmax(-1)
@@ -219,8 +231,6 @@ def check_router(here: BankAt, path: str) -> None:
         )
     if config.combine == "top_k" and not 1 <= (config.top_k or 0) <= experts:
         raise AdapterError(f"{say}: top_k={config.top_k} must lie between 1 and num_experts={experts}")
-    if config.router_aux_loss_coef and config.balance == "none":
-        raise AdapterError(f"{say}: router_aux_loss_coef is given, and balance is none; choose a balance, or 0")
     if config.router_aux_loss_coef and config.balance == "switch" and config.combine == "soft":
         raise AdapterError(
             f"{say}: balance switch counts choices, and combine soft uses all experts; use localized_cv2, or none"

@@ -211,6 +211,8 @@ class _Layer:
         # Bytes a token and expert: probabilities; the chosen ones' own and who they are.
         each = {"soft": 4, "top_k": 9, "top_p": 5, "threshold": 13, "switch": 13}[str(full.combine)]
         more = {"threshold": 13, "switch": 9}.get(str(full.combine), 0)
+        if full.score != "linear":
+            each += 4  # before their sign is dropped, or the trained temperature divides them
         kept = self.tokens * (each * experts + more)
         if full.router == "task":
             kept += self.tokens * (full.num_tasks or 0) * self.width + self._numbers(full.task_embedding or 0)

@@ -48,6 +48,11 @@ CASES: dict[str, dict[str, BankConfig]] = {
             "mola", targets=("v_proj",), r=2, balance_pooled=True, router_aux_loss_coef=0.1, z_loss_coef=0.01
         ),
     },
+    "linear, trained adapters": {
+        "mole": BankConfig("mole", targets=("q_proj",), adapters=("a", "b", "c"), r=2),
+        "mola": BankConfig("mola", targets=("v_proj",), adapters=("a", "b", "c"), r=2, router_aux_loss_coef=0.1),
+        "arrow": BankConfig("arrow", targets=("o_proj",), adapters=("a", "b", "c"), r=2, top_k=2),
+    },
     "beside MoE blocks, following their router": {"perft-e": BankConfig("perft-e", r=2)},
     "beside MoE blocks, own router": {
         "perft-r": BankConfig(

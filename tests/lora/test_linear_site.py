@@ -1,4 +1,7 @@
-"""Every preset of linear layers, as it stands, from attaching through training to a saved and loaded adapter."""
+"""Every preset of linear layers, as it stands, from attaching through training to a saved and loaded adapter.
+
+But for those of trained adapters, which need some: test_trained.py has them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from lora.watch import AdapterWatch
 from moe.context import BatchContext, batch_context
 from moe.convert import convert
 
-LINEAR = [preset for preset in PRESETS if expand(BankConfig(preset)).site == "linear"]
+BANKS = {preset: expand(BankConfig(preset)) for preset in PRESETS}
+LINEAR = [preset for preset, bank in BANKS.items() if bank.site == "linear" and bank.score == "linear"]
 TOKENS = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))
 
 

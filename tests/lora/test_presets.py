@@ -40,7 +40,7 @@ def test_a_docstring_has_the_formula_the_paper_the_defaults_and_what_is_open(nam
         assert re.search(rf"\b{key} {re.escape(shown)}\b", words), (key, shown, words)
 
 
-NEEDED = {"moelora-task": {"num_tasks": 3}, "arrow": {"adapters": ("a", "b", "c")}}
+NEEDED = {"moelora-task": {"num_tasks": 3}, "arrow": {"adapters": ("a", "b", "c")}, "mole": {"adapters": ("a", "b")}}
 
 
 def test_every_preset_is_a_method_that_can_be_trained():
@@ -113,9 +113,15 @@ def test_every_combination_is_either_trained_or_refused_by_a_field_that_is_part_
         (BankConfig("arrow", adapters=("a",), top_k=1), "adapters has 'a' alone"),
         (BankConfig("arrow", adapters=("a", "b", "c"), num_experts=4), "num_experts=4, and adapters names 3"),
         (BankConfig("arrow", adapters=("a", "b", "c"), alpha=4.0), "alpha has no effect"),
-        (BankConfig("arrow", adapters=("a", "b", "c"), combine="switch"), "combine=switch is for scores that train"),
+        (BankConfig("arrow", adapters=("a", "b", "c"), combine="switch"), "combine=switch is for score: linear"),
         (BankConfig("arrow", adapters=("a", "b", "c"), z_loss_coef=0.1), "z_loss_coef=0.1 is for training"),
         (BankConfig("arrow", adapters=("a", "b", "c"), r=(8, 4)), "r=[8, 4]: adapters of all layers"),
+        (BankConfig("hydralora", router_aux_loss_coef=0.1), "router_aux_loss_coef has no effect"),
+        (BankConfig("mole"), "adapters is empty, and score: outputs is of trained adapters"),
+        (BankConfig("mole", adapters=("a", "b"), combine="top_k"), "balance=product is a loss on soft weights"),
+        (BankConfig("mole", adapters=("a", "b"), router="task", balance="none"), "router=task asks no token"),
+        (BankConfig("mole", adapters=("a", "b"), jitter=0.1), "jitter=0.1 is for score: linear"),
+        (BankConfig("moelora", adapters=("a", "b")), "contrastive_coef=0.01 is for factors that train"),
         (BankConfig("hydralora", adapters=("a", "b")), "share=A is for factors that train"),
         (BankConfig("mixlora", adapters=("a", "b")), "adapters are for site: linear, not ffn"),
         (BankConfig("lora", adapters=("a", "b")), "router=none weighs no adapters"),

@@ -70,8 +70,9 @@ def runs(tiny_moe, tiny_dense, tmp_path_factory) -> Runs:
         models[case] = model = tiny_dense() if is_dense(case) else tiny_moe()
         attach(model, banks, [] if is_dense(case) else convert(model))
         with torch.no_grad():
-            for parameter in trained(model):
-                parameter.normal_(0, 0.2, generator=generator)
+            for path, parameter in model.named_parameters():
+                if ".adapter." in path:
+                    parameter.normal_(0, 0.2, generator=generator)
         starts[case] = {path: tensor.clone() for path, tensor in collect_adapter(model).items()}
         save_adapter(folder / f"adapter-{file_of(case)}", starts[case], banks, "")
     run_ranks(folder)
@@ -124,6 +125,9 @@ def test_four_ranks_train_the_adapter_of_one_process(four, case, ep, stage):
 def test_two_ranks_train_the_adapter_of_one_process(runs, case, stage):
     parts = [torch.load(runs.folder / f"trained-{file_of(case)}-{stage}-{rank}.pt") for rank in range(WORLD)]
     for path, want in runs.one_process[case].items():
+        if path not in parts[0]:  # of a trained adapter
+            assert torch.equal(want, runs.start[case][path]), path
+            continue
         pieces = [part[path] for part in parts]
         sharded = pieces[0].shape != want.shape
         got = torch.cat(pieces) if sharded else pieces[0]

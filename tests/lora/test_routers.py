@@ -159,7 +159,6 @@ def test_padding_needs_no_task():
         (BankConfig("mola", combine="sum"), "combine 'sum' makes no use of router 'token'"),
         (BankConfig("mola", router="base"), "router 'base' is not one that is trained"),
         (BankConfig("mola", num_experts=2, top_k=3), "top_k=3 must lie between 1 and num_experts=2"),
-        (BankConfig("hydralora", router_aux_loss_coef=0.1), "balance is none"),
         (BankConfig("molora", balance="switch", router_aux_loss_coef=0.1), "balance switch counts choices"),
         (
             BankConfig("mola", num_experts=(2, 4), balance_pooled=True, router_aux_loss_coef=0.1),

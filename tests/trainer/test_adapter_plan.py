@@ -66,7 +66,7 @@ def banks_for(preset: str, family: str) -> dict[str, BankConfig]:
         targets = ("kv_a_proj_with_mqa", "layers.[12].self_attn.o_proj")
     elif preset == "loramoe" and family != "deepseek_v3":
         targets = ("shared_expert.*_proj",) if family == "qwen2_moe" else ("q_proj", "o_proj")
-    more |= {"adapters": ("a", "b", "c")} if preset == "arrow" else {}
+    more |= {"adapters": ("a", "b", "c")} if preset in ("arrow", "mole") else {}
     return {"one": BankConfig(preset, targets, **more)}
 
 
@@ -163,6 +163,7 @@ def built(preset: str, base: str, **more):
     full = expand(BankConfig(preset))
     targets = ("q_proj", "o_proj") if preset == "loramoe" and base != "llama" else ()
     more |= {"num_tasks": 3} if full.router == "task" else {}
+    more |= {"adapters": ("a", "b", "c")} if full.score != "linear" else {}
     banks = {"one": BankConfig(preset, targets, **more)}
     attach(model, banks, [] if base == "llama" else convert(model))
     return model, shapes, banks
@@ -191,7 +192,7 @@ def test_trained_adapters_are_weights_that_have_no_gradient():
     assert found.frozen == sum(p.numel() for p in adapter.values()) - found.total
     predicted = saved_bytes(model_shapes(shapes, 2), model_shapes(shapes, 2).resolve(banks), BATCH)
     assert sum(predicted.values()) == pytest.approx(kept_for_backward(model), rel=0.015)
-    model, shapes, banks = built("arrow", "llama", adapters=("a", "b", "c"))
+    model, shapes, banks = built("arrow", "llama")
     found = bank_parameters(banks, shapes, 2)["one"]
     assert (found.total, found.frozen) == (0, sum(p.numel() for n, p in model.named_parameters() if ".adapter." in n))
 
