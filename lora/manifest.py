@@ -110,7 +110,7 @@ def _bank(name: str, values: dict[str, Any], schema: int, folder: Path) -> BankC
     except (AdapterError, TypeError) as error:
         raise AdapterError(f"{where}: {error}; use the version that wrote it") from error
     # Fields without an effect follow the preset: they would look like a choice where its default has changed since.
-    preset, idle = expand(BankConfig(full.preset, adapters=full.adapters)), known.difference(used_fields(full))
+    preset, idle = expand(BankConfig(full.preset)), known.difference(used_fields(full))
     return replace(full, **{field: getattr(preset, field) for field in idle})
 
 

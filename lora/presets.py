@@ -173,7 +173,7 @@ def check_banks(banks: Mapping[str, BankConfig]) -> None:
             full = expand(bank)
         except AdapterError as error:
             raise AdapterError(f"adapter.{name}: {error}") from None
-        default = expand(BankConfig(bank.preset, adapters=bank.adapters))
+        default = expand(BankConfig(bank.preset))
         changed = [f.name for f in fields(full) if getattr(full, f.name) != getattr(default, f.name)]
         for _, sentence in (*faults(full), *idle(full, changed)):
             raise AdapterError(f"adapter.{name}.{sentence}")

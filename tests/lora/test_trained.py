@@ -219,9 +219,10 @@ def test_gates_cut_off_from_the_output_are_named(tiny_dense, folders):
         watch.check()
 
 
-def test_an_adapter_that_was_not_loaded_is_not_a_number(tiny_dense):
+@pytest.mark.parametrize("preset", ["arrow", "mola"])
+def test_an_adapter_that_was_not_loaded_is_not_a_number(tiny_dense, preset):
     model = tiny_dense()
-    attach(model, {"one": BankConfig("arrow", adapters=("a", "b", "c"))}, [])
+    attach(model, {"one": BankConfig(preset, adapters=("a", "b", "c"))}, [])
     assert model(TOKENS).logits.isnan().all()
 
 
