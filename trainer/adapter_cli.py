@@ -50,6 +50,7 @@ def _import_arguments(sub: argparse.ArgumentParser) -> None:
         default="expert_fastest",
         help="how lora_B of stacked experts is packed; expert_slowest: Unsloth's, from 2026-02 to 2026-09",
     )
+    sub.add_argument("--peft-version", metavar="V", help="that wrote it, e.g. 0.17, where the file does not say")
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -62,7 +63,11 @@ def _import(arguments: argparse.Namespace) -> int:
     from trainer import adapter_files
 
     return adapter_files.import_peft(
-        arguments.peft_dir, arguments.out_dir, arguments.base, arguments.lora_b_layout == "expert_slowest"
+        arguments.peft_dir,
+        arguments.out_dir,
+        arguments.base,
+        arguments.lora_b_layout == "expert_slowest",
+        arguments.peft_version,
     )
 
 

@@ -33,6 +33,7 @@ def dense_problem(recipe: Recipe, kind: str) -> str | None:
         "balance": recipe.balance != BalanceSection(),
         "model.soft": model.soft.kind != "none",
         "model.frozen_experts": bool(model.frozen_experts),
+        "model.trainable_experts": model.trainable_experts is not None,
         "model.router_aux_loss_coef": bool(model.router_aux_loss_coef),
         "model.experts_backend": model.experts_backend != "auto",
         "train.mtp": bool(recipe.train.mtp.depth),
