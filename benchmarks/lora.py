@@ -1,8 +1,7 @@
 """Adapters: one step of ours beside the peers', with the frozen model as the floor.
 
 The arms of a case take turns in each round, in another order each time, over the same weights and inputs, and medians
-are compared. Values are
-compared first: a case whose arms compute something else ends there.
+are compared. Values are compared first: a case whose arms compute something else ends there.
 
 ``python -m benchmarks.lora --config cpu|qwen3|tiny --case experts|routed|ffn|concurrent|all``; on a CPU one thread, and
 its own time, not the wall's.
