@@ -88,6 +88,8 @@ def attach(
             here = bank_at(bank, layer_of(match.path), frame.layers, _routed(blocks, match.path), frame.active)
             matches.append(replace(match, site=site, num_experts=here.num_experts, r=here.r))
     assert len(matches) == len(placed), "a site attached to other places than its targets resolve to"
+    # New modules begin in training mode; in a model that generates, dropout must stay off.
+    model.train(model.training)
     return _report(model, matches)
 
 
