@@ -18,10 +18,11 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
+from lora.base_facts import BaseFacts
 from lora.config import BankConfig
 from lora.errors import AdapterError
 from lora.format import Adapter, apply_adapter, collect_adapter, load_adapter, save_adapter
-from lora.peft_format import BaseFacts, pack_a, pack_b, peft_files, unpack_a, unpack_b, write_peft
+from lora.peft_format import pack_a, pack_b, peft_files, unpack_a, unpack_b, write_peft
 from lora.peft_import import import_adapter
 from moe.fingerprint import fingerprint
 
@@ -87,7 +88,7 @@ def test_native_to_peft_to_logits_differs_by_nothing(adapted, tiny_moe, base_fol
         got = logits(loaded(folder, base_folder))
         assert float((got - want).abs().max()) == 0.0, folder.name
     assert (logits(ours) - want).norm() / want.norm() < 1e-5
-    assert load_adapter(tmp_path / "adapter").routed_experts == 8
+    assert load_adapter(tmp_path / "adapter").base == BaseFacts(str(base_folder), "qwen3_moe", 8)
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if not n.startswith("shared")])
