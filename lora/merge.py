@@ -23,7 +23,7 @@ from lora.config import BankConfig
 from lora.deltas import Delta, deltas_of, summed
 from lora.errors import AdapterError
 from lora.exactness import require
-from lora.presets import EXPERT_TENSORS
+from lora.methods import EXPERT_TENSORS
 from moe.family_table import FAMILIES
 from moe.folder import copy_companions, new_folder, read_tensors, write_tensors
 

@@ -29,7 +29,8 @@ from lora.config import BankConfig
 from lora.deltas import Delta, deltas_of, summed
 from lora.errors import AdapterError
 from lora.exactness import require
-from lora.presets import EXPERT_TENSORS, expand
+from lora.methods import EXPERT_TENSORS
+from lora.presets import expand
 from moe.family_table import FAMILIES
 from moe.folder import new_folder
 
@@ -101,7 +102,8 @@ def pack(
     by_root = all(delta.rank_scaling for delta in found) and not per_expert
     packed: dict[str, Tensor] = {}
     ranks: list[_Rank] = []
-    modules, parameters = set(), set()
+    modules: set[str] = set()
+    parameters: set[str] = set()
     stacked = [delta for delta in found if delta.site == "experts"]
     for delta in found:
         alpha = delta.alpha if by_root or not delta.rank_scaling else delta.alpha * math.sqrt(delta.r)

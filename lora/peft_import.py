@@ -25,9 +25,9 @@ from lora.config import BankConfig
 from lora.errors import AdapterError
 from lora.format import save_adapter
 from lora.import_banks import Place, banks_for, native_tensors
+from lora.methods import EXPERT_TENSORS
 from lora.peft_config import PeftConfig, read_peft_config
 from lora.peft_format import WEIGHTS_FILE, unpack_a, unpack_b
-from lora.presets import EXPERT_TENSORS
 from moe.family_table import FAMILIES
 from moe.fingerprint import fingerprint
 
