@@ -95,12 +95,15 @@ def test_mistakes_are_said_in_a_sentence_and_leave_nothing(base, adapters, tmp_p
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_text("{}")
+    shutil.copytree(adapters / "lora", tmp_path / "run" / "adapter")
     peft = tmp_path / "peft"
     assert main(["adapter", "export", str(adapters / "lora"), str(peft), "--to", "peft"]) == 0
     said = capsys.readouterr()
     out = tmp_path / "out"
     cases = [
         (["export", tmp_path / "no", out, "--to", "peft"], "is no adapter: it has no manifest.json"),
+        (["export", adapters, out, "--to", "peft"], "give a folder written by `planaria export`"),
+        (["export", tmp_path / "run", out, "--to", "peft"], f"give {tmp_path / 'run' / 'adapter'}"),
         (["export", peft, out, "--to", "peft"], "make an adapter of it with `planaria adapter import`"),
         (["export", adapters / "routed", out, "--to", "peft"], "adapter.m (mola) weighs its experts by a router"),
         (["export", adapters / "routed", out, "--to", "merged", "--base", base], "cannot be written as merged"),
