@@ -44,7 +44,9 @@ SIZES = {
         Size(Shape(256, 256, 128, 64, 8), 8, over_peft=0.55, over_frozen=1.2),
         Size(Shape(1024, 256, 384, 16, 4), 8, over_frozen=1.2),
         Size(Shape(2048, 256, 128, 64, 8), 8, over_frozen=1.2),
-        Size(Shape(256, 256, 128, 64, 8), 8, over_peft=0.55, skewed=True),
+        Size(Shape(256, 256, 128, 64, 8), 8, over_peft=0.55, over_frozen=1.2, skewed=True),
+        Size(Shape(16, 256, 128, 64, 8), 8, over_peft=0.55, over_frozen=1.2),
+        Size(Shape(8192, 256, 128, 16, 4), 8, over_frozen=1.2),
     ],
     "qwen3": [
         Size(Shape(4096, 2048, 768, 128, 8), 16, over_peft=0.6, saved=0.1),

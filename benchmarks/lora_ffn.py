@@ -37,8 +37,8 @@ class PublishedLoop(nn.Module):
 
     def __init__(self, ours: MixedFfn) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj, self.act = ours.gate_proj, ours.up_proj, ours.down_proj, ours.act_fn
-        self.scale = ours.adapter.here.scale
+        self.gate_proj, self.up_proj, self.down_proj = ours.gate_proj, ours.up_proj, ours.down_proj
+        self.act, self.scale = ours.act_fn, ours.adapter.here.scale
         self.router = nn.Parameter(ours.adapter.router.weight.detach().clone())
         for name in PROJECTIONS:
             factors = getattr(ours.adapter, name)

@@ -1,9 +1,9 @@
-"""Cases of benchmarks.lora: routed banks on a linear layer, ours beside the loops over experts that were published.
+"""Cases of benchmarks.lora: banks on a linear layer, ours beside the loops over experts that were published, and PEFT.
 
 The loops are re-stated here with the operations of the methods' own code: every expert a module call of its own, its
 output built and weighted in [T, O]; MoLA's gathers each expert's tokens and adds them back. Same weights, router and
 inputs for both; B is not zero. Gradients are those of x, of the router and of all factors. The floor is the frozen
-linear layer, forward and backward to x.
+linear layer, forward and backward to x. Plain LoRA runs beside PEFT itself.
 
 ``python -m benchmarks.lora --config cpu --case routed``
 
@@ -27,7 +27,7 @@ from lora.presets import bank_at
 
 @dataclass(frozen=True)
 class Size:
-    """One layer and its bank, and what is claimed of our step's time over the published loop's."""
+    """One layer and its bank, and what is claimed of our step's time over the peer's."""
 
     preset: Preset
     tokens: int
@@ -49,17 +49,20 @@ SIZES = {
         Size("loramoe", 128, 512, 1376, 8, 8, over_loop=0.5),
         Size("mola", 512, 512, 512, 8, 8),
         Size("hydralora", 512, 512, 1376, 3, 4),
+        Size("lora", 512, 512, 1376, 1, 16),
     ],
     "qwen3": [
         Size("loramoe", 4096, 2048, 6144, 8, 4, over_loop=1 / 3),
         Size("loramoe", 4096, 2048, 6144, 8, 16, over_loop=1 / 3),
         Size("mola", 4096, 2048, 4096, 8, 8),
         Size("hydralora", 4096, 2048, 6144, 3, 4),
+        Size("lora", 4096, 2048, 6144, 1, 16),
     ],
     "tiny": [
         Size("loramoe", 24, 12, 20, 4, 2, over_loop=99.0),
         Size("mola", 24, 12, 20, 4, 2, over_loop=99.0),
         Size("hydralora", 24, 12, 20, 3, 2, over_loop=99.0),
+        Size("lora", 24, 12, 20, 1, 2, over_loop=99.0),
     ],
 }
 
@@ -75,7 +78,7 @@ def _case(size: Size, device: torch.device, dtype: torch.dtype) -> Case:
     ours = RoutedLinear(base, bank_at(size.bank, 0, 1), "layers.0.up_proj")
     with torch.no_grad():
         ours.adapter.B.normal_(0, 0.05)
-    loop = _LOOPS[size.preset](ours)
+    peer, loop = ("PEFT", _PEFT(ours)) if size.preset == "lora" else ("published loop", _LOOPS[size.preset](ours))
     x_TM = torch.randn(size.tokens, size.inputs, device=device, dtype=dtype)
     upstream_TO = torch.randn(size.tokens, size.outputs, device=device, dtype=dtype)
 
@@ -95,10 +98,11 @@ def _case(size: Size, device: torch.device, dtype: torch.dtype) -> Case:
 
     arms = [
         arm("frozen", base, {}, role="floor", exact=False),
-        arm("published loop", loop, dict(loop.named_parameters()), role="peer"),
+        arm(peer, loop, loop.trained(), role="peer"),
         arm("ours", ours, dict(ours.adapter.named_parameters())),
     ]
-    claims = [Claim("time", "ours", "published loop", size.over_loop), Claim("saved", "ours", "published loop", 0.5)]
+    least = 1.0 if size.preset == "lora" else 0.5
+    claims = [Claim("time", "ours", peer, size.over_loop), Claim("saved", "ours", peer, least)]
     title = f"{size.preset} T={size.tokens} {size.inputs} -> {size.outputs} E={size.experts} r={size.r}"
     return Case(title, arms, claims, tolerance=0.03 if dtype == torch.bfloat16 else 1e-4)
 
@@ -123,6 +127,9 @@ class _Loop(nn.Module):
         self.A = nn.ModuleList(_linear(weight) for weight in bank.A)
         self.B = nn.ModuleList(_linear(weight) for weight in bank.B)
         self.router = _linear(bank.router.weight)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return dict(self.named_parameters())
 
     def scores(self, x_TM: Tensor) -> Tensor:
         return F.linear(x_TM.float(), self.router.weight.float()).softmax(-1)
@@ -170,6 +177,30 @@ class MoLALoop(_Loop):
             rows_NO = b(a(x_TM[token_N])) * weights_TK[token_N, choice_N, None] * self.scale
             delta_TO = delta_TO.index_add(0, token_N, rows_NO)
         return y_TO + delta_TO
+
+
+class _PEFT(nn.Module):
+    """PEFT's own LoRA around the same frozen weight."""
+
+    def __init__(self, ours: RoutedLinear) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        super().__init__()
+        rank, scale = ours.adapter.here.r, ours.adapter.here.scale
+        base = nn.Linear(ours.in_features, ours.out_features, bias=False, device="meta")
+        base.weight = ours.weight
+        config = LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=["up_proj"])
+        self.model = inject_adapter_in_model(config, nn.ModuleDict({"up_proj": base}))
+        for name, parameter in self.trained().items():
+            with torch.no_grad():
+                parameter.copy_(getattr(ours.adapter, name[0])[0])
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        layer = self.model["up_proj"]
+        return {f"{name}.0.weight": getattr(layer, f"lora_{name}")["default"].weight for name in "AB"}
+
+    def forward(self, x_TM: Tensor) -> Tensor:
+        return self.model["up_proj"](x_TM)
 
 
 _LOOPS: dict[str, Callable[[RoutedLinear], _Loop]] = {

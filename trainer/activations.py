@@ -88,9 +88,7 @@ def _norm(hidden: int, tokens: int) -> int:
 class _Layer:
     """One decoder layer. ``live``: whether its input needs a gradient, some adapter being before it."""
 
-    def __init__(
-        self, model: ModelShapes, layer: int, here: list[Resolved], batch: Batch, *, live: bool
-    ) -> None:
+    def __init__(self, model: ModelShapes, layer: int, here: list[Resolved], batch: Batch, *, live: bool) -> None:
         self.model, self.here, self.batch, self.live = model, here, batch, live
         self.tokens, self.width = batch.tokens, batch.width
         self.prefix = f"model.layers.{layer}."

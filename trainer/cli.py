@@ -106,9 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_generate_options(generate: argparse.ArgumentParser) -> None:
-    generate.add_argument(
-        "model_dir", metavar="DIR", help="Hugging Face folder of a MoE model, or of an adapter's dense base"
-    )
+    generate.add_argument("model_dir", metavar="DIR", help="Hugging Face folder of a MoE model or a dense base")
     generate.add_argument("--adapter", metavar="DIR", help="adapter folder")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--max-new-tokens", type=_count, default=64, metavar="N")

@@ -67,7 +67,8 @@ def main(run_dir: str, out_dir: str, inexact: bool = False, step: int | None = N
 
 def _write(recipe: Recipe, run: Path, checkpoint: Checkpoint, temporary: Path, inexact: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="planaria-", dir=temporary.parent) as scratch:
-        base = _frozen_tensors(recipe, checkpoint) if recipe.model.frozen_experts else {}
+        partly = recipe.model.frozen_experts or recipe.model.trainable_experts
+        base = _frozen_tensors(recipe, checkpoint) if partly else {}
         redone = whole(checkpoint, Path(scratch), inexact)
         tensors = trained_tensors(redone, base)
         bias = redone.extras(redone.manifest["coordinates"][0]).get(EXTRA)

@@ -22,6 +22,7 @@ from lora.errors import AdapterError
 from lora.presets import expansions
 from moe.family_table import BUFFERS, DENSE, FAMILIES, known_families
 from trainer.dense_rules import dense_problem, is_dense
+from trainer.esft_file import SelectionError, read_selection
 from trainer.family_shapes import family_shapes
 from trainer.mode_plan import Share, basis_of, budget_of, mode_rows
 from trainer.model_shapes import model_shapes
@@ -153,6 +154,8 @@ def plan_run(recipe: Recipe) -> Plan:
     if frozen:
         kept = {"experts": expert_total * (experts - frozen) // experts}
         trained = {"router": total["router"], **{kind: count for kind, count in kept.items() if count}}
+    if recipe.model.trainable_experts is not None:
+        trained = {"experts": _chosen(recipe.model.trainable_experts, experts, shapes, expert_total, moe_layers)}
     expert_trained = sum(bank.of_experts for bank in banks.values()) if banks else trained.get("experts", 0)
     workers, ep = recipe.parallel.workers, recipe.parallel.ep
     width = number_width(recipe)
@@ -181,6 +184,22 @@ def plan_run(recipe: Recipe) -> Plan:
         generations=generations,
         share=Share(partition, -(-expert_trained // workers), experts, moe_layers, active, top_k),
     )
+
+
+def _chosen(path: str, experts: int, shapes: Shapes, numbers: int, moe_layers: int) -> int:
+    """Numbers of the experts that the file chooses. Raises PlanError for those that the model does not have."""
+    try:
+        chosen = read_selection(path)
+    except SelectionError as error:
+        raise PlanError(str(error)) from None
+    there = {int(match[1]) for name in shapes if (match := re.search(r"layers\.(\d+)\..*\.experts\.", name))}
+    for layer, found in chosen.items():
+        if layer not in there or max(found, default=0) >= experts:
+            raise PlanError(
+                f"model.trainable_experts: {path} names experts {list(found)} of layer {layer}; the model has "
+                f"{experts} in each of its layers {min(there, default=0)} to {max(there, default=0)}; select again"
+            )
+    return numbers // (experts * moe_layers) * sum(len(set(found)) for found in chosen.values())
 
 
 def _layers(names: Iterable[str]) -> int:

@@ -20,6 +20,11 @@ CASES: dict[str, dict[str, BankConfig]] = {
         "e": BankConfig("expert-lora", r=4, alpha=8.0),
         "a": BankConfig("mola", r=2, alpha=4.0, num_experts=(2, 4), router_aux_loss_coef=0.1),
     },
+    "experts": {"e": BankConfig("expert-lora", r=3, alpha=8.0)},
+    "experts, shared": {"e": BankConfig("expert-lora-shared", r=3, alpha=8.0)},
+    "experts, shared outer": {"e": BankConfig("expert-lora-shared-outer", r=3, alpha=8.0)},
+    # Experts that are spread over the ranks and frozen: DeepSpeed must not take them for ones that train.
+    "attention only": {"lora": BankConfig("lora", r=2)},
     "linear, one expert or all": {
         "lora": BankConfig("lora", targets=("q_proj",), r=2),
         "rslora": BankConfig("rslora", targets=("k_proj",), r=2),
@@ -56,6 +61,12 @@ CASES: dict[str, dict[str, BankConfig]] = {
     "dense, mixlora-switch": {"mixlora-switch": BankConfig("mixlora-switch", jitter=0.0, **_MIXED)},
 }
 
+# By number of ranks: what is trained there, and over how many ranks the experts are spread.
+PLANS: dict[int, list[tuple[str, int]]] = {
+    2: [(case, 2) for case in CASES],
+    4: [(case, ep) for case in ("experts", "experts, shared", "experts, shared outer") for ep in (4, 2)],
+}
+
 
 def is_dense(case: str) -> bool:
     """Whether the case's base is the dense one."""
@@ -69,6 +80,6 @@ def context_of(tokens_BT: Tensor, aux_scale: float = 1.0) -> BatchContext:
     return BatchContext(aux_scale=aux_scale, shape=(rows, length), task_T=task_T)
 
 
-def file_of(case: str) -> str:
-    """The case's name as part of a file's."""
-    return case.replace(" ", "-").replace(",", "")
+def file_of(case: str, world: int = 2, ep: int = 2) -> str:
+    """The case's name, and where it is trained, as part of a file's."""
+    return f"{case.replace(' ', '-').replace(',', '')}-{world}-{ep}"

@@ -37,6 +37,10 @@ METHODS: dict[str, BankConfig] = {
         "moelora", r=3, num_experts=4, router_aux_loss_coef=0.7, contrastive_coef=0.5, contrastive_temperature=0.3
     ),
     "adamole": BankConfig("adamole", r=3, router_aux_loss_coef=0.7),
+    "summed": BankConfig("lora", r=3, num_experts=4, combine="sum"),
+    "chosen vectors": BankConfig("mov", num_experts=5, combine="top_k", renormalise=False),
+    "molora, with mixers": BankConfig("molora", num_experts=3, r=3, mixer=True),
+    "hydralora, with mixers": BankConfig("hydralora", r=3, mixer=True, scaling="sqrt_r"),
     "top_p": BankConfig(
         "mola", r=3, num_experts=5, combine="top_p", top_p=0.6, renormalise=False, router_aux_loss_coef=0.7
     ),
@@ -182,7 +186,7 @@ def test_starts_as_the_frozen_layer(method):
         assert torch.equal(linear(x), base(x))
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].preset not in ("mov",)])
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].preset != "mov"])
 def test_dropout_drops_the_adapters_input_alone_and_its_gradient_with_it(method):
     """The mask is read off a bank that shows it: with A and B the identity, its delta is its dropped input."""
     bank = BankConfig(**{**vars(METHODS[method]), "dropout": 0.4, "contrastive_coef": 0.0})

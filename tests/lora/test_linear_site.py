@@ -47,9 +47,8 @@ def test_a_preset_trains_every_parameter_and_comes_back_from_its_folder(tiny_moe
         optimizer.zero_grad()
         with batch_context(context(balance=True)):
             model(TOKENS, labels=TOKENS).loss.backward()
-        assert watch.check() == []
+        watch.check()  # raises for what saw tokens and did not move
         optimizer.step()
-    assert watch.done
     assert not [path for path, p in trained.items() if torch.equal(p, start[path])]
     save_adapter(tmp_path / "adapter", collect_adapter(model), banks, "")
     twin = tiny_moe()
