@@ -87,6 +87,8 @@ def attach(
         for match in _SITES[site](model, name, bank, blocks, frame):
             here = bank_at(bank, layer_of(match.path), frame.layers, _routed(blocks, match.path), frame.active)
             matches.append(replace(match, site=site, num_experts=here.num_experts, r=here.r))
+    # New modules begin in training mode; in a model that generates, dropout must stay off.
+    model.train(model.training)
     return _report(model, matches)
 
 
