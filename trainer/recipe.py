@@ -19,6 +19,7 @@ from checkpointing.storage import place_of
 from lora.presets import expand
 from moe.family_table import FAMILIES, resolved
 from trainer import yaml_lines
+from trainer.data_rules import CHAT_KEYS, resolved_chat
 from trainer.recipe_checks import BYTE_VOCABULARY, WITH_PATH, findings
 from trainer.recipe_hints import meant, unknown_key, word_hint
 from trainer.schema import (
@@ -280,6 +281,8 @@ def _resolved(recipe: Recipe, path: FilePath) -> Recipe:
         data = dataclasses.replace(data, include=tuple(str(folder / pattern) for pattern in data.include))
     if data.format == "jsonl" and data.text_key is None:
         data = dataclasses.replace(data, text_key="text")
+    if data.format == "chat":
+        data = resolved_chat(data, path.resolve().parent)
     banks = {name: expand(bank) for name, bank in recipe.adapter.items()}
     log = recipe.log if recipe.log.run else dataclasses.replace(recipe.log, run=path.stem)
     checkpoint, disk = recipe.checkpoint, recipe.checkpoint.disk
@@ -316,7 +319,7 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
         del values["checkpoint"]["load_from"]
     if values["train"]["replay_trace"] is None:
         del values["train"]["replay_trace"]
-    for name in ("cache_dir", "text_key"):
+    for name in ("cache_dir", "text_key", *CHAT_KEYS):
         if data[name] is None:
             del data[name]
     checkpoint = values["checkpoint"]
