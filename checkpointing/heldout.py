@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 FILE_NAME = "heldout.json"
@@ -38,9 +38,8 @@ def losses_of(run_dir: Path) -> dict[int, float]:
     return _read(run_dir)[1]
 
 
-def best_of(run_dir: Path, steps: Iterable[int]) -> int | None:
+def best_of(losses: Mapping[int, float], steps: Iterable[int]) -> int | None:
     """The one of ``steps`` with the lowest loss, the earliest if several have it; None if no loss of them is known."""
-    losses = losses_of(run_dir)
     known = [(losses[step], step) for step in steps if step in losses]
     return min(known)[1] if known else None
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import masking_utils
+from torch import nn
 
 from lora.attach import attach, format_table
 from moe.build import new_model
-from moe.context import current
 from moe.convert import convert
 from moe.extend import freeze_experts
-from moe.families import FamilyError, MoEBlock
+from moe.families import MoEBlock
 from moe.family_table import FAMILIES
 from moe.kernels.grouped import Backend
 from moe.layout import Layout
@@ -23,9 +21,8 @@ from moe.mtp import attach_mtp
 from moe.overlap import set_exchange
 from moe.soft import SoftMoE, replace_blocks
 from trainer.rendezvous import Process
+from trainer.sample_borders import check_attention, respect_borders
 from trainer.schema import Recipe
-
-_PACKING = "find_packed_sequence_indices"  # where transformers' masks ask for the samples of packed rows
 
 
 def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.Module, list[MoEBlock]]:
@@ -40,7 +37,9 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
         fields = shape_fields(recipe)
         model = new_model(section.family, fields, vocab_size=vocab_size, seed=recipe.train.seed, dtype=dtype)
     model.config.use_cache = False
-    tell_packing(needed=recipe.data.format == "chat")
+    respect_borders()
+    if recipe.data.format == "chat":
+        check_attention(model.config)
     layout = Layout(process.world, recipe.parallel.ep)
     blocks = convert(model, layout, process.rank)
     if section.path is not None:
@@ -91,27 +90,6 @@ def _settle_backends(blocks: list[MoEBlock], wanted: str) -> list[str]:
         layers.setdefault(block.experts.backend, []).append(str(block.layer))
     where = [f" of layers {', '.join(found)}" if len(layers) > 1 else "" for found in layers.values()]
     return [f"experts{at} run as {b.name}: {b.reason}" for b, at in zip(layers, where, strict=True)]
-
-
-def tell_packing(needed: bool = True) -> None:
-    """Have transformers take the samples of packed rows from the BatchContext; without segments a row is one sample.
-
-    Otherwise it looks for restarting position ids in every forward pass, and waits to read the answer from a GPU.
-    Raises FamilyError if it cannot be told and that is ``needed``.
-    """
-    if hasattr(masking_utils, _PACKING):
-        setattr(masking_utils, _PACKING, _segments)
-    elif needed:
-        raise FamilyError(
-            f"this transformers has no masking_utils.{_PACKING}, through which samples of a packed row are kept apart; "
-            "install transformers 5.17 to 5.23"
-        )
-
-
-def _segments(position_ids: Tensor) -> Tensor | None:
-    """Which sample each token of the batch belongs to, [B,S], in place of transformers' own guess."""
-    segment_T = current().segment_T
-    return None if segment_T is None else segment_T.view(position_ids.shape)
 
 
 def shape_fields(recipe: Recipe) -> dict[str, Any]:
