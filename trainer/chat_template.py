@@ -197,6 +197,11 @@ class ChatEncoder:
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
+            if i == 0:
+                raise DataError(
+                    f"{row.place}: begins with an answer, and what the chat template writes before it cannot be told; "
+                    "put a question before it, or give a data.chat_template with {% generation %} around the answers"
+                )
             before = self._render(messages[:i], row, opening=True)
             until = text if i == len(messages) - 1 else self._render(messages[: i + 1], row)
             if not (until.startswith(before) and text.startswith(until)):
