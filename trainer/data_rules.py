@@ -46,7 +46,8 @@ def _chat_tokens(view: View) -> Iterator[Finding]:
     if kind == "bpe":
         yield (
             "data.tokenizer.kind",
-            "format: chat trains no tokenizer; use kind model, or bytes for a new model",
+            "tokenizer kind 'bpe' is trained on text files, which format: chat has not; use kind model, or bytes for a "
+            "new model",
         )
     elif kind == "bytes" and view("data.chat_template") in (None, "model"):
         yield (

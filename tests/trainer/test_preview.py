@@ -31,7 +31,7 @@ def test_samples_are_shown_with_their_answers_in_brackets(
     shown = [i for i in range(12) if f"User:\nsay {i}\nAssistant:\n[[é🪱{i}" in text]
     assert len(shown) == 10, "all but what is held out"
     assert {f"[[é🪱{i}<|endoftext|>]]" in text for i in shown if i != 3} == {True}
-    assert "x.jsonl:1, 37 tokens, 8 with loss, task t\n" in text
+    assert "x.jsonl:1, 32 tokens, 8 with loss, task t\n" in text
     assert "x.jsonl:4, 96 tokens, " in text
     assert ", cut: " in text
     assert "--- sample 2 of 2: " in text
