@@ -159,6 +159,11 @@ class _Part:
     samples: list[list[int]] = field(default_factory=list)
     weights: list[int] = field(default_factory=list)
 
+    def drop(self, row: Conversation, why: str) -> None:
+        self.counts[f"drop:{why}"] += 1
+        if len(self.dropped) < _SHOWN:
+            self.dropped.append(f"{row.place} ({why})")
+
     def figures(self, rows: Sequence[Sequence[int]], length: int) -> dict[str, Any]:
         names = ("rows_read", "tokens", "label_tokens", "truncated", "tokens_cut", "label_tokens_cut", "empty_answers",
                  "turns_cut", "unended_answers")  # fmt: skip
@@ -239,31 +244,29 @@ def _sample(row: Conversation, encoder: ChatEncoder, data: DataSection, part: _P
     part.counts["rows_read"] += 1
     part.counts["turns_cut"] += row.cut_turns
     if not any(message.role == "assistant" for message in row.messages):
-        return _dropped(part, row, "no answer")
+        part.drop(row, "no answer")
+        return None
     whole = encoder.encode(row)
     part.counts["empty_answers"] += whole.empty_answers
     part.counts["unended_answers"] += whole.unended
+    kept = Encoded(whole.ids[: data.sequence_length], whole.learn[: data.sequence_length])
+    lost = len(whole.ids) - len(kept.ids)
+    why = ""
     if not any(whole.learn):
-        return _dropped(part, row, "empty answer" if whole.empty_answers else "no answer to learn from")
-    lost = len(whole.ids) - data.sequence_length
-    if lost <= 0:
-        return whole
-    if data.overlong == "drop":
-        return _dropped(part, row, "too long")
-    cut = Encoded(whole.ids[: data.sequence_length], whole.learn[: data.sequence_length])
-    if not any(cut.learn):
-        return _dropped(part, row, "answer behind the cut")
-    part.counts["truncated"] += 1
-    part.counts["tokens_cut"] += lost
-    part.counts["label_tokens_cut"] += sum(whole.learn) - sum(cut.learn)
-    part.counts["cut_here"] = lost
-    return cut
-
-
-def _dropped(part: _Part, row: Conversation, why: str) -> None:
-    part.counts[f"drop:{why}"] += 1
-    if len(part.dropped) < _SHOWN:
-        part.dropped.append(f"{row.place} ({why})")
+        why = "empty answer" if whole.empty_answers else "no answer to learn from"
+    elif lost and data.overlong == "drop":
+        why = "too long"
+    elif not any(kept.learn):
+        why = "answer behind the cut"
+    if why:
+        part.drop(row, why)
+        return None
+    if lost:
+        part.counts["truncated"] += 1
+        part.counts["tokens_cut"] += lost
+        part.counts["label_tokens_cut"] += sum(whole.learn) - sum(kept.learn)
+        part.counts["cut_here"] = lost
+    return kept
 
 
 def _keep(part: _Part, length: int, learnt: int, task: int, place: int) -> None:

@@ -77,6 +77,6 @@ def marked(ids_S: np.ndarray, learn_S: np.ndarray, tokenizer: PreTrainedTokenize
     borders = [0, *(np.flatnonzero(np.diff(learn_S)) + 1).tolist(), len(ids_S)]
     pieces = []
     for start, end in pairwise(borders):
-        text = tokenizer.decode(ids_S[start:end].tolist(), clean_up_tokenization_spaces=False)
+        text = str(tokenizer.decode(ids_S[start:end].tolist(), clean_up_tokenization_spaces=False))
         pieces.append(f"{marks[0]}{text}{marks[1]}" if learn_S[start] else text)
     return "".join(pieces)

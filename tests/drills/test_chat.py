@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpointing.store import list_checkpoints
-from trainer import export
+from trainer import data, export
+from trainer.data import batch_ids, sample_order
 from trainer.drill import judge
 from trainer.export import ExportError
 from trainer.faults import KillSpec
@@ -50,6 +51,13 @@ def test_a_kill_costs_no_bit_and_at_most_one_step(start, rows, undisturbed_chat)
     assert verdict.tier == "memory"
 
 
+def tokens_of_step(job, step):
+    """Tokens of the step's global batch that are no padding."""
+    rows, train = data.load(job.recipe, rank=1).train, job.recipe.train
+    ids = batch_ids(step, 0, 0, 1, train.global_batch_size, train.global_batch_size)
+    return sum(int(rows[sample_order(i, len(rows), train.seed)].mask_S.sum()) for i in ids)
+
+
 def test_what_was_found_is_printed_and_in_the_events(undisturbed_chat):
     job, events = undisturbed_chat
     (found,) = [row for row in events if row["kind"] == "data"]
@@ -58,6 +66,9 @@ def test_what_was_found_is_printed_and_in_the_events(undisturbed_chat):
     text = job.output.read_text()
     assert "layout messages" in text
     assert 'tasks 0 "reverse", 1 "upper"' in text
+    counted = next(row for row in events if row["kind"] == "routing")["tokens"]
+    real = tokens_of_step(job, 1)
+    assert [sum(layer) for layer in counted] == [2 * real] * 2, "padding is routed and not counted"
     steps = [row for row in events if row["kind"] == "step"]
     assert all(row["label_tokens"] > 0 for row in steps)
     assert len({row["label_tokens"] for row in steps}) > 1
