@@ -27,6 +27,7 @@ from trainer import chat_data
 from trainer.cache import PARTS, digests_of, file_digest, open_or_build, write_meta
 from trainer.chat_data import ChatDataset
 from trainer.chat_template import template_of
+from trainer.data_rules import task_problem
 from trainer.documents import DataError, Document, held_out, read_documents, scan
 from trainer.schema import DataSection, Recipe
 
@@ -97,8 +98,10 @@ def cache_root(recipe: Recipe) -> Path:
 
 
 def load(recipe: Recipe, rank: int = 0) -> DataBundle:
-    """What the recipe reads; rank 0 prints lines about it. Raises DataError."""
+    """What the recipe reads; rank 0 prints lines about it. Raises DataError, also if its adapters need other tasks."""
     bundle = load_section(recipe.data, cache_root=cache_root(recipe), model_path=recipe.model.path)
+    if problem := task_problem(recipe, bundle.chat.get("tasks", [])):
+        raise DataError(problem)
     if rank == 0 and bundle.chat:
         print("\n".join(chat_data.told(bundle.chat, recipe.data.sequence_length)), flush=True)
     elif rank == 0:

@@ -6,11 +6,11 @@ The other rules are in ``trainer.recipe_checks``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.schema import DataSection
+from trainer.schema import DataSection, Recipe
 
 if TYPE_CHECKING:
     from trainer.recipe_view import Finding, View
@@ -29,6 +29,21 @@ def resolved_chat(data: DataSection, folder: Path) -> DataSection:
         packing=data.packing is not False,
         overlong=data.overlong or "truncate",
     )
+
+
+def task_problem(recipe: Recipe, tasks: Sequence[str]) -> str:
+    """What is wrong if an adapter routes by tasks that the data does not name, or not as many; else nothing."""
+    for name, bank in recipe.adapter.items():
+        if bank.router != "task":
+            continue
+        if not tasks:
+            return f"adapter.{name} routes by task, and the data names none; write data.format: chat and data.task_key"
+        if bank.num_tasks != len(tasks):
+            return (
+                f"adapter.{name}.num_tasks={bank.num_tasks}, and the data has {len(tasks)} tasks "
+                f"({', '.join(tasks[:10])}{', ...' if len(tasks) > 10 else ''}); write num_tasks: {len(tasks)}"
+            )
+    return ""
 
 
 def _chat_keys(view: View) -> Iterator[Finding]:

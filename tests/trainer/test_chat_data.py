@@ -15,6 +15,7 @@ from trainer import chat_data, evaluation
 from trainer.batches import labels_of_step, make_batch, training_rows
 from trainer.chat_data import IGNORED, ChatDataset
 from trainer.data import DataBundle, load_section
+from trainer.data_rules import task_problem
 from trainer.documents import DataError
 from trainer.schema import DataSection, TokenizerSection
 
@@ -118,6 +119,16 @@ def test_tasks_are_numbered_in_sorted_order_over_both_parts(tmp_path: Path) -> N
                 expected = bundle.chat["tasks"].index(rows[int(place.rpartition(":")[2]) - 1]["kind"])
                 assert set(row.task_S[row.segment_S == number].tolist()) == {expected}
     assert 'tasks 0 "10", 1 "alpha", 2 "zeta"' in "\n".join(chat_data.told(bundle.chat, 64))
+
+
+def test_adapters_that_route_by_task_need_as_many_as_the_data_has() -> None:
+    bank = SimpleNamespace(router="task", num_tasks=3)
+    recipe: Any = SimpleNamespace(adapter={"other": SimpleNamespace(router="token"), "mine": bank})
+    assert task_problem(recipe, ["a", "b", "c"]) == ""
+    assert "adapter.mine.num_tasks=3, and the data has 2 tasks (a, b); write num_tasks: 2" in task_problem(
+        recipe, ["a", "b"]
+    )
+    assert "adapter.mine routes by task, and the data names none; write data.format" in task_problem(recipe, [])
 
 
 def test_the_cache_is_built_once_and_again_if_damaged(tmp_path: Path) -> None:
