@@ -341,8 +341,8 @@ def told(chat: dict[str, Any], length: int) -> Iterator[str]:
             )
     if chat["also_held_out"]:
         yield (
-            f"data: {chat['also_held_out']} rows of the training part are also held out, word for word: held-out loss is "
-            "better than on rows that are new"
+            f"data: {chat['also_held_out']} rows of the training part are also held out, word for word: held-out loss "
+            "is better than on rows that are new"
         )
     if chat["tasks"]:
         yield "data: tasks " + ", ".join(f"{i} {json.dumps(task)}" for i, task in enumerate(chat["tasks"]))

@@ -85,6 +85,38 @@ def test_packed_samples_have_the_logits_of_each_alone(family, attention):
                 at += len(ids)
 
 
+def drawn_mask(device):
+    """The mask of two packed rows, True where a token is seen."""
+    config = tiny_families.tiny("qwen3_moe", attn_implementation="sdpa").config
+    batch = make_batch([row_of(some_samples((3, 4)), 8), row_of(some_samples((8,)), 8)], device, 1.0)
+    embeds = torch.zeros(2, 8, 32, device=device)
+    context = BatchContext(balance=False, **batch.facts)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        with batch_context(context):
+            return masking_utils.create_causal_mask(
+                config=config, inputs_embeds=embeds, attention_mask=None, past_key_values=None,
+                position_ids=batch.inputs["position_ids"],
+            )  # fmt: skip
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_masks_are_block_diagonal_and_no_row_of_them_is_empty():
+    mask_B1SS = drawn_mask(CPU)
+    blocks = torch.block_diag(*(torch.ones(n, n) for n in (3, 4, 1))).tril().bool()
+    assert torch.equal(mask_B1SS[0, 0], blocks)
+    assert torch.equal(mask_B1SS[1, 0], torch.ones(8, 8).tril().bool())
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_the_same_masks_without_reading_back():
+    assert torch.equal(drawn_mask(torch.device("cuda")).cpu(), drawn_mask(CPU))
+
+
 def test_the_loss_and_its_gradient_are_the_mean_over_the_answer_tokens_of_the_whole_global_batch():
     """Two ranks with two micro-batches each, of very different numbers of answer tokens; one has a padded row."""
     rows = [row_of(some_samples(lengths, seed), 24) for seed, lengths in enumerate([(20,), (3, 4), (12, 12), (5,)])]
