@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from trainer.chat_layouts import Conversation, Message
 from trainer.documents import DataError
 
@@ -243,9 +245,13 @@ class ChatEncoder:
                 verbose=False,
             )
             ids += encoded["input_ids"]
-            for low, high in encoded["offset_mapping"]:
-                first, last = (base, base + 1) if literal else (base + low, base + high)
-                learn.append(any(first < end and last > start for start, end in spans))
+            low_N, high_N = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2).T + base
+            if literal:
+                low_N, high_N = np.full_like(low_N, base), np.full_like(high_N, base + 1)
+            learn_N = np.zeros(len(low_N), bool)
+            for start, end in spans:
+                learn_N |= (low_N < end) & (high_N > start)
+            learn += learn_N.tolist()
             base += len(piece)
         if learn:
             learn[0] = False  # nothing stands before it that could predict it

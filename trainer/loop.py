@@ -18,7 +18,7 @@ from moe.stats import RoutingMeter
 from trainer.batches import Batch, labels_of_step, make_batch, training_rows
 from trainer.data import DataBundle
 from trainer.engine import set_learning_rate
-from trainer.evaluation import report_heldout
+from trainer.evaluation import is_evaluated, report_heldout
 from trainer.events import EventLog
 from trainer.failpoints import Failpoints
 from trainer.phases import Phases
@@ -59,8 +59,8 @@ class Run:
 def fit(run: Run) -> None:
     """Train from ``run.progress`` to the recipe's last step, evaluating on held-out text at both ends."""
     train = run.recipe.train
-    if run.progress.step == 0:
-        report_heldout(run, 0)
+    if is_evaluated(train, run.progress.step):
+        report_heldout(run, run.progress.step)  # an attempt that was killed may have captured the step and not done it
     for step in range(run.progress.step + 1, train.steps + 1):
         started = time.monotonic()
         loss = train_step(run, step)
@@ -69,7 +69,7 @@ def fit(run: Run) -> None:
         if run.watch is not None:
             run.watch = _check_adapters(run, run.watch)
         _report_step(run, step, loss, time.monotonic() - started)
-        if step == train.steps or (train.eval_every and step % train.eval_every == 0):
+        if is_evaluated(train, step):
             report_heldout(run, step)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import masking_utils
+from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from moe.context import BatchContext, batch_context
 from trainer.batches import make_batch
@@ -25,6 +25,7 @@ _SPEC.loader.exec_module(tiny_families)
 CHANGES = {
     "gpt_oss": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
     "mixtral": {"sliding_window": 5},
+    "mistral": {"sliding_window": 5},
 }
 CPU = torch.device("cpu")
 
@@ -61,12 +62,21 @@ def some_samples(lengths, seed=0):
     return [(random.integers(1, 64, n), np.arange(n) >= max(1, n // 2)) for n in lengths]
 
 
-@pytest.mark.parametrize("family", sorted(tiny_families.FAMILIES))
+def built(family, attention):
+    changes = {**CHANGES.get(family, {}), "attn_implementation": attention}
+    if family in tiny_families.FAMILIES:
+        return tiny_families.tiny(family, **changes).eval()
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**tiny_families.SIZES, "initializer_range": 0.2, **changes})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("family", [*sorted(tiny_families.FAMILIES), "llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_samples_have_the_logits_of_each_alone(family, attention):
     if family == "gpt_oss" and attention == "sdpa":
         pytest.skip("its attention sinks are eager only")
-    model = tiny_families.tiny(family, attn_implementation=attention, **CHANGES.get(family, {})).eval()
+    model = built(family, attention)
     rows = [some_samples(lengths, seed) for seed, lengths in enumerate([(9, 7, 11), (20, 3)])]
     batch = make_batch([row_of(samples, 30) for samples in rows], CPU, 1.0)
     inputs = {name: batch.inputs[name] for name in ("input_ids", "position_ids")}
