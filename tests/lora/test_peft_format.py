@@ -53,7 +53,6 @@ CASES = {
     "rslora beside lora": EXPERTS | {"a": BankConfig("rslora", r=4, alpha=2.0)},
     "one layer of the experts": {"e": BankConfig("expert-lora", ("layers.1.*",), r=3, alpha=4.0)},
     "shared": {"e": BankConfig("expert-lora-shared", r=3, alpha=4.0)},
-    "shared A": {"e": BankConfig("expert-lora", r=3, alpha=4.0, share="A")},
     "shared outer": {"e": BankConfig("expert-lora-shared-outer", r=3, alpha=4.0)},
 }
 PER_EXPERT = [name for name in CASES if "only" not in name and name != "attention"]

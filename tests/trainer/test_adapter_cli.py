@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from lora.attach import attach
 from lora.config import BankConfig
@@ -85,6 +85,29 @@ def test_every_form_of_a_plain_adapter_computes_the_same(base, adapters, tmp_pat
     assert all(torch.equal(load_adapter(tmp_path / "back").tensors[path], tensor) for path, tensor in want.items())
     run("export", adapters / "tasks", tmp_path / "tasks", "--to", "tasks")
     assert sorted(os.listdir(tmp_path / "tasks")) == ["task-0", "task-1"]
+
+
+def test_a_mixlora_on_a_dense_model_becomes_a_mixture(tmp_path, capsys):
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    banks = {"f": BankConfig("mixlora", num_experts=3, r=2)}
+    attach(model, banks, [])
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if ".adapter." in path:
+                parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(len(path)))
+    base = str(tmp_path / "base")
+    save_adapter(tmp_path / "a", collect_adapter(model), banks, fingerprint(base), base_model=base)
+    out = tmp_path / "moe"
+    assert main(["adapter", "export", str(tmp_path / "a"), str(out), "--to", "upcycled", "--base", base]) == 0
+    assert "wrote a mixtral with 2 experts for each token" in capsys.readouterr().out
+    got, want = logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)), logits(model)
+    assert (got - want).norm() / want.norm() < 2e-6
 
 
 def test_mistakes_are_said_in_a_sentence_and_leave_nothing(base, adapters, tmp_path, capsys):
