@@ -20,6 +20,7 @@ from lora.combinations import used_fields
 from lora.presets import expand
 from moe.family_table import FAMILIES, resolved
 from trainer import yaml_lines
+from trainer.data_rules import CHAT_KEYS, resolved_chat
 from trainer.esft_file import selection_digest
 from trainer.recipe_checks import BYTE_VOCABULARY, WITH_PATH, findings
 from trainer.recipe_hints import meant
@@ -180,6 +181,8 @@ def _resolved(recipe: Recipe, path: FilePath) -> Recipe:
         data = dataclasses.replace(data, include=tuple(str(folder / pattern) for pattern in data.include))
     if data.format == "jsonl" and data.text_key is None:
         data = dataclasses.replace(data, text_key="text")
+    if data.format == "chat":
+        data = resolved_chat(data, path.resolve().parent)
     banks = {name: expand(bank) for name, bank in recipe.adapter.items()}
     log = recipe.log if recipe.log.run else dataclasses.replace(recipe.log, run=path.stem)
     checkpoint, disk = recipe.checkpoint, recipe.checkpoint.disk
@@ -216,7 +219,7 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
         del values["checkpoint"]["load_from"]
     if values["train"]["replay_trace"] is None:
         del values["train"]["replay_trace"]
-    for name in ("cache_dir", "text_key"):
+    for name in ("cache_dir", "text_key", *CHAT_KEYS):
         if data[name] is None:
             del data[name]
     checkpoint = values["checkpoint"]
@@ -270,6 +273,12 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
         warnings.append(
             f"checkpoint.pec: k_snapshot={k} x {layers} layers is no multiple of parallel.ep={ep}, so some workers "
             "write more than others"
+        )
+    every, evaluated = checkpoint.disk.every, recipe.train.eval_every
+    if every and evaluated % every:
+        warnings.append(
+            f"train.eval_every={evaluated} is no multiple of checkpoint.disk.every={every}, so some evaluated steps "
+            "have no checkpoint for `planaria export --step best`"
         )
     if recipe.train.min_lr_ratio == 1.0 and recipe.train.schedule == "cosine":
         warnings.append("train: min_lr_ratio 1 makes the cosine schedule constant")

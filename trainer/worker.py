@@ -135,6 +135,8 @@ def prepare(
     _make_deterministic(process)
     prepare_deepspeed()
     data = data_module.load(recipe, rank=process.rank)
+    if process.rank == 0 and data.chat:
+        events.write("data", **data.chat)
     if process.rank == 0 and not (run_dir / "tokenizer").exists():
         shutil.copytree(data.tokenizer_dir, run_dir / "tokenizer", dirs_exist_ok=True)
     model, blocks = build_model(recipe, process, data.vocab_size)
