@@ -25,6 +25,7 @@ from lora.factors import stacked_init
 from lora.presets import bank_at, check_banks, expand, layer_of, matches, targets_of
 from lora.sites import Frame, Match, global_size
 from lora.tenant_products import Factors, add_deltas, dropped, frozen_products, groups_of
+from lora.tenant_rules import refused
 from moe.assignment import Assignment
 from moe.context import Slots, current
 from moe.families import MoEBlock
@@ -171,21 +172,6 @@ def attach_tenants(
         put = _on_experts if expand(bank).site == "experts" else _on_linears
         found += put(model, name, bank, tenants, blocks, frame)
     return _report(model, found)
-
-
-def refused(bank: BankConfig) -> str:
-    """Why tenants cannot have this bank, or nothing."""
-    full = expand(bank)
-    neutral = expand(BankConfig("expert-lora" if full.site == "experts" else "lora"))
-    if full.site not in ("linear", "experts"):
-        return f"tenants cannot have preset {bank.preset} (site {full.site}); choose lora, rslora or expert-lora"
-    for key in ("router", "combine", "share", "kind", "mixer", "num_experts", "a_init"):
-        if getattr(full, key) != getattr(neutral, key):
-            return (
-                f"tenants cannot have preset {bank.preset} with {key} {getattr(full, key)}; choose preset lora, rslora "
-                "or expert-lora as they are, or train it alone, without tenants"
-            )
-    return ""
 
 
 def _on_experts(model, name, bank, tenants, blocks, frame) -> list[Match]:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import masking_utils
 
 from lora.attach import attach, format_table
+from lora.tenants import Tenant, attach_tenants
 from moe.build import new_model
 from moe.convert import convert
 from moe.extend import freeze_experts
@@ -54,7 +55,10 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
         top_k = blocks[0].experts.num_experts  # all of them are listed for every token
     exchange = set_exchange(blocks, top_k, dispatch=parallel.dispatch, overlap=parallel.overlap)
     if recipe.adapter:
-        report = attach(model, recipe.adapter, blocks, layout_ep=layout.ep, seed=recipe.train.seed)
+        if recipe.tenants:
+            report = attach_tenants(model, recipe.adapter, slots_of(recipe), blocks)
+        else:
+            report = attach(model, recipe.adapter, blocks, layout_ep=layout.ep, seed=recipe.train.seed)
         if process.rank == 0:
             print(format_table(report), flush=True)
     model.to(process.device)
@@ -103,6 +107,11 @@ def shape_fields(recipe: Recipe) -> dict[str, Any]:
     """The model section's keys that are of its family's shape, for :func:`moe.build.new_config`."""
     assert recipe.model.family is not None
     return {name: getattr(recipe.model, name) for name in FAMILIES[recipe.model.family].fields}
+
+
+def slots_of(recipe: Recipe) -> list[Tenant]:
+    """The recipe's tenants in the order of their slots."""
+    return [Tenant(name, own.seed or 0) for name, own in recipe.tenants.items()]
 
 
 def training_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
