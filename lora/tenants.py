@@ -25,14 +25,12 @@ from lora.factors import stacked_init
 from lora.presets import bank_at, check_banks, expand, layer_of, matches, targets_of
 from lora.sites import Frame, Match, global_size
 from lora.tenant_products import Factors, add_deltas, dropped, frozen_products, groups_of
-from lora.tenant_rules import refused
+from lora.tenant_rules import PREFIX, alone, refused
 from moe.assignment import Assignment
 from moe.context import Slots, current
 from moe.families import MoEBlock
 from moe.kernels.activation import between
 from moe.refs import TensorAddress
-
-PREFIX = "tenant-"
 
 
 @dataclass(frozen=True)
@@ -227,13 +225,4 @@ def _on_linears(model, name, bank, tenants, blocks, frame) -> list[Match]:
 
 def parameters_of(model: nn.Module, tenant: str) -> Iterator[tuple[str, nn.Parameter]]:
     """One tenant's parameters, under the paths that they would have if it trained alone."""
-    owner = f".{PREFIX}{tenant}."
-    for path, parameter in model.named_parameters():
-        if owner in path:
-            yield path.replace(owner, "."), parameter
-
-
-def alone(tensors: Mapping[str, Tensor], tenant: str) -> dict[str, Tensor]:
-    """One tenant's tensors of all tenants', under the paths that they would have if it trained alone."""
-    owner = f".{PREFIX}{tenant}."
-    return {path.replace(owner, "."): tensor for path, tensor in tensors.items() if owner in path}
+    yield from alone(dict(model.named_parameters()), tenant).items()

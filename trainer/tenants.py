@@ -96,7 +96,8 @@ class Tenants:
                 run.phases.enter("optimizer", step)
             engine.step()
         run.progress.step = step
-        trained = [loss for loss in self.last.losses_A if math.isfinite(loss)]
+        present = zip(self.last.losses_A, self.takes_part(step), strict=True)
+        trained = [loss for loss, part in present if part and math.isfinite(loss)]
         return sum(trained) / max(1, len(trained))
 
     def takes_part(self, step: int) -> list[bool]:
