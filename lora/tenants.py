@@ -107,7 +107,11 @@ class TenantExperts(nn.Module):
         rows = self._rows(slot_N, slots, assignment)
 
         def product(name: str, x_NM: Tensor) -> Tensor:
-            y_NO = frozen_products(x_NM, getattr(experts, name), counts_LA, groups)
+            weight_L, bias_LO = getattr(experts, name), getattr(experts, f"{name}_bias", None)
+            weight_LOM = weight_L.transpose(1, 2) if experts.form.transposed else weight_L
+            y_NO = frozen_products(x_NM, weight_LOM, counts_LA, groups)
+            if bias_LO is not None:
+                y_NO = y_NO + bias_LO.repeat_interleave(counts_L, 0, output_size=y_NO.shape[0])
             tenants = self._factors(name)
             if not tenants:
                 return y_NO

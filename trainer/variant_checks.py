@@ -84,12 +84,13 @@ def _frozen_experts(view: View) -> Iterator[Finding]:
 
 def _adapted_backend(view: View) -> Iterator[Finding]:
     banks, backend = view.values.get("adapter"), view("model.experts_backend")
-    if not isinstance(banks, dict) or backend in ("auto", "grouped_mm"):
+    if not isinstance(banks, dict) or backend in ("auto", "grouped_mm", "minimal"):
         return
     if any(isinstance(bank, dict) and str(bank.get("preset")).startswith("expert-lora") for bank in banks.values()):
         yield (
             "model.experts_backend",
-            f"model.experts_backend={backend} has no room for an adapter on the experts; choose grouped_mm or auto",
+            f"model.experts_backend={backend} has no room for an adapter on the experts; choose auto, minimal or "
+            "grouped_mm",
         )
 
 

@@ -27,7 +27,14 @@ def built(tiny_moe):
     model = tiny_moe()
     blocks = convert(model)
     attach(model, BANKS, blocks)
+    in_pieces(blocks)
     return model, blocks
+
+
+def in_pieces(blocks):
+    """So that the tests may cut off a single piece."""
+    for block in blocks:
+        block.experts.wanted_backend = "grouped_mm"
 
 
 def step(model, tokens: Tensor = TOKENS, labels: Tensor | None = None) -> None:
@@ -128,6 +135,7 @@ def test_output_with_no_graph_at_all_is_named(tiny_moe, monkeypatch):
     model = tiny_moe()
     blocks = convert(model)
     attach(model, {"e": BANKS["e"]}, blocks)
+    in_pieces(blocks)
     for method in ("gate_up", "down"):
         adapter = blocks[0].experts.adapter
         monkeypatch.setattr(adapter, f"{method}_delta", partial(_detached(method), adapter))

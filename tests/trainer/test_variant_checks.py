@@ -49,7 +49,7 @@ def load(tmp_path):
         (["model.soft={kind: merging, segment: 4}", "checkpoint.mode=pec"], "a soft block routes none"),
         (["model.soft={kind: merging, segment: 4}", "adapter={a: {preset: expert-lora}}"], "routed experts"),
         (["model.soft={kind: merging, segment: 4}", "train.mtp.depth=1"], "routed experts of their own"),
-        (["model.experts_backend=minimal", "adapter={a: {preset: expert-lora}}"], "no room for an adapter"),
+        (["model.experts_backend=triton", "adapter={a: {preset: expert-lora}}"], "no room for an adapter"),
         (["train.mtp.depth=1", "adapter={a: {preset: expert-lora}}"], "all but adapters is frozen"),
     ],
 )
