@@ -79,7 +79,7 @@ def _layers(model: nn.Module) -> int:
 
 
 def _kind(path: str) -> str:
-    if path.endswith(".adapter.router"):
+    if ".adapter.router." in path:
         return "bank routers"
     return "linear banks" if path.rpartition(".")[0].endswith(".adapter") else "expert adapters"
 

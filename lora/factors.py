@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,15 +23,27 @@ def uniform_init(shape: Sequence[int], key: str) -> Tensor:
     One stream per factor of one global expert: the values cannot depend on how many experts a rank
     holds, on what was drawn before, or on the device.
     """
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
     bound = 1.0 / math.sqrt(shape[-1])
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    return torch.empty(tuple(shape), dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+    return torch.empty(tuple(shape), dtype=torch.float32).uniform_(-bound, bound, generator=_stream(key))
 
 
-def stacked_init(num_local: int, first: int, shape: Sequence[int], key: str) -> Tensor:
+def start_init(shape: Sequence[int], how: Literal["kaiming"] | float, key: str) -> Tensor:
+    """:func:`uniform_init`, or a normal with standard deviation ``how`` from the same kind of stream."""
+    if isinstance(how, str):
+        return uniform_init(shape, key)
+    return torch.empty(tuple(shape), dtype=torch.float32).normal_(0.0, how, generator=_stream(key))
+
+
+def _stream(key: str) -> torch.Generator:
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
+    return torch.Generator(device="cpu").manual_seed(seed)
+
+
+def stacked_init(
+    num_local: int, first: int, shape: Sequence[int], key: str, how: Literal["kaiming"] | float = "kaiming"
+) -> Tensor:
     """[L, *shape]: one independent stream per global expert ``first .. first + num_local``."""
-    return torch.stack([uniform_init(shape, f"{key}/expert {first + i}") for i in range(num_local)])
+    return torch.stack([start_init(shape, how, f"{key}/expert {first + i}") for i in range(num_local)])
 
 
 def _groups(rows: Sequence[int]) -> Iterator[tuple[int, int, int]]:

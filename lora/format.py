@@ -34,7 +34,7 @@ from moe.families import find_moe_blocks
 SCHEMA = 1
 TENSORS_FILE = "bank.safetensors"
 MANIFEST_FILE = "manifest.json"
-LAYOUT = "A=E,r,in;B=E,out,r;router=E,in"
+LAYOUT = "A=E|1,r,in;C=E,r,r;B=E,out,r;router.weight=E,in"
 
 
 @dataclass(frozen=True)
@@ -189,8 +189,12 @@ def _check_tensors(tensors: Mapping[str, Tensor], banks: Mapping[str, BankConfig
             raise AdapterError(f"{path} belongs to none of the banks {', '.join(banks)}")
         used.add(name)
         factor = path.rpartition(".")[2]
-        if factor == "router":
-            fits = tensor.dim() == 2
+        if ".adapter.router." in path:
+            fits = tensor.dim() == (1 if factor == "threshold_bias" else 2)
+        elif factor == "C":
+            fits = tensor.dim() == 3 and tensor.shape[1] == tensor.shape[2]
+        elif expand(banks[name]).kind == "scale":
+            fits = factor == "B" and tensor.dim() == 3 and tensor.shape[2] == 1
         else:
             fits = tensor.dim() == 3
             if (partner := path[:-1] + ("B" if factor == "A" else "A")) not in tensors:

@@ -1,6 +1,7 @@
-"""A routed bank of low-rank experts on a plain linear layer (MoLA, arXiv 2402.08562).
+"""A bank of low-rank experts on a plain linear layer: every method whose delta is linear in what a router weighs.
 
-Shapes: T tokens, M inputs, O outputs, E experts of the bank, K of them per token, R rank.
+Shapes: T tokens, M inputs, O outputs, E experts of the bank, R rank, F experts with an A of their own (E, or 1 where
+they share it), X = E*R.
 """
 
 from __future__ import annotations
@@ -10,14 +11,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora.config import BankAt
-from lora.factors import stacked_init, uniform_init
-from moe.balance import inject, switch_loss
+from lora.errors import AdapterError
+from lora.factors import stacked_init
+from lora.objectives import contrastive_loss, real_tokens
+from lora.rank_space import RankSpace, ScaledOutput
+from lora.routers import BankRouter, Decision
+from moe.balance import inject
 from moe.context import current
 from moe.refs import TensorAddress
 
 
 class LinearBank(nn.Module):
-    """E low-rank experts and their token router; see :class:`RoutedLinear`."""
+    """E low-rank experts of one linear layer, and what weighs them; see :class:`RoutedLinear`.
+
+    Parameters, as far as the bank has them: ``A`` [F, R, M], ``C`` [E, R, R], ``B`` [E, O, R], and those of
+    ``router``. B starts at zero. Banks of kind ``scale`` have only B, [E, O, 1].
+
+    Raises AdapterError for a bank that no linear layer can carry.
+    """
 
     def __init__(
         self,
@@ -31,50 +42,82 @@ class LinearBank(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        self.top_k, self.scale = bank.config.top_k, bank.scale
-        self.balance_coef = bank.config.router_aux_loss_coef
+        _check(bank, path)
+        self.here, self.path = bank, path
+        config, experts, rank = bank.config, bank.num_experts, bank.r
         key, place = f"{seed}/{path}", {"device": device, "dtype": dtype}
-        a_ERM = stacked_init(bank.num_experts, 0, (bank.r, in_features), f"{key}/A")
-        router_EM = uniform_init((bank.num_experts, in_features), f"{key}/router")
-        self.A = nn.Parameter(a_ERM.to(**place))
-        self.B = nn.Parameter(torch.zeros(bank.num_experts, out_features, bank.r, **place))
-        self.router = nn.Parameter(router_EM.to(**place))
-        for name in ("A", "B", "router"):
-            parameter = getattr(self, name)
+        scales = config.kind == "scale"
+        self.A = self.C = None
+        if not scales:
+            own = 1 if config.share == "A" else experts
+            self.A = nn.Parameter(stacked_init(own, 0, (rank, in_features), f"{key}/A", config.a_init).to(**place))
+        if config.mixer:
+            self.C = nn.Parameter(stacked_init(experts, 0, (rank, rank), f"{key}/C").to(**place))
+        self.B = nn.Parameter(torch.zeros(experts, out_features, 1 if scales else rank, **place))
+        for name, parameter in self.named_parameters():
             parameter.address = TensorAddress(f"{path}.{name}", tuple(parameter.shape))
+        self.router = None
+        if config.router != "none":
+            self.router = BankRouter(f"{path}.router", in_features, bank, seed=seed, **place)
 
-    def gates(self, x_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Dense gates [T, E], zero outside the K chosen; router logits [T, E]; choices [T, K]. fp32 or wider."""
-        dtype = torch.promote_types(x_TM.dtype, torch.float32)
-        logits_TE = F.linear(x_TM.to(dtype), self.router.to(dtype))
-        top_TK, index_TK = logits_TE.topk(self.top_k, dim=-1)
-        # Softmax over the chosen logits is softmax over all, renormalised over the chosen; but the rest
-        # get a gradient of exactly zero, where the quotient leaves rounding noise that Adam would scale up.
-        gate_TE = torch.zeros_like(logits_TE).scatter(1, index_TK, top_TK.softmax(dim=-1))
-        return gate_TE, logits_TE, index_TK
+    def probes(self) -> list[tuple[str, nn.Parameter]]:
+        """What must get a gradient wherever a token with loss has passed: B, for the others have none while it is 0."""
+        return [("B", self.B)]
 
-    def forward(self, x_TM: Tensor) -> Tensor:
-        """The scaled delta [T, O].
+    def forward(self, x_TM: Tensor, y_TO: Tensor) -> Tensor:
+        """``y_TO``, the frozen layer's output, plus the delta. It is changed in place: nobody else may hold it."""
+        decision = self.router(x_TM) if self.router is not None else None
+        gate_TE = None if decision is None else decision.gate_TE
+        b_EOR = self.B.to(x_TM.dtype)
+        if self.A is None:
+            return ScaledOutput.apply(y_TO, b_EOR.squeeze(-1), gate_TE)
+        a_FRM = self.A.to(x_TM.dtype)
+        c_ERR = None if self.C is None else self.C.to(x_TM.dtype)
+        y_TO = RankSpace.apply(y_TO, x_TM, a_FRM, c_ERR, b_EOR, gate_TE, self.here.scale, self._dropout())
+        return y_TO if decision is None else self._contrasted(y_TO, x_TM, decision)
 
-        The gates multiply in rank space, between A and B. That is exact because the sum over experts
-        is linear, and it keeps [T, E*R] instead of E products [T, O].
-        """
-        experts, rank, _ = self.A.shape
-        gate_TE, logits_TE, index_TK = self.gates(x_TM)
-        z_TX = F.linear(x_TM, self.A.to(x_TM.dtype).flatten(0, 1))
-        scaled_TE = (gate_TE * self.scale).to(x_TM.dtype)
-        z_TX = (z_TX.unflatten(1, (experts, rank)) * scaled_TE.unsqueeze(-1)).flatten(1)
-        b_OX = self.B.to(x_TM.dtype).permute(1, 0, 2).flatten(1)
-        delta_TO = F.linear(z_TX, b_OX)
-        if self.balance_coef and current().balance and torch.is_grad_enabled():
-            # Divided by K: the published bank loss counts shares of choices, which sum to one.
-            loss = switch_loss(logits_TE.softmax(dim=-1), index_TK)
-            delta_TO = inject(delta_TO, self.balance_coef / self.top_k * loss)
-        return delta_TO
+    def _dropout(self) -> tuple[float, int] | None:
+        """Share of the input to drop, and the seed of which, drawn from the generator that checkpoints hold."""
+        if not (self.training and self.here.config.dropout):
+            return None
+        return self.here.config.dropout, int(torch.randint(1 << 62, ()))
+
+    def _contrasted(self, y_TO: Tensor, x_TM: Tensor, decision: Decision) -> Tensor:
+        config, index_TK = self.here.config, decision.index_TK
+        wanted = config.contrastive_coef and current().balance and torch.is_grad_enabled() and len(x_TM)
+        if not wanted or index_TK is None:
+            return y_TO
+        factors = self.A, self.C, self.B
+        loss = contrastive_loss(x_TM, index_TK, *factors, config.contrastive_temperature, real_tokens(len(x_TM)))
+        return inject(y_TO, config.contrastive_coef * loss)
+
+    def extra_repr(self) -> str:
+        return f"{self.here.config.preset}, experts={self.here.num_experts}, r={self.here.r}, scale={self.here.scale:g}"
+
+
+def _check(bank: BankAt, path: str) -> None:
+    config = bank.config
+    say = f"{path.removesuffix('.adapter')} ({config.preset})"
+    if config.router == "none" and config.combine not in ("static", "sum"):
+        raise AdapterError(f"{say}: combine {config.combine!r} needs a router; choose token or task")
+    if config.router == "none" and config.combine == "static" and bank.num_experts != 1:
+        raise AdapterError(
+            f"{say}: combine static is of one expert, and num_experts is {bank.num_experts}; use combine: sum"
+        )
+    if config.share not in ("none", "A"):
+        raise AdapterError(f"{say}: a linear layer's experts can share A alone, not {config.share!r}; use none or A")
+    if config.kind == "scale" and (config.share != "none" or config.mixer or config.dropout):
+        raise AdapterError(f"{say}: kind scale has neither A nor a mixer nor an input; leave share, mixer and dropout")
+    if config.contrastive_coef and (config.kind == "scale" or config.combine not in ("top_k", "switch")):
+        raise AdapterError(
+            f"{say}: contrastive_coef compares outputs of chosen low-rank experts; use combine top_k or switch, or 0"
+        )
 
 
 class RoutedLinear(nn.Linear):
-    """``y = W x + b + s * sum_{e in top-K} g_e B_e A_e x``, with ``g`` chosen per token by a router.
+    """``y = W x + b + s * sum_e g_e B_e C_e A_e x``, with g from the bank's router, or 1.
+
+    Banks of kind ``scale`` compute ``y = (1 + sum_e g_e B_e) * (W x + b)``, elementwise.
 
     Takes over the weight and bias of ``base``, the very parameters: their paths in the model, and
     with them their names in checkpoints and exports, stay as they were.
@@ -96,5 +139,6 @@ class RoutedLinear(nn.Linear):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        return y + self.adapter(x.reshape(-1, self.in_features)).view_as(y)
+        x_TM = x.reshape(-1, self.in_features)
+        y_TO = self.adapter(x_TM, F.linear(x_TM, self.weight, self.bias))
+        return y_TO.view(*x.shape[:-1], self.out_features)

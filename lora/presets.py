@@ -207,7 +207,7 @@ def bank_of(path: str, banks: Mapping[str, BankConfig]) -> str | None:
 
     >>> bank_of("model.layers.3.mlp.experts.adapter.down_proj.A", {"e": BankConfig("expert-lora")})
     'e'
-    >>> bank_of("model.layers.3.self_attn.q_proj.adapter.router", {"a": BankConfig("mola")})
+    >>> bank_of("model.layers.3.self_attn.q_proj.adapter.router.weight", {"a": BankConfig("mola")})
     'a'
     """
     place, _, inner = path.rpartition(".adapter.")

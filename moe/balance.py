@@ -56,6 +56,14 @@ def inject(y: Tensor, aux: Tensor) -> Tensor:
     return _Inject.apply(y, aux, current().aux_scale)
 
 
+def inject_late(y: Tensor, p_E: Tensor, gradient: Callable[[], Tensor], coef: float) -> Tensor:
+    """Return ``y`` unchanged; ``p_E`` receives ``coef`` times a gradient that is asked for in backward only.
+
+    For losses that are linear in ``p_E`` with coefficients that later layers still change.
+    """
+    return _InjectLate.apply(y, p_E, gradient, current().aux_scale * coef)
+
+
 # -- single losses, one layer each -----------------------------------------------------------------------------------
 
 
@@ -220,9 +228,7 @@ class BalanceLosses:
         if spec.aux == "hf" and spec.aux_coef:
             mask_T = context.mask_T
             sum_E = (probs_TE if mask_T is None else probs_TE * mask_T[:, None]).sum(0)
-            weights_TK = _InjectLate.apply(
-                weights_TK, sum_E, lambda: self._all_layers(context), context.aux_scale * spec.aux_coef
-            )
+            weights_TK = inject_late(weights_TK, sum_E, lambda: self._all_layers(context), spec.aux_coef)
         return weights_TK
 
     def _own(

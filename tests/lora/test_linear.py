@@ -32,7 +32,7 @@ def naive(x: Tensor, linear: RoutedLinear, bank: BankConfig) -> tuple[Tensor, Te
     """Outputs, and the balance loss, of MoLA: softmax over all experts, the best K renormalised."""
     adapter, rows, chosen, probabilities, bank = linear.adapter, [], [], [], expand(bank)
     for token in x:
-        p = (adapter.router @ token).exp()
+        p = (adapter.router.weight @ token).exp()
         p = p / p.sum()
         best = sorted(range(bank.num_experts), key=lambda e: -p[e].item())[: bank.top_k]
         y = linear.weight @ token + (0 if linear.bias is None else linear.bias)
@@ -78,11 +78,11 @@ def test_the_balance_loss_is_off_outside_training_batches():
     bank = BankConfig("mola", r=3, num_experts=5, router_aux_loss_coef=0.5)
     linear = make(bank)
     linear(torch.randn(4, 6, dtype=torch.float64)).sum().backward()
-    assert linear.adapter.router.grad.eq(0).all()  # B is zero: nothing else could move the router
+    assert linear.adapter.router.weight.grad.eq(0).all()  # B is zero: nothing else could move the router
     linear.zero_grad()
     with batch_context(BatchContext()):
         linear(torch.randn(4, 6, dtype=torch.float64)).sum().backward()
-    assert linear.adapter.router.grad.abs().max() > 0
+    assert linear.adapter.router.weight.grad.abs().max() > 0
 
 
 def test_keeps_the_parameters_and_the_outputs_of_the_linear_it_takes_over():
@@ -92,7 +92,7 @@ def test_keeps_the_parameters_and_the_outputs_of_the_linear_it_takes_over():
     assert routed.bias is base.bias
     x = torch.randn(3, 6)
     assert torch.equal(routed(x), base(x))
-    assert set(routed.state_dict()) == {"weight", "bias", "adapter.A", "adapter.B", "adapter.router"}
+    assert set(routed.state_dict()) == {"weight", "bias", "adapter.A", "adapter.B", "adapter.router.weight"}
     assert routed.adapter.A.address.units()[0].unit == "layers.0.q_proj.adapter.A"
 
 
@@ -104,20 +104,22 @@ def test_start_values_depend_on_seed_and_path_only():
     reseeded = RoutedLinear(
         nn.Linear(6, 9, dtype=torch.float64), bank_at(BANK, 0, 1), "layers.0.q_proj", seed=1
     ).adapter
-    for name in ("A", "router"):
-        assert torch.equal(getattr(first, name), getattr(again, name))
-        assert not torch.equal(getattr(first, name), getattr(other, name))
-        assert not torch.equal(getattr(first, name), getattr(reseeded, name))
-        assert getattr(first, name).abs().max() <= 1 / math.sqrt(6)
+    for name in ("A", "router.weight"):
+        values = [bank.get_parameter(name) for bank in (first, again, other, reseeded)]
+        assert torch.equal(values[0], values[1])
+        assert not torch.equal(values[0], values[2])
+        assert not torch.equal(values[0], values[3])
+        assert values[0].abs().max() <= 1 / math.sqrt(6)
 
 
 def test_bf16_routes_in_fp32():
     linear = make(dtype=torch.bfloat16)
     randomize(linear)
     x = torch.randn(64, 6, dtype=torch.bfloat16)
-    gate, logits, _ = linear.adapter.gates(x)
+    decision = linear.adapter.router(x)
+    gate, logits = decision.gate_TE, decision.logits_TE
     assert gate.dtype == logits.dtype == torch.float32
-    torch.testing.assert_close(logits, x.float() @ linear.adapter.router.float().T)
+    torch.testing.assert_close(logits, x.float() @ linear.adapter.router.weight.float().T)
     torch.testing.assert_close(gate.sum(-1), torch.ones(64))
     assert linear(x).dtype == torch.bfloat16
     assert linear(x[:0]).shape == (0, 9)

@@ -155,7 +155,7 @@ def test_frozen_adapter_and_detached_linear_bank_are_named(tiny_moe, monkeypatch
 
     model, blocks = built(tiny_moe)
     bank = model.model.layers[1].self_attn.v_proj.adapter
-    monkeypatch.setattr(bank, "forward", lambda x, f=bank.forward: f(x).detach())
+    monkeypatch.setattr(bank, "forward", lambda x, y, f=bank.forward: f(x, y).detach())
     watch = AdapterWatch(model)
     step(model)
     with pytest.raises(AdapterError, match=r"reached model\.layers\.1\.self_attn\.v_proj\.adapter\.B, although"):
