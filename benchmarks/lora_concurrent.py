@@ -202,9 +202,7 @@ class _Peft:
 
     def step(self, check: bool) -> Mapping[str, Tensor]:
         losses, found = [], []
-        for model, own, optimizer, ids_BS in zip(
-            self.models, self.factors, self.optimizers, self.ids_ABS, strict=True
-        ):
+        for model, own, optimizer, ids_BS in zip(self.models, self.factors, self.optimizers, self.ids_ABS, strict=True):
             loss = model(input_ids=ids_BS, labels=ids_BS).loss
             loss.backward()
             if check:

@@ -11,18 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora.attach import AttachReport, _layers, _report
+from lora.attach import Attacher, AttachReport, attach
 from lora.config import BankAt, BankConfig
 from lora.errors import AdapterError
-from lora.expert_site import _check, _sizes
 from lora.experts import ExpertLoRA, ExpertSlice
 from lora.factors import stacked_init
-from lora.presets import bank_at, check_banks, expand, layer_of, matches, targets_of
+from lora.presets import bank_at, expert_tensors, layer_of, matches, targets_of
 from lora.sites import Frame, Match, global_size
 from lora.tenant_products import Factors, add_deltas, dropped, frozen_products, groups_of
 from lora.tenant_rules import PREFIX, alone, refused
@@ -164,65 +164,72 @@ def attach_tenants(
 
     Raises AdapterError for banks that cannot be trained side by side, and for a target that matches nothing.
     """
-    check_banks(banks)
     for name, bank in banks.items():
         if reason := refused(bank):
             raise AdapterError(f"adapter.{name}: {reason}")
-    model.requires_grad_(False)
-    frame, found = Frame(_layers(model)), []
-    for name, bank in banks.items():
-        put = _on_experts if expand(bank).site == "experts" else _on_linears
-        found += put(model, name, bank, tenants, blocks, frame)
-    return _report(model, found)
+    sites: dict[str, Attacher] = {"linear": partial(_on_linears, tenants), "experts": partial(_on_experts, tenants)}
+    return attach(model, banks, blocks, sites=sites)
 
 
-def _on_experts(model, name, bank, tenants, blocks, frame) -> list[Match]:
+def _on_experts(
+    tenants: Sequence[Tenant],
+    model: nn.Module,
+    name: str,
+    bank: BankConfig,
+    blocks: Sequence[MoEBlock],
+    frame: Frame,
+) -> list[Match]:
     found = []
     for block in blocks:
         experts, path = block.module.experts, f"{block.path}.experts"
-        _check(experts, path, frame)
-        hidden, intermediate = _sizes(experts, path)
-        part = ExpertSlice(block.layer, experts.num_experts, 0, experts.num_experts)
-        here = bank_at(bank, block.layer, frame.layers, experts.num_experts)
-        if experts.adapter is None:
-            experts.adapter = TenantExperts(f"{path}.adapter")
-            for tenant in tenants:
-                owner = PREFIX + tenant.name
-                made = ExpertLoRA(f"{path}.adapter.{owner}", part, hidden, intermediate)
-                experts.adapter.add_module(owner, made)
+        if experts.ep_size != 1:
+            raise AdapterError(f"{path} is shared among {experts.ep_size} workers; tenants need all experts in each")
+        here = bank_at(bank, block.layer, frame.layers, experts.num_experts, frame.active)
         for target in targets_of(bank):
-            experts.adapter.dropouts[target] = here.config.dropout or 0.0
-            count = 0
-            for tenant in tenants:
-                owner = PREFIX + tenant.name
-                weight = experts.gate_up_proj
-                adapter = getattr(experts.adapter, owner)
-                adapter.add(target, here, seed=tenant.seed, device=weight.device, dtype=weight.dtype)
-                for parameter in getattr(adapter, target).parameters():
-                    address = parameter.address
-                    inner = f"{owner}.{address.tensor.removeprefix('adapter.')}"
-                    parameter.address = replace(address, tensor=f"adapter.{inner}")
-                count += global_size(getattr(adapter, target).parameters())
-            found.append(Match(name, path, target, count))
+            for tensor in expert_tensors(target, path):
+                added = _add_tensor(experts, path, tensor, block.layer, here, tenants)
+                found.append(Match(name, path, target, added))
     return found
 
 
-def _on_linears(model, name, bank, tenants, blocks, frame) -> list[Match]:
-    routers, found = {block.gate for block in blocks}, []
-    linears = {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear) and m not in routers}
+def _add_tensor(experts: nn.Module, path: str, tensor: str, layer: int, here: BankAt, tenants: Sequence[Tenant]) -> int:
+    """Every tenant's factors of one stacked tensor; returns how many numbers they have."""
+    if experts.adapter is None:
+        experts.adapter = TenantExperts(f"{path}.adapter")
+    dropout, weight = here.config.dropout or 0.0, getattr(experts, tensor)
+    experts.adapter.dropouts[tensor] = dropout
+    added = 0
+    for tenant in tenants:
+        owner = PREFIX + tenant.name
+        if not hasattr(experts.adapter, owner):
+            part = ExpertSlice(layer, experts.num_experts, 0, experts.num_experts)
+            sizes = experts.hidden_size, experts.intermediate_size
+            experts.adapter.add_module(owner, ExpertLoRA(f"{path}.adapter.{owner}", part, *sizes))
+        adapter = getattr(experts.adapter, owner)
+        adapter.add(tensor, here, seed=tenant.seed, device=weight.device, dtype=weight.dtype)
+        for parameter in getattr(adapter, tensor).parameters():
+            inner = parameter.address.tensor.removeprefix("adapter.")
+            parameter.address = replace(parameter.address, tensor=f"adapter.{owner}.{inner}")
+        added += global_size(getattr(adapter, tensor).parameters())
+    return added
+
+
+def _on_linears(
+    tenants: Sequence[Tenant],
+    model: nn.Module,
+    name: str,
+    bank: BankConfig,
+    blocks: Sequence[MoEBlock],
+    frame: Frame,
+) -> list[Match]:
+    gates, found = {block.gate for block in blocks}, []
+    linears = {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear) and m not in gates}
     for target in targets_of(bank):
-        paths = [path for path in linears if matches(target, path)]
-        if not paths:
-            there = ", ".join(sorted({path.rpartition(".")[2] for path in linears})) or "no linear layer at all"
-            raise AdapterError(f"adapter.{name}: target {target!r} matches no linear layer; the model has: {there}")
-        for path in paths:
-            if isinstance(linears[path], TenantLinear):
-                raise AdapterError(f"adapter.{name}: {path} already has a bank; give each linear to one")
+        for path in (path for path in linears if matches(target, path)):
             here = bank_at(bank, layer_of(path), frame.layers)
             made = TenantLinear(linears[path], here, path, tenants)
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, made)
-            linears[path] = made
             found.append(Match(name, path, target, global_size(made.adapter.parameters())))
     return found
 

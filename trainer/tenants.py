@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lora.tenant_watch import TenantWatch
 from moe.context import BatchContext, Slots, batch_context
 from trainer import data as data_module
 from trainer.data import DataBundle, batch_ids, sample_order
@@ -65,8 +66,8 @@ class Verdict:
 class Tenants:
     """The tenants of a run. ``clip`` must be there before the first step; see :class:`trainer.engine.GroupClip`."""
 
-    def __init__(self, recipe: Recipe, members: list[Member], clip: GroupClip) -> None:
-        self.recipe, self.members, self.clip = recipe, members, clip
+    def __init__(self, recipe: Recipe, members: list[Member], clip: GroupClip, watch: TenantWatch) -> None:
+        self.recipe, self.members, self.clip, self.watch = recipe, members, clip, watch
         self.last = Verdict([], [])
 
     # -- the step ----------------------------------------------------------------------------------------------------
@@ -96,6 +97,7 @@ class Tenants:
                 run.phases.enter("optimizer", step)
             engine.step()
         run.progress.step = step
+        self.watch.check({m.name for m, present in zip(self.members, self.takes_part(step), strict=True) if present})
         present = zip(self.last.losses_A, self.takes_part(step), strict=True)
         trained = [loss for loss, part in present if part and math.isfinite(loss)]
         return sum(trained) / max(1, len(trained))

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from checkpointing.keeper.protocol import KeeperError, KeeperRefused, OtherMemory, TooLittleMemory
 from checkpointing.recovery import RecoveryError
 from checkpointing.state.extras import seed_streams
+from lora.tenant_watch import TenantWatch
 from lora.watch import AdapterWatch
 from moe.stats import RoutingMeter
 from trainer import data as data_module
@@ -144,7 +145,9 @@ def prepare(
     tape = open_tape(recipe, process, run_dir, model.config, blocks)
     bias = prepare_gates(recipe, process, model, blocks, meter)
     engine = create_engine(model, recipe, training_dtype(recipe, process.device), recipe.accumulation)
-    tenants = Tenants(recipe, members, GroupClip(engine)) if members else None
+    tenants = None
+    if members:
+        tenants = Tenants(recipe, members, GroupClip(engine), TenantWatch(model, list(recipe.tenants)))
     inner = engine.optimizer.optimizer
     origin = Origin.of(recipe, process, data_key(members) if members else data.key, inner)
     partial = open_partial(recipe, process, run_dir, events, blocks, meter)

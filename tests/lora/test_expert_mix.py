@@ -211,7 +211,9 @@ def test_dropout_follows_the_seed_is_off_in_evaluation_and_forces_split():
     first, second = fast(experts, case), fast(experts, case)
     assert not torch.equal(first["out"], second["out"])
     torch.manual_seed(1)
-    assert all(torch.equal(again, before) for again, before in zip(fast(experts, case).values(), first.values(), strict=True))
+    assert all(
+        torch.equal(again, before) for again, before in zip(fast(experts, case).values(), first.values(), strict=True)
+    )
     experts.eval()
     assert_equal(fast(experts, case), slow(experts, case))
 
