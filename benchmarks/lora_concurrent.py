@@ -1,8 +1,8 @@
 """Eight adapters trained in one pass over their common base, beside eight PEFT runs one after another.
 
 Each tenant has a small batch of its own. A step is forward, backward, clipping by the tenant's own norm and AdamW; the
-peer makes it once for every tenant, over the same base weights in the same memory. Losses and all gradients are compared
-before anything is timed.
+peer makes it once for every tenant, over the same base weights in the same memory. Losses and all gradients are
+compared before anything is timed.
 
 ``python -m benchmarks.lora_concurrent --config cpu``, or as a case of ``python -m benchmarks.lora``.
 """

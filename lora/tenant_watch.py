@@ -1,7 +1,7 @@
 """Proof that every tenant's adapters train, as :mod:`lora.watch` has it for a single one.
 
-Which of an expert's rows were whose is not seen from outside, so a stacked B is judged as a whole: each tenant has tokens
-in every layer, and some expert took them.
+Which of an expert's rows were whose is not seen from outside, so a stacked B is judged as a whole: each tenant has
+tokens in every layer, and some expert took them.
 """
 
 from __future__ import annotations

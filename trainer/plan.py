@@ -20,6 +20,8 @@ from lora.config import BankConfig
 from lora.cost import Parameters, parameters
 from lora.errors import AdapterError
 from moe.family_table import BUFFERS, FAMILIES, known_families
+from trainer import tenant_recipe
+from trainer.admission import Admission, admit
 from trainer.family_shapes import family_shapes
 from trainer.mode_plan import Share, basis_of, budget_of, mode_rows
 from trainer.model_shapes import model_shapes
@@ -144,14 +146,15 @@ def plan_run(recipe: Recipe) -> Plan:
     layers, moe_layers = _layers(shapes), _layers(name for name in shapes if _EXPERT.search(name))
     banks = bank_parameters(recipe.adapter, shapes, own)
     expert_total = total.get("experts", 0)
-    trained = {f"adapter.{name}": count.total for name, count in banks.items()} or total
+    copies = max(1, len(recipe.tenants))
+    trained = {f"adapter.{name}": copies * count.total for name, count in banks.items()} or total
     frozen = recipe.model.frozen_experts
     if frozen > experts:
         raise PlanError(f"model.frozen_experts={frozen} is more than the {experts} experts of {recipe.model.path}")
     if frozen:
         kept = {"experts": expert_total * (experts - frozen) // experts}
         trained = {"router": total["router"], **{kind: count for kind, count in kept.items() if count}}
-    expert_trained = sum(bank.of_experts for bank in banks.values()) if banks else trained.get("experts", 0)
+    expert_trained = copies * sum(bank.of_experts for bank in banks.values()) if banks else trained.get("experts", 0)
     workers, ep = recipe.parallel.workers, recipe.parallel.ep
     width = 2 if recipe.parallel.dtype == "bf16" or _auto_bf16(recipe) else 4
     everything, training = sum(total.values()), sum(trained.values())
@@ -171,7 +174,7 @@ def plan_run(recipe: Recipe) -> Plan:
         active=active,
         experts_per_worker=experts // ep,
         num_layers=layers,
-        tokens_per_step=recipe.train.global_batch_size * recipe.data.sequence_length,
+        tokens_per_step=sum(tenant_recipe.batch_sizes(recipe)) * recipe.data.sequence_length,
         weight_bytes=local_weights * width,
         gradient_bytes=(local_trained if recipe.parallel.zero == 1 else partition) * width,
         optimizer_bytes=partition * _MOMENTS_AND_MASTER,
@@ -253,6 +256,18 @@ def _model(recipe: Recipe) -> tuple[Shapes, int, int]:
     return folder_shapes(folder), experts, number("num_experts_per_tok", "moe_topk", "top_k")
 
 
+def admission(recipe: Recipe, free: int | None) -> Admission | None:
+    """What the recipe's tenants take in each worker, of which ``free`` bytes may be taken; None without tenants.
+
+    Raises PlanError.
+    """
+    if not recipe.tenants:
+        return None
+    shapes, _, active = _model(recipe)
+    width = 2 if recipe.parallel.dtype == "bf16" or _auto_bf16(recipe) else 4
+    return admit(recipe, shapes, active, width, free)
+
+
 def card(
     recipe: Recipe,
     *,
@@ -295,6 +310,7 @@ def card(
             (f"{every}, {kept}" if mode == "dense" else f"{every}, mode {mode}") if memory.enabled else without,
         ),
         ("disk tier", _disk_tier(disk)),
+        *_tenants(recipe, available),
         *([("begins with", recipe.checkpoint.load_from)] if recipe.checkpoint.load_from else []),
         *(_modes(recipe, plan, available, events) if memory.enabled else []),
     ]
@@ -307,6 +323,17 @@ def _disk_tier(disk: DiskSection) -> str:
         return f"not during the run{where}"
     always = f", multiples of {disk.permanent_every} for good" if disk.permanent_every else ""
     return f"every {disk.every} steps, the last {disk.keep_last}{always}{where}"
+
+
+def _tenants(recipe: Recipe, available: int | None) -> list[tuple[str, str]]:
+    """Raises AdmissionError. Of a GPU's memory nothing is known here."""
+    on_gpu = recipe.parallel.device == "cuda"
+    free = None if available is None or on_gpu else available // recipe.parallel.workers
+    found = admission(recipe, free)
+    if found is None:
+        return []
+    found.check()
+    return list(found.rows())
 
 
 def _modes(

@@ -59,6 +59,14 @@ def data_of(recipe: Recipe, name: str) -> DataSection:
     return replace(recipe.data, **{field.name: getattr(own, field.name) for field in fields(own)})
 
 
+def batch_sizes(recipe: Recipe) -> list[int]:
+    """Sequences of each tenant in one optimizer step, over all workers; without tenants those of the run."""
+    if not recipe.tenants:
+        return [recipe.train.global_batch_size]
+    passes = recipe.accumulation * recipe.parallel.workers
+    return [passes * (tenant.micro_batch_size or 0) for tenant in recipe.tenants.values()]
+
+
 def plain(tenants: dict[str, Any]) -> dict[str, Any]:
     """``dataclasses.asdict`` of the tenants as YAML has them: lists for tuples, no key without a value."""
     found = {}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from checkpointing.keeper.memory import available_bytes
 from checkpointing.keeper.protocol import KeeperError, KeeperRefused, OtherMemory, TooLittleMemory
 from checkpointing.recovery import RecoveryError
 from checkpointing.state.extras import seed_streams
@@ -30,6 +31,7 @@ from trainer.loop import Run, fit
 from trainer.origin import Origin
 from trainer.partial_experts import open_partial
 from trainer.phases import Phases, longest_deadline_s
+from trainer.plan import admission
 from trainer.recipe import RecipeError, check_world, load_recipe
 from trainer.refusal import is_users_mistake, refuse
 from trainer.rendezvous import Process, die_with_launcher, join, process_started
@@ -136,6 +138,7 @@ def prepare(
     """Data, model, engine and checkpoints of this worker, everything but the state."""
     _make_deterministic(process)
     prepare_deepspeed()
+    _admit(recipe, process)
     members = load_members(recipe, process)
     data = members[0].data if members else data_module.load(recipe, rank=process.rank)
     if process.rank == 0 and not (run_dir / "tokenizer").exists():
@@ -161,6 +164,17 @@ def prepare(
     place_failpoints(run, model, [block.experts for block in blocks], inner)
     seed_streams(recipe.train.seed, "train", process.rank)
     return run
+
+
+def _admit(recipe: Recipe, process: Process) -> None:
+    """Before anything is loaded. Raises AdmissionError if the tenants do not fit into what is free here."""
+    if process.device.type == "cuda":
+        free = torch.cuda.mem_get_info(process.device)[0]
+    else:
+        free = available_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", process.world))
+    found = admission(recipe, free)
+    if found is not None:
+        found.check()
 
 
 def _make_deterministic(process: Process) -> None:
