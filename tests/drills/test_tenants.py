@@ -1,0 +1,141 @@
+"""Several adapters in real runs: each ends as it does alone, a diverging one harms no other, kills change nothing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from inference.engine import LLM
+from lora.format import apply_adapter, load_adapter
+from lora.tenant_rules import alone
+from trainer import export
+from trainer.drill import judge
+from trainer.faults import KillSpec
+
+pytestmark = [pytest.mark.drill, pytest.mark.slow]
+RECIPE = Path(__file__).parent / "tenants.yaml"
+NO_DROPOUT = "adapter.experts={preset: expert-lora, r: 4, alpha: 8}"
+ONE = "tenants={one: {lr: 2e-2, seed: 1, max_grad_norm: 0.01}}"
+
+
+@pytest.fixture(scope="module")
+def base(undisturbed, folder):
+    out = folder / "tenants-base"
+    assert export.main(str(folder / "undisturbed"), str(out)) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def begin(start, base):
+    def begin_run(name, *overrides, **options):
+        return start(name, [f"model.path={base}", *overrides], recipe=RECIPE, **options)
+
+    return begin_run
+
+
+@pytest.fixture(scope="module")
+def together(begin):
+    job = begin("together")
+    return job, job.finish()
+
+
+def factors(job):
+    _, checkpoint = export.open_run(job.run_dir)
+    return export.trained_tensors(checkpoint)
+
+
+def assert_same(mine, theirs):
+    assert mine
+    assert mine.keys() == theirs.keys()
+    for path, want in theirs.items():
+        assert torch.equal(mine[path], want), path
+
+
+def test_a_tenant_ends_to_the_bit_as_it_does_alone(begin, together):
+    lone = begin("lone", ONE)
+    rows = lone.finish()
+    assert_same(alone(factors(together[0]), "one"), alone(factors(lone), "one"))
+    for mine, theirs in zip(figures(together[1], "one"), figures(rows, "one"), strict=True):
+        assert mine == theirs
+
+
+def figures(rows, tenant):
+    return [
+        (r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in rows if r["kind"] == "tenant" and r["tenant"] == tenant
+    ]
+
+
+def test_a_tenant_trains_as_a_run_without_tenants_does(begin):
+    """The ordinary adapter's own code, so equal but for the order of sums; clipped in every step, there by DeepSpeed."""
+    lone = begin("lone-plain", ONE, NO_DROPOUT)
+    rows = lone.finish()
+    plain = begin("plain", "tenants={}", NO_DROPOUT, "train.lr=2e-2", "train.seed=1", "train.max_grad_norm=0.01")
+    theirs = [r for r in plain.finish() if r["kind"] == "step"]
+    for (step, loss, norm, rate), row in zip(figures(rows, "one"), theirs, strict=True):
+        assert (step, rate) == (row["step"], row["lr"])
+        assert loss == pytest.approx(row["loss"], rel=1e-6)
+        assert norm == pytest.approx(row["grad_norm"], rel=1e-4)
+        assert norm > 0.01
+    mine = alone(factors(lone), "one")
+    for path, want in factors(plain).items():
+        assert (mine[path] - want).norm() < 1e-5 * want.norm(), path
+
+
+def test_a_tenant_that_diverges_stops_and_changes_no_bit_of_the_others(begin, together):
+    job = begin("diverged", "tenants.two.lr=1e30", "tenants.two.warmup_steps=0")
+    rows = job.finish()
+    bad = [r for r in rows if r["kind"] == "tenant_bad_step"]
+    assert [(r["step"], r["tenant"], r["bad_in_row"], r["stopped"]) for r in bad] == [
+        (2, "two", 1, 0), (3, "two", 2, 0), (4, "two", 3, 4)
+    ]  # fmt: skip
+    assert "that was 3 in a row, so it stops; lower tenants.two.lr" in job.output.read_text()
+    for name in ("one", "three"):
+        assert_same(alone(factors(job), name), alone(factors(together[0]), name))
+        assert figures(rows, name) == figures(together[1], name)
+
+
+def test_when_every_tenant_has_stopped_the_run_ends_with_a_sentence(begin):
+    job = begin("all-diverged", "tenants={a: {lr: 1e30, max_bad_steps: 1}, b: {lr: 1e30, max_bad_steps: 2}}")
+    assert job.wait() == 2
+    said = job.output.read_text()
+    assert "step 3: every tenant has stopped" in said
+    assert "a (at step 2), b (at step 3); lower their lr" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "kill", "extra"),
+    [
+        ("memory", KillSpec(1, 5, "optimizer"), ()),
+        ("bad", KillSpec(0, 4, "forward"), ("tenants.two.lr=1e30",)),
+        ("bf16", KillSpec(1, 6, "capture"), ("parallel.dtype=bf16",)),
+        ("dense", KillSpec(0, 6, "optimizer"), ("checkpoint={mode: dense, linger_s: 20}",)),
+    ],
+)
+def test_a_killed_run_ends_with_the_bits_of_the_undisturbed_one(begin, together, name, kill, extra):
+    rows = begin(f"calm-{name}", *extra).finish() if extra else together[1]
+    job = begin(f"killed-{name}", *extra, kill=str(kill))
+    verdict = judge(job.recipe, kill, rows, job.finish())
+    assert verdict.passed, (verdict.problems, job.output.read_text()[-3000:])
+    assert verdict.tier == "memory"
+
+
+def test_every_tenants_adapter_is_exported_and_loads(together, base, folder):
+    out = folder / "tenants-exported"
+    assert export.main(str(together[0].run_dir), str(out)) == 0
+    assert sorted(path.name for path in (out / "adapters").iterdir()) == ["one", "three", "two"]
+    tensors = factors(together[0])
+    for name in ("one", "two", "three"):
+        adapter = load_adapter(out / "adapters" / name)
+        assert_same(adapter.tensors, alone(tensors, name))
+        assert len(LLM(str(out), expert_budget=1.0, adapter=str(out / "adapters" / name)).generate("def ", 2)) >= 0
+    model = AutoModelForCausalLM.from_pretrained(out)
+    before = model(torch.arange(8)[None]).logits
+    apply_adapter(model, load_adapter(out / "adapters" / "one"))
+    assert not torch.equal(model(torch.arange(8)[None]).logits, before)
+    assert len(AutoTokenizer.from_pretrained(out)) > 0
+    shutil.rmtree(out)
