@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from inference.engine import LLM
 from lora.format import apply_adapter, load_adapter
@@ -70,7 +69,7 @@ def figures(rows, tenant):
 
 
 def test_a_tenant_trains_as_a_run_without_tenants_does(begin):
-    """The ordinary adapter's own code, so equal but for the order of sums; clipped in every step, there by DeepSpeed."""
+    """The ordinary adapter's own code, so equal but for the order of sums; clipped each step, there by DeepSpeed."""
     lone = begin("lone-plain", ONE, NO_DROPOUT)
     rows = lone.finish()
     plain = begin("plain", "tenants={}", NO_DROPOUT, "train.lr=2e-2", "train.seed=1", "train.max_grad_norm=0.01")
@@ -99,7 +98,12 @@ def test_a_tenant_that_diverges_stops_and_changes_no_bit_of_the_others(begin, to
 
 
 def test_when_every_tenant_has_stopped_the_run_ends_with_a_sentence(begin):
-    job = begin("all-diverged", "tenants={a: {lr: 1e30, max_bad_steps: 1}, b: {lr: 1e30, max_bad_steps: 2}}")
+    job = begin(
+        "all-diverged",
+        "tenants={a: {max_bad_steps: 1}, b: {max_bad_steps: 2}}",
+        "train.lr=1e30",
+        "train.weight_decay=0.1",
+    )
     assert job.wait() == 2
     said = job.output.read_text()
     assert "step 3: every tenant has stopped" in said
@@ -111,13 +115,14 @@ def test_when_every_tenant_has_stopped_the_run_ends_with_a_sentence(begin):
     ("name", "kill", "extra"),
     [
         ("memory", KillSpec(1, 5, "optimizer"), ()),
+        ("dense", KillSpec(0, 6, "optimizer"), ("checkpoint={mode: dense, linger_s: 20}",)),
         ("bad", KillSpec(0, 4, "forward"), ("tenants.two.lr=1e30",)),
         ("bf16", KillSpec(1, 6, "capture"), ("parallel.dtype=bf16",)),
-        ("dense", KillSpec(0, 6, "optimizer"), ("checkpoint={mode: dense, linger_s: 20}",)),
     ],
 )
 def test_a_killed_run_ends_with_the_bits_of_the_undisturbed_one(begin, together, name, kill, extra):
-    rows = begin(f"calm-{name}", *extra).finish() if extra else together[1]
+    # How a run is checkpointed changes none of its bits.
+    rows = together[1] if name in ("memory", "dense") else begin(f"calm-{name}", *extra).finish()
     job = begin(f"killed-{name}", *extra, kill=str(kill))
     verdict = judge(job.recipe, kill, rows, job.finish())
     assert verdict.passed, (verdict.problems, job.output.read_text()[-3000:])
@@ -132,10 +137,9 @@ def test_every_tenants_adapter_is_exported_and_loads(together, base, folder):
     for name in ("one", "two", "three"):
         adapter = load_adapter(out / "adapters" / name)
         assert_same(adapter.tensors, alone(tensors, name))
-        assert len(LLM(str(out), expert_budget=1.0, adapter=str(out / "adapters" / name)).generate("def ", 2)) >= 0
+        llm = LLM(str(out), expert_budget=1.0, adapter=str(out / "adapters" / name))
+        assert len(llm.generate(["def "], 2)) == 1
     model = AutoModelForCausalLM.from_pretrained(out)
     before = model(torch.arange(8)[None]).logits
     apply_adapter(model, load_adapter(out / "adapters" / "one"))
     assert not torch.equal(model(torch.arange(8)[None]).logits, before)
-    assert len(AutoTokenizer.from_pretrained(out)) > 0
-    shutil.rmtree(out)
