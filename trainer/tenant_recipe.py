@@ -59,6 +59,11 @@ def data_of(recipe: Recipe, name: str) -> DataSection:
     return replace(recipe.data, **{field.name: getattr(own, field.name) for field in fields(own)})
 
 
+def data_sections(recipe: Recipe) -> list[DataSection]:
+    """What a run reads: each tenant's data, or the recipe's own where there are none."""
+    return [data_of(recipe, name) for name in recipe.tenants] or [recipe.data]
+
+
 def batch_sizes(recipe: Recipe) -> list[int]:
     """Sequences of each tenant in one optimizer step, over all workers; without tenants those of the run."""
     if not recipe.tenants:
