@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import masking_utils
 
 from lora.attach import attach, format_table
 from lora.tenants import Tenant, attach_tenants
@@ -23,6 +22,7 @@ from moe.mtp import attach_mtp
 from moe.overlap import set_exchange
 from moe.soft import SoftMoE, replace_blocks
 from trainer.rendezvous import Process
+from trainer.sample_borders import check_attention, respect_borders
 from trainer.schema import Recipe
 
 
@@ -38,7 +38,9 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
         fields = shape_fields(recipe)
         model = new_model(section.family, fields, vocab_size=vocab_size, seed=recipe.train.seed, dtype=dtype)
     model.config.use_cache = False
-    _assume_unpacked()
+    respect_borders()
+    if recipe.data.format == "chat":
+        check_attention(model.config)
     layout = Layout(process.world, recipe.parallel.ep)
     blocks = convert(model, layout, process.rank)
     if section.path is not None:
@@ -92,15 +94,6 @@ def _settle_backends(blocks: list[MoEBlock], wanted: str) -> list[str]:
         layers.setdefault(block.experts.backend, []).append(str(block.layer))
     where = [f" of layers {', '.join(found)}" if len(layers) > 1 else "" for found in layers.values()]
     return [f"experts{at} run as {b.name}: {b.reason}" for b, at in zip(layers, where, strict=True)]
-
-
-def _assume_unpacked() -> None:
-    """Have transformers take for granted that no row of a batch holds several sequences: ours never do.
-
-    Otherwise it looks for restarting position ids in every forward pass, and waits to read the answer from a GPU.
-    """
-    if hasattr(masking_utils, "find_packed_sequence_indices"):
-        masking_utils.find_packed_sequence_indices = lambda position_ids: None
 
 
 def shape_fields(recipe: Recipe) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`planaria export RUN OUT`: a run's newest verified checkpoint as a Hugging Face folder, the adapter beside it.
+"""`planaria export RUN OUT`: a run's newest verified checkpoint, or another, as a Hugging Face folder.
 
 A trained model is written with transformers' own ``save_pretrained``, so any tool that reads its family reads it. An
 adapter run's base is copied as it is, byte for byte, and the adapter goes to ``OUT/adapter``; those of tenants go to
@@ -13,12 +13,13 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from checkpointing.heldout import best_of, losses_of
 from checkpointing.materialise import whole
 from checkpointing.recovery import RecoveryError
 from checkpointing.store import Checkpoint, list_checkpoints, verify
@@ -42,9 +43,10 @@ class ExportError(ValueError):
     """The run cannot be exported; the message says what is missing and where."""
 
 
-def main(run_dir: str, out_dir: str, inexact: bool = False, step: int | None = None) -> int:
+def main(run_dir: str, out_dir: str, inexact: bool = False, step: int | Literal["best"] | None = None) -> int:
+    """``step``: the newest checkpoint if None; ``best``: the one with the lowest held-out loss. Raises ExportError."""
     run, out = Path(run_dir), Path(out_dir)
-    recipe, checkpoint = open_run(run, step)
+    recipe, checkpoint = open_run(run, best_step(run) if step == "best" else step)
     if recipe.model.soft.kind != "none":
         raise ExportError(
             f"{run} trained soft blocks (model.soft.kind: {recipe.model.soft.kind}), which no Hugging Face class has; "
@@ -77,6 +79,8 @@ def _write(recipe: Recipe, run: Path, checkpoint: Checkpoint, temporary: Path, i
         tensors = _without_mtp(tensors)
     if recipe.adapter:
         _copy_base(recipe, temporary)
+        if recipe.data.format == "chat" and recipe.data.chat_template != "model":
+            _copy_template(run, temporary)
         if recipe.tenants:
             _write_tenants(recipe, tensors, temporary / "adapters")
         else:
@@ -109,6 +113,30 @@ def open_run(run: Path, step: int | None = None) -> tuple[Recipe, Checkpoint]:
     absent = "none was written; set checkpoint.disk.final=true and run again"
     why = "; ".join(reasons) or (absent if step is None else f"step {step} is not there")
     raise ExportError(f"{place} has no usable checkpoint: {why}")
+
+
+def best_step(run: Path) -> int:
+    """The step with the lowest held-out loss of those that have a checkpoint. Raises ExportError if there is none."""
+    if not (run / "recipe.yaml").is_file():
+        raise ExportError(f"{run} is not a run folder: it has no recipe.yaml")
+    place, losses = checkpoints_of(load_recipe(run / "recipe.yaml"), run), losses_of(run)
+    steps = [step for step, _ in list_checkpoints(place)]
+    best, lowest = best_of(losses, steps), best_of(losses, losses)
+    if best is None:
+        there = ", ".join(map(str, steps)) or "none"
+        evaluated = ", ".join(map(str, losses)) or "none"
+        raise ExportError(
+            f"{run} has no best step: none of its checkpoints (steps {there}) has a held-out loss (steps {evaluated}); "
+            "set train.eval_every to a multiple of checkpoint.disk.every, or export --step last or a step's number"
+        )
+    print(f"step {best} has the lowest held-out loss of the checkpoints there are: {losses[best]:.4f} nats", flush=True)
+    if lowest is not None and losses[lowest] < losses[best]:
+        print(
+            f"step {lowest} had {losses[lowest]:.4f} nats, but no checkpoint of it is there; let checkpoint.disk.every "
+            "divide train.eval_every",
+            flush=True,
+        )
+    return best
 
 
 def _frozen_tensors(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -221,6 +249,13 @@ def _end_token(run: Path) -> int | None:
 def _copy_tokenizer(run: Path, out: Path) -> None:
     for file in (run / "tokenizer").iterdir():
         shutil.copy2(file, out / file.name)
+
+
+def _copy_template(run: Path, out: Path) -> None:
+    """The base's tokenizer has no template, or another one than the adapter was trained with."""
+    template = "chat_template.jinja"
+    shutil.copy2(run / "tokenizer" / template, out / template)
+    print(f"added: {template}, by which the adapter's training samples were written")
 
 
 def _copy_base(recipe: Recipe, out: Path) -> None:

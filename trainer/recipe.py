@@ -20,6 +20,7 @@ from lora.combinations import used_fields
 from lora.presets import expand
 from moe.family_table import FAMILIES, resolved
 from trainer import tenant_recipe, yaml_lines
+from trainer.data_rules import CHAT_KEYS, resolved_chat
 from trainer.recipe_checks import BYTE_VOCABULARY, WITH_PATH, findings
 from trainer.recipe_hints import meant
 from trainer.recipe_messages import alternatives_joined, message, shown
@@ -179,6 +180,8 @@ def _resolved(recipe: Recipe, path: FilePath) -> Recipe:
         data = dataclasses.replace(data, include=tuple(str(folder / pattern) for pattern in data.include))
     if data.format == "jsonl" and data.text_key is None:
         data = dataclasses.replace(data, text_key="text")
+    if data.format == "chat":
+        data = resolved_chat(data, path.resolve().parent)
     banks = {name: expand(bank) for name, bank in recipe.adapter.items()}
     log = recipe.log if recipe.log.run else dataclasses.replace(recipe.log, run=path.stem)
     checkpoint, disk = recipe.checkpoint, recipe.checkpoint.disk
@@ -218,7 +221,7 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
         del values["train"]["replay_trace"]
     if tenants := tenant_recipe.plain(values.pop("tenants")):
         values["tenants"] = tenants
-    for name in ("cache_dir", "text_key"):
+    for name in ("cache_dir", "text_key", *CHAT_KEYS):
         if data[name] is None:
             del data[name]
     checkpoint = values["checkpoint"]

@@ -13,6 +13,7 @@ from typing import Any
 from moe.family_table import FAMILIES
 from trainer.bank_rules import BANK_RULES
 from trainer.checkpoint_checks import CHECKPOINT_RULES
+from trainer.data_rules import DATA_RULES
 from trainer.disk_rules import DISK_RULES
 from trainer.family_checks import FAMILY_RULES
 from trainer.recipe_view import Finding, Unknown, View
@@ -133,7 +134,7 @@ def _positions(view: View) -> Iterator[Finding]:
 
 
 def _text_key(view: View) -> Iterator[Finding]:
-    if view("data.format") == "text" and view.given("data.text_key"):
+    if view("data.format") != "jsonl" and view.given("data.text_key"):
         yield "data.text_key", "data.text_key belongs to format: jsonl; remove it or change data.format"
 
 
@@ -141,7 +142,10 @@ def _stdlib(view: View) -> Iterator[Finding]:
     if view("data.source") != "stdlib":
         return
     if view("data.format") != "text":
-        yield "data.format", "source: stdlib is Python text, not jsonl; write format: text or source: files"
+        yield (
+            "data.format",
+            f"source: stdlib is Python text, not {view('data.format')}; write format: text or source: files",
+        )
     for i, pattern in enumerate(view("data.include")):
         if pattern.startswith("/") or ".." in pattern.split("/"):
             yield f"data.include.{i}", (f"pattern {pattern!r} leaves the standard library; use source: files for it")
@@ -278,6 +282,7 @@ _RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (
     _run_name,
     *CHECKPOINT_RULES,
     *DISK_RULES,
+    *DATA_RULES,
     *ROUTING_RULES,
     *VARIANT_RULES,
 )

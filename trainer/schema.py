@@ -133,8 +133,13 @@ class DataSection:
     include: Annotated[tuple[Text, ...], MinLen(1)]  # globs; resolved to absolute ones for files
     tokenizer: TokenizerSection
     sequence_length: Annotated[int, Ge(2)]
-    format: Literal["text", "jsonl"] = "text"
+    format: Literal["text", "jsonl", "chat"] = "text"
     text_key: Text | None = None  # jsonl only; default "text"
+    # chat only; resolved to model, true, truncate.
+    chat_template: Text | None = None  # model, plain, or a Jinja file, relative to the recipe's folder
+    packing: bool | None = None  # several samples in a sequence, which do not see each other; else one, and padding
+    overlong: Literal["truncate", "drop"] | None = None  # what becomes of samples longer than a sequence
+    task_key: Text | None = None  # the field of a row that names its task
     heldout_fraction: Annotated[float, Gt(0), Le(0.5)] = 0.02
     cache_dir: Text | None = None  # default: cache/ in log.dir
 
@@ -146,7 +151,7 @@ class TenantData:
     __pydantic_config__ = _STRICT
     source: Literal["stdlib", "files"] | None = None
     include: Annotated[tuple[Text, ...], MinLen(1)] | None = None
-    format: Literal["text", "jsonl"] | None = None
+    format: Literal["text", "jsonl", "chat"] | None = None
     text_key: Text | None = None
     heldout_fraction: Annotated[float, Gt(0), Le(0.5)] | None = None
 

@@ -59,6 +59,15 @@ def data_of(recipe: Recipe, name: str) -> DataSection:
     return replace(recipe.data, **{field.name: getattr(own, field.name) for field in fields(own)})
 
 
+def alone(recipe: Recipe, name: str) -> Recipe:
+    """The run of its own that a tenant of a resolved recipe should equal."""
+    tenant = recipe.tenants[name]
+    own = {key: getattr(tenant, key) for key in INHERITED}
+    size = recipe.accumulation * recipe.parallel.workers * (tenant.micro_batch_size or 0)
+    train = replace(recipe.train, **own, global_batch_size=size)
+    return replace(recipe, data=data_of(recipe, name), train=train, tenants={})
+
+
 def data_sections(recipe: Recipe) -> list[DataSection]:
     """What a run reads: each tenant's data, or the recipe's own where there are none."""
     return [data_of(recipe, name) for name in recipe.tenants] or [recipe.data]
@@ -168,8 +177,10 @@ def _steps(view: View, tenant: str) -> Iterator[Finding]:
 def _reads(view: View, tenant: str) -> Iterator[Finding]:
     source = view(f"{tenant}.data.source") or view("data.source")
     kind = view(f"{tenant}.data.format") or view("data.format")
-    if kind not in ("text", "jsonl"):
-        yield f"{tenant}.data", f"{tenant}.data: tenants read text or jsonl, not {kind}; set {tenant}.data.format"
+    common = view("data.format")
+    if (kind == "chat") != (common == "chat"):
+        key = f"{tenant}.data.format"
+        yield key, f"{key}={kind}, and data.format={common}: all tenants read chat, or none does; change one of them"
     if source == "stdlib" and kind != "text":
         yield f"{tenant}.data", f"{tenant}.data: source stdlib is Python text, not {kind}; write format: text"
     if view(f"{tenant}.data.text_key") and kind == "text":

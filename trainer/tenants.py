@@ -5,13 +5,14 @@ gradients lie in a parameter group of its own, so that each trains as it would a
 no number takes no step, and after ``max_bad_steps`` such steps in a row never again; its rows stay in the batch, so
 that the others' products keep their shapes. Those of a tenant that has finished its own steps leave it.
 
-Shapes: A tenants, B sequences of all of them, S positions, T = B*S tokens.
+Shapes: A tenants, T tokens of all of them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,14 @@ from torch import Tensor
 from lora.tenant_watch import TenantWatch
 from moe.context import BatchContext, Slots, batch_context
 from trainer import data as data_module
-from trainer.data import DataBundle, batch_ids, sample_order
+from trainer.batches import Batch, labels_of_step, make_batch, training_rows
+from trainer.chat_data import ChatDataset
+from trainer.data import DataBundle
 from trainer.engine import GroupClip
 from trainer.rendezvous import Process
 from trainer.schedules import learning_rate
 from trainer.schema import Recipe, TenantSection
-from trainer.tenant_recipe import data_of
+from trainer.tenant_recipe import alone
 
 if TYPE_CHECKING:
     from trainer.loop import Run
@@ -39,20 +42,23 @@ class TenantError(ValueError):
 
 @dataclass(frozen=True)
 class Member:
-    """One tenant with its data; all keys of ``section`` have values."""
+    """One tenant with its data; all keys of ``section`` have values. ``recipe``: as if it trained alone."""
 
     name: str
     section: TenantSection
+    recipe: Recipe
     data: DataBundle
 
 
 @dataclass(frozen=True)
-class Batch:
-    """A micro-batch: ids [B,S], how many sequences each tenant has in it, and what the sites must know."""
+class Share:
+    """One tenant's part of a micro-batch, as it would be if it trained alone; ``rows`` is None if it takes no part."""
 
-    ids_BS: Tensor
-    sequences_A: tuple[int, ...]
-    context: BatchContext
+    rows: Batch | None
+
+    @property
+    def sequences(self) -> int:
+        return len(self.rows.inputs["input_ids"]) if self.rows is not None else 0
 
 
 @dataclass
@@ -82,10 +88,10 @@ class Tenants:
         totals_A = torch.zeros(len(self.members), device=run.process.device)
         for micro in range(accumulation):
             run.phases.enter("forward", step)
-            batch = self._next_batch(run, step, micro)
-            with batch_context(batch.context):
-                logits = engine(input_ids=batch.ids_BS, use_cache=False).logits
-                losses_A = self._losses(engine.module, logits, batch)
+            shares = self._shares(run, step, micro)
+            streams = tuple(f"{m.section.seed}/step {step}/{micro}/rank {run.process.rank}" for m in self.members)
+            with batch_context(self._context(shares, streams, micro)):
+                losses_A = self._losses(engine, engine.module, shares)
                 run.phases.enter("backward", step)
                 engine.backward(losses_A.sum())
             totals_A += losses_A.detach() / accumulation
@@ -125,50 +131,54 @@ class Tenants:
             )
             group["lr"] = rate if trains else 0.0
 
-    def _next_batch(self, run: Run, step: int, micro: int) -> Batch:
-        rows, ids, sequences = [], [], []
-        rank, world = run.process.rank, run.process.world
+    def _shares(self, run: Run, step: int, micro: int) -> list[Share]:
+        shares, ids, consumed = [], [], b""
+        process = run.process
         for member, present in zip(self.members, self.takes_part(step), strict=True):
-            size = (member.section.micro_batch_size or 0) * present
-            sequences.append(size)
-            if not size:
+            if not present:
+                shares.append(Share(None))
                 continue
-            dataset, whole = member.data.train, size * world * self.recipe.accumulation
-            mine = batch_ids(step, micro, rank, world, whole, size)
-            rows += [dataset[sample_order(i, len(dataset), member.section.seed or 0)] for i in mine]
+            dataset = member.data.train
+            labels = labels_of_step(member.recipe, dataset, step)
+            mean_over = None if labels is None else labels / (process.world * self.recipe.accumulation)
+            mine, rows = training_rows(member.recipe, dataset, step, micro, process.rank, process.world)
+            shares.append(Share(make_batch(rows, process.device, mean_over)))
             ids += mine
-        batch_BS = torch.stack([torch.from_numpy(row) for row in rows])
-        run.progress.consume(ids, batch_BS.numpy().tobytes())
-        run.progress.samples += len(ids) * world
-        streams = tuple(f"{m.section.seed}/step {step}/{micro}/rank {rank}" for m in self.members)
-        ids_BS = batch_BS.to(run.process.device)
-        context = self._context(ids_BS, tuple(sequences), streams, micro)
-        return Batch(ids_BS, tuple(sequences), context)
+            consumed += shares[-1].rows.consumed
+        run.progress.consume(ids, consumed)
+        run.progress.samples += len(ids) * process.world
+        return shares
 
-    def _context(
-        self, ids_BS: Tensor, sequences: tuple[int, ...], streams: tuple[str, ...], micro: int
-    ) -> BatchContext:
-        length = ids_BS.shape[1]
-        rows = tuple(count * length for count in sequences)
-        slot_T = torch.arange(len(rows)).repeat_interleave(torch.tensor(rows)).to(ids_BS.device)
-        shape = (ids_BS.shape[0], length)
+    def _context(self, shares: list[Share], streams: tuple[str, ...], micro: int) -> BatchContext:
+        there = [share.rows for share in shares if share.rows is not None]
+        ids = [batch.inputs["input_ids"] for batch in there]
+        length, device = ids[0].shape[1], ids[0].device
+        rows = tuple(share.sequences * length for share in shares)
+        slot_T = torch.arange(len(rows)).repeat_interleave(torch.tensor(rows)).to(device)
+        names = [name for name in there[0].facts if name != "shape"]
+        facts = {name: torch.cat([batch.facts[name] for batch in there]) for name in names}
         return BatchContext(
             aux_scale=1 / self.recipe.accumulation,
-            shape=shape,
+            shape=(sum(map(len, ids)), length),
             slot_T=slot_T,
             slots=Slots(rows, streams),
             micro_step=micro,
+            **facts,
         )
 
     @staticmethod
-    def _losses(model: Any, logits: Tensor, batch: Batch) -> Tensor:
-        """Each tenant's mean loss over its own sequences, as the model itself would compute it: [A]."""
-        losses, ids = [], batch.ids_BS.split(batch.sequences_A)
-        for logits_own, ids_own in zip(logits.split(batch.sequences_A), ids, strict=True):
-            if not len(ids_own):
+    def _losses(forward: Callable[..., Any], model: Any, shares: list[Share]) -> Tensor:
+        """Each tenant's mean loss over its own tokens, as the model itself would compute it alone: [A]."""
+        there = [share.rows.inputs for share in shares if share.rows is not None]
+        common = [name for name in ("input_ids", "position_ids") if name in there[0]]
+        logits = forward(**{name: torch.cat([own[name] for own in there]) for name in common}, use_cache=False).logits
+        losses = []
+        for share, own in zip(shares, logits.split([share.sequences for share in shares]), strict=True):
+            if share.rows is None:
                 losses.append(logits.new_zeros((), dtype=torch.float32))
                 continue
-            losses.append(model.loss_function(logits_own, labels=ids_own, vocab_size=model.config.vocab_size).float())
+            rest = {name: v for name, v in share.rows.inputs.items() if name in ("labels", "num_items_in_batch")}
+            losses.append(model.loss_function(own, vocab_size=model.config.vocab_size, **rest).float())
         return torch.stack(losses)
 
     def _exchange(self, run: Run, losses_A: Tensor) -> Verdict:
@@ -290,16 +300,18 @@ class Tenants:
             )
 
     def _heldout(self, run: Run, slot: int, member: Member) -> Tensor:
-        """(sum of losses, sequences) of this rank's share: [2]."""
-        wanted = min(self.recipe.train.eval_sequences, len(member.data.heldout))
+        """Of this rank's share: (sum of losses, how many), of text over rows, of chat over tokens with loss: [2]."""
+        dataset, model = member.data.heldout, run.engine.module
+        wanted = min(self.recipe.train.eval_sequences, len(dataset))
         total_2 = torch.zeros(2, dtype=torch.float64, device=run.process.device)
         for index in range(run.process.rank, wanted, run.process.world):
-            row_BS = torch.from_numpy(member.data.heldout[index])[None].to(run.process.device)
-            sequences = tuple(int(other == slot) for other in range(len(self.members)))
-            context = self._context(row_BS, sequences, ("",) * len(sequences), 0)
+            row = Share(make_batch([dataset[index]], run.process.device, 1.0))
+            shares = [row if other == slot else Share(None) for other in range(len(self.members))]
+            context = self._context(shares, ("",) * len(shares), 0)
             with batch_context(replace(context, balance=False)):
-                loss = run.engine.module(input_ids=row_BS, labels=row_BS, use_cache=False).loss.double()
-            total_2 += torch.stack([loss, torch.ones_like(loss)])
+                loss = self._losses(model, model, shares)[slot].double()
+            weight = int(dataset.weights[index]) if isinstance(dataset, ChatDataset) else 1
+            total_2 += torch.stack([loss, torch.ones_like(loss) * weight])
         return total_2
 
 
@@ -307,15 +319,17 @@ def load_members(recipe: Recipe, process: Process) -> list[Member]:
     """Every tenant with its text; rank 0 prints a line about each. Raises DataError."""
     members = []
     for name, section in recipe.tenants.items():
-        data = data_of(recipe, name)
-        bundle = data_module.load_section(data, cache_root=data_module.cache_root(recipe), model_path=recipe.model.path)
+        own = alone(recipe, name)
+        bundle = data_module.load_section(
+            own.data, cache_root=data_module.cache_root(recipe), model_path=recipe.model.path
+        )
         if process.rank == 0:
             print(
                 f"data of {name}: {bundle.train_documents} documents train, {bundle.heldout_documents} held out; "
-                f"{len(bundle.train)} and {len(bundle.heldout)} sequences of {data.sequence_length} tokens",
+                f"{len(bundle.train)} and {len(bundle.heldout)} sequences of {own.data.sequence_length} tokens",
                 flush=True,
             )
-        members.append(Member(name, section, bundle))
+        members.append(Member(name, section, own, bundle))
     return members
 
 

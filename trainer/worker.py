@@ -141,6 +141,8 @@ def prepare(
     _admit(recipe, process)
     members = load_members(recipe, process)
     data = members[0].data if members else data_module.load(recipe, rank=process.rank)
+    if process.rank == 0 and data.chat:
+        events.write("data", **data.chat)
     if process.rank == 0 and not (run_dir / "tokenizer").exists():
         shutil.copytree(data.tokenizer_dir, run_dir / "tokenizer", dirs_exist_ok=True)
     model, blocks = build_model(recipe, process, data.vocab_size)
