@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,30 @@ def test_a_tenant_trains_as_a_run_without_tenants_does(begin):
         assert norm == pytest.approx(row["grad_norm"], rel=1e-4)
         assert norm > 0.01
     mine = alone(factors(lone), "one")
+    for path, want in factors(plain).items():
+        assert (mine[path] - want).norm() < 1e-5 * want.norm(), path
+
+
+def test_chat_tenants_train_as_runs_without_tenants_do(begin, folder):
+    """Each divides by the answer tokens of its own global batch."""
+    choose, include = random.Random(3), {}
+    for name, answer in (("upper", str.upper), ("reverse", lambda word: word[::-1])):
+        words = ["".join(choose.choices("abcdefgh", k=choose.randint(1, 14))) for _ in range(60)]
+        turns = [[("user", word), ("assistant", answer(word))] for word in words]
+        lines = [json.dumps({"messages": [{"role": r, "content": c} for r, c in turn]}) for turn in turns]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+        include[name] = f"include: [{folder / name}.jsonl]"
+    own = "format: chat, chat_template: plain, heldout_fraction: 0.1, tokenizer: {kind: model}, sequence_length: 48"
+    data = f"data={{source: files, {include['upper']}, {own}}}"
+    both = f"tenants={{up: {{seed: 1}}, back: {{seed: 2, data: {{{include['reverse']}}}}}}}"
+    two, plain = (
+        begin("chats", data, both, NO_DROPOUT),
+        begin("chat-plain", data, "tenants={}", NO_DROPOUT, "train.seed=1"),
+    )
+    rows = [r for r in plain.finish() if r["kind"] == "step"]
+    for (_, loss, *_), row in zip(figures(two.finish(), "up"), rows, strict=True):
+        assert loss == pytest.approx(row["loss"], rel=1e-6)
+    mine = alone(factors(two), "up")
     for path, want in factors(plain).items():
         assert (mine[path] - want).norm() < 1e-5 * want.norm(), path
 
