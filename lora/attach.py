@@ -12,25 +12,38 @@ from torch import nn
 from lora.config import BankConfig
 from lora.errors import AdapterError
 from lora.expert_site import attach_experts
+from lora.ffn_site import attach_ffns
 from lora.linear_site import attach_linears
 from lora.methods import EXPERT_TENSORS, FFN
+from lora.parallel_site import attach_beside
 from lora.presets import bank_at, check_banks, expand, layer_of
 from lora.sites import Frame, Match, global_size
 from lora.targets import OUTPUT, ROUTER, Places, resolve
-from lora.tenant_rules import PREFIX
 from moe.families import MoEBlock
 
 __all__ = ["AttachReport", "Match", "attach", "format_table"]
 
 Attacher = Callable[[nn.Module, str, BankConfig, Sequence[MoEBlock], Frame], list[Match]]
-_SITES: dict[str, Attacher] = {"linear": attach_linears, "experts": attach_experts}
+_SITES: dict[str, Attacher] = {
+    "linear": attach_linears,
+    "experts": attach_experts,
+    "ffn": attach_ffns,
+    "parallel": attach_beside,
+}
+_KINDS = {
+    "linear": "linear banks",
+    "experts": "expert adapters",
+    "ffn": "feed-forward banks",
+    "parallel": "parallel banks",
+}
 
 
 @dataclass(frozen=True)
 class AttachReport:
     """What ``attach`` did. Counts are of the whole model, not of this rank's share.
 
-    ``trainable`` is keyed by kind: ``expert adapters``, ``linear banks``, ``bank routers``.
+    ``trainable`` is keyed by kind: ``linear banks``, ``expert adapters``, ``feed-forward banks``, ``parallel banks``,
+    ``bank routers``.
     """
 
     matches: tuple[Match, ...]
@@ -116,19 +129,18 @@ def _layers(model: nn.Module) -> int:
     return max((int(match[1]) for match in found if match), default=-1) + 1
 
 
-def _kind(path: str) -> str:
-    path = re.sub(rf"\.{PREFIX}[^.]+\.", ".", path)
-    if ".adapter.router." in path:
-        return "bank routers"
-    return "linear banks" if path.rpartition(".")[0].endswith(".adapter") else "expert adapters"
+def _kind(path: str, sites: Mapping[str, str]) -> str:
+    host, _, inner = path.rpartition(".adapter.")
+    return "bank routers" if inner.startswith("router") else _KINDS[sites[host]]
 
 
 def _report(model: nn.Module, matches: Sequence[Match]) -> AttachReport:
+    sites = {match.path: match.site for match in matches}
     trainable: Counter[str] = Counter()
     frozen = 0
     for path, parameter in model.named_parameters():
         if parameter.requires_grad:
-            trainable[_kind(path)] += global_size([parameter])
+            trainable[_kind(path, sites)] += global_size([parameter])
         else:
             frozen += global_size([parameter])
     return AttachReport(tuple(matches), dict(trainable), frozen)

@@ -1,7 +1,7 @@
 """A whole expert layer with low-rank pairs as one function that keeps little for its backward.
 
 As :mod:`moe.kernels.minimal`: kept are x, the routing and the pre-activations (LoRA's part in them included), of those
-as many as :func:`lora.fold.kept_rows` says. ``A x``, the activation and the gathered rows are computed again.
+as many as :func:`lora.fold.kept_rows` says, and ``A x``. The activation and the gathered rows are computed again.
 The score multiplies before the down projection, and before its pair, which is linear, too.
 
 Shapes: R rows, K choices per row, L local experts, N sorted pairs, H hidden, I intermediate.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora import expert_grouped, expert_loops
-from lora.expert_pairs import PairFacts, PairGradients, Pairs
+from lora.expert_pairs import Kept, PairFacts, PairGradients, Pairs
 from lora.fold import kept_rows
 from moe.assignment import Assignment
 from moe.kernels.minimal import graph_is_kept
@@ -33,7 +33,8 @@ def adapted_mix(x_RH: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assi
     tensors = (x_RH.to(dtype), weights_RK, *(factor.to(dtype) for factor in pairs.factors))
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         experts, hidden, inner = stack.down_LHI.shape
-        keep = kept_rows(assignment.pair_N.numel(), x_RH.shape[0], experts, hidden, inner)
+        ranks = sum(a_LRM.shape[1] for a_LRM in pairs.factors[::2])
+        keep = kept_rows(assignment.pair_N.numel(), x_RH.shape[0], experts, hidden, inner, ranks)
     return _AdaptedMix.apply(_how(stack), keep, stack, assignment, pairs.facts, *tensors).to(x_RH.dtype)
 
 
@@ -59,13 +60,14 @@ class _AdaptedMix(torch.autograd.Function):
         with torch.autocast(x_RH.device.type, enabled=False):
             if assignment.pair_N.numel():
                 pairs = facts.pairs(factors)
-                out_RH, h_P2I = how.forward(x_RH, weights_RK, stack, assignment, pairs, max(keep, 0))
+                out_RH, kept = how.forward(x_RH, weights_RK, stack, assignment, pairs, max(keep, 0))
             else:
-                out_RH, h_P2I = torch.zeros_like(x_RH), None
+                out_RH, kept = torch.zeros_like(x_RH), Kept(*(x_RH.new_empty(0),) * 3)
         if keep >= 0:
-            parts = (assignment.pair_N, assignment.slot_RK, assignment.counts_L)
+            parts = (kept.h_P2I, kept.z_up_NQ, kept.z_down_NQ)
+            parts += (assignment.pair_N, assignment.slot_RK, assignment.counts_L)
             frozen = (stack.up_L, stack.down_L, stack.up_bias_L2I, stack.down_bias_LH)
-            ctx.save_for_backward(x_RH, weights_RK, h_P2I, *parts, *frozen, *factors)
+            ctx.save_for_backward(x_RH, weights_RK, *parts, *frozen, *factors)
             ctx.known = how, keep, stack.form, assignment.complete, facts
         return out_RH
 
@@ -77,13 +79,14 @@ class _AdaptedMix(torch.autograd.Function):
                 "model.experts_backend: grouped_mm, which has one"
             )
         how, keep, form, complete, facts = ctx.known
-        x_RH, weights_RK, h_P2I, *rest = ctx.saved_tensors
-        assignment, stack, pairs = Assignment(*rest[:3], complete), Stack(*rest[3:7], form), facts.pairs(rest[7:])
+        x_RH, weights_RK, *rest = ctx.saved_tensors
+        kept, assignment = Kept(*rest[:3]), Assignment(*rest[3:6], complete)
+        stack, pairs = Stack(*rest[6:10], form), facts.pairs(rest[10:])
         needs_x = ctx.needs_input_grad[5]
         with torch.autocast(x_RH.device.type, enabled=False):
             if assignment.pair_N.numel():
                 found, up, down = how.backward(
-                    dout_RH.contiguous(), x_RH, weights_RK, h_P2I, stack, assignment, pairs, keep, needs_x,
+                    dout_RH.contiguous(), x_RH, weights_RK, kept, stack, assignment, pairs, keep, needs_x,
                     overwrite=not graph_is_kept(),
                 )  # fmt: skip
             else:

@@ -1,6 +1,7 @@
 """The low-rank pairs of one layer's experts, as one value, and the masks of their dropout.
 
-Shapes: L local experts (or 1: one matrix for all of them), R rank, M inputs, O outputs, G some of the sorted pairs.
+Shapes: L local experts (or 1: one matrix for all of them), R or Q rank, M inputs, O outputs, N sorted pairs, G or
+P some of them, I intermediate.
 """
 
 from __future__ import annotations
@@ -57,6 +58,16 @@ class Pairs:
     def facts(self) -> PairFacts:
         up, down = (pair and (pair.scale, pair.dropout) for pair in (self.up, self.down))
         return PairFacts(up, down, self.way, self.seed)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a forward leaves for its backward: the pre-activations of the first pairs [P,2I], and ``A x`` of both sides,
+    [N,Q] (Q = 0 without a pair; of folded experts undefined)."""
+
+    h_P2I: Tensor
+    z_up_NQ: Tensor
+    z_down_NQ: Tensor
 
 
 @dataclass

@@ -16,7 +16,7 @@ from lora.config import BankAt
 from lora.errors import AdapterError
 from lora.expert_mix import adapted_mix
 from lora.expert_pairs import Pair, Pairs
-from lora.factors import factored_delta, stacked_init, uniform_init
+from lora.factors import factored_delta, stacked_init, start_init
 from lora.fold import Way, reason
 from lora.presets import EXPERT_TENSORS
 from moe.assignment import Assignment
@@ -41,7 +41,6 @@ _SHARED: dict[str, dict[str, str]] = {
     "none": {"gate_up_proj": "", "down_proj": ""},
     "all": {"gate_up_proj": "AB", "down_proj": "AB"},
     "outer": {"gate_up_proj": "A", "down_proj": "B"},
-    "A": {"gate_up_proj": "A", "down_proj": "A"},
 }
 
 
@@ -69,11 +68,11 @@ class StackedFactors(nn.Module):
         self.scale, self.dropout, r = bank.scale, bank.config.dropout or 0.0, bank.r
         self.in_features, self.out_features = in_features, out_features
         self.shared = _SHARED[str(bank.config.share)][name]
-        key = f"{seed}/layer {experts.layer}/{name}/A"
+        key, how = f"{seed}/layer {experts.layer}/{name}/A", bank.config.a_init or "kaiming"
         if "A" in self.shared:
-            a_LQM = uniform_init((r, in_features), f"{key}/shared")[None]
+            a_LQM = start_init((r, in_features), how, f"{key}/shared")[None]
         else:
-            a_LQM = stacked_init(experts.local, experts.first, (r, in_features), key)
+            a_LQM = stacked_init(experts.local, experts.first, (r, in_features), key, how)
         self.A = nn.Parameter(a_LQM.to(device=device, dtype=dtype))
         stacked = 1 if "B" in self.shared else experts.local
         self.B = nn.Parameter(torch.zeros(stacked, out_features, r, device=device, dtype=dtype))
@@ -114,8 +113,8 @@ class ExpertLoRA(nn.Module):
     first, or alternating in gpt_oss): the layout in which PEFT adapts the same parameter. Whether the weight is stored
     transposed does not matter: A is always [.., in], B [out, ..].
 
-    A starts kaiming-uniform from a stream of its own per (seed, layer, tensor, global expert), or per (seed, layer,
-    tensor) where experts share it; B starts at zero: the same values at any EP degree.
+    A starts kaiming-uniform (or as ``a_init`` says) from a stream of its own per (seed, layer, tensor, global expert),
+    or per (seed, layer, tensor) where experts share it; B starts at zero: the same values at any EP degree.
 
     Args:
         path: path of this module in the model, e.g. ``model.layers.3.mlp.experts.adapter``.

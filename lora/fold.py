@@ -7,6 +7,7 @@ factored either way: a dense gradient of W is never built.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 Way = Literal["auto", "split", "fold"]
@@ -16,27 +17,27 @@ Way = Literal["auto", "split", "fold"]
 KEPT_SHARE = 0.24
 
 
-def fold_from(inputs: int, outputs: int) -> int:
-    """Rows of an expert from which folding its weight [outputs, inputs] is cheaper in the forward.
+def folds_above(way: Way, inputs: int, outputs: int, dropout: float = 0.0) -> float:
+    """An expert with more rows than this has its weight [outputs, inputs] folded in the forward.
 
-    Split costs ``2 N r (m + n)``, fold ``2 m n r``: equal at N = m n / (m + n), for any rank.
+    Split costs ``2 N r (m + n)``, fold ``2 m n r``: equal at N = m n / (m + n), for any rank. Dropout is of the
+    adapter's input alone, so with it nothing is folded.
 
-    >>> fold_from(256, 256), fold_from(2048, 1536)
-    (128, 878)
+    >>> folds_above("auto", 256, 256), folds_above("split", 256, 256), folds_above("fold", 256, 256, dropout=0.1)
+    (128.0, inf, inf)
     """
-    return -(-inputs * outputs // (inputs + outputs))
+    return _settled(way, inputs * outputs / (inputs + outputs), dropout)
 
 
-def fold_back_from(outputs: int) -> int:
+def folds_back_above(way: Way, outputs: int, dropout: float = 0.0) -> float:
     """The same for the backward, where a fold saves only ``2 N r m``, of the gradient of x: A and B need the rest."""
-    return outputs
+    return _settled(way, float(outputs), dropout)
 
 
-def folds(way: Way, rows: float, threshold: int, dropout: float = 0.0) -> bool:
-    """Whether an expert's weight is folded. Dropout is of the adapter's input alone, so there it never is."""
-    if dropout:
-        return False
-    return way == "fold" or (way == "auto" and rows > threshold)
+def _settled(way: Way, crossover: float, dropout: float) -> float:
+    if dropout or way == "split":
+        return math.inf
+    return 0.0 if way == "fold" else crossover
 
 
 def reason(way: Way, inputs: int, outputs: int, dropout: float) -> str:
@@ -45,19 +46,20 @@ def reason(way: Way, inputs: int, outputs: int, dropout: float) -> str:
         return "split: its dropout is of the adapter's input alone"
     if way != "auto":
         return f"{way}: asked for"
-    return f"split up to {fold_from(inputs, outputs)} rows of an expert, folded beyond"
+    return f"split up to {folds_above(way, inputs, outputs):.0f} rows of an expert, folded beyond"
 
 
-def kept_rows(pairs: int, rows: int, experts: int, hidden: int, inner: int) -> int:
+def kept_rows(pairs: int, rows: int, experts: int, hidden: int, inner: int, ranks: int) -> int:
     """How many of the sorted pairs' pre-activations [2I] to keep; those of the others are computed again.
 
     Args:
         pairs, rows: N pairs of R rows; the rows [R,H] themselves are kept anyway.
         experts: whose weights are here.
+        ranks: of both tensors' pairs, added; each pair's products with A are kept, too.
 
-    >>> kept_rows(2048, 256, 64, 256, 128), kept_rows(4096, 1024, 16, 256, 384)
-    (2048, 3422)
+    >>> kept_rows(2048, 256, 64, 256, 128, 16), kept_rows(4096, 1024, 16, 256, 384, 16)
+    (2048, 3337)
     """
     whole = experts * 3 * hidden * inner + pairs * (hidden + 4 * inner)
-    room = KEPT_SHARE * whole - rows * hidden
+    room = KEPT_SHARE * whole - rows * hidden - pairs * ranks
     return max(0, min(pairs, int(room // (2 * inner))))

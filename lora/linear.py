@@ -17,7 +17,7 @@ from lora.errors import AdapterError
 from lora.factors import stacked_init
 from lora.objectives import contrastive_loss, real_tokens
 from lora.rank_space import RankSpace, ScaledOutput
-from lora.routers import BankRouter, Decision
+from lora.routers import BankRouter, Decision, check_router
 from moe.balance import inject
 from moe.context import current
 from moe.refs import TensorAddress
@@ -61,7 +61,7 @@ class LinearBank(nn.Module):
         self.router = None
         if config.router != "none":
             self.router = BankRouter(f"{path}.router", in_features, bank, seed=seed, **place)
-            self.observe: Callable[[Tensor], None] | None = None
+        self.observe: Callable[[Tensor], None] | None = None
 
     def probes(self) -> list[tuple[str, nn.Parameter]]:
         """What must get a gradient wherever a token with loss has passed: B, for the others have none while it is 0."""
@@ -71,7 +71,7 @@ class LinearBank(nn.Module):
         """``y_TO``, the frozen layer's output, plus the delta. It is changed in place: nobody else may hold it."""
         decision = self.router(x_TM) if self.router is not None else None
         gate_TE = None if decision is None else decision.gate_TE
-        if gate_TE is not None and self.observe is not None:
+        if self.observe is not None and gate_TE is not None:
             self.observe(gate_TE)
         b_EOR = self.B.to(x_TM.dtype)
         if self.A is None:
@@ -103,6 +103,8 @@ class LinearBank(nn.Module):
 def _check(bank: BankAt, path: str) -> None:
     config = bank.config
     say = f"{path.removesuffix('.adapter')} ({config.preset})"
+    if config.router != "none":
+        check_router(bank, f"{path}.router")
     if config.router == "none" and config.combine not in ("static", "sum"):
         raise AdapterError(f"{say}: combine {config.combine!r} needs a router; choose token or task")
     if config.router == "none" and config.combine == "static" and bank.num_experts != 1:

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora.attach import attach, format_table
+from lora.attach import AttachReport, attach, format_table
+from lora.presets import expansions
 from lora.tenants import Tenant, attach_tenants
 from moe.build import new_model
-from moe.convert import convert
+from moe.convert import assign_addresses, convert
 from moe.extend import freeze_experts
 from moe.families import MoEBlock
 from moe.family_table import FAMILIES
@@ -20,7 +21,11 @@ from moe.load import empty_model, fill
 from moe.merging import MergedExperts
 from moe.mtp import attach_mtp
 from moe.overlap import set_exchange
+from moe.selected import train_experts
 from moe.soft import SoftMoE, replace_blocks
+from trainer.dense_rules import dense_problem, is_dense
+from trainer.esft_file import read_selection
+from trainer.plan import PlanError
 from trainer.rendezvous import Process
 from trainer.sample_borders import check_attention, respect_borders
 from trainer.schema import Recipe
@@ -42,6 +47,8 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
     if recipe.data.format == "chat":
         check_attention(model.config)
     layout = Layout(process.world, recipe.parallel.ep)
+    if is_dense(model.config.model_type):
+        return _adapted_dense(model, recipe, process), []
     blocks = convert(model, layout, process.rank)
     if section.path is not None:
         fill(model, section.path)
@@ -49,6 +56,8 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
         return _softened(model, blocks, recipe, process), []
     if recipe.model.frozen_experts:
         freeze_experts(model, blocks, recipe.model.frozen_experts)
+    if recipe.model.trainable_experts:
+        train_experts(model, blocks, read_selection(recipe.model.trainable_experts))
     mtp = recipe.train.mtp
     if mtp.depth:
         blocks += attach_mtp(model, mtp.depth, mtp.weight, seed=recipe.train.seed, layout=layout, rank=process.rank)
@@ -57,12 +66,9 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
         top_k = blocks[0].experts.num_experts  # all of them are listed for every token
     exchange = set_exchange(blocks, top_k, dispatch=parallel.dispatch, overlap=parallel.overlap)
     if recipe.adapter:
-        if recipe.tenants:
-            report = attach_tenants(model, recipe.adapter, slots_of(recipe), blocks)
-        else:
-            report = attach(model, recipe.adapter, blocks, layout_ep=layout.ep, seed=recipe.train.seed)
+        report = _attached(model, recipe, blocks, layout.ep)
         if process.rank == 0:
-            print(format_table(report), flush=True)
+            print("\n".join([*expansions(recipe.adapter), format_table(report)]), flush=True)
     model.to(process.device)
     for line in _settle_backends(blocks, section.experts_backend):
         if process.rank == 0:
@@ -70,6 +76,24 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
     if process.rank == 0 and layout.ep > 1:
         print(f"tokens travel by {exchange.name}: {exchange.reason}; overlap {parallel.overlap}", flush=True)
     return model, blocks
+
+
+def _adapted_dense(model: nn.Module, recipe: Recipe, process: Process) -> nn.Module:
+    """A dense base with its adapters. Raises PlanError if the recipe wants anything of it that needs experts."""
+    if problem := dense_problem(recipe, model.config.model_type):
+        raise PlanError(problem)
+    assign_addresses(model)
+    fill(model, recipe.model.path)
+    report = _attached(model, recipe, [])
+    if process.rank == 0:
+        print(format_table(report), flush=True)
+    return model.to(process.device)
+
+
+def _attached(model: nn.Module, recipe: Recipe, blocks: list[MoEBlock], ep: int = 1) -> AttachReport:
+    if recipe.tenants:
+        return attach_tenants(model, recipe.adapter, slots_of(recipe), blocks)
+    return attach(model, recipe.adapter, blocks, layout_ep=ep, seed=recipe.train.seed)
 
 
 def _softened(model: nn.Module, blocks: list[MoEBlock], recipe: Recipe, process: Process) -> nn.Module:

@@ -89,8 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export_options(verb("export", _export, "write a run's model as a Hugging Face folder"))
     _add_preview_options(verb("preview", _preview, "print samples as the model will see them, with the loss mask"))
 
-    checkpoint = verbs.add_parser("checkpoint", help="look at, check, compare or delete a run's checkpoints")
-    add_verbs(checkpoint)
+    add_verbs(verbs.add_parser("checkpoint", help="look at, check, compare or delete a run's checkpoints"))
     add_adapter_verbs(verbs.add_parser("adapter", help="write adapters for other tools, or read theirs"))
 
     keeper = verb("keeper", _keeper, "stop, or look at, the process that holds a run's state in memory")
@@ -103,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_generate_options(generate: argparse.ArgumentParser) -> None:
-    generate.add_argument("model_dir", metavar="DIR", help="Hugging Face folder of a MoE model")
+    generate.add_argument("model_dir", metavar="DIR", help="Hugging Face folder of a MoE model or a dense base")
     generate.add_argument("--adapter", metavar="DIR", help="adapter folder")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--max-new-tokens", type=_count, default=64, metavar="N")

@@ -27,7 +27,7 @@ from lora.format import save_adapter
 from lora.tenant_rules import alone
 from moe.bias import EXTRA
 from moe.build import new_config
-from moe.family_table import FAMILIES
+from moe.family_table import family_of
 from moe.fingerprint import fingerprint
 from moe.load import persistent_buffers, read_config
 from moe.mtp import PREFIX
@@ -71,7 +71,8 @@ def main(run_dir: str, out_dir: str, inexact: bool = False, step: int | Literal[
 
 def _write(recipe: Recipe, run: Path, checkpoint: Checkpoint, temporary: Path, inexact: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="planaria-", dir=temporary.parent) as scratch:
-        base = _frozen_tensors(recipe, checkpoint) if recipe.model.frozen_experts else {}
+        partly = recipe.model.frozen_experts or recipe.model.trainable_experts
+        base = _frozen_tensors(recipe, checkpoint) if partly else {}
         redone = whole(checkpoint, Path(scratch), inexact)
         tensors = trained_tensors(redone, base)
         bias = redone.extras(redone.manifest["coordinates"][0]).get(EXTRA)
@@ -203,7 +204,7 @@ def exported_model(recipe: Recipe, tensors: dict[str, Tensor]) -> PreTrainedMode
 def buffers_of(recipe: Recipe, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The persistent buffers of :func:`exported_model`, by path, and of prediction modules; most families have none."""
     family = recipe.model.family or read_config(recipe.model.path or "").model_type
-    if not FAMILIES[family].buffers:
+    if not family_of(family).buffers:
         return {}
     model = exported_model(recipe, {name: t for name, t in tensors.items() if not name.startswith(PREFIX)})
     found, layers = persistent_buffers(model), model.config.num_hidden_layers
@@ -286,4 +287,6 @@ def _write_tenants(recipe: Recipe, tensors: dict[str, Tensor], out: Path) -> Non
 
 def _write_adapter(recipe: Recipe, tensors: dict[str, Tensor], out: Path) -> None:
     base = recipe.model.path or ""
-    save_adapter(out, tensors, recipe.adapter, fingerprint(base), base_model=base)
+    parallel = recipe.parallel
+    topology = {name: getattr(parallel, name) for name in ("workers", "ep", "zero", "dtype")}
+    save_adapter(out, tensors, recipe.adapter, fingerprint(base), base_model=base, topology=topology)

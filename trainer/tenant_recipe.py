@@ -143,6 +143,7 @@ _SHARED = {
     "routing.jitter": "draws from one stream for all tenants, so that none would train as it does alone",
     "train.replay_trace": "is of a run with other batches",
     "log.routing_trace": "does not say whose a token is",
+    "model.trainable_experts": "trains weights of the base, which tenants share",
     "checkpoint.load_from": "would begin with another run's adapters",
 }
 

@@ -140,9 +140,7 @@ def test_transposed_and_interleaved_experts_take_an_expert_bank_and_attention_an
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize(
-    ("share", "stacks"), [("all", (1, 1, 1, 1)), ("outer", (1, 8, 8, 1)), ("A", (1, 8, 1, 8)), ("none", (8, 8, 8, 8))]
-)
+@pytest.mark.parametrize(("share", "stacks"), [("all", (1, 1, 1, 1)), ("outer", (1, 8, 8, 1)), ("none", (8, 8, 8, 8))])
 def test_factors_that_experts_share_are_one_and_ordinary_parameters(tiny_moe, share, stacks):
     model = tiny_moe()
     attach(model, {"e": BankConfig("expert-lora", r=4, share=share)}, convert(model, Layout(2, 2), 1), layout_ep=2)

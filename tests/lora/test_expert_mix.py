@@ -192,7 +192,7 @@ def _drawn_by_group(experts: Experts, counts_L: Tensor) -> list[Tensor]:
 
     pairs = int(counts_L.sum())
     assignment = Assignment(torch.arange(pairs), torch.zeros(pairs, 1), counts_L, True)
-    keep = fold.kept_rows(pairs, pairs // TOP_K, EXPERTS, HIDDEN, INNER)
+    keep = fold.kept_rows(pairs, pairs // TOP_K, EXPERTS, HIDDEN, INNER, 6)
     sizes = [group.pairs.stop - group.pairs.start for group in groups(assignment, keep)]
     assert len(sizes) > 1
     like, adapter = torch.empty(0, dtype=torch.float64), experts.adapter
@@ -284,7 +284,7 @@ def test_little_is_kept_for_the_backward(preset):
         out = experts(x, index, weights)
     pairs = index.numel()
     extra = sum(size for address, size in kept.items() if address not in known)
-    assert extra <= 2 * pairs * INNER + 2 * pairs + EXPERTS
+    assert extra <= pairs * (2 * INNER + 2 * case.r) + 2 * pairs + EXPERTS
     del out
 
 
@@ -316,19 +316,28 @@ def test_experts_that_train_themselves_run_in_pieces():
     assert experts.down_proj.grad.abs().sum() > 0
 
 
-@given(st.integers(0, 10**6), st.integers(1, 10**5), st.integers(1, 256), st.integers(1, 10**4), st.integers(1, 10**4))
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 10**5),
+    st.integers(1, 256),
+    st.integers(1, 10**4),
+    st.integers(1, 10**4),
+    st.integers(0, 256),
+)
 @settings(max_examples=200, deadline=None)
-def test_what_is_kept_fits_the_share_of_what_a_layer_would_hold(pairs, rows, experts, hidden, inner):
-    kept = fold.kept_rows(pairs, rows, experts, hidden, inner)
+def test_what_is_kept_fits_the_share_of_what_a_layer_would_hold(pairs, rows, experts, hidden, inner, ranks):
+    kept = fold.kept_rows(pairs, rows, experts, hidden, inner, ranks)
     assert 0 <= kept <= pairs
     whole = experts * 3 * hidden * inner + pairs * (hidden + 4 * inner)
-    assert kept == 0 or kept * 2 * inner + rows * hidden <= fold.KEPT_SHARE * whole
+    assert kept == 0 or kept * 2 * inner + pairs * ranks + rows * hidden <= fold.KEPT_SHARE * whole
 
 
 def test_folding_is_for_experts_with_more_rows_than_the_crossover():
-    at = fold.fold_from(256, 256)
-    assert (fold.folds("auto", at, at), fold.folds("auto", at + 1, at)) == (False, True)
-    assert fold.folds("fold", 1, at)
-    assert not fold.folds("split", 10 * at, at)
-    assert not fold.folds("fold", 10 * at, at, dropout=0.1)
-    assert fold.reason("auto", 256, 256, 0.0) == f"split up to {at} rows of an expert, folded beyond"
+    at = fold.folds_above("auto", 2048, 1536)
+    assert at == pytest.approx(2048 * 1536 / 3584)
+    assert fold.folds_back_above("auto", 1536) == 1536
+    for above in (fold.folds_above, lambda way, i, o, dropout=0.0: fold.folds_back_above(way, o, dropout)):
+        assert above("fold", 2048, 1536) == 0
+        assert above("split", 2048, 1536) == float("inf")
+        assert above("fold", 2048, 1536, dropout=0.1) == float("inf")
+    assert fold.reason("auto", 256, 256, 0.0) == "split up to 128 rows of an expert, folded beyond"

@@ -51,6 +51,6 @@ def test_each_way_in_which_experts_run_is_told_once_and_with_its_layers():
     blocks[1].experts.adapter = torch.nn.Identity()
     first, second = _settle_backends(blocks, "auto")
     assert first.startswith("experts of layers 0, 2 run as minimal: ")
-    assert second.startswith("experts of layers 1 run as grouped_mm: an adapter needs")
+    assert second.startswith("experts of layers 1 run as grouped_mm: its adapter needs")
     with pytest.raises(BackendError, match="'minimal' cannot run here: an adapter"):
         _settle_backends(blocks, "minimal")

@@ -95,6 +95,7 @@ def test_number_of_shipped_recipes() -> None:
         "chat-lora.yaml",
         "concurrent-adapters.yaml",
         "merged-experts.yaml",
+        "mixlora.yaml",
         "multi-token.yaml",
         "quickstart-lora.yaml",
         "quickstart.yaml",
