@@ -148,6 +148,13 @@ _SHARED = {
 }
 
 
+def _last_step(view: View) -> Iterator[Finding]:
+    most = view("train.steps")
+    steps = [view(f"tenants.{name}.steps") or most for name in view.values["tenants"] if "." not in name]
+    if steps and max(steps) < most:
+        yield "train.steps", f"train.steps={most}, and every tenant has finished after {max(steps)}; write {max(steps)}"
+
+
 def _modes(view: View) -> Iterator[Finding]:
     if view("parallel.ep") != 1:
         yield (
@@ -196,4 +203,4 @@ def _reads(view: View, tenant: str) -> Iterator[Finding]:
             )
 
 
-_RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (_banks, _base, _modes)
+_RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (_banks, _base, _last_step, _modes)

@@ -29,7 +29,7 @@ from trainer.data import DataBundle
 from trainer.engine import GroupClip
 from trainer.rendezvous import Process
 from trainer.schedules import learning_rate
-from trainer.schema import Recipe, TenantSection
+from trainer.schema import Recipe
 from trainer.tenant_recipe import alone
 
 if TYPE_CHECKING:
@@ -42,12 +42,12 @@ class TenantError(ValueError):
 
 @dataclass(frozen=True)
 class Member:
-    """One tenant with its data; all keys of ``section`` have values. ``recipe``: as if it trained alone."""
+    """One tenant: the recipe of a run of its own that it should equal, and that run's data."""
 
     name: str
-    section: TenantSection
     recipe: Recipe
     data: DataBundle
+    max_bad_steps: int
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Tenants:
         for micro in range(accumulation):
             run.phases.enter("forward", step)
             shares = self._shares(run, step, micro)
-            streams = tuple(f"{m.section.seed}/step {step}/{micro}/rank {run.process.rank}" for m in self.members)
+            streams = tuple(f"{m.recipe.train.seed}/step {step}/{micro}/rank {run.process.rank}" for m in self.members)
             with batch_context(self._context(shares, streams, micro)):
                 losses_A = self._losses(engine, engine.module, shares)
                 run.phases.enter("backward", step)
@@ -110,24 +110,21 @@ class Tenants:
 
     def takes_part(self, step: int) -> list[bool]:
         """Whose rows are in the batch of ``step``: a matter of the recipe alone, never of what went wrong."""
-        return [step <= (member.section.steps or 0) for member in self.members]
+        return [step <= member.recipe.train.steps for member in self.members]
 
     def _set_rates(self, run: Run, step: int) -> None:
         groups = run.engine.optimizer.param_groups
         for group, member, present in zip(groups, self.members, self.takes_part(step), strict=True):
             assert group["name"] == member.name
-            own = member.section
-            assert own.lr is not None
-            assert own.min_lr_ratio is not None
-            assert own.schedule is not None
+            train = member.recipe.train
             trains = present and not self._state(run, member)["stopped"]
             rate = learning_rate(
                 step,
-                peak=own.lr,
-                steps=own.steps or 0,
-                warmup_steps=own.warmup_steps or 0,
-                min_lr_ratio=own.min_lr_ratio,
-                schedule=own.schedule,
+                peak=train.lr,
+                steps=train.steps,
+                warmup_steps=train.warmup_steps,
+                min_lr_ratio=train.min_lr_ratio,
+                schedule=train.schedule,
             )
             group["lr"] = rate if trains else 0.0
 
@@ -204,7 +201,7 @@ class Tenants:
             good = math.isfinite(loss) and math.isfinite(norm)
             if good and present and not state["stopped"]:
                 state["bad_in_row"] = 0
-                self.clip.scale(slot, norm, member.section.max_grad_norm or 0.0)
+                self.clip.scale(slot, norm, member.recipe.train.max_grad_norm)
                 continue
             self.clip.silence(slot)
             groups[slot]["lr"] = 0.0
@@ -222,7 +219,7 @@ class Tenants:
 
     def _report_bad(self, run: Run, step: int, member: Member, state: dict[str, int]) -> None:
         slot = self.members.index(member)
-        if state["bad_in_row"] >= member.section.max_bad_steps:
+        if state["bad_in_row"] >= member.max_bad_steps:
             state["stopped"] = step
         if run.process.rank != 0:
             return
@@ -249,8 +246,7 @@ class Tenants:
         )
 
     def tokens_of(self, member: Member) -> int:
-        sequences = (member.section.micro_batch_size or 0) * self.recipe.parallel.workers * self.recipe.accumulation
-        return sequences * self.recipe.data.sequence_length
+        return member.recipe.train.global_batch_size * self.recipe.data.sequence_length
 
     def report_step(self, run: Run, step: int, seconds: float, printed: bool) -> None:
         """One event for each tenant that takes part, and if wanted one line."""
@@ -329,7 +325,7 @@ def load_members(recipe: Recipe, process: Process) -> list[Member]:
                 f"{len(bundle.train)} and {len(bundle.heldout)} sequences of {own.data.sequence_length} tokens",
                 flush=True,
             )
-        members.append(Member(name, section, own, bundle))
+        members.append(Member(name, own, bundle, section.max_bad_steps))
     return members
 
 
