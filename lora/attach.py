@@ -75,7 +75,7 @@ def attach(
     there) and for experts that cannot take an adapter.
     """
     check_banks(banks)
-    resolve(banks, places_of(model, blocks))
+    placed = resolve(banks, places_of(model, blocks))
     for block in blocks:
         if getattr(block.module.experts, "adapter", None) is not None:
             raise AdapterError(
@@ -89,6 +89,9 @@ def attach(
         for match in (sites or _SITES)[site](model, name, bank, blocks, frame):
             here = bank_at(bank, layer_of(match.path), frame.layers, _routed(blocks, match.path), frame.active)
             matches.append(replace(match, site=site, num_experts=here.num_experts, r=here.r))
+    assert len(matches) == len(placed), "a site attached to other places than its targets resolve to"
+    # New modules begin in training mode; in a model that generates, dropout must stay off.
+    model.train(model.training)
     return _report(model, matches)
 
 

@@ -176,16 +176,20 @@ def _linears(stack: Stack, pairs: Pairs) -> tuple[_Linear, _Linear]:
 
 
 def forward(
-    x_RH: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment, pairs: Pairs, keep: int
-) -> tuple[Tensor, Kept]:
-    """Returns out [R,H], and what the backward wants: of the pre-activations the first pairs', at most ``keep``."""
+    x_RH: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment, pairs: Pairs, keep: int,
+    learns: bool,
+) -> tuple[Tensor, Kept]:  # fmt: skip
+    """Returns out [R,H], and what the backward wants: of the pre-activations the first pairs', at most ``keep``.
+
+    ``learns``: there will be one; bits do not depend on it.
+    """
     row_N = assignment.row_N
     score_N = spread_scores(weights_RK, assignment, x_RH.dtype)
     y_NH = empty_pairs(x_RH, x_RH.shape[1], assignment)
     up, down = _linears(stack, pairs)
     drop_up, drop_down = masks(pairs.up, pairs.seed, x_RH), masks(pairs.down, pairs.seed + 1, x_RH)
     parts = list(groups(assignment, keep))
-    kept = max((group.pairs.stop for group in parts if group.pairs.stop <= keep), default=0)
+    kept = max((group.pairs.stop for group in parts if group.pairs.stop <= keep), default=0) if learns else 0
     h_P2I, z_up, z_down = x_RH.new_empty(kept, up.outputs), *(side.rank_space(row_N.numel()) for side in (up, down))
     for group in parts:
         at = group.pairs

@@ -144,6 +144,7 @@ def key_causes(data: DataSection, model_path: str | None) -> dict[str, Any]:
     return {
         "chat_version": 1,
         "template": [data.chat_template if own or data.chat_template == "plain" else "file", template],
+        "answers": data.answers,
         "packing": data.packing,
         "overlong": data.overlong,
         "task_key": data.task_key,
@@ -185,11 +186,14 @@ def build(
 
     Raises DataError.
     """
-    encoder = ChatEncoder(tokenizer, template_of(data.chat_template or "model", tokenizer))
+    template = template_of(data.chat_template or "model", tokenizer)
+    encoder = ChatEncoder(tokenizer, template, only_last=data.answers == "last")
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     names = held_out(documents, data.heldout_fraction, 0)
     tasks = _tasks(data)
     parts = {part: _Part() for part in PARTS}
+    kept_out = {document.digest for document in documents if document.name in names}
+    twice = sum(document.digest in kept_out and document.name not in names for document in documents)
     counts_V = {part: np.zeros(vocab_size, np.int64) for part in PARTS}
     files: dict[str, int] = {}
     layout, unread = "", set[str]()
@@ -222,9 +226,11 @@ def build(
         "chat": {
             "layout": layout,
             "template": data.chat_template,
+            "answers": data.answers,
             "answers_by": encoder.method,
             "packing": data.packing,
             "unread_keys": sorted(unread),
+            "also_held_out": twice,
             "tasks": list(tasks),
             **figures,
         },
@@ -308,7 +314,7 @@ def told(chat: dict[str, Any], length: int) -> Iterator[str]:
     """Lines for a person: what was found, and what became of it."""
     unread = f"; not read: {', '.join(map(repr, chat['unread_keys']))}" if chat["unread_keys"] else ""
     yield (
-        f"data: chat rows of layout {chat['layout']}, template {chat['template']}, answers found by "
+        f"data: chat rows of layout {chat['layout']}, template {chat['template']}, {chat['answers']} answers, found by "
         f"{chat['answers_by']}{unread}"
     )
     for part in PARTS:
@@ -333,5 +339,10 @@ def told(chat: dict[str, Any], length: int) -> Iterator[str]:
                 f"data: {part}: after {f['unended_answers']} answers the template writes no special token, so the "
                 "model will not learn to stop"
             )
+    if chat["also_held_out"]:
+        yield (
+            f"data: {chat['also_held_out']} rows of the training part are also held out, word for word: held-out loss "
+            "is better than on rows that are new"
+        )
     if chat["tasks"]:
         yield "data: tasks " + ", ".join(f"{i} {json.dumps(task)}" for i, task in enumerate(chat["tasks"]))

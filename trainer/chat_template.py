@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from trainer.chat_layouts import Conversation, Message
 from trainer.documents import DataError
 
@@ -83,16 +85,17 @@ def template_of(choice: str, tokenizer: PreTrainedTokenizerBase) -> str:
 class ChatEncoder:
     """Renders and tokenises conversations by one template.
 
-    Raises DataError if the tokenizer cannot tell where its tokens lie in the text.
+    ``only_last``: earlier answers have no loss, and the template may write them as it likes. Raises DataError if the
+    tokenizer cannot tell where its tokens lie in the text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, only_last: bool = False) -> None:
         if not tokenizer.is_fast:
             raise DataError(
                 "data.tokenizer: this tokenizer cannot say where its tokens lie in a text (it is no fast one); save "
                 "the model with a tokenizer.json"
             )
-        self.tokenizer = tokenizer
+        self.tokenizer, self.only_last = tokenizer, only_last
         dated = "strftime_now" in template
         self._template = (_DATE if dated else "") + template
         self._marked = _marking(self._template)
@@ -110,6 +113,8 @@ class ChatEncoder:
             spans = self._prefix_spans(text, messages, conversation)
         answers = [m for m in conversation.messages if m.role == "assistant"]
         learnt, unended = [], 0
+        if self.only_last:
+            spans, answers = spans[-1:], answers[-1:]
         for (start, end), answer in zip(spans, answers, strict=True):
             if answer.is_empty or not answer.learn:
                 continue
@@ -155,8 +160,10 @@ class ChatEncoder:
     def _check_whole(self, text: str, messages: Sequence[dict[str, Any]], row: Conversation) -> None:
         """A template that does not know a role, or thinks, leaves messages out without a word."""
         missing = [f"the offered tool {name}" for tool in row.tools if (name := _name(tool)) not in text]
-        at = 0
+        at, answers = 0, [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         for i, message in enumerate(messages):
+            if self.only_last and i in answers[:-1]:
+                continue
             what = f"message {i + 1} ({message['role']})"
             said = message["content"].strip()
             # A system prompt may stand elsewhere: some templates write it into a user's turn.
@@ -169,9 +176,11 @@ class ChatEncoder:
             if message.get("reasoning_content", "").strip() not in text:
                 missing.append(f"the reasoning of {what}")
         if missing:
+            earlier = any("(assistant)" in what for what in missing) and len(answers) > 1
+            shortened = ", or if it shortens earlier answers on purpose, write data.answers: last" if earlier else ""
             raise DataError(
                 f"{row.place}: the chat template leaves out {' and '.join(missing)}; remove it from the row, or give "
-                "a data.chat_template that writes it"
+                f"a data.chat_template that writes it{shortened}"
             )
 
     def _marked_spans(
@@ -194,9 +203,8 @@ class ChatEncoder:
 
     def _prefix_spans(self, text: str, messages: Sequence[dict[str, Any]], row: Conversation) -> list[tuple[int, int]]:
         spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        for i in answers[-1:] if self.only_last else answers:
             if i == 0:
                 raise DataError(
                     f"{row.place}: begins with an answer, and what the chat template writes before it cannot be told; "
@@ -207,7 +215,7 @@ class ChatEncoder:
             if not (until.startswith(before) and text.startswith(until)):
                 raise DataError(
                     f"{row.place}: message {i + 1} cannot be told from what is around it: the chat template writes the "
-                    "turns before an answer otherwise once there are more; keep one answer a row, or give a "
+                    "turns before an answer otherwise once there are more; write data.answers: last, or give a "
                     "data.chat_template with {% generation %} around the answers"
                 )
             spans.append((len(before), len(until)))
@@ -237,9 +245,13 @@ class ChatEncoder:
                 verbose=False,
             )
             ids += encoded["input_ids"]
-            for low, high in encoded["offset_mapping"]:
-                first, last = (base, base + 1) if literal else (base + low, base + high)
-                learn.append(any(first < end and last > start for start, end in spans))
+            low_N, high_N = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2).T + base
+            if literal:
+                low_N, high_N = np.full_like(low_N, base), np.full_like(high_N, base + 1)
+            learn_N = np.zeros(len(low_N), bool)
+            for start, end in spans:
+                learn_N |= (low_N < end) & (high_N > start)
+            learn += learn_N.tolist()
             base += len(piece)
         if learn:
             learn[0] = False  # nothing stands before it that could predict it

@@ -15,7 +15,7 @@ from trainer.schema import DataSection, Recipe
 if TYPE_CHECKING:
     from trainer.recipe_view import Finding, View
 
-CHAT_KEYS = ("chat_template", "packing", "overlong", "task_key")
+CHAT_KEYS = ("chat_template", "answers", "packing", "overlong", "task_key")
 CHAT_TEMPLATES = ("model", "plain")  # all other values are files
 _BY_SEQUENCE = ("expert_loss_coef", "device_loss_coef", "communication_loss_coef")
 
@@ -26,6 +26,7 @@ def resolved_chat(data: DataSection, folder: Path) -> DataSection:
     return dataclasses.replace(
         data,
         chat_template=template if template in CHAT_TEMPLATES else str(folder / template),
+        answers=data.answers or "all",
         packing=data.packing is not False,
         overlong=data.overlong or "truncate",
     )

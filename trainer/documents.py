@@ -87,7 +87,7 @@ def matching_texts(data: DataSection) -> Iterator[tuple[str, Path, str]]:
 
 def json_rows(path: Path, text: str) -> Iterator[tuple[int, str, Any]]:
     """(line number, line, value) of every line that is not empty. Raises DataError."""
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
         if not line.strip():
             continue
         try:

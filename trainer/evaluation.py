@@ -11,9 +11,15 @@ from checkpointing.heldout import record
 from moe.context import BatchContext, batch_context
 from trainer.batches import make_batch
 from trainer.chat_data import ChatDataset
+from trainer.schema import TrainSection
 
 if TYPE_CHECKING:
     from trainer.loop import Run
+
+
+def is_evaluated(train: TrainSection, step: int) -> bool:
+    """Whether held-out loss is measured after ``step``."""
+    return step in (0, train.steps) or (train.eval_every > 0 and step % train.eval_every == 0)
 
 
 def report_heldout(run: Run, step: int) -> None:

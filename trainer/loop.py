@@ -18,7 +18,7 @@ from moe.stats import RoutingMeter
 from trainer.batches import Batch, labels_of_step, make_batch, training_rows
 from trainer.data import DataBundle
 from trainer.engine import set_learning_rate
-from trainer.evaluation import report_heldout
+from trainer.evaluation import is_evaluated, report_heldout
 from trainer.events import EventLog
 from trainer.failpoints import Failpoints
 from trainer.phases import Phases
@@ -64,8 +64,8 @@ def fit(run: Run) -> None:
     one_step, evaluate = train_step, report_heldout
     if tenants is not None:
         one_step, evaluate = tenants.train_step, tenants.report_heldout
-    if run.progress.step == 0:
-        evaluate(run, 0)
+    if is_evaluated(train, run.progress.step):
+        evaluate(run, run.progress.step)  # an attempt that was killed may have captured the step and not done it
     for step in range(run.progress.step + 1, train.steps + 1):
         started = time.monotonic()
         loss = one_step(run, step)
@@ -74,7 +74,7 @@ def fit(run: Run) -> None:
         if run.watch is not None:
             run.watch = _check_adapters(run, run.watch)
         _report_step(run, step, loss, time.monotonic() - started)
-        if step == train.steps or (train.eval_every and step % train.eval_every == 0):
+        if is_evaluated(train, step):
             evaluate(run, step)
 
 

@@ -263,7 +263,7 @@ def base_of(recipe: Recipe) -> tuple[Shapes, int, int]:
             f"model.path: {folder / 'config.json'} is of model_type {kind!r}; planaria trains {known_families()}, and "
             f"adapters on {', '.join(DENSE)}"
         )
-    if is_dense(kind) and (problem := dense_problem(recipe, kind)):
+    if isinstance(kind, str) and is_dense(kind) and (problem := dense_problem(recipe, kind)):
         raise PlanError(problem)
 
     def number(*names: str) -> int:

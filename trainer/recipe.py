@@ -279,6 +279,12 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
             f"checkpoint.pec: k_snapshot={k} x {layers} layers is no multiple of parallel.ep={ep}, so some workers "
             "write more than others"
         )
+    every, evaluated = checkpoint.disk.every, recipe.train.eval_every
+    if every and evaluated % every:
+        warnings.append(
+            f"train.eval_every={evaluated} is no multiple of checkpoint.disk.every={every}, so some evaluated steps "
+            "have no checkpoint for `planaria export --step best`"
+        )
     if recipe.train.min_lr_ratio == 1.0 and recipe.train.schedule == "cosine":
         warnings.append("train: min_lr_ratio 1 makes the cosine schedule constant")
     return warnings

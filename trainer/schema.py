@@ -136,8 +136,9 @@ class DataSection:
     sequence_length: Annotated[int, Ge(2)]
     format: Literal["text", "jsonl", "chat"] = "text"
     text_key: Text | None = None  # jsonl only; default "text"
-    # chat only; resolved to model, true, truncate.
+    # chat only; resolved to model, all, true, truncate.
     chat_template: Text | None = None  # model, plain, or a Jinja file, relative to the recipe's folder
+    answers: Literal["all", "last"] | None = None  # which of a conversation's answers have loss
     packing: bool | None = None  # several samples in a sequence, which do not see each other; else one, and padding
     overlong: Literal["truncate", "drop"] | None = None  # what becomes of samples longer than a sequence
     task_key: Text | None = None  # the field of a row that names its task

@@ -43,12 +43,17 @@ def undisturbed_chat(start, rows):
 
 
 def test_a_kill_costs_no_bit_and_at_most_one_step(start, rows, undisturbed_chat):
-    kill = KillSpec(1, 7, "optimizer")
+    """The kill in step 9's forward pass follows the evaluation of step 8, to which the run comes back."""
+    kill = KillSpec(1, 9, "forward")
     job = start("chat-killed", [rows], recipe=CHAT, kill=str(kill))
-    verdict = judge(job.recipe, kill, undisturbed_chat[1], job.finish())
+    events = job.finish()
+    verdict = judge(job.recipe, kill, undisturbed_chat[1], events)
     assert verdict.passed, verdict.problems
     assert verdict.steps_lost <= 1
     assert verdict.tier == "memory"
+    undisturbed = {row["step"]: row["loss"] for row in undisturbed_chat[1] if row["kind"] == "heldout"}
+    assert {row["step"]: row["loss"] for row in events if row["kind"] == "heldout"} == undisturbed
+    assert undisturbed.keys() == {0, 4, 8, 12}
 
 
 def tokens_of_step(job, step):

@@ -50,6 +50,8 @@ def adapters(base, tmp_path_factory):
                 if ".adapter." in path:
                     parameter.normal_(0, 0.2, generator=generator)
         save_adapter(root / name, collect_adapter(model), banks, fingerprint(base), base_model=str(base))
+    loaded = load_adapter(root / "lora")
+    save_adapter(root / "elsewhere", loaded.tensors, loaded.banks, fingerprint(base))  # its base was not at hand
     return root
 
 
@@ -65,7 +67,8 @@ def test_every_form_of_a_plain_adapter_computes_the_same(base, adapters, tmp_pat
         return capsys.readouterr().out
 
     for form in ("peft", "peft-per-expert", "merged"):
-        said = run("export", adapters / "lora", tmp_path / form, "--to", form, "--base", base)
+        where = ["--base", base] if form == "merged" else []
+        said = run("export", adapters / "lora", tmp_path / form, "--to", form, *where)
         assert str(tmp_path / form) in said
     assert "lost to rounding" in said
     models = [AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32) for _ in range(2)]
@@ -92,19 +95,22 @@ def test_mistakes_are_said_in_a_sentence_and_leave_nothing(base, adapters, tmp_p
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_text("{}")
+    shutil.copytree(adapters / "lora", tmp_path / "run" / "adapter")
     peft = tmp_path / "peft"
     assert main(["adapter", "export", str(adapters / "lora"), str(peft), "--to", "peft"]) == 0
     said = capsys.readouterr()
     out = tmp_path / "out"
     cases = [
         (["export", tmp_path / "no", out, "--to", "peft"], "is no adapter: it has no manifest.json"),
+        (["export", adapters, out, "--to", "peft"], "give a folder written by `planaria export`"),
+        (["export", tmp_path / "run", out, "--to", "peft"], f"give {tmp_path / 'run' / 'adapter'}"),
         (["export", peft, out, "--to", "peft"], "make an adapter of it with `planaria adapter import`"),
         (["export", adapters / "routed", out, "--to", "peft"], "adapter.m (mola) weighs its experts by a router"),
         (["export", adapters / "routed", out, "--to", "merged", "--base", base], "cannot be written as merged"),
         (["export", adapters / "lora", out, "--to", "tasks"], "no bank is routed by task"),
         (["export", adapters / "lora", out, "--to", "upcycled", "--base", base], "cannot be written as upcycled"),
         (["export", adapters / "lora", out, "--to", "merged"], "name its folder with --base DIR"),
-        (["export", adapters / "lora", out, "--to", "peft-per-expert"], "name the base's folder with --base"),
+        (["export", adapters / "elsewhere", out, "--to", "peft-per-expert"], "name the base's folder with --base"),
         (["export", adapters / "lora", out, "--to", "merged", "--base", other], "the adapter was trained on base"),
         (["export", adapters / "lora", out, "--to", "merged", "--base", bare], "holds no *.safetensors file"),
         (["export", adapters / "lora", out, "--to", "merged", "--base", tmp_path], "has no config.json"),

@@ -52,5 +52,5 @@ def test_each_way_in_which_experts_run_is_told_once_and_with_its_layers():
     first, second = _settle_backends(blocks, "auto")
     assert first.startswith("experts of layers 0, 2 run as minimal: ")
     assert second.startswith("experts of layers 1 run as grouped_mm: its adapter needs")
-    with pytest.raises(BackendError, match="'minimal' cannot run here: an adapter"):
+    with pytest.raises(BackendError, match="'minimal' cannot run here: its adapter"):
         _settle_backends(blocks, "minimal")

@@ -109,6 +109,14 @@ def test_what_is_dropped_or_cut_is_counted_with_its_place(tmp_path: Path) -> Non
     assert dropping.key != bundle.key
 
 
+def test_rows_in_both_parts_are_told(tmp_path: Path) -> None:
+    bundle = load(tmp_path, rows_of(10) * 3, heldout_fraction=0.3)
+    assert 0 < bundle.chat["also_held_out"] < 30
+    text = "\n".join(chat_data.told(bundle.chat, 64))
+    assert f"{bundle.chat['also_held_out']} rows of the training part are also held out" in text
+    assert "also held out" not in "\n".join(chat_data.told(load(tmp_path, rows_of(20)).chat, 64))
+
+
 def test_tasks_are_numbered_in_sorted_order_over_both_parts(tmp_path: Path) -> None:
     rows = [{**row, "kind": kind} for row, kind in zip(rows_of(30), ["zeta", "alpha", "10"] * 10, strict=True)]
     bundle = load(tmp_path, rows, task_key="kind")

@@ -42,7 +42,9 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_layout_is_told_and_read(tmp_path: Path, layout: str) -> None:
-    first, second = read(tmp_path, LAYOUTS[layout], "", {**LAYOUTS[layout], "source": "web"})
+    # The first line begins with a byte order mark, and one is empty.
+    rows = ["\ufeff" + json.dumps(LAYOUTS[layout]), "\r", {**LAYOUTS[layout], "source": "web"}]
+    first, second = read(tmp_path, *rows)
     assert first.layout == layout
     assert said(first) == said(second) == [("user", ASKED), ("assistant", SAID)]
     assert (first.unread, second.unread) == ((), ("source",))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import masking_utils
+from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from moe.context import BatchContext, batch_context
 from trainer.batches import make_batch
@@ -25,6 +25,7 @@ _SPEC.loader.exec_module(tiny_families)
 CHANGES = {
     "gpt_oss": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
     "mixtral": {"sliding_window": 5},
+    "mistral": {"sliding_window": 5},
 }
 CPU = torch.device("cpu")
 
@@ -61,12 +62,21 @@ def some_samples(lengths, seed=0):
     return [(random.integers(1, 64, n), np.arange(n) >= max(1, n // 2)) for n in lengths]
 
 
-@pytest.mark.parametrize("family", sorted(tiny_families.FAMILIES))
+def built(family, attention):
+    changes = {**CHANGES.get(family, {}), "attn_implementation": attention}
+    if family in tiny_families.FAMILIES:
+        return tiny_families.tiny(family, **changes).eval()
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**tiny_families.SIZES, "initializer_range": 0.2, **changes})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("family", [*sorted(tiny_families.FAMILIES), "llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_samples_have_the_logits_of_each_alone(family, attention):
     if family == "gpt_oss" and attention == "sdpa":
         pytest.skip("its attention sinks are eager only")
-    model = tiny_families.tiny(family, attn_implementation=attention, **CHANGES.get(family, {})).eval()
+    model = built(family, attention)
     rows = [some_samples(lengths, seed) for seed, lengths in enumerate([(9, 7, 11), (20, 3)])]
     batch = make_batch([row_of(samples, 30) for samples in rows], CPU, 1.0)
     inputs = {name: batch.inputs[name] for name in ("input_ids", "position_ids")}
@@ -83,6 +93,38 @@ def test_packed_samples_have_the_logits_of_each_alone(family, attention):
                 if number:
                     assert float((leaking[row, at : at + len(ids)] - alone).abs().max()) > 1e-3
                 at += len(ids)
+
+
+def drawn_mask(device):
+    """The mask of two packed rows, True where a token is seen."""
+    config = tiny_families.tiny("qwen3_moe", attn_implementation="sdpa").config
+    batch = make_batch([row_of(some_samples((3, 4)), 8), row_of(some_samples((8,)), 8)], device, 1.0)
+    embeds = torch.zeros(2, 8, 32, device=device)
+    context = BatchContext(balance=False, **batch.facts)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        with batch_context(context):
+            return masking_utils.create_causal_mask(
+                config=config, inputs_embeds=embeds, attention_mask=None, past_key_values=None,
+                position_ids=batch.inputs["position_ids"],
+            )  # fmt: skip
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_masks_are_block_diagonal_and_no_row_of_them_is_empty():
+    mask_B1SS = drawn_mask(CPU)
+    blocks = torch.block_diag(*(torch.ones(n, n) for n in (3, 4, 1))).tril().bool()
+    assert torch.equal(mask_B1SS[0, 0], blocks)
+    assert torch.equal(mask_B1SS[1, 0], torch.ones(8, 8).tril().bool())
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_the_same_masks_without_reading_back():
+    assert torch.equal(drawn_mask(torch.device("cuda")).cpu(), drawn_mask(CPU))
 
 
 def test_the_loss_and_its_gradient_are_the_mean_over_the_answer_tokens_of_the_whole_global_batch():

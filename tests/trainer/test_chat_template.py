@@ -164,7 +164,7 @@ def test_tool_turns_are_shown_and_never_learnt(bytes_tokenizer: Any) -> None:
         ("{% for m in messages %}{% if m['role'] != 'system' %}{{ m['content'] }}{% endif %}{% endfor %}",
          r"leaves out message 1 \(system\)"),
         ("{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
-         r"message 3 cannot be told from what is around it: .*keep one answer a row"),
+         r"message 3 cannot be told from what is around it: .*write data.answers: last"),
         ("BEGINS", "begins with an answer, .*; put a question before it"),
         ("{{ raise_exception('no systems') }}", r"refuses this conversation \(no systems\); mend the row"),
         ("{% for m in messages %}", r"refuses this conversation \("),
@@ -181,6 +181,21 @@ def test_what_cannot_be_told_is_refused_with_its_place(bytes_tokenizer: Any, tem
         talk, template = row(("assistant", "a")), CHATML
     with pytest.raises(DataError, match=rf"x\.jsonl:7: .*{message}"):
         ChatEncoder(bytes_tokenizer, template).encode(talk)
+
+
+def test_only_the_last_answer_has_loss_where_that_is_wanted(bytes_tokenizer: Any) -> None:
+    """Then templates that forget earlier thoughts can be trained on, as they are asked."""
+    talk = row(("user", "q"), ("assistant", "<think>x</think>a"), ("user", "r"), ("assistant", "<think>y</think>b"))
+    forgets = FORGETS.replace("{% endfor %}", "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}")
+    with pytest.raises(DataError, match=r"leaves out message 2 \(assistant\); .* write data\.answers: last"):
+        ChatEncoder(bytes_tokenizer, forgets).encode(talk)
+    for template, before in ((forgets, "user:q;assistant:a;user:r;assistant:"), (MARKED, None)):
+        encoded = ChatEncoder(bytes_tokenizer, template, only_last=True).encode(talk)
+        first = encoded.learn.index(True)
+        assert bytes_tokenizer.decode(encoded.ids[first:]).startswith("<think>y</think>b")
+        assert all(encoded.learn[first : first + 17])
+        if before is not None:
+            assert bytes_tokenizer.decode(encoded.ids[:first]) == before
 
 
 def test_a_template_that_writes_the_date_writes_the_same_one_every_day(bytes_tokenizer: Any) -> None:

@@ -26,7 +26,7 @@ def test_samples_are_shown_with_their_answers_in_brackets(
 ) -> None:
     assert preview.main(CHAT, arguments, 100) == 0
     text = capsys.readouterr().out
-    assert "chat rows of layout alpaca, template plain" in text
+    assert "chat rows of layout alpaca, template plain, all answers" in text
     assert "truncated 1 (" in text
     shown = [i for i in range(12) if f"User:\nsay {i}\nAssistant:\n[[é🪱{i}" in text]
     assert len(shown) == 10, "all but what is held out"
