@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora.attach import attach, format_table
+from lora.attach import AttachReport, attach, format_table
 from lora.presets import expansions
+from lora.tenants import Tenant, attach_tenants
 from moe.build import new_model
 from moe.convert import assign_addresses, convert
 from moe.extend import freeze_experts
@@ -65,7 +66,7 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
         top_k = blocks[0].experts.num_experts  # all of them are listed for every token
     exchange = set_exchange(blocks, top_k, dispatch=parallel.dispatch, overlap=parallel.overlap)
     if recipe.adapter:
-        report = attach(model, recipe.adapter, blocks, layout_ep=layout.ep, seed=recipe.train.seed)
+        report = _attached(model, recipe, blocks, layout.ep)
         if process.rank == 0:
             print("\n".join([*expansions(recipe.adapter), format_table(report)]), flush=True)
     model.to(process.device)
@@ -83,10 +84,16 @@ def _adapted_dense(model: nn.Module, recipe: Recipe, process: Process) -> nn.Mod
         raise PlanError(problem)
     assign_addresses(model)
     fill(model, recipe.model.path)
-    report = attach(model, recipe.adapter, [], seed=recipe.train.seed)
+    report = _attached(model, recipe, [])
     if process.rank == 0:
         print(format_table(report), flush=True)
     return model.to(process.device)
+
+
+def _attached(model: nn.Module, recipe: Recipe, blocks: list[MoEBlock], ep: int = 1) -> AttachReport:
+    if recipe.tenants:
+        return attach_tenants(model, recipe.adapter, slots_of(recipe), blocks)
+    return attach(model, recipe.adapter, blocks, layout_ep=ep, seed=recipe.train.seed)
 
 
 def _softened(model: nn.Module, blocks: list[MoEBlock], recipe: Recipe, process: Process) -> nn.Module:
@@ -117,6 +124,11 @@ def shape_fields(recipe: Recipe) -> dict[str, Any]:
     """The model section's keys that are of its family's shape, for :func:`moe.build.new_config`."""
     assert recipe.model.family is not None
     return {name: getattr(recipe.model, name) for name in FAMILIES[recipe.model.family].fields}
+
+
+def slots_of(recipe: Recipe) -> list[Tenant]:
+    """The recipe's tenants in the order of their slots."""
+    return [Tenant(name, own.seed or 0) for name, own in recipe.tenants.items()]
 
 
 def training_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:

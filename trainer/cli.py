@@ -214,13 +214,14 @@ def _validate(arguments: argparse.Namespace) -> int:
     from trainer.plan import card
     from trainer.recipe import check_world, load_recipe, recipe_warnings
     from trainer.runfolder import run_folder
+    from trainer.tenant_recipe import data_sections
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if under_launcher():
         world = os.environ["WORLD_SIZE"]
         check_world(recipe, int(world) if world.isdecimal() else 0)
-    files = matching_files(recipe.data)
-    size = sum(path.stat().st_size for _, path in files)
+    files = {path for data in data_sections(recipe) for _, path in matching_files(data)}
+    size = sum(path.stat().st_size for path in files)
     events = read_events(run_folder(recipe))
     print(card(recipe, num_files=len(files), num_bytes=size, available=available_bytes(), events=events))
     for warning in recipe_warnings(recipe):

@@ -1,7 +1,8 @@
 """`planaria export RUN OUT`: a run's newest verified checkpoint, or another, as a Hugging Face folder.
 
 A trained model is written with transformers' own ``save_pretrained``, so any tool that reads its family reads it. An
-adapter run's base is copied as it is, byte for byte, and the adapter goes to ``OUT/adapter``.
+adapter run's base is copied as it is, byte for byte, and the adapter goes to ``OUT/adapter``; those of tenants go to
+``OUT/adapters/NAME``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from checkpointing.materialise import whole
 from checkpointing.recovery import RecoveryError
 from checkpointing.store import Checkpoint, list_checkpoints, verify
 from lora.format import save_adapter
+from lora.tenant_rules import alone
 from moe.bias import EXTRA
 from moe.build import new_config
 from moe.family_table import family_of
@@ -62,7 +64,7 @@ def main(run_dir: str, out_dir: str, inexact: bool = False, step: int | Literal[
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    what = "base model and adapter" if recipe.adapter else "model"
+    what = f"base model and adapter{'s' * bool(recipe.tenants)}" if recipe.adapter else "model"
     print(f"exported {what} of step {checkpoint.step} to {out}")
     return 0
 
@@ -80,7 +82,10 @@ def _write(recipe: Recipe, run: Path, checkpoint: Checkpoint, temporary: Path, i
         _copy_base(recipe, temporary)
         if recipe.data.format == "chat" and recipe.data.chat_template != "model":
             _copy_template(run, temporary)
-        _write_adapter(recipe, tensors, temporary / "adapter")
+        if recipe.tenants:
+            _write_tenants(recipe, tensors, temporary / "adapters")
+        else:
+            _write_adapter(recipe, tensors, temporary / "adapter")
     else:
         _write_model(recipe, run, tensors, bias, temporary, inexact)
         _copy_tokenizer(run, temporary)
@@ -261,6 +266,23 @@ def _copy_base(recipe: Recipe, out: Path) -> None:
     for file in base.iterdir():
         if file.is_file():
             shutil.copy2(file, out / file.name)
+
+
+def _write_tenants(recipe: Recipe, tensors: dict[str, Tensor], out: Path) -> None:
+    """Each tenant's adapter as a folder of its own, as if it had trained alone."""
+    written = []
+    for name in recipe.tenants:
+        own = alone(tensors, name)
+        if broken := [path for path, tensor in own.items() if not tensor.isfinite().all()]:
+            print(
+                f"left out: the adapter of {name}, whose {broken[0]} is not finite: its training diverged", flush=True
+            )
+            continue
+        _write_adapter(recipe, own, out / name)
+        written.append(name)
+    if not written:
+        raise ExportError("every tenant's adapter holds values that are no numbers; lower their lr and train again")
+    print(f"adapters of {', '.join(written)}")
 
 
 def _write_adapter(recipe: Recipe, tensors: dict[str, Tensor], out: Path) -> None:

@@ -29,6 +29,7 @@ from trainer.routing_trace import Tape
 from trainer.schedules import learning_rate
 from trainer.schema import Recipe
 from trainer.snapshots import Snapshots
+from trainer.tenants import Tenants
 
 
 class DivergedError(ValueError):
@@ -52,25 +53,29 @@ class Run:
     watch: AdapterWatch | None = None
     bias: BiasBalance | None = None
     tape: Tape = field(default_factory=Tape)
+    tenants: Tenants | None = None
     progress: Progress = field(default_factory=Progress)
     labels: int | None = None  # chat: tokens with loss of the last step's global batch
 
 
 def fit(run: Run) -> None:
     """Train from ``run.progress`` to the recipe's last step, evaluating on held-out text at both ends."""
-    train = run.recipe.train
+    train, tenants = run.recipe.train, run.tenants
+    one_step, evaluate = train_step, report_heldout
+    if tenants is not None:
+        one_step, evaluate = tenants.train_step, tenants.report_heldout
     if is_evaluated(train, run.progress.step):
-        report_heldout(run, run.progress.step)  # an attempt that was killed may have captured the step and not done it
+        evaluate(run, run.progress.step)  # an attempt that was killed may have captured the step and not done it
     for step in range(run.progress.step + 1, train.steps + 1):
         started = time.monotonic()
-        loss = train_step(run, step)
+        loss = one_step(run, step)
         run.phases.enter("capture", step)
         run.snapshots.after_step(step, run.progress)
         if run.watch is not None:
             run.watch = _check_adapters(run, run.watch)
         _report_step(run, step, loss, time.monotonic() - started)
         if is_evaluated(train, step):
-            report_heldout(run, step)
+            evaluate(run, step)
 
 
 def train_step(run: Run, step: int) -> float:
@@ -173,6 +178,8 @@ def _report_step(run: Run, step: int, loss: float, seconds: float) -> None:
     if run.process.rank != 0:
         return
     tokens = train.global_batch_size * run.recipe.data.sequence_length
+    if run.tenants is not None:
+        tokens = run.tenants.tokens(step)
     run.events.write(
         "step",
         step=step,
@@ -194,6 +201,8 @@ def _report_step(run: Run, step: int, loss: float, seconds: float) -> None:
             f"{tokens / seconds:,.0f} tok/s  snapshot age {age}{'  ' * bool(routing)}{routing}",
             flush=True,
         )
+    if run.tenants is not None:
+        run.tenants.report_step(run, step, seconds, printed)
 
 
 def _grad_norm(engine: Any) -> float:

@@ -19,6 +19,7 @@ from trainer.family_checks import FAMILY_RULES
 from trainer.recipe_view import Finding, Unknown, View
 from trainer.routing_rules import ROUTING_RULES
 from trainer.schema import KEYS
+from trainer.tenant_recipe import tenant_findings
 from trainer.variant_checks import VARIANT_RULES
 from trainer.yaml_lines import Path
 
@@ -44,6 +45,7 @@ def findings(values: dict[str, Any], bad: set[Path]) -> Iterator[Finding]:
             yield from rule(view)
         except Unknown:
             continue
+    yield from tenant_findings(view)
     banks = values.get("adapter")
     for name in banks if isinstance(banks, dict) else ():
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):

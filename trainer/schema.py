@@ -147,6 +147,36 @@ class DataSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TenantData:
+    """What a tenant reads; a key that is None is ``data``'s. Tokenizer and sequence length are the same for all."""
+
+    __pydantic_config__ = _STRICT
+    source: Literal["stdlib", "files"] | None = None
+    include: Annotated[tuple[Text, ...], MinLen(1)] | None = None
+    format: Literal["text", "jsonl", "chat"] | None = None
+    text_key: Text | None = None
+    heldout_fraction: Annotated[float, Gt(0), Le(0.5)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TenantSection:
+    """One of several adapters that train at once; a key that is None is ``train``'s."""
+
+    __pydantic_config__ = _STRICT
+    data: TenantData = field(default_factory=TenantData)
+    steps: Count | None = None  # at most train.steps
+    lr: Above0 | None = None
+    min_lr_ratio: Annotated[float, Ge(0), Le(1)] | None = None
+    warmup_steps: CountOrZero | None = None
+    schedule: Literal["cosine", "constant"] | None = None
+    weight_decay: AtLeast0 | None = None
+    max_grad_norm: AtLeast0 | None = None
+    seed: CountOrZero | None = None  # of the adapter, sample order and dropout
+    micro_batch_size: Count | None = None  # sequences of this tenant per worker and forward pass
+    max_bad_steps: Count = 3  # in a row whose loss or gradient is no number, after which it stops
+
+
+@dataclass(frozen=True, kw_only=True)
 class DeadlinesSection:
     """Seconds that a worker may stay in one phase before it counts as stuck and is killed; 0: for ever."""
 
@@ -172,6 +202,7 @@ class ParallelSection:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: fp32 on CPU, bf16 on GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
     restarts: CountOrZero = 3
+    memory_gib: Above0 | Literal["auto"] = "auto"  # that a worker may take, by which tenants are admitted; auto: free
     deadlines: DeadlinesSection = field(default_factory=DeadlinesSection)
 
 
@@ -278,6 +309,7 @@ class Recipe:
     train: TrainSection
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     adapter: dict[str, BankConfig] = field(default_factory=dict)
+    tenants: dict[str, TenantSection] = field(default_factory=dict)
     log: LogSection = field(default_factory=LogSection)
 
     @property
@@ -290,7 +322,7 @@ class Recipe:
 class Key:
     """One key of the schema; ``required`` keys have no default."""
 
-    path: tuple[str, ...]  # the name of an adapter bank is "*"
+    path: tuple[str, ...]  # the name of an adapter bank or tenant is "*"
     section: bool
     required: bool
     default: Any
@@ -313,10 +345,13 @@ def _keys(section: type, prefix: tuple[str, ...]) -> Iterator[Key]:
 KEYS: dict[tuple[str, ...], Key] = {key.path: key for key in _keys(Recipe, ())}
 
 
+NAMED = (("adapter",), ("tenants",))  # sections whose keys are the user's own names
+
+
 def schema_path(path: tuple[str | int, ...]) -> tuple[str, ...]:
-    """``path`` with the bank's name replaced by ``*`` and list indices dropped."""
+    """``path`` with the name of a bank or tenant replaced by ``*`` and list indices dropped."""
     names = tuple(part for part in path if isinstance(part, str))
-    return ("adapter", "*", *names[2:]) if names[:1] == ("adapter",) and len(names) > 1 else names
+    return (names[0], "*", *names[2:]) if names[:1] in NAMED and len(names) > 1 else names
 
 
 def children(path: tuple[str, ...]) -> tuple[str, ...]:
