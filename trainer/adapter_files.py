@@ -7,11 +7,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from lora.base_facts import BaseFacts
 from lora.errors import AdapterError
 from lora.exactness import require
 from lora.format import Adapter, load_adapter, save_adapter
 from lora.merge import format_losses, merge_into_folder
-from lora.peft_format import BaseFacts, write_peft
+from lora.peft_format import write_peft
 from lora.peft_import import fingerprint_of, import_adapter
 from lora.presets import expansions
 from lora.tasks import write_tasks
@@ -54,10 +55,7 @@ def make_arrow(out_dir: str, adapter_dirs: tuple[str, ...], top_k: int, temperat
 
 
 def _peft(adapter: Adapter, base: Path | None, out: Path, per_expert: bool = False) -> None:
-    facts = BaseFacts.read(base)
-    count = write_peft(
-        adapter.tensors, adapter.banks, out, facts, per_expert=per_expert, routed_experts=adapter.routed_experts
-    )
+    count = write_peft(adapter.tensors, adapter.banks, out, _facts(adapter, base), per_expert=per_expert)
     print(f"wrote {count} tensors for PEFT to {out}")
 
 
@@ -66,7 +64,7 @@ def _peft_per_expert(adapter: Adapter, base: Path | None, out: Path) -> None:
 
 
 def _tasks(adapter: Adapter, base: Path | None, out: Path) -> None:
-    count = write_tasks(adapter.tensors, adapter.banks, out, BaseFacts.read(base), adapter.routed_experts)
+    count = write_tasks(adapter.tensors, adapter.banks, out, _facts(adapter, base))
     print(f"wrote {count} plain LoRAs for PEFT, one for each task, to {out}/task-0 and on")
 
 
@@ -77,7 +75,7 @@ def _upcycled(adapter: Adapter, base: Path | None, out: Path) -> None:
 
 
 def _merged(adapter: Adapter, base: Path | None, out: Path) -> None:
-    losses = merge_into_folder(adapter.tensors, adapter.banks, _needed(base, "merged"), out, adapter.routed_experts)
+    losses = merge_into_folder(adapter.tensors, adapter.banks, _needed(base, "merged"), out)
     print(format_losses(losses))
     print(f"wrote the base model with the adapter in its weights to {out}")
 
@@ -89,6 +87,10 @@ _WRITERS: dict[str, Callable[[Adapter, Path | None, Path], None]] = {
     "upcycled": _upcycled,
     "merged": _merged,
 }
+
+
+def _facts(adapter: Adapter, base: Path | None) -> BaseFacts:
+    return adapter.base if base is None else BaseFacts.read(base)
 
 
 def _needed(base: Path | None, form: str) -> Path:
