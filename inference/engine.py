@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,9 @@ import torch
 from transformers import AutoTokenizer, DynamicCache
 
 from inference.cache import ExpertCache
+from inference.policies import LRU, Policy
 from inference.sampling import next_token
+from inference.shadow import Hedge
 from inference.skeleton import build_skeleton, expert_shape, load_dense, offload_experts
 from inference.store import ExpertStore, InferenceError, TensorFiles
 from lora.format import apply_adapter, load_adapter
@@ -81,6 +83,8 @@ class LLM:
         device: where to compute; CUDA if there is one.
         dtype: precision to compute in; the folder's own by default.
         poison: fill given-up slots with NaN.
+        policy: which resident experts give up their places, made from (layers, experts, slots); by default
+            :class:`~inference.shadow.Hedge`, or LRU where none ever has to.
 
     Raises:
         InferenceError: the folder is damaged or not a MoE, or a setting is out of range.
@@ -95,6 +99,7 @@ class LLM:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         poison: bool = False,
+        policy: Callable[[int, int, int], Policy] | None = None,
     ) -> None:
         if not 0 <= expert_budget <= 1:
             raise InferenceError(f"expert budget {expert_budget} is out of range; give a share from 0 to 1, as 0.25")
@@ -106,7 +111,9 @@ class LLM:
         store = ExpertStore(files, {b.layer: f"{b.path}.experts" for b in blocks}, shape)
         slots = max(round(expert_budget * store.total), 1) if expert_budget else 0
         dtype = blocks[0].experts.gate_up_proj.dtype
-        self.cache = ExpertCache(store, slots, device=self.device, dtype=dtype, poison=poison)
+        make = policy or (Hedge if 0 < slots < store.total else _never_asked)
+        chosen = make(len(store.layers), shape.num_experts, slots)
+        self.cache = ExpertCache(store, slots, device=self.device, dtype=dtype, policy=chosen, poison=poison)
         offload_experts(blocks, self.cache)
         load_dense(self.model, files, self.device)
         if adapter is not None:
@@ -157,6 +164,7 @@ class LLM:
     @torch.inference_mode()
     def _continue(self, prompt_ids: tuple[int, ...], max_new_tokens: int, temperature: float, seed: int) -> Generation:
         started = time.perf_counter()
+        self.cache.policy.begin()
         generator = torch.Generator().manual_seed(seed) if temperature else None
         kv = DynamicCache(config=self.model.config)
         feed, new, finish = list(prompt_ids), [], "length"
@@ -194,6 +202,11 @@ class LLM:
                 "shorten the prompt or ask for fewer tokens"
             )
         return ids
+
+
+def _never_asked(layers: int, experts: int, _slots: int) -> Policy:
+    """For caches that keep all experts or none, where any policy does and the cheapest is best."""
+    return LRU(layers, experts)
 
 
 def _tokenizer(path: Path):
