@@ -56,7 +56,7 @@ def has_derivative(form: ExpertForm) -> bool:
 def scaled(h_N2I: Tensor, score_N: Tensor, form: ExpertForm) -> Tensor:
     """``score * between(h)`` [N,I] in h's dtype."""
     if h_N2I.dtype == score_N.dtype:
-        return _gated(*split(h_N2I, form), form)[0].mul_(score_N[:, None])
+        return gated(*split(h_N2I, form), form)[0].mul_(score_N[:, None])
     a_NI = h_N2I.new_empty(h_N2I.shape[0], h_N2I.shape[1] // 2)
     for rows in _chunks(h_N2I.shape[0]):
         a_NI[rows] = scaled(h_N2I[rows].to(score_N.dtype), score_N[rows], form)
@@ -76,10 +76,10 @@ def scaled_backward(
     """
     if h_N2I.dtype == score_N.dtype:
         gate_NI, up_NI = split(h_N2I, form)
-        value_NI, acted_NI = _gated(gate_NI, up_NI, form)
+        value_NI, acted_NI = gated(gate_NI, up_NI, form)
         ds_N = (da_NI * value_NI).sum(-1)
         score_N1 = score_N[:, None]
-        _differentiate(da_NI.mul_(score_N1), gate_NI, up_NI, acted_NI, form, split(dh_N2I, form))
+        differentiate(da_NI.mul_(score_N1), gate_NI, up_NI, acted_NI, form, split(dh_N2I, form))
         return value_NI.mul_(score_N1), ds_N
     ds_N = torch.empty_like(score_N)
     for rows in _chunks(h_N2I.shape[0]):
@@ -89,7 +89,7 @@ def scaled_backward(
     return da_NI, ds_N
 
 
-def _gated(gate_NI: Tensor, up_NI: Tensor, form: ExpertForm) -> tuple[Tensor, Tensor]:
+def gated(gate_NI: Tensor, up_NI: Tensor, form: ExpertForm) -> tuple[Tensor, Tensor]:
     """``between(h)``, and the activated gate."""
     if form.limit is None:
         acted_NI = _KNOWN[form.act][0](gate_NI)
@@ -99,7 +99,7 @@ def _gated(gate_NI: Tensor, up_NI: Tensor, form: ExpertForm) -> tuple[Tensor, Te
     return (up_NI.clamp(min=-form.limit, max=form.limit) + 1) * acted_NI, acted_NI
 
 
-def _differentiate(
+def differentiate(
     d_NI: Tensor, gate_NI: Tensor, up_NI: Tensor, acted_NI: Tensor, form: ExpertForm, into: tuple[Tensor, Tensor]
 ) -> None:
     """From the gradient of ``between(h)`` to the gate's and the up projection's; ``into`` may be those themselves."""

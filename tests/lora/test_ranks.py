@@ -11,20 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora.attach import attach
-from lora.config import BankConfig
 from lora.format import collect_adapter, save_adapter
+from moe.context import batch_context
 from moe.convert import convert
+from tests.lora.rank_cases import CASES, CUT_OFF, context_of, file_of
 
-BANKS = {
-    "e": BankConfig("expert-lora", r=4, alpha=8.0),
-    "a": BankConfig("mola", r=2, alpha=4.0, num_experts=4, top_k=2),
-}
+WORLD = 2
 
 
-def run_ranks(folder: Path, world: int = 2) -> None:
+def run_ranks(folder: Path, world: int = WORLD) -> None:
     script = Path(__file__).with_name("train_ranks.py")
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
@@ -51,54 +49,80 @@ def run_ranks(folder: Path, world: int = 2) -> None:
 
 @dataclass(frozen=True)
 class Runs:
+    """Adapter tensors by case and path: what they started from, and what one process made of them."""
+
     folder: Path
-    start: dict[str, Tensor]
-    one_process: dict[str, Tensor]
+    start: dict[str, dict[str, Tensor]]
+    one_process: dict[str, dict[str, Tensor]]
 
 
 @pytest.fixture(scope="module")
 def runs(tiny_moe, tmp_path_factory) -> Runs:
     """The same three steps from B != 0, by one process and by two ranks under each ZeRO stage."""
     folder = tmp_path_factory.mktemp("ranks")
-    model = tiny_moe()
-    model.save_pretrained(folder / "base")
-    attach(model, BANKS, convert(model))
+    tiny_moe().save_pretrained(folder / "base")
     generator = torch.Generator().manual_seed(3)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    with torch.no_grad():
-        for parameter in trained:
-            parameter.normal_(0, 0.2, generator=generator)
-    start = {path: tensor.clone() for path, tensor in collect_adapter(model).items()}
-    save_adapter(folder / "adapter", start, BANKS, "")
     tokens_SBT = torch.randint(64, (3, 4, 16), generator=generator)
     torch.save(tokens_SBT, folder / "tokens.pt")
+    models, starts = {}, {}
+    for case, banks in CASES.items():
+        models[case] = model = tiny_moe()
+        attach(model, banks, convert(model))
+        with torch.no_grad():
+            for parameter in trained(model):
+                parameter.normal_(0, 0.2, generator=generator)
+        starts[case] = {path: tensor.clone() for path, tensor in collect_adapter(model).items()}
+        save_adapter(folder / f"adapter-{file_of(case)}", starts[case], banks, "")
     run_ranks(folder)
-    optimizer = torch.optim.SGD(trained, lr=0.2)
+    for model in models.values():
+        train_here(model, tokens_SBT)
+    return Runs(folder, starts, {case: collect_adapter(model) for case, model in models.items()})
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def train_here(model: nn.Module, tokens_SBT: Tensor) -> None:
+    """Each rank's share as a micro-batch: losses of a batch's routing are not the sums of those of its parts."""
+    optimizer = torch.optim.SGD(trained(model), lr=0.2)
     for tokens_BT in tokens_SBT:
         optimizer.zero_grad()
-        model(tokens_BT, labels=tokens_BT).loss.backward()
+        for mine in tokens_BT.chunk(WORLD):
+            with batch_context(context_of(mine, aux_scale=1 / WORLD)):
+                (model(mine, labels=mine).loss / WORLD).backward()
         optimizer.step()
-    return Runs(folder, start, collect_adapter(model))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
-def test_two_ranks_train_the_adapter_of_one_process(runs, stage):
-    parts = [torch.load(runs.folder / f"trained-{stage}-{rank}.pt") for rank in range(2)]
-    for path, want in runs.one_process.items():
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_train_the_adapter_of_one_process(runs, case, stage):
+    parts = [torch.load(runs.folder / f"trained-{file_of(case)}-{stage}-{rank}.pt") for rank in range(WORLD)]
+    for path, want in runs.one_process[case].items():
         pieces = [part[path] for part in parts]
-        got = torch.cat(pieces) if ".experts." in path else pieces[0]
-        moved = (want - runs.start[path]).norm()
+        sharded = pieces[0].shape != want.shape
+        got = torch.cat(pieces) if sharded else pieces[0]
+        moved = (want - runs.start[case][path]).norm()
+        assert moved > 0, path
         assert (got - want).norm() < 1e-4 * moved, path
-        assert ".experts." in path or torch.equal(*pieces), path
+        assert sharded or torch.equal(*pieces), path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_every_adapter_of_every_rank_is_seen_to_train(runs, case, stage):
+    for rank in range(WORLD):
+        assert json.loads((runs.folder / f"result-{file_of(case)}-{stage}-{rank}.json").read_text())["done"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 def test_ranks_judge_a_cut_off_adapter_alike(runs, stage):
-    results = [json.loads((runs.folder / f"result-{stage}-{rank}.json").read_text()) for rank in range(2)]
+    files = [runs.folder / f"result-{file_of(CUT_OFF)}-{stage}-{rank}.json" for rank in range(WORLD)]
+    results = [json.loads(file.read_text()) for file in files]
     assert results[0] == results[1]  # else one would raise and the other wait in the next collective
-    assert results[0]["done"]
     error = results[0]["error"]
     assert all(f"L00.E00{e}.adapter.down_proj.B" in error for e in range(4, 8))
     assert not any(innocent in error for innocent in ("L00.E003", "gate_up_proj", "L01"))

@@ -1,6 +1,7 @@
 """One rank of a real DeepSpeed job that trains an adapter; started by test_ranks.py, twice.
 
-Argument: work folder. Environment: RANK, WORLD_SIZE. Expert parallelism spans all ranks; ZeRO-1, then ZeRO-2.
+Argument: work folder. Environment: RANK, WORLD_SIZE. Expert parallelism spans all ranks. Every case of rank_cases.py
+is trained with ZeRO-1, then with ZeRO-2.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from transformers import Qwen3MoeForCausalLM
 from lora.errors import AdapterError
 from lora.format import apply_adapter, load_adapter
 from lora.watch import AdapterWatch
+from moe.context import batch_context
 from moe.convert import convert
 from moe.deepspeed_ep import bind_expert_parallel
 from moe.layout import Layout
+from tests.lora.rank_cases import CASES, CUT_OFF, context_of, file_of
 
 
 def initialize(model: torch.nn.Module, stage: int) -> deepspeed.DeepSpeedEngine:
@@ -49,10 +52,11 @@ def total(flags: Tensor) -> Tensor:
     return flags
 
 
-def train(folder: Path, stage: int, rank: int, world: int) -> dict[str, object]:
+def train(folder: Path, case: str, stage: int, rank: int, world: int) -> dict[str, object]:
+    """Three steps of the case, whose values are saved; in one case then a step with an adapter cut off on one rank."""
     model = Qwen3MoeForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     blocks = convert(model, Layout(world, world), rank)
-    apply_adapter(model, load_adapter(folder / "adapter"))
+    apply_adapter(model, load_adapter(folder / f"adapter-{file_of(case)}"))
     for block in blocks:
         bind_expert_parallel(block.experts)
     engine = initialize(model, stage)
@@ -62,7 +66,8 @@ def train(folder: Path, stage: int, rank: int, world: int) -> dict[str, object]:
 
     def step(tokens_BT: Tensor) -> None:
         mine = tokens_BT.chunk(world)[rank]
-        engine.backward(engine(input_ids=mine, labels=mine).loss)
+        with batch_context(context_of(mine)):
+            engine.backward(engine(input_ids=mine, labels=mine).loss)
         engine.step()
 
     for tokens_BT in tokens_SBT:
@@ -70,7 +75,9 @@ def train(folder: Path, stage: int, rank: int, world: int) -> dict[str, object]:
         pending.append(watch.check(reduce=total))
     result: dict[str, object] = {"pending": pending, "done": watch.done}
     values = {p.address.param: p.detach().clone() for p in model.parameters() if p.requires_grad}
-    torch.save(values, folder / f"trained-{stage}-{rank}.pt")
+    torch.save(values, folder / f"trained-{file_of(case)}-{stage}-{rank}.pt")
+    if case != CUT_OFF:
+        return result
 
     watch = AdapterWatch(model)
     if rank == world - 1:
@@ -89,9 +96,10 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", dist_init_required=False)
-    for stage in (1, 2):
-        result = train(folder, stage, rank, world)
-        (folder / f"result-{stage}-{rank}.json").write_text(json.dumps(result))
+    for case in CASES:
+        for stage in (1, 2):
+            result = train(folder, case, stage, rank, world)
+            (folder / f"result-{file_of(case)}-{stage}-{rank}.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
 

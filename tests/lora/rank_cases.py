@@ -1,0 +1,57 @@
+"""What test_ranks.py trains with one process and with two ranks: banks by the name of the case.
+
+Each case is a model of its own in the one launch of two ranks. Targets must not overlap within a case; losses get a
+coefficient and dropout is off, so that one process can be compared with two ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora.config import BankConfig
+from moe.context import BatchContext
+
+CUT_OFF = "experts and mola"  # the case whose ranks also have to notice an adapter that is cut off
+
+CASES: dict[str, dict[str, BankConfig]] = {
+    CUT_OFF: {
+        "e": BankConfig("expert-lora", r=4, alpha=8.0),
+        "a": BankConfig("mola", r=2, alpha=4.0, num_experts=(2, 4), router_aux_loss_coef=0.1),
+    },
+    "linear, one expert or all": {
+        "lora": BankConfig("lora", targets=("q_proj",), r=2),
+        "rslora": BankConfig("rslora", targets=("k_proj",), r=2),
+        "moslora": BankConfig("moslora", targets=("v_proj",), r=2),
+        "mov": BankConfig("mov", targets=("o_proj",), num_experts=3),
+    },
+    "linear, soft": {
+        "molora": BankConfig("molora", targets=("q_proj",), num_experts=3, r=2),
+        "loramoe": BankConfig("loramoe", targets=("k_proj",), num_experts=4, r=2, alpha=4.0, router_aux_loss_coef=0.1),
+        "hydralora": BankConfig("hydralora", targets=("v_proj",), r=2, alpha=4.0),
+        "moelora-task": BankConfig(
+            "moelora-task", targets=("o_proj",), r=8, num_experts=4, dropout=0.0, num_tasks=2, task_embedding=5
+        ),
+    },
+    "linear, chosen": {
+        "moelora": BankConfig(
+            "moelora", targets=("q_proj",), num_experts=4, r=2, router_aux_loss_coef=0.1, contrastive_coef=0.05
+        ),
+        "adamole": BankConfig("adamole", targets=("k_proj",), r=2, router_aux_loss_coef=0.1),
+        "mola": BankConfig(
+            "mola", targets=("v_proj",), r=2, balance_pooled=True, router_aux_loss_coef=0.1, z_loss_coef=0.01
+        ),
+    },
+}
+
+
+def context_of(tokens_BT: Tensor, aux_scale: float = 1.0) -> BatchContext:
+    """The batch's rows are samples, of task 0 and 1 by turns."""
+    rows, length = tokens_BT.shape
+    task_T = (torch.arange(rows) % 2).repeat_interleave(length)
+    return BatchContext(aux_scale=aux_scale, shape=(rows, length), task_T=task_T)
+
+
+def file_of(case: str) -> str:
+    """The case's name as part of a file's."""
+    return case.replace(" ", "-").replace(",", "")
