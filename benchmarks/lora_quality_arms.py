@@ -53,6 +53,10 @@ class Arm:
     variant: bool = False
     router_lr: float = 1.0
 
+    @property
+    def routed(self) -> bool:
+        return any(expand(bank).router != "none" for bank in self.banks.values())
+
 
 def _linears(preset: Any, attention: Any = None, layers: str = "", **fields: Any) -> dict[str, BankConfig]:
     """A preset on the feed-forward linears, and it or another one on the attention's; apart, to be fitted finely."""
@@ -118,11 +122,20 @@ def _sized(arm: Arm, sizes: Mapping[str, tuple[int, ...]]) -> dict[str, BankConf
 def _sizes_of(model: LlamaForCausalLM, arm: Arm, size: int) -> dict[str, list[int]]:
     """Trainable parameters of each bank in each layer, if all sizes are ``size``."""
     layers = model.config.num_hidden_layers
-    report = attach(twin(model), _sized(arm, {name: (size,) * layers for name in arm.banks}), [])
+    report = attach(twin(model), _sized(arm, dict.fromkeys(arm.banks, (size,) * layers)), [])
     found = {name: [0] * layers for name in arm.banks}
     for match in report.matches:
         found[match.bank][layer_of(match.path)] += match.parameters
     return found
+
+
+def _total(counts: Mapping[str, list[int]]) -> int:
+    return sum(map(sum, counts.values()))
+
+
+def reference_size(model: LlamaForCausalLM) -> int:
+    """The trainable parameters that all arms get: those of eight routed experts of rank 2 on every linear layer."""
+    return _total(_sizes_of(model, Arm("reference", _linears("molora", num_experts=8)), 2))
 
 
 def fitted(model: LlamaForCausalLM, arm: Arm, parameters: int) -> tuple[dict[str, BankConfig], int]:
@@ -131,14 +144,16 @@ def fitted(model: LlamaForCausalLM, arm: Arm, parameters: int) -> tuple[dict[str
     All layers have the same size or, in later ones, one more. Raises AdapterError if that comes no nearer than
     TOLERANCE.
     """
-    target = parameters * arm.share
-    layers = model.config.num_hidden_layers
-    smaller, larger, size = None, _sizes_of(model, arm, 1), 1
-    while sum(map(sum, larger.values())) <= target and size < LARGEST:
-        size += 1
-        smaller, larger = larger, _sizes_of(model, arm, size)
-    if smaller is None:
-        raise AdapterError(f"{arm.name}: has {sum(map(sum, larger.values()))} parameters at the least, not {target:.0f}")
+    target, layers = parameters * arm.share, model.config.num_hidden_layers
+    counts = {1: _sizes_of(model, arm, 1)}
+    size, above = 1, LARGEST
+    if _total(counts[1]) > target:
+        raise AdapterError(f"{arm.name}: has {_total(counts[1])} parameters at the least, not {target:.0f}")
+    while above - size > 1:
+        middle = (size + above) // 2
+        counts[middle] = _sizes_of(model, arm, middle)
+        size, above = (middle, above) if _total(counts[middle]) <= target else (size, middle)
+    smaller, larger = counts[size], counts.get(above) or _sizes_of(model, arm, above)
     choices = []
     for cuts in itertools.product(range(layers + 1), repeat=len(arm.banks)):
         count = sum(
@@ -148,9 +163,7 @@ def fitted(model: LlamaForCausalLM, arm: Arm, parameters: int) -> tuple[dict[str
     off, cuts, count = min(choices)
     if off > TOLERANCE * target:
         raise AdapterError(f"{arm.name}: {count} parameters are the nearest to {target:.0f} that its ranks allow")
-    sizes = {
-        name: (size - 1,) * cut + (size,) * (layers - cut) for name, cut in zip(arm.banks, cuts, strict=True)
-    }
+    sizes = {name: (size,) * cut + (above,) * (layers - cut) for name, cut in zip(arm.banks, cuts, strict=True)}
     return _sized(arm, sizes), count
 
 
