@@ -53,8 +53,8 @@ def summarise(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict
 def table(rows: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Mapping[str, Any]]) -> str:
     """A row per arm, best first. ``facts``: of each arm ``parameters``, ``lr`` and ``kind``."""
     lines = [
-        "| arm | parameters | lr | exact match | worst task | gap closed (least, most) | of the 8x gap | I(task; expert), bits "
-        "(best router) | dead |",
+        "| arm | parameters | lr | exact match | worst task | gap closed (least, most) | of the 8x gap | "
+        "I(task; expert), bits (best router) | dead |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for arm, row in sorted(rows.items(), key=lambda item: -item[1]["mean"]):

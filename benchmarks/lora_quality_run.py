@@ -46,7 +46,10 @@ class TrainSetting:
 def train_arm(
     base: LlamaForCausalLM, arm: Arm, banks: Mapping[str, BankConfig], setting: TrainSetting, lr: float, seed: int
 ) -> dict[str, Any]:
-    """Adam without weight decay or clipping, which would couple the oracle's adapters. ``seed``: of data and factors."""
+    """Train and score. ``seed``: of data and factors.
+
+    Adam without clipping, which would couple the oracle's adapters, and without weight decay.
+    """
     started, device = time.monotonic(), base.device
     tasks = learnt(setting.examples, setting.shown)
     model = twin(base)

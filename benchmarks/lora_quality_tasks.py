@@ -99,8 +99,8 @@ class Batch:
 
     Attributes:
         tokens_BS: the samples.
-        scored_BS: whether a token is one that training learns: of the query's answer; where examples are solved as the query
-            is, of theirs, too, but the first's.
+        scored_BS: whether a token is one that training learns: of the query's answer; where examples are solved as
+            the query is, of theirs, too, but the first's.
         task_B: index of each sample's task.
     """
 
