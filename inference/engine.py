@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, DynamicCache
 
-from inference.cache import ExpertCache
+from inference.cache import CacheCounts, ExpertCache
 from inference.sampling import next_token
 from inference.skeleton import build_skeleton, expert_shape, load_dense, offload_experts
 from inference.store import ExpertStore, InferenceError, TensorFiles
 from lora.format import apply_adapter, load_adapter
+from moe.families import MoEBlock
 from moe.fingerprint import fingerprint
 
 Prompt = str | Sequence[int]
@@ -64,26 +65,31 @@ class Stats:
         return self.new_tokens / self.seconds if self.seconds else 0.0
 
     def __str__(self) -> str:
+        speed = f"{self.new_tokens} tokens in {self.seconds:.2f} s, {self.tokens_per_second:.1f} tokens/s"
+        if not self.total_experts:
+            return f"a dense model, all of it resident; {speed}"
         return (
             f"experts: {self.hits} hits, {self.misses} misses ({self.hit_rate:.1%} hits), "
-            f"{self.bytes_fetched / 1e6:.1f} MB fetched, {self.resident}/{self.total_experts} resident; "
-            f"{self.new_tokens} tokens in {self.seconds:.2f} s, {self.tokens_per_second:.1f} tokens/s"
+            f"{self.bytes_fetched / 1e6:.1f} MB fetched, {self.resident}/{self.total_experts} resident; {speed}"
         )
 
 
 class LLM:
     """A MoE language model whose routed experts stay in their files, ``expert_budget`` of them resident.
 
+    A dense Llama, Mistral or Qwen model, the base of an adapter, is wholly resident.
+
     Args:
         path: a folder as ``planaria export`` or ``save_pretrained`` writes it: config.json, safetensors, tokenizer.
-        expert_budget: share of all routed experts that may be resident, 0 to 1; anything above 0 is at least one.
+        expert_budget: share of all routed experts that may be resident, 0 to 1; anything above 0 is at least one. A
+            dense model has none to leave in the files, so it takes 1 only.
         adapter: folder of an adapter in the native format.
         device: where to compute; CUDA if there is one.
         dtype: precision to compute in; the folder's own by default.
         poison: fill given-up slots with NaN.
 
     Raises:
-        InferenceError: the folder is damaged or not a MoE, or a setting is out of range.
+        InferenceError: the folder is damaged or of no known kind, or a setting is out of range.
         lora.errors.AdapterError: the adapter is damaged or does not fit the model.
     """
 
@@ -102,12 +108,14 @@ class LLM:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         files = TensorFiles(self.path)
         self.model, blocks = build_skeleton(self.path, dtype)
-        shape = expert_shape(self.path, blocks)
-        store = ExpertStore(files, {b.layer: f"{b.path}.experts" for b in blocks}, shape)
-        slots = max(round(expert_budget * store.total), 1) if expert_budget else 0
-        dtype = blocks[0].experts.gate_up_proj.dtype
-        self.cache = ExpertCache(store, slots, device=self.device, dtype=dtype, poison=poison)
-        offload_experts(blocks, self.cache)
+        self.cache: ExpertCache | None = None
+        if blocks:
+            self.cache = self._offloaded(files, blocks, expert_budget, poison)
+        elif expert_budget != 1:
+            raise InferenceError(
+                f"{self.path} is a dense model: it has no experts to leave in the files, so an expert budget of "
+                f"{expert_budget} means nothing; leave it out (1: all of the model is resident)"
+            )
         load_dense(self.model, files, self.device)
         if adapter is not None:
             # Reads the whole folder once: an adapter on another base gives fluent nonsense, never an error.
@@ -117,6 +125,18 @@ class LLM:
         self.eos = _end_tokens(self.path, self.model.config)
         self._new_tokens = 0
         self._seconds = 0.0
+
+    def _offloaded(
+        self, files: TensorFiles, blocks: list[MoEBlock], expert_budget: float, poison: bool
+    ) -> ExpertCache:
+        """Have the blocks' experts borrow from a cache, which is returned."""
+        shape = expert_shape(self.path, blocks)
+        store = ExpertStore(files, {b.layer: f"{b.path}.experts" for b in blocks}, shape)
+        slots = max(round(expert_budget * store.total), 1) if expert_budget else 0
+        dtype = blocks[0].experts.gate_up_proj.dtype
+        cache = ExpertCache(store, slots, device=self.device, dtype=dtype, poison=poison)
+        offload_experts(blocks, cache)
+        return cache
 
     def generate(
         self, prompts: Sequence[Prompt], max_new_tokens: int = 64, *, temperature: float = 0.0, seed: int = 0
@@ -136,14 +156,15 @@ class LLM:
         return [self._continue(ids, max_new_tokens, temperature, seed + i) for i, ids in enumerate(encoded)]
 
     def stats(self) -> Stats:
-        counts = self.cache.counts
+        cache = self.cache
+        counts = CacheCounts() if cache is None else cache.counts
         return Stats(
             hits=counts.hits,
             misses=counts.misses,
             bytes_fetched=counts.bytes_fetched,
-            slots=self.cache.slots,
-            resident=len(self.cache.resident),
-            total_experts=self.cache.store.total,
+            slots=0 if cache is None else cache.slots,
+            resident=0 if cache is None else len(cache.resident),
+            total_experts=0 if cache is None else cache.store.total,
             new_tokens=self._new_tokens,
             seconds=self._seconds,
         )

@@ -13,12 +13,14 @@ from inference.cache import ExpertCache
 from inference.experts import OffloadedExperts
 from inference.store import ExpertShape, InferenceError, TensorFiles, stored_names
 from moe.families import FamilyError, MoEBlock, find_moe_blocks
+from moe.family_table import DENSE
 
 
 def build_skeleton(folder: Path, dtype: torch.dtype | None) -> tuple[nn.Module, list[MoEBlock]]:
     """The model of ``folder/config.json`` with all parameters on the meta device, and its MoE blocks.
 
-    ``dtype`` None takes the folder's own. Raises InferenceError if the config cannot be read or is not a MoE.
+    A model of a dense family that adapters train on has none. ``dtype`` None takes the folder's own. Raises
+    InferenceError if the config cannot be read or is of neither kind.
     """
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -30,6 +32,8 @@ def build_skeleton(folder: Path, dtype: torch.dtype | None) -> tuple[nn.Module, 
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         except ValueError as error:
             raise InferenceError(f"{folder}: not a language model transformers can build: {error}") from error
+    if config.model_type in DENSE:
+        return model.eval(), []
     try:
         return model.eval(), find_moe_blocks(model)
     except FamilyError as error:

@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from lora.config import BankConfig
 from lora.errors import AdapterError
 from lora.expert_site import attach_experts
+from lora.ffn_site import attach_ffns
 from lora.linear_site import attach_linears
-from lora.presets import check_banks, expand
+from lora.methods import EXPERT_TENSORS, FFN
+from lora.parallel_site import attach_beside
+from lora.presets import bank_at, check_banks, expand, layer_of
 from lora.sites import Frame, Match, global_size
+from lora.targets import OUTPUT, ROUTER, Places, resolve
 from moe.families import MoEBlock
 
 __all__ = ["AttachReport", "Match", "attach", "format_table"]
 
 Attacher = Callable[[nn.Module, str, BankConfig, Sequence[MoEBlock], Frame], list[Match]]
-_SITES: dict[str, Attacher] = {"linear": attach_linears, "experts": attach_experts}
+_SITES: dict[str, Attacher] = {
+    "linear": attach_linears,
+    "experts": attach_experts,
+    "ffn": attach_ffns,
+    "parallel": attach_beside,
+}
+_KINDS = {
+    "linear": "linear banks",
+    "experts": "expert adapters",
+    "ffn": "feed-forward banks",
+    "parallel": "parallel banks",
+}
 
 
 @dataclass(frozen=True)
 class AttachReport:
     """What ``attach`` did. Counts are of the whole model, not of this rank's share.
 
-    ``trainable`` is keyed by kind: ``expert adapters``, ``linear banks``, ``bank routers``.
+    ``trainable`` is keyed by kind: ``linear banks``, ``expert adapters``, ``feed-forward banks``, ``parallel banks``,
+    ``bank routers``.
     """
 
     matches: tuple[Match, ...]
@@ -57,19 +73,52 @@ def attach(
     there) and for experts that cannot take an adapter.
     """
     check_banks(banks)
+    resolve(banks, places_of(model, blocks))
     for block in blocks:
         if getattr(block.module.experts, "adapter", None) is not None:
             raise AdapterError(
                 f"{block.path}.experts already has an adapter; attach all banks at once to a model without any"
             )
     model.requires_grad_(False)
-    frame = Frame(_layers(model), seed, layout_ep)
-    matches = [
-        match
-        for name, bank in banks.items()
-        for match in _SITES[str(expand(bank).site)](model, name, bank, blocks, frame)
-    ]
+    frame = Frame(_layers(model), seed, layout_ep, _experts_per_token(model, blocks))
+    matches = []
+    for name, bank in banks.items():
+        site = str(expand(bank).site)
+        for match in _SITES[site](model, name, bank, blocks, frame):
+            here = bank_at(bank, layer_of(match.path), frame.layers, _routed(blocks, match.path), frame.active)
+            matches.append(replace(match, site=site, num_experts=here.num_experts, r=here.r))
     return _report(model, matches)
+
+
+def places_of(model: nn.Module, blocks: Sequence[MoEBlock]) -> Places:
+    """Where banks may go. Linear layers outside of the model's layers, and routers, are refused."""
+    linear, ffn, refused = [], [], {}
+    gates = {block.gate for block in blocks}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            if module in gates:
+                refused[path] = ROUTER
+            elif re.search(r"\.\d+\.", path) is None:
+                refused[path] = OUTPUT
+            else:
+                linear.append(path)
+        elif all(isinstance(getattr(module, name, None), nn.Linear) for name in FFN):
+            ffn.append(path)
+    experts = [f"{block.path}.experts.{tensor}" for block in blocks for tensor in EXPERT_TENSORS]
+    return Places(tuple(linear), tuple(experts), tuple(ffn), tuple(block.path for block in blocks), refused)
+
+
+def _routed(blocks: Sequence[MoEBlock], path: str) -> int:
+    """The model's own experts in the layer of ``path``."""
+    here = [block for block in blocks if block.layer == layer_of(path)]
+    return getattr(here[0].module.experts, "num_experts", 0) if here else 0
+
+
+def _experts_per_token(model: nn.Module, blocks: Sequence[MoEBlock]) -> int:
+    """Of the model's own router; 0 if it has none, or does not say."""
+    names = ("num_experts_per_tok", "top_k")
+    homes = [getattr(model, "config", None), *(block.gate for block in blocks)] if blocks else []
+    return next((n for home in homes for name in names if isinstance(n := getattr(home, name, None), int)), 0)
 
 
 def _layers(model: nn.Module) -> int:
@@ -78,35 +127,47 @@ def _layers(model: nn.Module) -> int:
     return max((int(match[1]) for match in found if match), default=-1) + 1
 
 
-def _kind(path: str) -> str:
-    if ".adapter.router." in path:
-        return "bank routers"
-    return "linear banks" if path.rpartition(".")[0].endswith(".adapter") else "expert adapters"
+def _kind(path: str, sites: Mapping[str, str]) -> str:
+    host, _, inner = path.rpartition(".adapter.")
+    return "bank routers" if inner.startswith("router") else _KINDS[sites[host]]
 
 
 def _report(model: nn.Module, matches: Sequence[Match]) -> AttachReport:
+    sites = {match.path: match.site for match in matches}
     trainable: Counter[str] = Counter()
     frozen = 0
     for path, parameter in model.named_parameters():
         if parameter.requires_grad:
-            trainable[_kind(path)] += global_size([parameter])
+            trainable[_kind(path, sites)] += global_size([parameter])
         else:
             frozen += global_size([parameter])
     return AttachReport(tuple(matches), dict(trainable), frozen)
 
 
 def format_table(report: AttachReport) -> str:
-    """The report as lines for a terminal: one row per (bank, target), then the totals."""
+    """The report as lines for a terminal: one row per (bank, target), then the totals.
+
+    ``E`` and ``r`` are the experts and the rank of one place, ``each`` what trains there; a range where layers differ.
+    """
     rows: dict[tuple[str, str], list[Match]] = {}
     for match in report.matches:
         rows.setdefault((match.bank, match.target), []).append(match)
-    lines = [f"{'bank':<14} {'target':<14} {'places':>6} {'trainable':>12}  first match"]
-    lines += [
-        f"{bank:<14} {target:<14} {len(found):>6} {sum(m.parameters for m in found):>12,}  {found[0].path}"
-        for (bank, target), found in rows.items()
+    cells = [("bank", "site", "target", "places", "E", "r", "each", "trainable", "first match")]
+    for (bank, target), found in rows.items():
+        spans = (_span(getattr(m, key) for m in found) for key in ("num_experts", "r", "parameters"))
+        total = sum(m.parameters for m in found)
+        cells.append((bank, found[0].site, target, str(len(found)), *spans, f"{total:,}", found[0].path))
+    lines = [
+        f"{bank:<14} {site:<9} {target:<16} {places:>6} {e:>7} {r:>7} {each:>12} {total:>12}  {first}"
+        for bank, site, target, places, e, r, each, total, first in cells
     ]
     total = sum(report.trainable.values())
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in report.trainable.items())
     share = 100 * total / max(1, total + report.frozen)
     lines.append(f"trainable {total:,} ({share:.2f} % of {total + report.frozen:,}): {kinds}; frozen {report.frozen:,}")
     return "\n".join(lines)
+
+
+def _span(values: Iterable[int]) -> str:
+    low, *_, high = sorted(found) if len(found := set(values)) > 1 else [*found, *found]
+    return f"{low:,}" if low == high else f"{low:,}-{high:,}"

@@ -81,6 +81,8 @@ class BankConfig:
         contrastive_coef, contrastive_temperature: of the loss that sets outputs of different experts apart.
     """
 
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 - read where recipes are checked
+
     preset: Preset
     targets: tuple[str, ...] = ()
     site: Site | None = None

@@ -11,7 +11,7 @@ from torch import nn
 from lora.config import BankConfig
 from lora.errors import AdapterError
 from lora.experts import ExpertLoRA, ExpertSlice
-from lora.presets import bank_at, targets_of
+from lora.presets import bank_at, expert_tensors, targets_of
 from lora.sites import Frame, Match, global_size
 from moe.families import MoEBlock
 from moe.form import PLAIN
@@ -26,6 +26,9 @@ def attach_experts(
 
 def _attach_block(name: str, bank: BankConfig, block: MoEBlock, frame: Frame) -> list[Match]:
     experts, path = block.module.experts, f"{block.path}.experts"
+    found = [(target, tensor) for target in targets_of(bank) for tensor in expert_tensors(target, path)]
+    if not found:
+        return []
     _check(experts, path, frame)
     hidden, intermediate = _sizes(experts, path)
     # The weights' own place and type; where experts hold none, the gate's.
@@ -34,13 +37,11 @@ def _attach_block(name: str, bank: BankConfig, block: MoEBlock, frame: Frame) ->
     part = ExpertSlice(block.layer, experts.num_experts, experts.first_expert, local, experts.ep_size)
     if experts.adapter is None:
         experts.adapter = ExpertLoRA(f"{path}.adapter", part, hidden, intermediate)
-    here = bank_at(bank, block.layer, frame.layers, experts.num_experts)
-    for target in targets_of(bank):
-        experts.adapter.add(target, here, seed=frame.seed, device=home.device, dtype=home.dtype)
-    return [
-        Match(name, path, target, global_size(getattr(experts.adapter, target).parameters()))
-        for target in targets_of(bank)
-    ]
+    here = bank_at(bank, block.layer, frame.layers, experts.num_experts, frame.active)
+    for _, tensor in found:
+        experts.adapter.add(tensor, here, seed=frame.seed, device=home.device, dtype=home.dtype)
+    sizes = {tensor: global_size(getattr(experts.adapter, tensor).parameters()) for _, tensor in found}
+    return [Match(name, path, target, sizes[tensor]) for target, tensor in found]
 
 
 def _check(experts: nn.Module, path: str, frame: Frame) -> None:

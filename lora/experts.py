@@ -104,6 +104,9 @@ class ExpertLoRA(nn.Module):
         )
         self.add_module(name, factors)
 
+    def probes(self) -> list[tuple[str, nn.Parameter]]:
+        return [(f"{name}.B", factors.B) for name, factors in self.named_children()]
+
     def gate_up_delta(self, x_NH: Tensor, counts_L: Tensor) -> Tensor:
         """[N, 2I], scaled. ``counts_L``: int64 rows per local expert; the rows of x are in that order."""
         return self._delta("gate_up_proj", x_NH, counts_L, 2 * self.intermediate)

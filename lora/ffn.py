@@ -6,6 +6,8 @@ it chose, sorted by expert, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,21 +47,23 @@ class FfnBank(nn.Module):
         self, path: str, hidden: int, inner: int, here: BankAt, *, seed: int = 0, device=None, dtype=None
     ) -> None:
         super().__init__()
-        _check(path, here)
         self.here, self.path = here, path
         place = {"seed": seed, "device": device, "dtype": dtype}
         for name in PROJECTIONS:
             outs, ins = (hidden, inner) if name == "down_proj" else (inner, hidden)
             self.add_module(name, Factors(f"{path}.{name}", outs, ins, here, **place))
         self.router = BankRouter(f"{path}.router", hidden, here, **place)
+        self.observe: Callable[[Tensor], None] | None = None
 
     def probes(self) -> list[tuple[str, nn.Parameter]]:
-        """What must get a gradient wherever a token with loss has passed: every B, for the rest has none while it is 0."""
+        """What must get a gradient where a token with loss has passed: every B, as the rest has none while it is 0."""
         return [(f"{name}.B", getattr(self, name).B) for name in PROJECTIONS]
 
     def forward(self, x_TH: Tensor, u_TI: Tensor, v_TI: Tensor, form: ExpertForm) -> tuple[Tensor, Tensor, Tensor]:
         """(m [T,I], d [T,H]) as :func:`~lora.shared_ffn.mix` has them, and the sum [T] of each token's gates."""
         decision = self.router(x_TH)
+        if self.observe is not None:
+            self.observe(decision.gate_TE)
         assignment, gate_TK = _pairs(decision)
         dropout = self.here.config.dropout or 0.0
         scales, keep_NI = Scales(self.here.scale, self.here.scale), None
@@ -94,18 +98,6 @@ def _pairs(decision: Decision) -> tuple[Assignment, Tensor]:
         return assign(index_TE, experts), decision.gate_TE
     pairs = int(chosen_TE.sum())
     return assign(index_TE.masked_fill(~chosen_TE, experts), experts, pairs), decision.gate_TE
-
-
-def _check(path: str, here: BankAt) -> None:
-    config, say = here.config, f"{path.removesuffix('.adapter')} ({here.config.preset})"
-    for name, only in (("share", "none"), ("kind", "lowrank"), ("mixer", False), ("contrastive_coef", 0.0)):
-        if getattr(config, name) != only:
-            raise AdapterError(f"{say}: {name}={getattr(config, name)} is not for feed-forward blocks; leave it {only}")
-    if config.router not in ("token", "task"):
-        raise AdapterError(
-            f"{say}: experts of a feed-forward block need a router of their own; use router token or task, "
-            "or preset lora on gate_proj, up_proj and down_proj"
-        )
 
 
 class MixedFfn(nn.Module):

@@ -14,9 +14,7 @@ from lora.sites import Frame, Match, global_size
 from moe.families import MoEBlock
 
 
-def attach_ffns(
-    model: nn.Module, name: str, bank: BankConfig, blocks: Sequence[MoEBlock], frame: Frame
-) -> list[Match]:
+def attach_ffns(model: nn.Module, name: str, bank: BankConfig, blocks: Sequence[MoEBlock], frame: Frame) -> list[Match]:
     """Replace every dense feed-forward block that the bank's targets name, shared experts too if they are named.
 
     With expert parallelism every rank holds the whole bank: the blocks and their tokens are on every rank.
@@ -25,13 +23,6 @@ def attach_ffns(
     for target in targets_of(bank):
         dense = {path: module for path, module in model.named_modules() if is_ffn(module)}
         paths = [path for path in dense if matches(target, path)]
-        if not paths:
-            there = ", ".join(sorted({path.rpartition(".")[2] for path in dense})) or "no dense feed-forward block"
-            raise AdapterError(
-                f"adapter.{name}: target {target!r} matches no dense feed-forward block (gate_proj, up_proj, "
-                f"down_proj); the model has: {there}"
-                + ("; use an expert-lora or perft preset on routed experts" if blocks else "")
-            )
         for path in paths:
             if isinstance(dense[path], MixedFfn):
                 raise AdapterError(f"adapter.{name}: {path} already has a bank; give each block to one")

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from lora.attach import AttachReport, attach
 from lora.config import BankConfig
 from lora.errors import AdapterError
+from lora.exactness import is_exactly_lora
 from lora.peft_format import CONFIG_FILE, export_peft
-from lora.presets import bank_of, check_banks, expand, is_exactly_lora
+from lora.presets import bank_of, check_banks, expand
 from moe.convert import convert
 from moe.families import find_moe_blocks
 
@@ -152,7 +153,8 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, base_fingerprint: str |
             "use the base model it was exported with"
         )
     blocks = []
-    if any(expand(bank).site == "experts" for bank in adapter.banks.values()):
+    sites = {expand(bank).site for bank in adapter.banks.values()}
+    if sites & {"experts", "parallel"}:
         blocks = find_moe_blocks(model)
         if not all(hasattr(block.experts, "adapter") for block in blocks):
             blocks = convert(model)

@@ -6,6 +6,8 @@ they share it), X = E*R.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -59,6 +61,7 @@ class LinearBank(nn.Module):
         self.router = None
         if config.router != "none":
             self.router = BankRouter(f"{path}.router", in_features, bank, seed=seed, **place)
+        self.observe: Callable[[Tensor], None] | None = None
 
     def probes(self) -> list[tuple[str, nn.Parameter]]:
         """What must get a gradient wherever a token with loss has passed: B, for the others have none while it is 0."""
@@ -68,6 +71,8 @@ class LinearBank(nn.Module):
         """``y_TO``, the frozen layer's output, plus the delta. It is changed in place: nobody else may hold it."""
         decision = self.router(x_TM) if self.router is not None else None
         gate_TE = None if decision is None else decision.gate_TE
+        if self.observe is not None and gate_TE is not None:
+            self.observe(gate_TE)
         b_EOR = self.B.to(x_TM.dtype)
         if self.A is None:
             return ScaledOutput.apply(y_TO, b_EOR.squeeze(-1), gate_TE)

@@ -137,7 +137,7 @@ def localized_cv2(
     experts = gate_TE.shape[1]
     second_E = torch.arange(experts, device=gate_TE.device) >= (experts + 1) // 2
     same_TE = (task_T > 0)[:, None] == second_E
-    z_TE = gate_TE * torch.where(same_TE, 1 + delta, 1 - delta).to(gate_TE.dtype)
+    z_TE = gate_TE * (1 - delta + 2 * delta * same_TE.to(gate_TE.dtype))
     real_T = torch.ones_like(task_T, dtype=torch.bool) if mask_T is None else mask_T
     z_TE = z_TE.masked_fill(~real_T[:, None], 0.0)
     z_BSX = torch.cat([z_TE, real_T[:, None].to(z_TE.dtype)], 1).view(*shape, -1)

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from lora.config import BankConfig
 from lora.errors import AdapterError
-from lora.presets import EXPERT_TENSORS, expand, is_exactly_lora, targets_of
+from lora.exactness import is_exactly_lora
+from lora.presets import EXPERT_TENSORS, expand, targets_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"

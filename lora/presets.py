@@ -1,7 +1,7 @@
-"""What the adapter presets stand for (no torch here).
+"""From what a recipe says of a bank to all of its fields, and to what it is at one layer (no torch here).
 
-Each preset is a point of Site x Bank x Router x Combine x Objective; the fields are explained in
-:class:`lora.config.BankConfig`.
+Each preset is a point of Site x Bank x Router x Combine x Objective; :mod:`lora.methods` has them, and the fields are
+explained in :class:`lora.config.BankConfig`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ from dataclasses import fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from lora.combinations import faults, idle, shown, used_fields
 from lora.config import BankAt, BankConfig, Count, Preset
 from lora.errors import AdapterError
-
-EXPERT_TENSORS = ("gate_up_proj", "down_proj")
-ATTENTION = ("q_proj", "v_proj")
-FFN = ("gate_proj", "up_proj", "down_proj")
+from lora.methods import ATTENTION, EXPERT_TENSORS, METHODS
 
 _NEUTRAL: dict[str, Any] = {
     "targets": ATTENTION,
@@ -52,48 +50,7 @@ _NEUTRAL: dict[str, Any] = {
     "contrastive_coef": 0.0,
     "contrastive_temperature": 0.07,
 }
-_EXPERTS = {"site": "experts", "targets": EXPERT_TENSORS, "router": "base", "combine": "top_k"}
-_TOKEN = {"router": "token", "combine": "soft", "num_experts": 8}
-_MIXLORA = {
-    "site": "ffn",
-    "targets": ("mlp",),
-    "num_experts": 8,
-    "r": 16,
-    "alpha": 32.0,
-    "dropout": 0.05,
-    "router": "token",
-    "router_init": 0.02,
-    "combine": "top_k",
-    "balance": "switch",
-    "balance_pooled": True,
-    "router_aux_loss_coef": 0.001,
-}
-_PERFT = {"site": "parallel", "targets": ("mlp",)}
-
-PRESETS: dict[Preset, dict[str, Any]] = {
-    "lora": {},
-    "rslora": {"scaling": "sqrt_r"},
-    "expert-lora": _EXPERTS,
-    "expert-lora-shared": _EXPERTS | {"share": "all"},
-    "expert-lora-shared-outer": _EXPERTS | {"share": "outer"},
-    "mixlora": _MIXLORA,
-    "mixlora-dynamic": _MIXLORA | {"combine": "top_p", "renormalise": False},
-    "mixlora-switch": _MIXLORA
-    | {"combine": "switch", "capacity": 32.0, "z_loss_coef": 0.001, "jitter": 0.01, "router_init": 1.0},
-    "molora": _TOKEN | {"num_experts": 10, "r": 4, "a_init": 0.02, "router_init": 0.02},
-    "mov": _TOKEN | {"num_experts": 30, "kind": "scale", "router_init": 0.02},
-    "loramoe": _TOKEN | {"targets": FFN, "r": 4, "alpha": 32.0, "balance": "localized_cv2"},
-    "mola": _TOKEN | {"num_experts": 4, "combine": "top_k", "balance": "switch"},
-    "moelora": _TOKEN | {"combine": "top_k", "balance": "switch", "contrastive_coef": 0.01},
-    "moelora-task": _TOKEN | {"router": "task", "r": 16, "rank_rule": "per_total", "a_init": 0.01, "dropout": 0.1},
-    "hydralora": _TOKEN | {"num_experts": 3, "r": 4, "alpha": 32.0, "share": "A"},
-    "adamole": _TOKEN | {"num_experts": 4, "combine": "threshold", "balance": "switch", "router_aux_loss_coef": 0.01},
-    "moslora": {"mixer": True},
-    "perft-r": _PERFT | _TOKEN | {"num_experts": 4, "combine": "top_k"},
-    "perft-e": _PERFT | {"router": "base", "combine": "top_k"},
-    "perft-d": _PERFT | {"num_experts": 4, "combine": "sum"},
-    "perft-s": _PERFT,
-}
+PRESETS: dict[Preset, dict[str, Any]] = {name: method() for name, method in METHODS.items()}
 
 
 def expand(bank: BankConfig) -> BankConfig:
@@ -109,6 +66,17 @@ def expand(bank: BankConfig) -> BankConfig:
     return replace(bank, **missing)
 
 
+def expansion(bank: BankConfig) -> str:
+    """The preset and every field in use with its value, in one line.
+
+    >>> expansion(BankConfig("perft-s", r=4))[:47]
+    'perft-s: targets [mlp], site parallel, r 4, ran'
+    """
+    full = expand(bank)
+    used = [name for name in used_fields(full) if name != "preset"]
+    return f"{full.preset}: {', '.join(f'{name} {shown(getattr(full, name))}' for name in used)}"
+
+
 def targets_of(bank: BankConfig) -> tuple[str, ...]:
     """The bank's targets, or its preset's when it names none."""
     return expand(bank).targets
@@ -122,20 +90,30 @@ def bank_at(bank: BankConfig, layer: int, layers: int, routed: int = 0, active: 
     full = expand(bank)
     experts = routed if full.router == "base" else _at("num_experts", full.num_experts, layer, layers)
     r = _at("r", full.r, layer, layers)
-    shares = {"fixed": 1, "per_active": _active(full, experts, active), "per_total": experts}[str(full.rank_rule)]
+    shares = _shares(full, experts, active)
     if r % shares:
-        raise AdapterError(f"r={r} cannot be divided among {shares} experts (rank_rule: {full.rank_rule})")
+        raise AdapterError(
+            f"r={r} cannot be divided among {shares} experts (rank_rule: {full.rank_rule}); choose a multiple"
+        )
     r //= shares
     assert full.alpha is not None
     return BankAt(full, experts, r, full.alpha / (math.sqrt(r) if full.scaling == "sqrt_r" else r))
 
 
-def _active(full: BankConfig, experts: int, active: int) -> int:
-    if full.router == "base":
-        return active or experts
-    if full.combine in ("static", "switch"):
+def _shares(full: BankConfig, experts: int, active: int) -> int:
+    """How many experts ``r`` is divided among."""
+    if full.rank_rule == "fixed":
         return 1
-    return min(full.top_k or 1, experts) if full.combine == "top_k" else experts
+    if full.rank_rule == "per_total" or full.combine in ("soft", "sum", "top_p", "threshold"):
+        return experts  # of the last two a token may use all
+    if full.router == "base":
+        if not active:
+            raise AdapterError(
+                "rank_rule: per_active needs the model's experts per token, which are not known here; write "
+                "rank_rule: fixed and the rank itself"
+            )
+        return active
+    return min(full.top_k or 1, experts) if full.combine == "top_k" else 1
 
 
 def _at(name: str, value: Count | None, layer: int, layers: int) -> int:
@@ -168,38 +146,34 @@ def matches(pattern: str, path: str) -> bool:
     return fnmatchcase(f".{path}", f"*.{pattern}")
 
 
+def expert_tensors(target: str, experts: str) -> list[str]:
+    """The stacked tensors of the experts at path ``experts`` that a target names.
+
+    >>> expert_tensors("layers.1.*.down_proj", "model.layers.1.mlp.experts"), expert_tensors("gate_up_proj", "experts")
+    (['down_proj'], ['gate_up_proj'])
+    """
+    return [tensor for tensor in EXPERT_TENSORS if matches(target, f"{experts}.{tensor}")]
+
+
 def check_banks(banks: Mapping[str, BankConfig]) -> None:
-    """Raises AdapterError for banks that no model could carry; the message names the bank."""
+    """Raises AdapterError for banks that no model could carry; the message names the bank and the key."""
     owners: dict[tuple[str, str], str] = {}
     for name, bank in banks.items():
         try:
             full = expand(bank)
         except AdapterError as error:
             raise AdapterError(f"adapter.{name}: {error}") from None
-        ranks = full.r if isinstance(full.r, tuple) else (full.r,)
-        if any(r is None or r < 1 for r in ranks):
-            raise AdapterError(f"adapter.{name}: r={full.r} is no rank; use 1 or more")
-        counts = full.num_experts if isinstance(full.num_experts, tuple) else (full.num_experts,)
-        if full.combine == "top_k" and full.router != "base":
-            for count in counts:
-                if not 1 <= (full.top_k or 0) <= (count or 0):
-                    raise AdapterError(f"adapter.{name}: top_k={full.top_k} must lie between 1 and num_experts={count}")
+        default = expand(BankConfig(bank.preset))
+        changed = [f.name for f in fields(full) if getattr(full, f.name) != getattr(default, f.name)]
+        for _, sentence in (*faults(full), *idle(full, changed)):
+            raise AdapterError(f"adapter.{name}.{sentence}")
         for target in full.targets:
-            if full.site == "experts" and target not in EXPERT_TENSORS:
-                raise AdapterError(
-                    f"adapter.{name}: experts have no tensor {target!r}; they have {', '.join(EXPERT_TENSORS)}"
-                )
             if (str(full.site), target) in owners:
                 raise AdapterError(
                     f"adapter.{name}: {target!r} already belongs to adapter.{owners[str(full.site), target]}; "
                     "give each target to one bank"
                 )
             owners[str(full.site), target] = name
-
-
-def is_exactly_lora(banks: Mapping[str, BankConfig]) -> bool:
-    """Whether the whole adapter is the function PEFT calls LoRA, so that PEFT may load it."""
-    return bool(banks) and all(bank.preset == "expert-lora" for bank in banks.values())
 
 
 def bank_of(path: str, banks: Mapping[str, BankConfig]) -> str | None:
@@ -214,7 +188,8 @@ def bank_of(path: str, banks: Mapping[str, BankConfig]) -> str | None:
     for name, bank in banks.items():
         site = expand(bank).site
         if site == "experts":
-            if place.endswith(".experts") and inner.partition(".")[0] in targets_of(bank):
+            tensor = f"{place}.{inner.partition('.')[0]}"
+            if place.endswith(".experts") and any(matches(target, tensor) for target in targets_of(bank)):
                 return name
         elif any(matches(target, place) for target in targets_of(bank)):
             return name

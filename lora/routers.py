@@ -167,7 +167,7 @@ def _weights(logits_TE: Tensor, probs_TE: Tensor, chosen_TE: Tensor, renormalise
 
 def _nucleus(probs_TE: Tensor, share: float) -> Tensor:
     """Whether each expert is among the fewest of the most probable that have ``share`` together."""
-    sorted_TE, order_TE = probs_TE.detach().sort(-1, descending=True, stable=True)
+    sorted_TE, order_TE = torch.sort(probs_TE.detach(), dim=-1, descending=True, stable=True)
     before_TE = sorted_TE.cumsum(-1) - sorted_TE
     kept_TE = before_TE < share
     kept_TE[:, :1] = True

@@ -27,7 +27,6 @@ from moe.kernels.activation import between, differentiate, gated
 from moe.kernels.grouped import choose_backend, grouped_linear
 
 
-
 @dataclass(frozen=True)
 class Stacks:
     """The bank's factors: A of gate and up side by side [E,2R,H], A of down [E,R,I]; B [E,I,R], [E,I,R], [E,H,R]."""
@@ -115,7 +114,7 @@ def _grouped(
 
 
 class _Mix(torch.autograd.Function):
-    """One expert after the other, each in a block that fits a cache. Keeps x, u, v, the gates and [N,3R] of products."""
+    """One expert after the other, each in a block that fits a cache. Keeps x, u, v, gates and [N,3R] of products."""
 
     @staticmethod
     def forward(

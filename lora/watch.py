@@ -1,7 +1,8 @@
 """Proof that adapters train: whatever processed tokens that carry loss must get a gradient in B.
 
 B starts at zero, so in the first steps A and the bank routers legitimately get no gradient, and an
-adapter that was cut off from the output leaves no trace in the loss. Only B tells.
+adapter that was cut off from the output leaves no trace in the loss. Only B tells. What an adapter
+offers for this is in :mod:`lora.sites`.
 
 Shapes: T tokens, K choices, E experts (global), L local experts.
 """
@@ -9,21 +10,20 @@ Shapes: T tokens, K choices, E experts (global), L local experts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lora.errors import AdapterError
-from lora.experts import ExpertLoRA
-from lora.linear import RoutedLinear
+from lora.sites import Probed
 from moe.refs import ExpertRef
 
 
 @dataclass
 class _Site:
-    """One B: what should have moved it, and what did. Entries are global experts, or a single one for a linear."""
+    """One probe: what should have moved it, and what did. Entries are global experts, or a single one for all."""
 
     names: list[str]
     parameter: nn.Parameter
@@ -31,6 +31,18 @@ class _Site:
     seen: Tensor
     moved: Tensor
     passed: Tensor
+
+    def expect(self, live_T: Tensor, used_TE: Tensor | None) -> None:
+        """Note who has to get a gradient: ``live_T`` had one themselves, ``used_TE`` says where they went."""
+        if used_TE is None or len(self.names) == 1:
+            self.seen |= live_T.any()
+        elif used_TE.shape == (len(live_T), len(self.names)):
+            self.seen |= (used_TE & live_T.unsqueeze(1)).any(0)
+        else:
+            raise AdapterError(
+                f"{self.names[0]}: gates of shape {tuple(used_TE.shape)} were observed for {len(live_T)} tokens and "
+                f"{len(self.names)} experts; see lora.sites"
+            )
 
     def record(self, grad: Tensor) -> None:
         if len(self.names) == 1:
@@ -42,20 +54,28 @@ class _Site:
 
 @dataclass
 class _Place:
-    """One module that calls adapters: its sites, and the hooks to take off when all of them have passed."""
+    """One adapted module: its probes, and the hooks to take off when all of them have passed."""
 
     sites: list[_Site]
     hooks: list[RemovableHandle]
+    adapter: nn.Module
+    gates: list[Tensor] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
         return all(bool(site.passed.all()) for site in self.sites)
 
+    def release(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        if hasattr(self.adapter, "observe"):
+            self.adapter.observe = None
+
 
 class AdapterWatch:
     """Raises when an adapter silently does not train, by name, and costs nothing once all have passed.
 
-    Tokens are counted where the model calls the experts or the linear, not inside the adapter, so an
+    Tokens are counted where the model calls the adapted module, not inside the adapter, so an
     adapter that is never called is caught too; and only tokens whose output receives a gradient count,
     so that padding and unlabelled positions raise no false alarm. B's gradients are observed by tensor
     hooks: ZeRO-1/2 take ``.grad`` away during backward.
@@ -67,10 +87,11 @@ class AdapterWatch:
     def __init__(self, model: nn.Module) -> None:
         self._places: list[_Place] = []
         for path, module in model.named_modules():
-            if isinstance(module, RoutedLinear):
-                self._places.append(_watch_linear(f"{path}.adapter.B", module))
-            elif isinstance(getattr(module, "adapter", None), ExpertLoRA):
-                self._places.append(_watch_experts(module))
+            adapter = getattr(module, "adapter", None)
+            if isinstance(adapter, nn.Module):
+                if not isinstance(adapter, Probed):
+                    raise AdapterError(f"{path}.adapter ({type(adapter).__name__}) has no probes; see lora.sites")
+                self._places.append(_watch(path, module, adapter))
 
     @property
     def done(self) -> bool:
@@ -122,8 +143,7 @@ class AdapterWatch:
     def _release(self) -> None:
         for place in self._places:
             if place.passed:
-                for hook in place.hooks:
-                    hook.remove()
+                place.release()
         self._places = [place for place in self._places if not place.passed]
 
 
@@ -146,41 +166,49 @@ def _gradient_hooks(sites: list[_Site]) -> list[RemovableHandle]:
     return [s.parameter.register_hook(s.record) for s in sites if s.parameter.requires_grad]
 
 
-def _watch_linear(name: str, module: RoutedLinear) -> _Place:
-    site = _site([name], module.adapter.B)
+def _watch(path: str, host: nn.Module, adapter: nn.Module) -> _Place:
+    routed = hasattr(host, "first_expert")  # called with the model's own choices of experts
+    sites = [_probe(f"{path}.adapter.{name}", p, hasattr(adapter, "observe")) for name, p in adapter.probes()]
+    place = _Place(sites, _gradient_hooks(sites), adapter)
+    if hasattr(adapter, "observe"):
+        adapter.observe = lambda gate_TE: place.gates.append(gate_TE.detach())
 
-    def count(dy: Tensor) -> None:
-        site.seen |= (dy != 0).any()
+    def hook(_module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> Tensor | tuple:
+        y = output[0] if isinstance(output, tuple) else output
+        used_TE = _chosen(host.num_experts, args, kwargs) if routed else None
+        if place.gates:
+            used_TE = torch.cat(place.gates) != 0
+            place.gates.clear()
 
-    hook = module.register_forward_hook(lambda _module, _args, y: _observed(y, count))
-    return _Place([site], [hook, *_gradient_hooks([site])])
-
-
-def _watch_experts(module: nn.Module) -> _Place:
-    experts = range(module.num_experts)
-    sites = [
-        _site(
-            [f"{ExpertRef(module.layer, e)}.adapter.{tensor}.B" for e in experts],
-            factors.B,
-            module.first_expert,
-        )
-        for tensor, factors in module.adapter.named_children()
-    ]
-
-    def hook(_module: nn.Module, args: tuple, kwargs: dict, y_TH: Tensor) -> Tensor:
-        given = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | kwargs
-        index_TK = given["top_k_index"]
-        # Some models mark masked choices by an index out of range.
-        used_TK = (given["top_k_weights"].detach() != 0) & (index_TK >= 0) & (index_TK < len(experts))
-
-        def count(dy_TH: Tensor) -> None:
-            live_T1 = (dy_TH != 0).flatten(0, -2).any(-1, keepdim=True)
+        def count(dy: Tensor) -> None:
+            live_T = (dy != 0).flatten(0, -2).any(-1)
             for site in sites:
-                site.seen[index_TK[used_TK & live_T1]] = True
+                site.expect(live_T, used_TE)
 
-        return _observed(y_TH, count)
+        y = _observed(y, count)
+        return (y, *output[1:]) if isinstance(output, tuple) else y
 
-    return _Place(sites, [module.register_forward_hook(hook, with_kwargs=True), *_gradient_hooks(sites)])
+    place.hooks.append(host.register_forward_hook(hook, with_kwargs=True))
+    return place
+
+
+def _probe(name: str, parameter: nn.Parameter, observed: bool) -> _Site:
+    address = parameter.address
+    if address.is_expert:
+        names = [f"{ExpertRef(address.layer, e)}.{address.tensor}" for e in range(address.num_experts)]
+        return _site(names, parameter, address.first_expert)
+    if observed and parameter.dim() > 1 and parameter.shape[0] > 1:
+        return _site([f"{name}[{e}]" for e in range(parameter.shape[0])], parameter)
+    return _site([name], parameter)
+
+
+def _chosen(experts: int, args: tuple, kwargs: dict) -> Tensor:
+    """[T, E]: whether a token's output has a part of an expert, from the arguments that the experts are called with."""
+    given = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | kwargs
+    index_TK, weights_TK = given["top_k_index"], given["top_k_weights"].detach()
+    # Some models mark masked choices by an index out of range, which equals no expert's.
+    hit_TKE = index_TK.unsqueeze(-1) == torch.arange(experts, device=index_TK.device)
+    return (hit_TKE & (weights_TK != 0).unsqueeze(-1)).any(1)
 
 
 def _observed(y: Tensor, count: Callable[[Tensor], None]) -> Tensor:

@@ -137,6 +137,9 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+# Dense families: adapters train on them, and upcycling makes mixtures of them. Files name their tensors as modules do.
+DENSE: dict[str, Family] = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), Family({}, (), expert_names=None))
+
 SHAPE_KEYS = tuple(dict.fromkeys(key for family in FAMILIES.values() for key in family.fields))
 
 BUFFERS = tuple(name for family in FAMILIES.values() for name in family.buffers)
@@ -164,6 +167,11 @@ def configuration(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     if name == "deepseek_v2":
         fields["topk_method"] = "group_limited_greedy" if fields["n_group"] > 1 else "greedy"
     return fields
+
+
+def family_of(kind: str) -> Family:
+    """The entry of a ``model_type``, dense ones too. Raises KeyError for any other."""
+    return FAMILIES[kind] if kind in FAMILIES else DENSE[kind]
 
 
 def known_families() -> str:

@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from moe.build import in_dtype
 from moe.families import FamilyError
-from moe.family_table import FAMILIES, known_families
+from moe.family_table import DENSE, FAMILIES, family_of, known_families
 from moe.refs import TensorAddress
 
 _FLOATS = ("F64", "F32", "BF16", "F16")
@@ -51,9 +51,10 @@ def read_config(folder: str | Path) -> PreTrainedConfig:
     except (OSError, ValueError) as error:
         raise FolderError(f"{path} cannot be read ({error}); copy the folder again") from error
     kind = found.get("model_type") if isinstance(found, dict) else None
-    if kind not in FAMILIES:
+    if kind not in FAMILIES and kind not in DENSE:
         raise FolderError(
-            f"{path}: looked for model_type {known_families()}; found {kind!r}; train a model of one of these families"
+            f"{path}: looked for model_type {known_families()}, or for adapters {', '.join(DENSE)}; found {kind!r}; "
+            "train a model of one of these families"
         )
     if found.get("quantization_config"):
         method = found["quantization_config"].get("quant_method", "some method")
@@ -79,7 +80,7 @@ def empty_model(
     config = source if isinstance(source, PreTrainedConfig) else read_config(source)
     for name, value in (overrides or {}).items():
         setattr(config, name, value)
-    attention = FAMILIES[config.model_type].attention
+    attention = family_of(config.model_type).attention
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     model.tie_weights()  # what was tied before it became empty is no longer
@@ -91,7 +92,7 @@ def fill(model: PreTrainedModel, folder: str | Path) -> int:
 
     Raises FolderError naming all tensors that are missing, misshapen, of another kind, or not the model's.
     """
-    with_names = _Names(FAMILIES[model.config.model_type].expert_names, _block_names(model.config.model_type))
+    with_names = _Names(family_of(model.config.model_type).expert_names, _block_names(model.config.model_type))
     files = TensorFiles(Path(folder))
     plan = _Plan(files, with_names)
     for path, tensor in _stored(model):
@@ -110,7 +111,7 @@ def fill(model: PreTrainedModel, folder: str | Path) -> int:
 
 
 def _block_names(kind: str) -> tuple[str, str]:
-    return ".mlp.", f".{FAMILIES[kind].block_on_disk}."
+    return ".mlp.", f".{family_of(kind).block_on_disk}."
 
 
 def _stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -10,7 +10,7 @@ from transformers import masking_utils
 
 from lora.attach import attach, format_table
 from moe.build import new_model
-from moe.convert import convert
+from moe.convert import assign_addresses, convert
 from moe.extend import freeze_experts
 from moe.families import MoEBlock
 from moe.family_table import FAMILIES
@@ -21,6 +21,8 @@ from moe.merging import MergedExperts
 from moe.mtp import attach_mtp
 from moe.overlap import set_exchange
 from moe.soft import SoftMoE, replace_blocks
+from trainer.dense_rules import dense_problem, is_dense
+from trainer.plan import PlanError
 from trainer.rendezvous import Process
 from trainer.schema import Recipe
 
@@ -39,6 +41,8 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
     model.config.use_cache = False
     _assume_unpacked()
     layout = Layout(process.world, recipe.parallel.ep)
+    if is_dense(model.config.model_type):
+        return _adapted_dense(model, recipe, process), []
     blocks = convert(model, layout, process.rank)
     if section.path is not None:
         fill(model, section.path)
@@ -64,6 +68,18 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
     if process.rank == 0 and layout.ep > 1:
         print(f"tokens travel by {exchange.name}: {exchange.reason}; overlap {parallel.overlap}", flush=True)
     return model, blocks
+
+
+def _adapted_dense(model: nn.Module, recipe: Recipe, process: Process) -> nn.Module:
+    """A dense base with its adapters. Raises PlanError if the recipe wants anything of it that needs experts."""
+    if problem := dense_problem(recipe, model.config.model_type):
+        raise PlanError(problem)
+    assign_addresses(model)
+    fill(model, recipe.model.path)
+    report = attach(model, recipe.adapter, [], seed=recipe.train.seed)
+    if process.rank == 0:
+        print(format_table(report), flush=True)
+    return model.to(process.device)
 
 
 def _softened(model: nn.Module, blocks: list[MoEBlock], recipe: Recipe, process: Process) -> nn.Module:

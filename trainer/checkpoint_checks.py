@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from trainer.bank_rules import expanded
 from trainer.recipe_view import Finding, View
 
 
@@ -49,7 +50,7 @@ def _experts_of_pec(view: View) -> Iterator[Finding]:
     if view("checkpoint.mode") != "pec":
         return
     banks = view("adapter")
-    if banks and not any(str(view(f"adapter.{name}.preset")).startswith("expert-lora") for name in banks):
+    if banks and not any(expanded(view, f"adapter.{name}").site == "experts" for name in banks):
         yield (
             "checkpoint.mode",
             "mode pec captures some experts at a time, but no bank of this run is an expert's "

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
+from trainer.adapter_cli import add_adapter_verbs
 from trainer.checkpoint_cli import add_verbs
 from trainer.faults import POINTS
 from trainer.model_cli import add_model_verbs
@@ -94,14 +95,19 @@ def _parser() -> argparse.ArgumentParser:
 
     checkpoint = verbs.add_parser("checkpoint", help="look at, check, compare or delete a run's checkpoints")
     add_verbs(checkpoint)
+    add_adapter_verbs(verbs.add_parser("adapter", help="write adapters for other tools, or read theirs"))
 
     keeper = verb("keeper", _keeper, "stop, or look at, the process that holds a run's state in memory")
     keeper.add_argument("action", choices=("stop", "status"), help="stop writes the newest step to disk first")
     keeper.add_argument("run_dir", metavar="RUN", help="run folder, e.g. runs/quickstart")
     keeper.add_argument("--discard", action="store_true", help="stop without writing, and even if the disk hangs")
 
-    generate = verb("generate", _generate, "generate text with experts kept outside of the compute memory")
-    generate.add_argument("model_dir", metavar="DIR", help="Hugging Face folder of a MoE model")
+    _add_generate_options(verb("generate", _generate, "generate text with experts kept outside of the compute memory"))
+    return parser
+
+
+def _add_generate_options(generate: argparse.ArgumentParser) -> None:
+    generate.add_argument("model_dir", metavar="DIR", help="Hugging Face folder of a MoE model, or of an adapter's dense base")
     generate.add_argument("--adapter", metavar="DIR", help="adapter folder")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--max-new-tokens", type=_count, default=64, metavar="N")
@@ -112,7 +118,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="F",
         help="part of the experts that may be resident, 0 to 1",
     )
-    return parser
 
 
 def _add_doctor_options(doctor: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ from checkpointing.store import Checkpoint, list_checkpoints, verify
 from lora.format import save_adapter
 from moe.bias import EXTRA
 from moe.build import new_config
-from moe.family_table import FAMILIES
+from moe.family_table import family_of
 from moe.fingerprint import fingerprint
 from moe.load import persistent_buffers, read_config
 from moe.mtp import PREFIX
@@ -170,7 +170,7 @@ def exported_model(recipe: Recipe, tensors: dict[str, Tensor]) -> PreTrainedMode
 def buffers_of(recipe: Recipe, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The persistent buffers of :func:`exported_model`, by path, and of prediction modules; most families have none."""
     family = recipe.model.family or read_config(recipe.model.path or "").model_type
-    if not FAMILIES[family].buffers:
+    if not family_of(family).buffers:
         return {}
     model = exported_model(recipe, {name: t for name, t in tensors.items() if not name.startswith(PREFIX)})
     found, layers = persistent_buffers(model), model.config.num_hidden_layers

@@ -17,10 +17,13 @@ from typing import Any
 
 from checkpointing.cost import BudgetError, size
 from lora.config import BankConfig
-from lora.presets import bank_at, expand, layer_of, targets_of
-from moe.family_table import BUFFERS, FAMILIES, known_families
+from lora.cost import Parameters, parameters
+from lora.errors import AdapterError
+from moe.family_table import BUFFERS, DENSE, FAMILIES, known_families
+from trainer.dense_rules import dense_problem, is_dense
 from trainer.family_shapes import family_shapes
 from trainer.mode_plan import Share, basis_of, budget_of, mode_rows
+from trainer.model_shapes import model_shapes
 from trainer.schema import DiskSection, Recipe
 from trainer.variant_shapes import mtp_shapes, soft_shapes
 
@@ -114,61 +117,42 @@ def count_by_kind(shapes: Shapes) -> dict[str, int]:
     return {kind: counts[kind] for kind in KINDS if counts[kind]}
 
 
-def bank_parameters(bank: BankConfig, shapes: Shapes) -> int:
-    """Trainable parameters of one bank on a model with these tensors, all experts counted."""
-    total, layers = 0, _layers(shapes)
-    for target in targets_of(bank):
-        for name, (out_features, in_features) in _sites(target, shapes):
-            here = bank_at(bank, layer_of(name), layers, 1)
-            total += here.num_experts * here.r * (in_features + out_features)
-            if here.config.router == "token":
-                total += here.num_experts * in_features
-    return total
+def bank_parameters(banks: Mapping[str, BankConfig], shapes: Shapes, active: int) -> dict[str, Parameters]:
+    """What trains of each bank on a model with these tensors and ``active`` routed experts a token, all counted.
 
-
-def _sites(target: str, shapes: Shapes) -> list[tuple[str, tuple[int, int]]]:
-    """(name, (out, in)) of every matrix that ``target`` names: linears, or one entry per expert."""
-    sites = []
-    for name, shape in shapes.items():
-        if not _EXPERT.search(name):
-            if name.endswith(f".{target}.weight"):
-                sites.append((name, (shape[0], shape[1])))
-        elif len(shape) == 3 and name.removesuffix(".weight").endswith(f".{target}"):
-            sites += [(name, (shape[1], shape[2]))] * shape[0]
-        elif len(shape) == 2 and target == "gate_up_proj" and name.endswith(".gate_proj.weight"):
-            sites.append((name, (2 * shape[0], shape[1])))
-        elif len(shape) == 2 and name.endswith(f".{target}.weight"):
-            sites.append((name, (shape[0], shape[1])))
-    return sites
+    Raises PlanError for banks that this model cannot carry.
+    """
+    found = dict.fromkeys(banks, Parameters(0, 0))
+    try:
+        for placed, here, size in model_shapes(shapes, active).resolve(banks):
+            here_found = parameters(here, size, placed.path.rpartition(".")[2])
+            before = found[placed.bank]
+            of_experts, shared = before.of_experts + here_found.of_experts, before.shared + here_found.shared
+            found[placed.bank] = Parameters(of_experts, shared)
+    except AdapterError as error:
+        raise PlanError(str(error)) from None
+    return found
 
 
 def plan_run(recipe: Recipe) -> Plan:
     """Raises PlanError if ``model.path`` cannot be read or does not fit the recipe."""
-    shapes, experts, top_k = _model(recipe)
-    top_k = recipe.routing.choices(top_k)
+    shapes, experts, own = _model(recipe)
+    top_k = recipe.routing.choices(own)
     shapes = {**soft_shapes(shapes, recipe.model.soft), **mtp_shapes(shapes, recipe.train.mtp.depth)}
     if recipe.model.soft.kind != "none":
         top_k = experts  # a token takes part in all
     total = count_by_kind(shapes)
     layers, moe_layers = _layers(shapes), _layers(name for name in shapes if _EXPERT.search(name))
-    banks = {name: bank_parameters(bank, shapes) for name, bank in recipe.adapter.items()}
-    for name, count in banks.items():
-        if not count:
-            targets = ", ".join(targets_of(recipe.adapter[name]))
-            raise PlanError(f"adapter.{name}: the model has no {targets}; choose targets that it has")
+    banks = bank_parameters(recipe.adapter, shapes, own)
     expert_total = total.get("experts", 0)
-    trained = {f"adapter.{name}": count for name, count in banks.items()} or total
+    trained = {f"adapter.{name}": count.total for name, count in banks.items()} or total
     frozen = recipe.model.frozen_experts
     if frozen > experts:
         raise PlanError(f"model.frozen_experts={frozen} is more than the {experts} experts of {recipe.model.path}")
     if frozen:
         kept = {"experts": expert_total * (experts - frozen) // experts}
         trained = {"router": total["router"], **{kind: count for kind, count in kept.items() if count}}
-    expert_trained = (
-        sum(banks[name] for name, bank in recipe.adapter.items() if expand(bank).site == "experts")
-        if banks
-        else trained.get("experts", 0)
-    )
+    expert_trained = sum(bank.of_experts for bank in banks.values()) if banks else trained.get("experts", 0)
     workers, ep = recipe.parallel.workers, recipe.parallel.ep
     width = 2 if recipe.parallel.dtype == "bf16" or _auto_bf16(recipe) else 4
     everything, training = sum(total.values()), sum(trained.values())
@@ -246,16 +230,19 @@ def _model(recipe: Recipe) -> tuple[Shapes, int, int]:
     except (OSError, ValueError) as error:
         raise PlanError(f"model.path: {folder / 'config.json'} cannot be read ({error}); export again") from error
     config = config.get("text_config", config) if isinstance(config, dict) else {}
-    if (kind := config.get("model_type")) is not None and kind not in FAMILIES:
+    if (kind := config.get("model_type")) is not None and kind not in FAMILIES and not is_dense(kind):
         raise PlanError(
-            f"model.path: {folder / 'config.json'} is of model_type {kind!r}; planaria trains {known_families()}"
+            f"model.path: {folder / 'config.json'} is of model_type {kind!r}; planaria trains {known_families()}, and "
+            f"adapters on {', '.join(DENSE)}"
         )
+    if is_dense(kind) and (problem := dense_problem(recipe, kind)):
+        raise PlanError(problem)
 
     def number(*names: str) -> int:
         return next((config[name] for name in names if isinstance(config.get(name), int)), 0)
 
     experts = number("num_experts", "num_local_experts", "n_routed_experts")
-    if not experts:
+    if not experts and not is_dense(kind):
         raise PlanError(f"model.path: {folder / 'config.json'} names no experts; planaria trains MoE models")
     if experts % recipe.parallel.ep:
         raise PlanError(
@@ -296,7 +283,7 @@ def card(
         ("run", f"{recipe.log.dir}/{recipe.log.run}"),
         ("model", recipe.model.path or f"new {recipe.model.family}"),
         ("layout", f"{parallel.workers} workers, ep {parallel.ep}, ZeRO-{parallel.zero}, {dtype}"),
-        ("experts", f"{plan.experts_per_worker} a layer on each worker, {plan.num_layers} layers"),
+        ("experts", _experts(plan)),
         ("text", f"{num_files} files, {size(num_bytes)}"),
         ("step", f"{plan.tokens_per_step:,} tokens; {recipe.train.steps:,} steps"),
         *_parameters("parameters", plan.total),
@@ -316,6 +303,12 @@ def card(
         *(_modes(recipe, plan, available, events) if memory.enabled else []),
     ]
     return "\n".join(f"{name:<12} {text}" for name, text in rows)
+
+
+def _experts(plan: Plan) -> str:
+    if not plan.experts_per_worker:
+        return f"none in the base, which is dense, {plan.num_layers} layers"
+    return f"{plan.experts_per_worker} a layer on each worker, {plan.num_layers} layers"
 
 
 def _disk_tier(disk: DiskSection) -> str:

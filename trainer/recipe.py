@@ -9,18 +9,20 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path as FilePath
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from checkpointing.storage import place_of
+from lora.combinations import used_fields
 from lora.presets import expand
 from moe.family_table import FAMILIES, resolved
 from trainer import yaml_lines
 from trainer.recipe_checks import BYTE_VOCABULARY, WITH_PATH, findings
-from trainer.recipe_hints import meant, unknown_key, word_hint
+from trainer.recipe_hints import meant
+from trainer.recipe_messages import alternatives_joined, message, shown
 from trainer.schema import (
     KEYS,
     CheckpointSection,
@@ -31,7 +33,6 @@ from trainer.schema import (
     Recipe,
     TrainSection,
     children,
-    schema_path,
 )
 from trainer.yaml_lines import Document, Path, Place, Problem, dotted
 
@@ -76,7 +77,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         document.problems.append(
             Problem(
                 document.place(()),
-                f"the top level is {_shown(document.values)}; a recipe is a mapping of sections "
+                f"the top level is {shown(document.values)}; a recipe is a mapping of sections "
                 f"({', '.join(children(()))})",
             )
         )
@@ -123,7 +124,7 @@ def _override(document: Document, override: str, number: int) -> None:
     for i, name in enumerate(names[:-1], 1):
         node = node.setdefault(name, {})
         if not isinstance(node, dict):
-            problem = f"{dotted(names[:i])} is {_shown(node)}, it has no key {names[i]!r}"
+            problem = f"{dotted(names[:i])} is {shown(node)}, it has no key {names[i]!r}"
             document.problems.append(Problem(place, f"{problem}; set {dotted(names[:i])} itself"))
             return
         document.places.setdefault(names[:i], place)
@@ -142,7 +143,7 @@ def _checked(document: Document) -> Recipe | None:
     try:
         recipe = _SCHEMA.validate_json(json.dumps(document.values), strict=True)
     except ValidationError as error:
-        errors = sorted(_alternatives_joined(error), key=lambda one: one["type"] == "missing")
+        errors = sorted(alternatives_joined(error), key=lambda one: one["type"] == "missing")
         for one in errors:
             path: Path = tuple(one["loc"])
             already_said = (one["type"] == "missing" and path in bad) or (
@@ -154,7 +155,7 @@ def _checked(document: Document) -> Recipe | None:
             else:
                 bad.add(path)
             if not already_said:
-                document.problems.append(Problem(document.place(path), _message(path, one)))
+                document.problems.append(Problem(document.place(path), message(path, one)))
     for key, text in findings(document.values, bad):
         if isinstance(key, str):
             key = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
@@ -162,110 +163,8 @@ def _checked(document: Document) -> Recipe | None:
     return recipe
 
 
-def _alternatives_joined(error: ValidationError) -> list[dict[str, Any]]:
-    """The errors; of a key that takes a number or ``auto``, both refusals as one of type ``number_or_auto``."""
-    errors: dict[tuple[Path, str], dict[str, Any]] = {}
-    for one in error.errors(include_url=False):
-        path, kind = tuple(one["loc"]), one["type"]
-        key = next((p for p in (path, path[:-1]) if schema_path(p) in _NUMBER_OR_AUTO), path)
-        if key != path:
-            kind = "number_or_auto"
-        elif path[:1] == ("adapter",) and path[2:3] in _COUNTS | _INITS and len(path) > 3:
-            key, kind = path[:3], "count" if path[2:3] in _COUNTS else "init"
-        errors[key, kind] = {**one, "loc": key, "type": kind}
-    return list(errors.values())
-
-
 def _with_bank(names: tuple[str, ...], path: Path) -> Path:
     return tuple(path[1] if part == "*" and len(path) > 2 else part for part in names)
-
-
-_RANGES = {
-    "greater_than_equal": ("ge", "at least"),
-    "greater_than": ("gt", "more than"),
-    "less_than_equal": ("le", "at most"),
-    "less_than": ("lt", "less than"),
-}
-_BOUNDS = tuple(_RANGES.values())
-_NUMBER_OR_AUTO = {path for path, key in KEYS.items() if Literal["auto"] in get_args(key.annotation)}
-# A bank's keys that take a number or something else.
-_COUNTS = {("num_experts",), ("r",)}
-_INITS = {("a_init",), ("router_init",)}
-_WANTED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "tuple_type": "a list",
-    "dict_type": "a mapping",
-    "dataclass_type": "a mapping of keys",
-    "count": "a whole number, or a list of them for groups of layers",
-    "init": "kaiming or a number",
-}
-
-
-def _message(path: Path, error: Mapping[str, Any]) -> str:
-    key, kind, value = dotted(path), error["type"], error.get("input")
-    names = schema_path(path)
-    if kind == "unexpected_keyword_argument":
-        return unknown_key(path)
-    if kind == "missing":
-        if KEYS[names].section:
-            return f"missing section {key}; it has the keys {', '.join(children(names))}"
-        return f"missing key {key}; add '{path[-1]}: {_example(names)}'"
-    if kind == "literal_error":
-        choices = _choices(KEYS[names].annotation)
-        return f"{key} is {_shown(value)}; choose {' or '.join(choices)}{word_hint(value, choices)}"
-    if kind == "number_or_auto":
-        base, *bounds = get_args(get_args(KEYS[names].annotation)[0])
-        plain = "a whole number" if base is int else "a number"
-        limits = [f"{words} {getattr(b, name):g}, " for b in bounds for name, words in _BOUNDS if hasattr(b, name)]
-        return f"{key} must be {plain}, {''.join(limits)}or auto, not {_shown(value)}; change it"
-    if kind in _RANGES:
-        bound, words = _RANGES[kind]
-        return f"{key} must be {words} {error['ctx'][bound]:g}, not {_shown(value)}; change it"
-    if kind in ("too_short", "string_too_short"):
-        return f"{key} is empty; give at least one entry or remove the key"
-    if kind in _WANTED:
-        remedy = "change it"
-        if kind == "tuple_type":
-            remedy = f"write [{json.dumps(value)}]" if isinstance(value, str) else "write [..., ...]"
-        elif kind == "dataclass_type":
-            below = children((*names, "*") if names == ("adapter",) else names)
-            remedy = f"its keys are {', '.join(below)}" if below else remedy
-        elif value is None:
-            remedy = "give a value or remove the key"
-        return f"{key} must be {_WANTED[kind]}, not {_shown(value)}; {remedy}"
-    return f"{key or 'the recipe'}: {error['msg']}; change it"
-
-
-def _choices(annotation: Any) -> list[str]:
-    found: list[str] = []
-    for part in get_args(annotation):
-        found += [part] if isinstance(part, str) else _choices(part)
-    return found
-
-
-def _example(names: tuple[str, ...]) -> str:
-    annotation = KEYS[names].annotation
-    if choices := _choices(annotation):
-        return " | ".join(choices)
-    base = get_args(annotation)[0] if get_args(annotation) and get_origin(annotation) is not tuple else annotation
-    return {int: "<whole number>", float: "<number>", str: "<text>", bool: "true"}.get(base, "[...]")
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "empty"
-    if isinstance(value, bool):
-        return f"the switch {str(value).lower()}"
-    if isinstance(value, int | float):
-        return f"the number {value}"
-    if isinstance(value, str):
-        return f"the text {value[:60]!r}"
-    return "a list" if isinstance(value, list) else "a mapping"
 
 
 def _resolved(recipe: Recipe, path: FilePath) -> Recipe:
@@ -325,12 +224,9 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
         del checkpoint["wal"]
     if checkpoint["mode"] != "pec":
         del checkpoint["pec"]
-    for bank in values["adapter"].values():
-        for name, value in bank.items():
-            bank[name] = list(value) if isinstance(value, tuple) else value
-        if bank["site"] == "experts":
-            for name in ("num_experts", "top_k", "router_aux_loss_coef"):
-                del bank[name]
+    for name, bank in recipe.adapter.items():
+        found = {key: getattr(bank, key) for key in used_fields(bank)}
+        values["adapter"][name] = {key: list(v) if isinstance(v, tuple) else v for key, v in found.items()}
     return values
 
 

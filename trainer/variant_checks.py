@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from trainer.bank_rules import expanded
 from trainer.recipe_view import Finding, View
 from trainer.schema import KEYS, schema_path
 
@@ -86,7 +87,7 @@ def _adapted_backend(view: View) -> Iterator[Finding]:
     banks, backend = view.values.get("adapter"), view("model.experts_backend")
     if not isinstance(banks, dict) or backend in ("auto", "grouped_mm"):
         return
-    if any(isinstance(bank, dict) and str(bank.get("preset")).startswith("expert-lora") for bank in banks.values()):
+    if any(expanded(view, f"adapter.{name}").site == "experts" for name in banks):
         yield (
             "model.experts_backend",
             f"model.experts_backend={backend} has no room for an adapter on the experts; choose grouped_mm or auto",

@@ -34,6 +34,8 @@ def test_only_adapters_train_and_the_report_counts_them(tiny_moe):
     assert sum(report.trainable.values()) == sum(p.numel() for p in trainable.values())
     assert sum(m.parameters for m in report.matches) == sum(report.trainable.values())
     table = format_table(report)
+    expected = "a linear q_proj 2 4 2 640 1,280 model.layers.0.self_attn.q_proj"
+    assert expected in [" ".join(line.split()) for line in table.splitlines()]
     assert "model.layers.0.self_attn.q_proj" in table
     assert f"frozen {base:,}" in table
 
@@ -65,9 +67,14 @@ def test_counts_do_not_depend_on_the_expert_parallel_degree(tiny_moe):
         ({"e": BankConfig("expert-lora", targets=["w1"])}, ["adapter.e", "w1", "gate_up_proj"]),
         ({"e": EXPERT, "f": BankConfig("expert-lora", targets=["down_proj"])}, ["adapter.f", "down_proj", "adapter.e"]),
         ({"a": BankConfig("mola", top_k=5)}, ["adapter.a", "top_k=5", "num_experts=4"]),
-        ({"a": BankConfig("mola", r=0)}, ["adapter.a", "r=0"]),
+        ({"a": BankConfig("mola", r=0)}, ["adapter.a.r must be at least 1, not 0"]),
         ({"a": BankConfig("lra", r=1)}, ["adapter.a", "'lra'", "mola"]),
         ({"a": MOLA, "b": BankConfig("mola", targets=["self_attn.q_proj"])}, ["adapter.b", "q_proj", "already"]),
+        ({"a": BankConfig("lora", ("lm_head",))}, ["adapter.a", "names lm_head, and the output layer", "q_proj"]),
+        ({"a": BankConfig("lora", ("*",))}, ["adapter.a", "'*' also names lm_head", "'layers.*.q_proj'"]),
+        ({"a": BankConfig("lora", ("layers.7.*",))}, ["adapter.a", "matches no linear layer", "k_proj"]),
+        ({"a": BankConfig("lora", ("down_proj",))}, ["no linear layer", "which is for presets of site: experts"]),
+        ({"e": BankConfig("expert-lora", ("layers.5.*.down_proj",))}, ["adapter.e", "matches no tensor of routed"]),
     ],
 )
 def test_banks_that_cannot_be_attached_are_named(tiny_moe, banks, parts):
@@ -103,7 +110,7 @@ def test_never_wraps_a_router_even_if_it_is_a_linear_layer(tiny_moe):
     model = tiny_moe()
     for layer in model.model.layers:
         layer.mlp.gate = torch.nn.Linear(32, 8, bias=False)
-    with pytest.raises(AdapterError, match=r"'gate' matches no linear layer; the model has: k_proj, lm_head, "):
+    with pytest.raises(AdapterError, match=r"'gate' names model\.layers\.0\.mlp\.gate, and routers .* layers k_proj, "):
         attach(model, {"a": BankConfig("mola", ("gate",))}, convert(model))
 
 
@@ -149,3 +156,26 @@ def test_a_projection_that_latent_attention_does_not_have_is_named():
     model, blocks = of_family("deepseek_v3", **LATENT)
     with pytest.raises(AdapterError, match=r"'v_proj' matches no linear layer; the model has: .*kv_b_proj"):
         attach(model, {"attention": MOLA}, blocks)
+
+
+def test_patterns_give_banks_to_some_layers_and_a_wildcard_leaves_the_router_alone(tiny_moe):
+    model = tiny_moe()
+    model.model.layers[0].mlp.gate = torch.nn.Linear(32, 8, bias=False)
+    banks = {
+        "attention": BankConfig("lora", ("layers.0.*",), r=2),
+        "upper": BankConfig("expert-lora", ("layers.1.*.gate_up_proj",), r=3),
+        "lower": BankConfig("expert-lora", ("layers.0.*_proj", "layers.1.mlp.experts.down_proj"), r=5),
+    }
+    report = attach(model, banks, convert(model))
+    assert {m.path for m in report.matches if m.bank == "attention"} == {
+        f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"
+    }
+    low, up = (layer.mlp.experts.adapter for layer in model.model.layers)
+    assert [low.gate_up_proj.A.shape[1], low.down_proj.A.shape[1]] == [5, 5]
+    assert [up.gate_up_proj.A.shape[1], up.down_proj.A.shape[1]] == [3, 5]
+
+
+def test_rank_per_active_expert_asks_the_model_how_many_a_token_has(tiny_moe):
+    model = tiny_moe()
+    attach(model, {"e": BankConfig("expert-lora", r=8, rank_rule="per_active")}, convert(model))
+    assert model.model.layers[0].mlp.experts.adapter.down_proj.A.shape[1] == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,6 +16,7 @@ from lora.experts import ExpertLoRA
 from lora.watch import AdapterWatch
 from moe.convert import convert
 from moe.layout import Layout
+from moe.refs import TensorAddress
 
 BANKS = {
     "e": BankConfig("expert-lora", r=4, alpha=8.0),
@@ -23,10 +25,10 @@ BANKS = {
 TOKENS = torch.arange(64).view(2, 32)
 
 
-def built(tiny_moe):
+def built(tiny_moe, banks=BANKS):
     model = tiny_moe()
     blocks = convert(model)
-    attach(model, BANKS, blocks)
+    attach(model, banks, blocks)
     return model, blocks
 
 
@@ -150,7 +152,7 @@ def test_frozen_adapter_and_detached_linear_bank_are_named(tiny_moe, monkeypatch
     monkeypatch.setattr(bank, "forward", lambda x, y, f=bank.forward: f(x, y).detach())
     watch = AdapterWatch(model)
     step(model)
-    with pytest.raises(AdapterError, match=r"reached model\.layers\.1\.self_attn\.v_proj\.adapter\.B, although"):
+    with pytest.raises(AdapterError, match=r"reached model\.layers\.1\.self_attn\.v_proj\.adapter\.B\[0\], "):
         watch.check()
 
 
@@ -210,7 +212,8 @@ def test_gradients_may_be_read_from_elsewhere(tiny_moe):
 
 def test_ranks_are_judged_together(tiny_moe):
     """Rank 1 holds experts that only rank 0's tokens chose: the sum over ranks tells, on both ranks."""
-    model, _ = built(tiny_moe)
+    banks = {"e": BANKS["e"]}
+    model, _ = built(tiny_moe, banks)
     whole = AdapterWatch(model)
     step(model)
     gathered = []
@@ -218,7 +221,7 @@ def test_ranks_are_judged_together(tiny_moe):
     elsewhere = gathered[0]
 
     part = tiny_moe()
-    attach(part, BANKS, convert(part, Layout(2, 2), 1), layout_ep=2)
+    attach(part, banks, convert(part, Layout(2, 2), 1), layout_ep=2)
     watch = AdapterWatch(part)
     pending = watch.check(reduce=lambda flags: flags)
     assert len(pending) == elsewhere.shape[1]  # every rank reports all global experts
@@ -226,3 +229,78 @@ def test_ranks_are_judged_together(tiny_moe):
     with pytest.raises(AdapterError, match=r"L00\.E00\d\.adapter\.gate_up_proj\.B"):
         watch.check(reduce=lambda flags: flags + seen_there)
     assert len(watch.check(reduce=lambda flags: flags + elsewhere)) == int((elsewhere[0] == 0).sum())
+
+
+def test_an_expert_of_a_routed_bank_that_no_token_chose_raises_no_alarm_and_one_that_lost_its_gradient_does(
+    tiny_moe, monkeypatch
+):
+    model, _ = built(tiny_moe, {"a": BANKS["a"]})
+    path = "model.layers.1.self_attn.v_proj"
+    bank = model.get_submodule(path).adapter
+    with torch.no_grad():
+        bank.router.weight[3] = 0
+        bank.router.weight[:3] = 1
+    route = bank.router.forward
+
+    def never_3(x):
+        decision = route(x)
+        return replace(decision, gate_TE=decision.gate_TE * torch.tensor([1.0, 1, 1, 0]))
+
+    monkeypatch.setattr(bank.router, "forward", never_3)
+    watch = AdapterWatch(model)
+    step(model)
+    assert f"{path}.adapter.B[3]" in watch.check()
+
+    model, _ = built(tiny_moe, {"a": BANKS["a"]})
+    bank = model.get_submodule(path).adapter
+    watch = AdapterWatch(model)
+    bank.B.register_hook(lambda grad: grad * torch.tensor([1.0, 0, 1, 1]).view(4, 1, 1))
+    step(model)
+    with pytest.raises(AdapterError, match=r"^no gradient reached \S+layers\.1\.self_attn\.v_proj\.adapter\.B\[1\], "):
+        watch.check(grads=lambda p: p.grad)
+
+
+class _Beside(torch.nn.Module):
+    """A block with a bank of our own making: three experts, of which token t uses number t mod 2."""
+
+    def __init__(self, connected: bool = True) -> None:
+        super().__init__()
+        self.adapter = torch.nn.Module()
+        self.adapter.B = torch.nn.Parameter(torch.zeros(3, 4, 4))
+        self.adapter.B.address = TensorAddress("block.adapter.B", (3, 4, 4))
+        self.adapter.observe, self.connected = None, connected
+        self.adapter.probes = lambda: [("B", self.adapter.B)]
+
+    def forward(self, x_TH: Tensor) -> tuple[Tensor, str]:
+        gate_TE = torch.nn.functional.one_hot(torch.arange(len(x_TH)) % 2, 3).float()
+        if self.adapter.observe is not None:
+            self.adapter.observe(gate_TE)
+        delta = torch.einsum("te,eoh,th->to", gate_TE, self.adapter.B, x_TH)
+        return x_TH + (delta if self.connected else delta.detach()), "something else"
+
+
+def test_any_module_with_probes_is_watched_whatever_its_class():
+    model = torch.nn.Sequential(_Beside())
+    watch = AdapterWatch(model)
+    y_TH, other = model(torch.randn(1, 4))
+    assert other == "something else"
+    y_TH.sum().backward()
+    assert watch.check() == ["0.adapter.B[1]", "0.adapter.B[2]"]
+    model(torch.randn(6, 4))[0].sum().backward()
+    assert watch.check() == ["0.adapter.B[2]"]
+    watch.close()
+    assert model[0].adapter.observe is None
+    assert number_of_hooks(model) == 0
+
+    model = torch.nn.Sequential(_Beside(connected=False))
+    watch = AdapterWatch(model)
+    model(torch.randn(1, 4, requires_grad=True))[0].sum().backward()
+    with pytest.raises(AdapterError, match=r"^no gradient reached 0\.adapter\.B\[0\], although"):
+        watch.check()
+
+
+def test_an_adapter_without_probes_cannot_be_watched():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    model[0].adapter = torch.nn.Linear(2, 2)
+    with pytest.raises(AdapterError, match=r"0\.adapter .Linear. has no probes"):
+        AdapterWatch(model)

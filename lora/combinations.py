@@ -1,0 +1,214 @@
+"""Which fields of a bank mean anything together, and which combinations there are (no torch here).
+
+Everything here is about expanded banks (:func:`lora.presets.expand`). Findings are pairs of a field and a sentence that
+begins with the field's name and ends with what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+from lora.config import BankConfig
+from lora.methods import EXPERT_TENSORS
+
+Finding = tuple[str, str]
+
+_ROUTERS = {
+    "linear": ("none", "token", "task"),
+    "experts": ("base",),
+    "ffn": ("token",),
+    "parallel": ("none", "base", "token"),
+}
+_COMBINES = {
+    "none": ("static", "sum"),
+    "base": ("top_k",),
+    "token": ("soft", "top_k", "top_p", "threshold", "switch"),
+    "task": ("soft", "top_k"),
+}
+_SHARES = {"linear": ("none", "A"), "experts": ("none", "all", "outer"), "ffn": ("none",), "parallel": ("none",)}
+
+
+def _own(full: BankConfig) -> bool:
+    return full.router in ("token", "task")
+
+
+def _chosen(full: BankConfig) -> bool:
+    return full.router == "token" and full.site == "linear" and full.combine in ("top_k", "switch")
+
+
+# Of fields that only mean something beside certain others: when, and in words.
+_NEEDS: dict[str, tuple[Callable[[BankConfig], bool], str]] = {
+    "num_experts": (
+        lambda full: _own(full) or full.combine == "sum",
+        "a bank with a router of its own, or combine: sum",
+    ),
+    "r": (lambda full: full.kind == "lowrank", "kind: lowrank"),
+    "rank_rule": (lambda full: full.kind == "lowrank", "kind: lowrank"),
+    "alpha": (lambda full: full.kind == "lowrank", "kind: lowrank"),
+    "scaling": (lambda full: full.kind == "lowrank", "kind: lowrank"),
+    "dropout": (lambda full: full.kind == "lowrank", "kind: lowrank"),
+    "a_init": (lambda full: full.kind == "lowrank", "kind: lowrank"),
+    "router_init": (_own, "router: token or task"),
+    "task_embedding": (lambda full: full.router == "task", "router: task"),
+    "num_tasks": (lambda full: full.router == "task", "router: task"),
+    "jitter": (lambda full: full.router == "token", "router: token"),
+    "top_k": (lambda full: _own(full) and full.combine == "top_k", "a router of the bank's own and combine: top_k"),
+    "renormalise": (
+        lambda full: _own(full) and full.combine in ("top_k", "top_p"),
+        "a router of the bank's own and combine: top_k or top_p",
+    ),
+    "top_p": (lambda full: full.combine == "top_p", "combine: top_p"),
+    "capacity": (lambda full: full.combine == "switch", "combine: switch"),
+    "max_threshold": (lambda full: full.combine == "threshold", "combine: threshold"),
+    "router_aux_loss_coef": (lambda full: full.balance != "none", "balance: switch or localized_cv2"),
+    "balance_pooled": (lambda full: full.balance == "switch", "balance: switch"),
+    "localized_delta": (lambda full: full.balance == "localized_cv2", "balance: localized_cv2"),
+    "z_loss_coef": (lambda full: full.router == "token", "router: token"),
+    "contrastive_coef": (_chosen, "site: linear, router: token and combine: top_k or switch"),
+    "contrastive_temperature": (lambda full: _chosen(full) and bool(full.contrastive_coef), "contrastive_coef above 0"),
+}
+
+
+def used_fields(full: BankConfig) -> tuple[str, ...]:
+    """The fields that have an effect in an expanded bank, in their order; the others are ignored.
+
+    >>> from lora.presets import expand
+    >>> [name for name in used_fields(expand(BankConfig("mola"))) if "top" in name or name == "capacity"]
+    ['top_k']
+    """
+    return tuple(f.name for f in fields(full) if f.name not in _NEEDS or _NEEDS[f.name][0](full))
+
+
+def idle(full: BankConfig, given: Iterable[str]) -> Iterator[Finding]:
+    """Those of the ``given`` fields that have no effect."""
+    used = used_fields(full)
+    for name in given:
+        if name not in used:
+            yield name, f"{name} has no effect here: it belongs to {_NEEDS[name][1]}; remove it"
+
+
+def faults(full: BankConfig) -> Iterator[Finding]:
+    """What no model can carry: values out of range, and fields that contradict each other."""
+    found = [*_ranges(full), *_choices(full), *_kinds(full)]
+    yield from found or (*_losses(full), *_counts(full))
+
+
+def shown(value: Any) -> str:
+    """A value as it stands in a recipe."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(shown, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+_AT_LEAST_1 = ("num_experts", "r", "top_k", "task_embedding", "num_tasks")
+_MORE_THAN_0 = ("alpha", "capacity", "contrastive_temperature")
+_AT_LEAST_0 = ("router_aux_loss_coef", "z_loss_coef", "contrastive_coef")
+_BELOW_1 = ("dropout", "jitter")
+
+
+def _ranges(full: BankConfig) -> Iterator[Finding]:
+    used = used_fields(full)
+    bounds: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+        (_AT_LEAST_1, lambda value: value >= 1, "at least 1"),
+        (_MORE_THAN_0, lambda value: value > 0, "more than 0"),
+        (_AT_LEAST_0, lambda value: value >= 0, "at least 0"),
+        (_BELOW_1, lambda value: 0 <= value < 1, "at least 0 and less than 1"),
+        (("top_p",), lambda value: 0 < value <= 1, "more than 0 and at most 1"),
+        (("localized_delta", "max_threshold"), lambda value: 0 <= value <= 1, "from 0 to 1"),
+        (("a_init",), lambda value: value == "kaiming" or value > 0, "kaiming or more than 0"),
+        (("router_init",), lambda value: value == "kaiming" or value >= 0, "kaiming or at least 0"),
+    )
+    for names, holds, words in bounds:
+        for name in names:
+            value = getattr(full, name)
+            if name in used and not all(map(holds, value if isinstance(value, tuple) else (value,))):
+                yield name, f"{name} must be {words}, not {shown(value)}; change it"
+
+
+def _choices(full: BankConfig) -> Iterator[Finding]:
+    site, router = str(full.site), str(full.router)
+    if router not in _ROUTERS[site]:
+        why = {
+            "experts": "routed experts are chosen by the model's own router",
+            "ffn": "a feed-forward bank chooses for each token",
+            "linear": "a linear layer does not see the model's router",
+            "parallel": "a branch beside a block does not know the sample's task",
+        }[site]
+        yield "router", f"router={router} with site: {site}: {why}; write {_one_of('router', _ROUTERS[site])}"
+    elif full.combine not in _COMBINES[router]:
+        why = {
+            "none": "nothing weighs the experts",
+            "base": "the model's router chooses its top k",
+            "token": "a router has to be asked",
+            "task": "a task's weights are the same for all its tokens",
+        }[router]
+        allowed = _one_of("combine", _COMBINES[router])
+        more = " or give the bank a router (router: token)" if router == "none" and "token" in _ROUTERS[site] else ""
+        yield "combine", f"combine={full.combine} with router: {router}: {why}; write {allowed}{more}"
+    if full.share not in _SHARES[site]:
+        yield (
+            "share",
+            f"share={full.share} is not for site: {site}; write {_one_of('share', _SHARES[site])}",
+        )
+    if full.site == "experts":
+        for target in full.targets:
+            if not any(_names(target, tensor) for tensor in EXPERT_TENSORS):
+                yield "targets", f"targets: experts have no tensor {target!r}; they have {', '.join(EXPERT_TENSORS)}"
+
+
+def _kinds(full: BankConfig) -> Iterator[Finding]:
+    if full.kind == "scale":
+        if full.site != "linear":
+            yield "kind", f"kind=scale scales what linear layers give, and site is {full.site}; write kind: lowrank"
+        if full.share != "none":
+            yield "share", f"share={full.share} shares low-rank factors, and kind: scale has none; write share: none"
+        if full.mixer:
+            yield "mixer", "mixer=true stands between low-rank factors, and kind: scale has none; write mixer: false"
+    elif full.mixer and full.site != "linear":
+        yield "mixer", f"mixer=true is for site: linear, not {full.site}; write mixer: false"
+    if full.site == "linear" and full.share == "A" and full.router == "none":
+        yield "share", "share=A shares between experts, and router: none has one; write share: none, or give a router"
+
+
+def _losses(full: BankConfig) -> Iterator[Finding]:
+    if full.balance != "none" and full.router != "token":
+        yield (
+            "balance",
+            f"balance={full.balance} evens out what a router of the bank's own does for each token, and router is "
+            f"{full.router}; write balance: none",
+        )
+    elif full.balance == "localized_cv2" and full.combine != "soft":
+        yield (
+            "balance",
+            f"balance=localized_cv2 is a loss on soft weights, and combine is {full.combine}; write combine: soft or "
+            "balance: switch",
+        )
+
+
+def _counts(full: BankConfig) -> Iterator[Finding]:
+    used = used_fields(full)
+    counts = full.num_experts if isinstance(full.num_experts, tuple) else (full.num_experts or 1,)
+    if "top_k" in used and (full.top_k or 1) > min(counts):
+        yield "top_k", f"top_k={full.top_k} is more than num_experts={shown(full.num_experts)}; choose fewer"
+    if full.router == "task" and (full.num_tasks or 1) < 2:
+        yield "num_tasks", f"num_tasks={full.num_tasks}: routing by task needs two or more; write how many the data has"
+    if full.rank_rule == "per_total" and "num_experts" in used and full.kind == "lowrank":
+        ranks = full.r if isinstance(full.r, tuple) else (full.r or 1,)
+        if any(r % count for r in ranks for count in counts) and (len(ranks) == 1 or len(counts) == 1):
+            yield (
+                "r",
+                f"r={shown(full.r)} cannot be divided among num_experts={shown(full.num_experts)} (rank_rule: "
+                "per_total); choose a multiple",
+            )
+
+
+def _names(target: str, tensor: str) -> bool:
+    """Whether a pattern could name an expert's tensor in some layer: its last part does."""
+    return fnmatchcase(tensor, target.rpartition(".")[2])
+
+
+def _one_of(field: str, choices: Iterable[str]) -> str:
+    return " or ".join(f"{field}: {choice}" for choice in choices)

@@ -1,0 +1,103 @@
+"""What a bank costs at one place, from sizes alone (no torch here).
+
+Notation: a frozen linear layer m -> n costs 2mn operations a token forward and 2mn for the gradient of its input: the
+*floor* 4mn. A low-rank path of rank r costs 2r(m + n) forward and twice that backward: 6r(m + n).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lora.config import BankAt
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of one place.
+
+    ``linear``: a layer ``ins -> outs``. ``experts``: one stacked tensor of ``count`` experts, of which a token uses
+    ``active``. ``ffn``: a block with ``ins`` outside and ``outs`` inside. ``parallel``: a block beside which a branch
+    ``ins -> outs`` is put, with ``count`` experts of its own.
+    """
+
+    ins: int
+    outs: int
+    count: int = 0
+    active: int = 0
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Trainable numbers at one place: those of each of the model's experts, all counted, and those all ranks hold."""
+
+    of_experts: int
+    shared: int
+
+    @property
+    def total(self) -> int:
+        return self.of_experts + self.shared
+
+
+def parameters(here: BankAt, size: Size, tensor: str = "") -> Parameters:
+    """``tensor`` names the stacked tensor of a place of ``experts``."""
+    full, experts, r = here.config, here.num_experts, here.r
+    a, b = r * size.ins, size.outs * r
+    if full.site == "experts":
+        if full.share == "all":
+            return Parameters(0, a + b)
+        if full.share == "outer":
+            own, common = (b, a) if tensor == "gate_up_proj" else (a, b)
+            return Parameters(size.count * own, common)
+        return Parameters(size.count * (a + b), 0)
+    if full.site == "ffn":
+        return Parameters(0, experts * 3 * (a + b) + _router(here, size.ins))
+    if full.kind == "scale":
+        return Parameters(0, experts * size.outs + _router(here, size.ins))
+    factors = (1 if full.share == "A" else experts) * a + experts * (b + (r * r if full.mixer else 0))
+    return Parameters(0, factors + _router(here, size.ins))
+
+
+def _router(here: BankAt, width: int) -> int:
+    full, tasks = here.config, 0
+    if full.router not in ("token", "task"):
+        return 0
+    if full.router == "task":
+        width = full.task_embedding or 0
+        tasks = (full.num_tasks or 0) * width
+    return here.num_experts * width + tasks + (width + 1 if full.combine == "threshold" else 0)
+
+
+def floor(here: BankAt, size: Size) -> int:
+    """Operations of the frozen place itself, for a token, forward and backward; 0 for a branch beside a block."""
+    mn = 4 * size.ins * size.outs
+    return {"linear": mn, "experts": mn * size.active, "ffn": 3 * mn, "parallel": 0}[str(here.config.site)]
+
+
+def added(here: BankAt, size: Size) -> int:
+    """Operations that the bank adds for a token, forward and backward.
+
+    Banks on linear layers work in rank space on all their experts, whatever a token chose; banks on blocks on the
+    experts that it chose, at most.
+    """
+    full, experts, r, both = here.config, here.num_experts, here.r, size.ins + size.outs
+    router = 0
+    if full.router == "token":
+        router = 6 * size.ins * (experts + (full.combine == "threshold"))
+    if full.site == "experts":
+        return 6 * r * both * size.active
+    if full.site == "ffn":
+        return router + 6 * r * both * 3 * chosen(here)
+    if full.kind == "scale":
+        return router + 6 * experts * size.outs
+    if full.router == "base":
+        return 6 * r * both * size.active
+    ranks = (1 if full.share == "A" else experts) * size.ins + experts * (size.outs + (r if full.mixer else 0))
+    return router + 6 * r * ranks
+
+
+def chosen(here: BankAt) -> int:
+    """Experts of the bank that a token uses, at most."""
+    full = here.config
+    if full.combine == "top_k":
+        return min(full.top_k or 1, here.num_experts)
+    return 1 if full.combine in ("static", "switch") else here.num_experts
