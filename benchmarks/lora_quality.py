@@ -107,7 +107,7 @@ def main() -> None:
     path = result_path("lora_quality.json", options.out)
     device = torch.device(options.device)
     folder = Path(options.cache)
-    setting = BaseSetting(steps=options.base_steps)
+    setting = BaseSetting(stages=_scaled(options.base_steps))
     train = TrainSetting(shown=options.shown, examples=setting.examples, steps=options.steps)
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -145,6 +145,13 @@ def main() -> None:
     _report(result, rates, path)
 
 
+def _scaled(steps: int | None) -> tuple[tuple[int, int], ...]:
+    """The base's stages, shortened to ``steps`` in all."""
+    stages = BaseSetting.stages
+    whole = sum(count for _, count in stages)
+    return stages if steps is None else tuple((k, max(1, steps * count // whole)) for k, count in stages)
+
+
 def _keep(result: dict[str, Any], where: str, found: dict[str, Any], path: Path) -> None:
     result[where].append(found)
     say(
@@ -178,7 +185,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=TrainSetting.steps)
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="the grid of learning rates")
     parser.add_argument("--shown", choices=("old", "new"), default="old", help="how the examples are solved")
-    parser.add_argument("--base-steps", type=int, default=BaseSetting.steps)
+    parser.add_argument("--base-steps", type=int, help="all steps of the base's stages together")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=None, help="processes; each has one thread")
     parser.add_argument("--budget-seconds", type=float, default=1500, help="nothing is begun after that")

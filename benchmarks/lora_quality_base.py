@@ -31,18 +31,22 @@ class BaseSetting:
     """What decides the base.
 
     Attributes:
-        examples: solved words in a sample, here and for the adapters.
+        stages: (examples in a sample, steps) in turn. Two examples teach what an example is good for sooner than one;
+            adapters are trained with as many as the last stage has.
     """
 
     hidden: int = 64
     intermediate: int = 128
     layers: int = 4
     heads: int = 4
-    examples: int = 2
-    steps: int = 3000
+    stages: tuple[tuple[int, int], ...] = ((2, 3000), (1, 600))
     batch: int = 64
     lr: float = 3e-3
     seed: int = 0
+
+    @property
+    def examples(self) -> int:
+        return self.stages[-1][0]
 
 
 def key_of(setting: BaseSetting, device: torch.device) -> str:
@@ -127,20 +131,22 @@ def _write_weights(model: nn.Module):
 
 
 def _pretrain(model: nn.Module, setting: BaseSetting, device: torch.device) -> dict[str, Any]:
-    started, tasks = time.monotonic(), TaskSet(OLD, setting.examples)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=setting.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    for step in range(setting.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = setting.lr * schedule(step, setting.steps, 100)
-        loss = answer_loss(model, tasks.batch(setting.batch, seed=setting.seed * 10**8 + step).to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if (step + 1) % 500 == 0:
-            say(f"base: step {step + 1}, loss {loss.item():.3f}, {time.monotonic() - started:.0f} s")
+    started = time.monotonic()
+    for examples, steps in setting.stages:
+        tasks = TaskSet(OLD, examples)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=setting.lr, betas=(0.9, 0.98), weight_decay=0.01)
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = setting.lr * schedule(step, steps, 100)
+            loss = answer_loss(model, tasks.batch(setting.batch, seed=setting.seed * 10**8 + step).to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if (step + 1) % 500 == 0:
+                say(f"base: {examples} examples, step {step + 1}, {time.monotonic() - started:.0f} s, loss {loss:.3f}")
     held_out = tasks.batch(len(OLD) * 256, seed=10**12).to(device)
     scores = dict(zip((task.name for task in OLD), by_task(solved(model, held_out), held_out), strict=True))
-    return {"seconds": time.monotonic() - started, "steps": setting.steps, "solves": scores, "setting": asdict(setting)}
+    return {"seconds": time.monotonic() - started, "solves": scores, "setting": asdict(setting)}
 
 
 def twin(model: LlamaForCausalLM) -> LlamaForCausalLM:

@@ -37,9 +37,9 @@ class TrainSetting:
     """
 
     shown: Literal["old", "new"] = "old"
-    examples: int = 2
+    examples: int = 1
     steps: int = 400
-    batch: int = 64
+    batch: int = 32
     held_out: int = 128
 
 

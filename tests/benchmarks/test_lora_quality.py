@@ -20,7 +20,7 @@ from benchmarks.lora_quality_run import TrainSetting, context_of, mutual_informa
 from benchmarks.lora_quality_tasks import BLANK, BOS, END, FUNCTIONS, LENGTH, NEW, OLD, SEP, SYMBOLS, TaskSet, learnt
 from moe.context import batch_context
 
-SMALL = BaseSetting(hidden=32, intermediate=64, layers=2, heads=2, steps=3, batch=8)
+SMALL = BaseSetting(hidden=32, intermediate=64, layers=2, heads=2, stages=((1, 3),), batch=8)
 words = st.lists(st.integers(0, SYMBOLS - 1), min_size=LENGTH, max_size=LENGTH)
 
 
@@ -138,7 +138,7 @@ def test_the_base_is_made_once_and_again_for_other_causes(tmp_path, monkeypatch)
     made = []
     pretrain = bases._pretrain
     monkeypatch.setattr(bases, "_pretrain", lambda *a: made.append(a[1]) or pretrain(*a))
-    monkeypatch.setattr(bases, "key_of", lambda setting, device: f"{setting.steps}")
+    monkeypatch.setattr(bases, "key_of", lambda setting, device: f"{setting.stages[0][1]}")
     first, facts = frozen_base(SMALL, tmp_path, device)
     again, same = frozen_base(SMALL, tmp_path, device)
     assert len(made) == 1
@@ -148,8 +148,8 @@ def test_the_base_is_made_once_and_again_for_other_causes(tmp_path, monkeypatch)
     next(tmp_path.glob("*.json")).unlink()  # a death between the two files leaves this
     frozen_base(SMALL, tmp_path, device)
     assert len(made) == 2
-    frozen_base(replace(SMALL, steps=4), tmp_path, device)
-    assert [setting.steps for setting in made] == [3, 3, 4]
+    frozen_base(replace(SMALL, stages=((1, 4),)), tmp_path, device)
+    assert [setting.stages[0][1] for setting in made] == [3, 3, 4]
 
 
 def test_the_key_follows_every_cause(monkeypatch):
