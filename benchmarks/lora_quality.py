@@ -28,7 +28,7 @@ from benchmarks.lora_quality_report import LARGE_ORACLE, LORA, ORACLE, plot, sum
 from benchmarks.lora_quality_run import TrainSetting, train_arm
 from benchmarks.machine import describe_machine, result_path, save, say
 
-RATES = (3e-3, 1e-2, 3e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 TUNING_SEED = 1000
 
 
@@ -123,7 +123,7 @@ def main() -> None:
         "machine": describe_machine(),
         "base": known,
         "train": asdict(train),
-        "rates": RATES,
+        "rates": options.rates,
         "tuning": [],
         "runs": [],
     }

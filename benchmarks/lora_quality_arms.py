@@ -79,6 +79,14 @@ def _mixlora(preset: Any, **fields: Any) -> dict[str, BankConfig]:
     }
 
 
+def _loramoe_on_top() -> dict[str, BankConfig]:
+    """Routed where the base knows the task, plain LoRA before."""
+    return {
+        "below": BankConfig("lora", targets=_within("[012]", ATTENTION + FFN)),
+        "ffn": BankConfig("loramoe", targets=_within("3", FFN)),
+    }
+
+
 _TASK = {"num_tasks": 8, "rank_rule": "fixed", "task_embedding": 8}
 _ARMS = (
     Arm("lora", _linears("lora")),
@@ -98,6 +106,11 @@ _ARMS = (
     Arm("moelora-task", _linears("moelora-task", **_TASK), names_task=True),
     Arm("hydralora", _linears("hydralora")),
     Arm("adamole", _linears("adamole")),
+    # The base knows the task in its last layer only; see docs/measurements.md.
+    Arm("lora, last layer", _linears("lora", layers="3"), variant=True),
+    Arm("mola, last layer", _linears("mola", layers="3", num_experts=8), variant=True),
+    Arm("loramoe, last layer", {"ffn": BankConfig("loramoe", targets=_within("3", FFN))}, variant=True),
+    Arm("loramoe, lora below", _loramoe_on_top(), variant=True),
 )
 ARMS = {arm.name: arm for arm in _ARMS}
 
