@@ -112,16 +112,16 @@ def main() -> None:
     if device.type == "cpu":
         torch.set_num_threads(1)
     started = time.monotonic()
-    base, known = frozen_base(setting, folder, device)
+    base, learnt = frozen_base(setting, folder, device)
     parameters = reference_size(base)
     say(f"base: {sum(p.numel() for p in base.parameters()):,} parameters; adapters: {parameters:,}")
-    names = [name for name in ARMS if name in {LORA, ORACLE, LARGE_ORACLE, *options.presets}]
+    names = [name for name in ARMS if name in {LORA, ORACLE, *options.presets}]
     for name in names:
         fitted(base, ARMS[name], parameters)  # what cannot be fitted stops the run before it begins
     common = {"parameters": parameters, "base": setting, "train": train, "folder": str(folder), "device": str(device)}
     result: dict[str, Any] = {
         "machine": describe_machine(),
-        "base": known,
+        "base": learnt,
         "train": asdict(train),
         "rates": options.rates,
         "tuning": [],
@@ -129,10 +129,11 @@ def main() -> None:
     }
     until = started + options.budget_seconds
     with pool_of(options.jobs) as pool:
-        tune = [Work(name, lr, TUNING_SEED, **common) for name in names for lr in options.rates]
+        known = _given(options.lr)
+        tune = [Work(n, lr, TUNING_SEED, **common) for n in names if n not in known for lr in options.rates]
         for found in in_turn(pool, tune, options.jobs, until):
             _keep(result, "tuning", found, path)
-        rates = best_rates(result["tuning"])
+        rates = best_rates(result["tuning"]) | known
         runs = [
             Work(name, rates[name], seed, **common) for seed in range(options.seeds) for name in names if name in rates
         ]
@@ -143,6 +144,11 @@ def main() -> None:
         say(f"the time was over: {left[0]} runs of the grid and {left[1]} of the seeds were left out")
     result["seconds"] = time.monotonic() - started
     _report(result, rates, path)
+
+
+def _given(rates: Sequence[str]) -> dict[str, float]:
+    """From ``["mola=0.01"]``."""
+    return {name: float(rate) for name, _, rate in (text.rpartition("=") for text in rates)}
 
 
 def _scaled(steps: int | None) -> tuple[tuple[int, int], ...]:
@@ -184,6 +190,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=TrainSetting.steps)
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="the grid of learning rates")
+    parser.add_argument("--lr", nargs="+", default=[], metavar="ARM=RATE", help="learning rates that are known already")
     parser.add_argument("--shown", choices=("old", "new"), default="old", help="how the examples are solved")
     parser.add_argument("--base-steps", type=int, help="all steps of the base's stages together")
     parser.add_argument("--device", default="cpu")
@@ -194,6 +201,8 @@ def _parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.jobs is None:
         options.jobs = len(os.sched_getaffinity(0)) if options.device == "cpu" else 1
+    if unknown := [text for text in options.lr if text.rpartition("=")[0] not in ARMS]:
+        parser.error(f"--lr: no arm in {', '.join(unknown)}; give ARM=RATE with an arm of {', '.join(ARMS)}")
     return options
 
 

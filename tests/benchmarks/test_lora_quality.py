@@ -241,12 +241,15 @@ def test_a_miniature_run_writes_its_table_and_plot(tmp_path, monkeypatch, capsys
         "--jobs",
         "1",
     ]
-    arguments += ["--rates", "0.01", "--cache", str(tmp_path), "--out", str(out)]
+    arguments += ["--rates", "0.01", "0.02", "--lr", "mola=0.03", "--cache", str(tmp_path), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["lora_quality", *arguments])
     lora_quality.main()
     result = json.loads(out.read_text())
-    assert set(result["rows"]) == {"lora", "one lora per task", "one lora per task, 8x", "mola", "moelora-task"}
+    assert set(result["rows"]) == {"lora", "one lora per task", "mola", "moelora-task"}
     assert result["facts"]["moelora-task"]["group"] == "task"
+    assert result["facts"]["mola"]["lr"] == 0.03
+    assert sorted(run["lr"] for run in result["tuning"] if run["arm"] == "lora") == [0.01, 0.02]
+    assert "mola" not in {run["arm"] for run in result["tuning"]}
     assert "mola closes" in result["verdict"]
     assert (tmp_path / "quality.svg").read_text().startswith("<svg")
     assert "gap closed" in capsys.readouterr().out
