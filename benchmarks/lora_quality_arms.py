@@ -28,7 +28,6 @@ from lora.presets import bank_at, expand, layer_of, matches
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN = ("gate_proj", "up_proj", "down_proj")
 TOLERANCE = 0.02
-LARGEST = 256
 
 
 @dataclass(frozen=True)
@@ -159,14 +158,16 @@ def fitted(model: LlamaForCausalLM, arm: Arm, parameters: int) -> tuple[dict[str
     """
     target, layers = parameters * arm.share, model.config.num_hidden_layers
     counts = {1: _sizes_of(model, arm, 1)}
-    size, above = 1, LARGEST
     if _total(counts[1]) > target:
         raise AdapterError(f"{arm.name}: has {_total(counts[1])} parameters at the least, not {target:.0f}")
+    size, above = 1, 2
+    while _total(counts.setdefault(above, _sizes_of(model, arm, above))) <= target:
+        size, above = above, 2 * above
     while above - size > 1:
         middle = (size + above) // 2
         counts[middle] = _sizes_of(model, arm, middle)
         size, above = (middle, above) if _total(counts[middle]) <= target else (size, middle)
-    smaller, larger = counts[size], counts.get(above) or _sizes_of(model, arm, above)
+    smaller, larger = counts[size], counts[above]
     choices = []
     for cuts in itertools.product(range(layers + 1), repeat=len(arm.banks)):
         count = sum(
