@@ -146,9 +146,8 @@ def table(case: Case, result: dict[str, Any]) -> str:
     for claim in result["claims"]:
         verdict = {True: "met", False: "MISSED", None: "not measured"}[claim["met"]]
         ratio = "-" if claim["ratio"] is None else f"{claim['ratio']:.3f}"
-        lines.append(
-            f"    {claim['what']} of {claim['ours']} / {claim['against']}: {ratio}, at most {claim['limit']:g}: {verdict}"
-        )
+        pair = f"{claim['ours']} / {claim['against']}"
+        lines.append(f"    {claim['what']} of {pair}: {ratio}, at most {claim['limit']:g}: {verdict}")
     lines += [f"  left out: {name}: {why}" for name, why in (case.skipped or {}).items()]
     return "\n".join(lines)
 

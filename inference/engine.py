@@ -126,9 +126,7 @@ class LLM:
         self._new_tokens = 0
         self._seconds = 0.0
 
-    def _offloaded(
-        self, files: TensorFiles, blocks: list[MoEBlock], expert_budget: float, poison: bool
-    ) -> ExpertCache:
+    def _offloaded(self, files: TensorFiles, blocks: list[MoEBlock], expert_budget: float, poison: bool) -> ExpertCache:
         """Have the blocks' experts borrow from a cache, which is returned."""
         shape = expert_shape(self.path, blocks)
         store = ExpertStore(files, {b.layer: f"{b.path}.experts" for b in blocks}, shape)

@@ -11,7 +11,7 @@ from dataclasses import fields
 from fnmatch import fnmatchcase
 from typing import Any
 
-from lora.config import BankConfig
+from lora.config import BankConfig, Count
 from lora.methods import EXPERT_TENSORS
 
 Finding = tuple[str, str]
@@ -28,7 +28,7 @@ _COMBINES = {
     "token": ("soft", "top_k", "top_p", "threshold", "switch"),
     "task": ("soft", "top_k"),
 }
-_SHARES = {"linear": ("none", "A"), "experts": ("none", "all", "outer"), "ffn": ("none",), "parallel": ("none",)}
+_SHARES = {"linear": ("none", "A"), "experts": ("none", "A", "all", "outer"), "ffn": ("none",), "parallel": ("none",)}
 
 
 def _own(full: BankConfig) -> bool:
@@ -186,23 +186,35 @@ def _losses(full: BankConfig) -> Iterator[Finding]:
             f"balance=localized_cv2 is a loss on soft weights, and combine is {full.combine}; write combine: soft or "
             "balance: switch",
         )
+    elif full.balance == "switch" and full.combine == "soft" and full.router_aux_loss_coef:
+        yield "balance", "balance=switch counts choices, and combine: soft makes none; write balance: none"
+    elif full.balance_pooled and full.router_aux_loss_coef and len(set(_as_tuple(full.num_experts))) > 1:
+        yield (
+            "balance_pooled",
+            f"balance_pooled=true, but layers with num_experts={shown(full.num_experts)} have no balance in common; "
+            "write balance_pooled: false",
+        )
 
 
 def _counts(full: BankConfig) -> Iterator[Finding]:
     used = used_fields(full)
-    counts = full.num_experts if isinstance(full.num_experts, tuple) else (full.num_experts or 1,)
+    counts = _as_tuple(full.num_experts)
     if "top_k" in used and (full.top_k or 1) > min(counts):
         yield "top_k", f"top_k={full.top_k} is more than num_experts={shown(full.num_experts)}; choose fewer"
     if full.router == "task" and (full.num_tasks or 1) < 2:
         yield "num_tasks", f"num_tasks={full.num_tasks}: routing by task needs two or more; write how many the data has"
     if full.rank_rule == "per_total" and "num_experts" in used and full.kind == "lowrank":
-        ranks = full.r if isinstance(full.r, tuple) else (full.r or 1,)
+        ranks = _as_tuple(full.r)
         if any(r % count for r in ranks for count in counts) and (len(ranks) == 1 or len(counts) == 1):
             yield (
                 "r",
                 f"r={shown(full.r)} cannot be divided among num_experts={shown(full.num_experts)} (rank_rule: "
                 "per_total); choose a multiple",
             )
+
+
+def _as_tuple(value: Count | None) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value or 1,)
 
 
 def _names(target: str, tensor: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 
-import torch
 from torch import nn
 
 from lora.config import BankConfig
@@ -14,7 +13,6 @@ from lora.experts import ExpertLoRA, ExpertSlice
 from lora.presets import bank_at, expert_tensors, targets_of
 from lora.sites import Frame, Match, global_size
 from moe.families import MoEBlock
-from moe.form import PLAIN
 
 
 def attach_experts(
@@ -49,25 +47,15 @@ def _check(experts: nn.Module, path: str, frame: Frame) -> None:
         raise AdapterError(
             f"{path} ({type(experts).__name__}) cannot take an adapter; convert the model first (moe.convert.convert)"
         )
-    form = getattr(experts, "form", PLAIN)
-    if form.transposed or form.interleaved:
-        raise AdapterError(
-            f"{path}: expert-lora is for experts with gate_up_proj [E,2I,H], gate rows first; this family's are "
-            f"{'transposed' if form.transposed else 'interleaved'}; use preset mola on the attention's projections"
-        )
     if experts.ep_size != frame.ep:
         raise AdapterError(f"{path} was converted for ep={experts.ep_size}, the adapter is for ep={frame.ep}")
 
 
 def _sizes(experts: nn.Module, path: str) -> tuple[int, int]:
-    """(hidden, intermediate), from the weights or, where they are not held, from attributes."""
-    down_LHI = getattr(experts, "down_proj", None)
-    if isinstance(down_LHI, torch.Tensor) and down_LHI.dim() == 3:
-        return down_LHI.shape[1], down_LHI.shape[2]
+    """(hidden, intermediate), whatever the layout of the weights and whether they are held."""
     try:
         return experts.hidden_size, experts.intermediate_size
     except AttributeError:
         raise AdapterError(
-            f"{path} ({type(experts).__name__}) has neither a stacked down_proj [L,H,I] "
-            "nor hidden_size and intermediate_size"
+            f"{path} ({type(experts).__name__}) has no hidden_size and intermediate_size, which an adapter needs"
         ) from None

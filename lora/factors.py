@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moe.kernels.grouped import choose_backend, grouped_linear
 
@@ -95,10 +96,16 @@ class FactoredDelta(torch.autograd.Function):
 
 
 def factored_delta(x_NM: Tensor, a_LRM: Tensor, b_LOR: Tensor, counts_L: Tensor, scale: float) -> Tensor:
-    """``scale * B_e A_e x`` [N, O] for rows sorted by expert, ``counts_L[l]`` of them for local expert l."""
-    a_LRM, b_LOR = a_LRM.to(x_NM.dtype), b_LOR.to(x_NM.dtype)
-    backend = choose_backend(x_NM.device, x_NM.dtype, *a_LRM.shape[1:], b_LOR.shape[1]).name
+    """``scale * B_e A_e x`` [N, O] for rows sorted by expert, ``counts_L[l]`` of them for local expert l.
+
+    A factor with one entry in place of L is shared by all experts.
+    """
+    local = counts_L.shape[0]
+    a_LRM, b_LOR = (t.to(x_NM.dtype).expand(local, -1, -1) for t in (a_LRM, b_LOR))
+    backend = choose_backend(x_NM.device, x_NM.dtype, a_LRM.shape[2], b_LOR.shape[1]).name
     if backend == "loop":
         return FactoredDelta.apply(x_NM, a_LRM, b_LOR, counts_L.tolist(), scale)
-    z_NR = grouped_linear(x_NM, a_LRM, counts_L, backend) * scale
-    return grouped_linear(z_NR, b_LOR, counts_L, backend)
+    # The grouped product wants aligned operands; ranks that are not are padded with zeros.
+    lacking = -a_LRM.shape[1] % 8
+    z_NR = grouped_linear(x_NM, F.pad(a_LRM, (0, 0, 0, lacking)), counts_L, backend) * scale
+    return grouped_linear(z_NR, F.pad(b_LOR, (0, lacking)), counts_L, backend)

@@ -1,20 +1,21 @@
 """Adapters on disk: one folder, global experts, every tensor checked when it is read.
 
-bank.safetensors           factors by parameter path, stacked over all experts: A [E, r, in], B [E, out, r]
-manifest.json              banks, base fingerprint, versions, sha256 of each tensor and of itself
+bank.safetensors           tensors by parameter path, over all experts: factors A, B, C, scales, routers, whatever a
+                           bank trains, under the names and in the shapes that the model holds them
+manifest.json              banks with every field, base fingerprint, versions, exact exports, sha256 of each tensor
 adapter_config.json        PEFT's, if the adapter is exactly LoRA; else a type that PEFT refuses
 adapter_model.safetensors  PEFT's tensors, only if the adapter is exactly LoRA
+
+Shapes: E experts (1, or no axis, where experts share a factor), r rank.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +26,34 @@ from torch import Tensor, nn
 
 from lora.attach import AttachReport, attach
 from lora.config import BankConfig
+from lora.deltas import split_factor
 from lora.errors import AdapterError
 from lora.exactness import is_exactly_lora
-from lora.peft_format import CONFIG_FILE, export_peft
+from lora.manifest import LAYOUT, MANIFEST_FILE, SCHEMA, banks_of, digest, make_manifest, read_manifest
+from lora.peft_format import CONFIG_FILE, WEIGHTS_FILE, BaseFacts, peft_files, write_files
 from lora.presets import bank_of, check_banks, expand
 from moe.convert import convert
 from moe.families import find_moe_blocks
 
-SCHEMA = 1
 TENSORS_FILE = "bank.safetensors"
-MANIFEST_FILE = "manifest.json"
-LAYOUT = "A=E|1,r,in;C=E,r,r;B=E,out,r;router.weight=E,in"
+FILES = (TENSORS_FILE, MANIFEST_FILE, CONFIG_FILE, WEIGHTS_FILE)
+_CLOSED = "MOE_BANK"  # no PEFT has this type, so every PEFT refuses it by name
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A loaded adapter: CPU tensors by parameter path, over all experts, and the banks they belong to."""
+    """A loaded adapter: CPU tensors by parameter path, over all experts, and the banks they belong to.
+
+    Attributes:
+        routed_experts: of a layer of the base model; None if that was not known when it was saved.
+        topology: of the run that trained it, if it was given.
+    """
 
     tensors: dict[str, Tensor]
     banks: dict[str, BankConfig]
     base_fingerprint: str
+    routed_experts: int | None = None
+    topology: Mapping[str, Any] | None = None
 
 
 def collect_adapter(model: nn.Module) -> dict[str, Tensor]:
@@ -72,31 +81,46 @@ def save_adapter(
     base_fingerprint: str,
     *,
     base_model: str | None = None,
+    topology: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write an adapter folder, whole or not at all; one that is there is replaced.
+    """Write an adapter folder, whole or not at all; an adapter that is there is replaced.
 
     Args:
         tensors: by parameter path, stacked over *all* experts.
         base_fingerprint: identifies the weights that the adapter was trained on.
         base_model: path or name of the base model, for PEFT's configuration.
+        topology: of the run: workers, expert-parallel degree and the like, to be kept.
 
-    Raises AdapterError if the tensors are not what the banks call for.
+    Raises AdapterError if the tensors are not what the banks call for, or the folder holds anything else.
     """
     folder = Path(folder)
     check_banks(banks)
     _check_tensors(tensors, banks)
+    _check_place(folder)
     stored = {path: tensor.detach().cpu().contiguous() for path, tensor in sorted(tensors.items())}
+    base = BaseFacts.read(base_model)
+    # Whether the experts' number is known decides if shared factors can be given to each of them.
+    shared = any(expand(bank).site == "experts" and expand(bank).share == "all" for bank in banks.values())
+    peft = is_exactly_lora(banks) and not (shared and base.routed_experts is None)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         save_file(stored, temporary / TENSORS_FILE, metadata={"schema": str(SCHEMA), "layout": LAYOUT})
-        if is_exactly_lora(banks):
-            export_peft(temporary, stored, banks, base_model=base_model)
+        if peft:
+            write_files(temporary, *peft_files(stored, banks, base))
         else:
-            _write_json(temporary / CONFIG_FILE, {"peft_type": "MOE_BANK", "base_model_name_or_path": base_model})
-        _write_json(temporary / MANIFEST_FILE, _manifest(stored, banks, base_fingerprint))
+            _write_json(temporary / CONFIG_FILE, {"peft_type": _CLOSED, "base_model_name_or_path": base_model})
+        manifest = make_manifest(
+            stored,
+            banks,
+            base_fingerprint,
+            routed_experts=base.routed_experts,
+            topology=topology,
+            loads_in_peft=peft,
+        )
+        _write_json(temporary / MANIFEST_FILE, manifest)
         for file in temporary.iterdir():
             _sync(file)
         _put_in_place(temporary, folder)
@@ -105,16 +129,13 @@ def save_adapter(
 
 
 def load_adapter(folder: str | Path) -> Adapter:
-    """Read an adapter folder and verify every byte that is used.
+    """Read an adapter folder and verify every byte that is used. Banks come with every field filled in.
 
     Raises AdapterError naming the file or tensor that is missing, damaged or not of this format.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder / MANIFEST_FILE)
-    banks = {
-        name: BankConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in bank.items()})
-        for name, bank in manifest["banks"].items()
-    }
+    manifest = read_manifest(folder)
+    banks = banks_of(manifest, folder)
     expected: dict[str, dict[str, Any]] = manifest["tensors"]
     file = folder / TENSORS_FILE
     try:
@@ -128,12 +149,16 @@ def load_adapter(folder: str | Path) -> Adapter:
         raise AdapterError(f"{file} lacks the tensor {missing[0]}; export the adapter again")
     for path, tensor in tensors.items():
         if path not in expected:
-            raise AdapterError(f"{file} has a tensor that its manifest does not know: {path}")
-        if expected[path]["sha256"] != _digest(tensor):
+            raise AdapterError(f"{file} has a tensor that its manifest does not know: {path}; export the adapter again")
+        if expected[path]["sha256"] != digest(tensor):
             raise AdapterError(f"{file}: {path} is damaged, its checksum does not match; export the adapter again")
+        if expected[path]["shape"] != list(tensor.shape) or f"torch.{expected[path]['dtype']}" != str(tensor.dtype):
+            raise AdapterError(f"{file}: {path} has another shape or dtype than its manifest; export the adapter again")
     check_banks(banks)
     _check_tensors(tensors, banks)
-    return Adapter(tensors, banks, manifest["base_fingerprint"])
+    return Adapter(
+        tensors, banks, manifest["base_fingerprint"], manifest.get("routed_experts"), manifest.get("topology")
+    )
 
 
 def apply_adapter(model: nn.Module, adapter: Adapter, *, base_fingerprint: str | None = None) -> AttachReport:
@@ -153,8 +178,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, base_fingerprint: str |
             "use the base model it was exported with"
         )
     blocks = []
-    sites = {expand(bank).site for bank in adapter.banks.values()}
-    if sites & {"experts", "parallel"}:
+    if any(expand(bank).site in ("experts", "parallel") for bank in adapter.banks.values()):
         blocks = find_moe_blocks(model)
         if not all(hasattr(block.experts, "adapter") for block in blocks):
             blocks = convert(model)
@@ -167,10 +191,11 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, base_fingerprint: str |
 @torch.no_grad()
 def _load(model: nn.Module, adapter: Adapter) -> None:
     places = {path: p for path, p in model.named_parameters() if ".adapter." in path}
-    if surplus := sorted(adapter.tensors.keys() - places.keys()):
+    tensors = {_present_name(path, places): tensor for path, tensor in adapter.tensors.items()}
+    if surplus := sorted(tensors.keys() - places.keys()):
         raise AdapterError(f"the model has no place for the adapter tensor {surplus[0]}; is it another base model?")
     for path, parameter in places.items():
-        tensor, address = adapter.tensors.get(path), parameter.address
+        tensor, address = tensors.get(path), parameter.address
         if tensor is None:
             raise AdapterError(f"the adapter has no tensor {path}, which the model needs; is it another base model?")
         if tuple(tensor.shape) != address.global_shape:
@@ -178,83 +203,66 @@ def _load(model: nn.Module, adapter: Adapter) -> None:
                 f"{path}: the adapter has shape {tuple(tensor.shape)}, the model needs {address.global_shape}"
             )
         first = address.first_expert
-        parameter.copy_(tensor[first : first + parameter.shape[0]])
+        parameter.copy_(tensor[first : first + parameter.shape[0]] if address.is_expert else tensor)
+
+
+def _present_name(path: str, places: Mapping[str, nn.Parameter]) -> str:
+    """Routers of schema 1 were one tensor; a router's only tensor goes by another name since."""
+    if path in places or not path.endswith(".adapter.router"):
+        return path
+    inside = [place for place in places if place.startswith(f"{path}.")]
+    return inside[0] if len(inside) == 1 else path
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], banks: Mapping[str, BankConfig]) -> None:
+    """What can be said without the model; :func:`apply_adapter` compares every name and shape with the model's."""
     if not banks:
         raise AdapterError("an adapter needs at least one bank")
-    used = set()
-    for path, tensor in tensors.items():
+    used: set[str] = set()
+    sites: dict[tuple[str, str], dict[str, str]] = {}
+    for path in tensors:
         name = bank_of(path, banks) if ".adapter." in path else None
         if name is None:
             raise AdapterError(f"{path} belongs to none of the banks {', '.join(banks)}")
         used.add(name)
-        factor = path.rpartition(".")[2]
-        if ".adapter.router." in path:
-            fits = tensor.dim() == (1 if factor == "threshold_bias" else 2)
-        elif factor == "C":
-            fits = tensor.dim() == 3 and tensor.shape[1] == tensor.shape[2]
-        elif expand(banks[name]).kind == "scale":
-            fits = factor == "B" and tensor.dim() == 3 and tensor.shape[2] == 1
-        else:
-            fits = tensor.dim() == 3
-            if (partner := path[:-1] + ("B" if factor == "A" else "A")) not in tensors:
-                raise AdapterError(f"{path} is there, but {partner} is not")
-            fits = fits and tensor.shape[1 if factor == "A" else 2] == tensors[partner].shape[2 if factor == "A" else 1]
-        if not fits:
-            raise AdapterError(f"{path}: shape {tuple(tensor.shape)} is not {LAYOUT} ({name})")
+        place, inner, factor = split_factor(path)
+        if factor:
+            sites.setdefault((place, inner), {})[factor] = path
+    for paths in sites.values():
+        _check_factors(paths, tensors, banks)
     if empty := [name for name in banks if name not in used]:
         raise AdapterError(f"adapter.{empty[0]} has no tensors")
 
 
-def _manifest(tensors: Mapping[str, Tensor], banks: Mapping[str, BankConfig], base: str) -> dict[str, Any]:
-    versions = {}
-    for package in ("planaria", "torch", "transformers", "peft", "safetensors"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    manifest = {
-        "schema": SCHEMA,
-        "layout": LAYOUT,
-        "base_fingerprint": base,
-        "banks": {name: asdict(bank) | {"targets": list(bank.targets)} for name, bank in banks.items()},
-        "loads_in_peft": is_exactly_lora(banks),
-        "versions": versions,
-        "tensors": {
-            path: {
-                "shape": list(tensor.shape),
-                "dtype": str(tensor.dtype).removeprefix("torch."),
-                "sha256": _digest(tensor),
-            }
-            for path, tensor in tensors.items()
-        },
-    }
-    return manifest | {"sha256": _seal(manifest)}
+def _check_factors(paths: Mapping[str, str], tensors: Mapping[str, Tensor], banks: Mapping[str, BankConfig]) -> None:
+    here = next(iter(paths.values()))
+    if expand(banks[bank_of(here, banks) or ""]).kind == "scale":
+        return
+    for factor in ("A", "B"):
+        if factor not in paths:
+            raise AdapterError(f"{here} is there, but {here[:-1]}{factor} is not")
+    ranks, counts = set(), set()
+    for factor, path in paths.items():
+        shape = tuple(tensors[path].shape)
+        if len(shape) not in (2, 3):
+            raise AdapterError(f"{path}: shape {shape} is not {LAYOUT}")
+        ranks |= {"A": {shape[-2]}, "B": {shape[-1]}, "C": set(shape[-2:])}[factor]
+        counts |= {shape[0]} if len(shape) == 3 else {1}
+    if len(ranks) > 1 or len(counts - {1}) > 1:
+        shapes = ", ".join(f"{factor} {tuple(tensors[path].shape)}" for factor, path in paths.items())
+        raise AdapterError(f"{here[:-2]}: the shapes {shapes} do not agree; they must be {LAYOUT}")
 
 
-def _read_manifest(file: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        sealed = manifest.pop("sha256")
-    except (FileNotFoundError, NotADirectoryError):
-        raise AdapterError(f"{file.parent} is no adapter: it has no {MANIFEST_FILE}") from None
-    except (ValueError, KeyError, AttributeError) as error:
-        raise AdapterError(f"{file} is damaged ({error}); export the adapter again") from error
-    if manifest.get("schema") != SCHEMA:
-        raise AdapterError(f"{file} has schema {manifest.get('schema')}, this version reads {SCHEMA}")
-    if sealed != _seal(manifest):
-        raise AdapterError(f"{file} is damaged: its own checksum does not match; export the adapter again")
-    return manifest
-
-
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
-
-
-def _seal(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def _check_place(folder: Path) -> None:
+    """Only an adapter may be replaced: whatever else is there is somebody's."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise AdapterError(f"{folder} is a file; give another folder or remove it")
+    found = {path.name for path in folder.iterdir()}
+    foreign = sorted(found - set(FILES)) or sorted(found if MANIFEST_FILE not in found else ())
+    if foreign:
+        raise AdapterError(f"{folder} holds {foreign[0]}, which is no file of an adapter; give another folder")
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

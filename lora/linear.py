@@ -17,7 +17,7 @@ from lora.errors import AdapterError
 from lora.factors import stacked_init
 from lora.objectives import contrastive_loss, real_tokens
 from lora.rank_space import RankSpace, ScaledOutput
-from lora.routers import BankRouter, Decision
+from lora.routers import BankRouter, Decision, check_router
 from moe.balance import inject
 from moe.context import current
 from moe.refs import TensorAddress
@@ -103,6 +103,8 @@ class LinearBank(nn.Module):
 def _check(bank: BankAt, path: str) -> None:
     config = bank.config
     say = f"{path.removesuffix('.adapter')} ({config.preset})"
+    if config.router != "none":
+        check_router(bank, f"{path}.router")
     if config.router == "none" and config.combine not in ("static", "sum"):
         raise AdapterError(f"{say}: combine {config.combine!r} needs a router; choose token or task")
     if config.router == "none" and config.combine == "static" and bank.num_experts != 1:

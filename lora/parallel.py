@@ -33,6 +33,7 @@ from lora.config import BankAt
 from lora.errors import AdapterError
 from lora.factors import stacked_init
 from lora.linear import LinearBank
+from lora.pairs import collect_rows, spread_rows
 from moe.assignment import Assignment, assign
 from moe.kernels.grouped import choose_backend, grouped_linear
 from moe.refs import TensorAddress
@@ -82,9 +83,9 @@ class FollowingBank(nn.Module):
 
 def _delta(x_TH: Tensor, gate_TK: Tensor, a_ERH: Tensor, b_EHR: Tensor, assignment: Assignment, scale: float) -> Tensor:
     backend = choose_backend(x_TH.device, x_TH.dtype, *a_ERH.shape[1:]).name
-    z_NR = grouped_linear(x_TH[assignment.row_N], a_ERH, assignment.counts_L, backend)
+    z_NR = grouped_linear(spread_rows(x_TH, assignment), a_ERH, assignment.counts_L, backend)
     gate_N1 = (assignment.spread(gate_TK) * scale).to(z_NR.dtype)[:, None]
-    return assignment.combine(grouped_linear(z_NR * gate_N1, b_EHR, assignment.counts_L, backend))
+    return collect_rows(grouped_linear(z_NR * gate_N1, b_EHR, assignment.counts_L, backend), assignment)
 
 
 def put_beside(

@@ -77,6 +77,11 @@ def expansion(bank: BankConfig) -> str:
     return f"{full.preset}: {', '.join(f'{name} {shown(getattr(full, name))}' for name in used)}"
 
 
+def expansions(banks: Mapping[str, BankConfig]) -> list[str]:
+    """One line for each bank."""
+    return [f"{name} = {expansion(bank)}" for name, bank in banks.items()]
+
+
 def targets_of(bank: BankConfig) -> tuple[str, ...]:
     """The bank's targets, or its preset's when it names none."""
     return expand(bank).targets

@@ -36,7 +36,7 @@ class RankSpace(torch.autograd.Function):
     ) -> Tensor:
         u_TFR = F.linear(dropped(x_TM, dropout), a_FRM.flatten(0, 1)).unflatten(1, a_FRM.shape[:2])
         z_TX = _weighted(_mixed(u_TFR, c_ERR), gate_TE, scale, b_EOR.shape[0]).flatten(1)
-        y_TO.addmm_(z_TX, _side_by_side(b_EOR))
+        y_TO.addmm_(z_TX, _side_by_side(b_EOR).T)
         ctx.mark_dirty(y_TO)
         ctx.save_for_backward(x_TM, a_FRM, c_ERR, b_EOR, gate_TE, u_TFR)
         ctx.scale, ctx.dropout = scale, dropout
@@ -53,7 +53,7 @@ class RankSpace(torch.autograd.Function):
         if needs_b:
             z_TX = _weighted(v_TFR, gate_TE, scale, experts).flatten(1)
             db_EOR = (dy_TO.T @ z_TX).unflatten(1, (experts, rank)).transpose(0, 1).contiguous()
-        dz_TER = (dy_TO @ _side_by_side(b_EOR).T).unflatten(1, (experts, rank))
+        dz_TER = (dy_TO @ _side_by_side(b_EOR)).unflatten(1, (experts, rank))
         if needs_gate:
             dgate_TE = (dz_TER.to(gate_TE.dtype) * v_TFR.to(gate_TE.dtype)).sum(-1).mul_(scale)
         du_TFR = _weighted(dz_TER, gate_TE, scale, experts)
@@ -72,8 +72,8 @@ class RankSpace(torch.autograd.Function):
 
 
 def _side_by_side(b_EOR: Tensor) -> Tensor:
-    """[X, O]."""
-    return b_EOR.transpose(1, 2).flatten(0, 1)
+    """[O, X]."""
+    return b_EOR.transpose(0, 1).flatten(1)
 
 
 def _mixed(u_TFR: Tensor, c_ERR: Tensor | None) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lora.pairs import collect_rows, spread_rows
 from moe.assignment import Assignment
 from moe.form import ExpertForm
 from moe.kernels.activation import between, differentiate, gated
@@ -98,19 +99,21 @@ def _grouped(
     scales: Scales,
 ) -> tuple[Tensor, Tensor]:
     """All pairs at once with grouped products; differentiable."""
-    rows_N, counts_E = assignment.row_N, assignment.counts_L
 
     def product(x: Tensor, weight: Tensor) -> Tensor:
-        return grouped_linear(x, weight, counts_E, "grouped_mm")
+        return grouped_linear(x, weight, assignment.counts_L, "grouped_mm")
 
-    z_gate, z_up = (product(x_TH[rows_N], a_in) * scales.s).chunk(2, dim=1)
-    h_N2I = torch.cat(
-        [u_TI[rows_N] + product(z_gate.contiguous(), b_gate), v_TI[rows_N] + product(z_up.contiguous(), b_up)], 1
-    )
-    a_NI = between(h_N2I, form) * assignment.spread(gate_TK).unsqueeze(1).to(h_N2I.dtype)
+    def pairs(x: Tensor) -> Tensor:
+        return spread_rows(x, assignment)
+
+    z_gate, z_up = (product(pairs(x_TH), a_in) * scales.s).chunk(2, dim=1)
+    gate_NI = pairs(u_TI) + product(z_gate.contiguous(), b_gate)
+    up_NI = pairs(v_TI) + product(z_up.contiguous(), b_up)
+    weight_N1 = assignment.spread(gate_TK).unsqueeze(1).to(u_TI.dtype)
+    a_NI = between(torch.cat([gate_NI, up_NI], 1), form) * weight_N1
     seen_NI = a_NI if keep_NI is None else a_NI * keep_NI
     d_NH = product(product(seen_NI, a_down) * scales.s_down, b_down)
-    return assignment.combine(a_NI), assignment.combine(d_NH)
+    return collect_rows(a_NI, assignment), collect_rows(d_NH, assignment)
 
 
 class _Mix(torch.autograd.Function):

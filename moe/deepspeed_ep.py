@@ -64,10 +64,11 @@ def bind_expert_parallel(experts: Experts) -> None:
     """Make ``experts`` expert-parallel for DeepSpeed, in place; call after adapters are attached. No-op for ep = 1."""
     if experts.ep_size == 1:
         return
-    trains = any(p.requires_grad for p in experts.parameters())
+    mine = [p for p in experts.parameters() if getattr(p, "address", None) is not None and p.address.is_expert]
+    # Factors that an adapter shares among all experts are here, too, but train as ordinary parameters.
+    trains = any(p.requires_grad for p in mine)
     # Changing the class keeps every reference to the module, its parameters and hooks valid.
     experts.__class__ = _TrainedExpertParallel if trains else _ExpertParallel
-    for parameter in experts.parameters():
-        if getattr(parameter, "address", None) is not None and parameter.address.is_expert:
-            parameter.allreduce = False
-            parameter.group_name = f"ep_size_{experts.ep_size}"
+    for parameter in mine:
+        parameter.allreduce = False
+        parameter.group_name = f"ep_size_{experts.ep_size}"

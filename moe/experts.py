@@ -15,7 +15,7 @@ from moe.assignment import Assignment
 from moe.dispatch import EXCHANGES, Dispatcher, Local, Routed, choose_dispatch, mix_everywhere
 from moe.form import PLAIN, ExpertForm
 from moe.kernels.activation import between
-from moe.kernels.backend import Site, choose, passes
+from moe.kernels.backend import Adapted, Site, choose, passes
 from moe.kernels.grouped import Backend, choose_backend, grouped_linear
 from moe.kernels.minimal import minimal_mix
 from moe.kernels.reference import reference_mix
@@ -34,7 +34,8 @@ class Experts(nn.Module):
         first_expert: global index of local expert 0.
         num_experts: global number of experts.
 
-    ``adapter``, if set, adds ``gate_up_delta(x_NH, counts_L)`` and ``down_delta(a_NI, counts_L)`` to the products.
+    ``adapter``, if set, adds ``gate_up_delta(x_NH, counts_L)`` and ``down_delta(a_NI, counts_L)`` to the products. One
+    that also has ``mix(x_RH, weights_RK, stack, assignment)`` computes the whole of frozen experts itself.
 
     With other ranks, ``dispatch`` is how tokens reach them (``auto``, ``all_to_all`` or ``deduplicated``), ``chunks``
     into how many parts they are cut, so that one part travels while another computes, and ``meanwhile``, if set, is
@@ -92,7 +93,14 @@ class Experts(nn.Module):
     def site(self) -> Site:
         weight, biased = self.gate_up_proj, self.biases[0] is not None
         sizes = (self.hidden_size, self.intermediate_size)
-        return Site(weight.device, weight.dtype, *sizes, self.form, biased, self.adapter is not None)
+        return Site(weight.device, weight.dtype, *sizes, self.form, biased, self._adapted)
+
+    @property
+    def _adapted(self) -> Adapted:
+        if self.adapter is None:
+            return "no"
+        trains = any(parameter.requires_grad for parameter in self._parameters.values() if parameter is not None)
+        return "whole" if hasattr(self.adapter, "mix") and not trains else "pieces"
 
     @property
     def backend(self) -> Backend:
@@ -100,7 +108,9 @@ class Experts(nn.Module):
 
         Raises BackendError if it cannot run here.
         """
-        return choose(self.site, self.wanted_backend)
+        found = choose(self.site, self.wanted_backend)
+        how = getattr(self.adapter, "reason", None)
+        return Backend(found.name, f"{found.reason}; adapter: {how}") if how and found.name == "minimal" else found
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden_states`` [T,H], ``top_k_index`` [T,K] (global ids), ``top_k_weights`` [T,K] -> [T,H]."""
@@ -115,7 +125,7 @@ class Experts(nn.Module):
 
     def mix(self, x_RH: Tensor, weights_RK: Tensor, assignment: Assignment) -> Tensor:
         """Each row's local experts, weighted and summed: [R,H]. A row none of whose choices is local gives zeros."""
-        name = self.backend.name
+        name = choose(self.site, self.wanted_backend).name
         if name == "grouped_mm":
             y_NH = self.compute(x_RH[assignment.row_N], assignment.counts_L)
             weights_N = assignment.spread(weights_RK)
@@ -123,6 +133,8 @@ class Experts(nn.Module):
         stack = Stack(self.gate_up_proj, self.down_proj, *self.biases, self.form)
         if name == "reference":
             return reference_mix(x_RH, weights_RK, stack, assignment)
+        if self.adapter is not None:
+            return self.adapter.mix(x_RH, weights_RK, stack, assignment)
         return minimal_mix(passes(self.site, name), x_RH, weights_RK, stack, assignment)
 
     def compute(self, x_NH: Tensor, counts_L: Tensor) -> Tensor:

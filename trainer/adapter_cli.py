@@ -50,6 +50,7 @@ def _import_arguments(sub: argparse.ArgumentParser) -> None:
         default="expert_fastest",
         help="how lora_B of stacked experts is packed; expert_slowest: Unsloth's, from 2026-02 to 2026-09",
     )
+    sub.add_argument("--peft-version", metavar="V", help="that wrote it, e.g. 0.17, where the file does not say")
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -62,11 +63,41 @@ def _import(arguments: argparse.Namespace) -> int:
     from trainer import adapter_files
 
     return adapter_files.import_peft(
-        arguments.peft_dir, arguments.out_dir, arguments.base, arguments.lora_b_layout == "expert_slowest"
+        arguments.peft_dir,
+        arguments.out_dir,
+        arguments.base,
+        arguments.lora_b_layout == "expert_slowest",
+        arguments.peft_version,
     )
 
 
+def _plan_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("recipe", help="path of a YAML recipe with a section adapter")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="section.key=value, put over the recipe's own")
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from trainer.adapter_plan import plan_adapters, table
+    from trainer.recipe import load_recipe
+
+    print(table(plan_adapters(load_recipe(arguments.recipe, arguments.overrides))))
+    return 0
+
+
+def _presets_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("name", nargs="?", metavar="NAME", help="of one preset: its formula, defaults and paper")
+
+
+def _presets(arguments: argparse.Namespace) -> int:
+    from trainer.adapter_plan import presets_text
+
+    print(presets_text(arguments.name))
+    return 0
+
+
 VERBS = {
+    "plan": Verb("say what a recipe's banks train, cost and can be written as", _plan_arguments, _plan),
+    "presets": Verb("list the published methods, or explain one", _presets_arguments, _presets),
     "export": Verb("write an adapter for other tools", _export_arguments, _export),
     "import": Verb("make an adapter of what PEFT saved", _import_arguments, _import),
 }

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from lora.errors import AdapterError
 from lora.exactness import require
 from lora.format import Adapter, load_adapter
-from lora.merge import merge_into_folder
-from lora.peft_format import write_peft
-from lora.peft_import import import_adapter
+from lora.merge import format_losses, merge_into_folder
+from lora.peft_format import BaseFacts, write_peft
+from lora.peft_import import fingerprint_of, import_adapter
 from lora.tasks import write_tasks
 from lora.upcycled import write_upcycled
-from moe.fingerprint import fingerprint
 
 
 def export(adapter_dir: str, out_dir: str, form: str, base_dir: str | None) -> int:
@@ -22,32 +24,69 @@ def export(adapter_dir: str, out_dir: str, form: str, base_dir: str | None) -> i
     base = None if base_dir is None else Path(base_dir)
     if base is not None:
         _check_base(adapter, base)
-    elif form in ("upcycled", "merged"):
-        raise AdapterError(f"--to {form} needs the model's own weights; name its folder with --base DIR")
-    if form == "tasks":
-        count = write_tasks(adapter, out, base)
-        print(f"wrote {count} plain LoRAs, one for each task, to {out}/task-N")
-    elif form == "upcycled":
-        print(write_upcycled(adapter, base, out))
-    elif form == "merged":
-        print(merge_into_folder(adapter, base, out))
-    else:
-        tensors = write_peft(adapter, out, base=base, per_expert=form == "peft-per-expert")
-        print(f"wrote {tensors} tensors for PEFT to {out}")
+    try:
+        _WRITERS[form](adapter, base, out)
+    except SafetensorError as error:
+        raise AdapterError(f"{base}: a file of its weights is damaged ({error}); copy the folder again") from error
     return 0
 
 
-def import_peft(peft_dir: str, out_dir: str, base_dir: str, expert_slowest: bool) -> int:
+def import_peft(peft_dir: str, out_dir: str, base_dir: str, expert_slowest: bool, peft_version: str | None) -> int:
     """Make an adapter folder of PEFT's; prints its banks. Raises AdapterError or FolderError."""
-    banks = import_adapter(Path(peft_dir), Path(out_dir), Path(base_dir), expert_slowest=expert_slowest)
+    folders = Path(peft_dir), Path(out_dir), Path(base_dir)
+    banks = import_adapter(*folders, expert_slowest=expert_slowest, peft_version=peft_version)
     for name, bank in banks.items():
         print(f"{name}: {bank.preset} r={bank.r} alpha={bank.alpha:g} on {', '.join(bank.targets)}")
     print(f"wrote the adapter to {out_dir}")
     return 0
 
 
+def _peft(adapter: Adapter, base: Path | None, out: Path, per_expert: bool = False) -> None:
+    facts = BaseFacts.read(base)
+    count = write_peft(
+        adapter.tensors, adapter.banks, out, facts, per_expert=per_expert, routed_experts=adapter.routed_experts
+    )
+    print(f"wrote {count} tensors for PEFT to {out}")
+
+
+def _peft_per_expert(adapter: Adapter, base: Path | None, out: Path) -> None:
+    _peft(adapter, base, out, per_expert=True)
+
+
+def _tasks(adapter: Adapter, base: Path | None, out: Path) -> None:
+    count = write_tasks(adapter.tensors, adapter.banks, out, BaseFacts.read(base), adapter.routed_experts)
+    print(f"wrote {count} plain LoRAs for PEFT, one for each task, to {out}/task-0 and on")
+
+
+def _upcycled(adapter: Adapter, base: Path | None, out: Path) -> None:
+    config, losses = write_upcycled(adapter.tensors, adapter.banks, _needed(base, "upcycled"), out)
+    print(format_losses(losses))
+    print(f"wrote a {config.model_type} with {config.num_experts_per_tok} experts for each token to {out}")
+
+
+def _merged(adapter: Adapter, base: Path | None, out: Path) -> None:
+    losses = merge_into_folder(adapter.tensors, adapter.banks, _needed(base, "merged"), out, adapter.routed_experts)
+    print(format_losses(losses))
+    print(f"wrote the base model with the adapter in its weights to {out}")
+
+
+_WRITERS: dict[str, Callable[[Adapter, Path | None, Path], None]] = {
+    "peft": _peft,
+    "peft-per-expert": _peft_per_expert,
+    "tasks": _tasks,
+    "upcycled": _upcycled,
+    "merged": _merged,
+}
+
+
+def _needed(base: Path | None, form: str) -> Path:
+    if base is None:
+        raise AdapterError(f"--to {form} needs the base model's weights; name its folder with --base DIR")
+    return base
+
+
 def _check_base(adapter: Adapter, base: Path) -> None:
-    found = fingerprint(base)
+    found = fingerprint_of(base)
     if found != adapter.base_fingerprint:
         raise AdapterError(
             f"the adapter was trained on base {adapter.base_fingerprint}, {base} is {found}; give the folder that it "

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import masking_utils
 
 from lora.attach import attach, format_table
+from lora.presets import expansions
 from moe.build import new_model
 from moe.convert import assign_addresses, convert
 from moe.extend import freeze_experts
@@ -20,8 +21,10 @@ from moe.load import empty_model, fill
 from moe.merging import MergedExperts
 from moe.mtp import attach_mtp
 from moe.overlap import set_exchange
+from moe.selected import train_experts
 from moe.soft import SoftMoE, replace_blocks
 from trainer.dense_rules import dense_problem, is_dense
+from trainer.esft_file import read_selection
 from trainer.plan import PlanError
 from trainer.rendezvous import Process
 from trainer.schema import Recipe
@@ -50,6 +53,8 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
         return _softened(model, blocks, recipe, process), []
     if recipe.model.frozen_experts:
         freeze_experts(model, blocks, recipe.model.frozen_experts)
+    if recipe.model.trainable_experts:
+        train_experts(model, blocks, read_selection(recipe.model.trainable_experts))
     mtp = recipe.train.mtp
     if mtp.depth:
         blocks += attach_mtp(model, mtp.depth, mtp.weight, seed=recipe.train.seed, layout=layout, rank=process.rank)
@@ -60,7 +65,7 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
     if recipe.adapter:
         report = attach(model, recipe.adapter, blocks, layout_ep=layout.ep, seed=recipe.train.seed)
         if process.rank == 0:
-            print(format_table(report), flush=True)
+            print("\n".join([*expansions(recipe.adapter), format_table(report)]), flush=True)
     model.to(process.device)
     for line in _settle_backends(blocks, section.experts_backend):
         if process.rank == 0:

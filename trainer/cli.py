@@ -93,8 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         "--inexact", action="store_true", help="redo a log that another device or torch wrote; bits may differ"
     )
 
-    checkpoint = verbs.add_parser("checkpoint", help="look at, check, compare or delete a run's checkpoints")
-    add_verbs(checkpoint)
+    add_verbs(verbs.add_parser("checkpoint", help="look at, check, compare or delete a run's checkpoints"))
     add_adapter_verbs(verbs.add_parser("adapter", help="write adapters for other tools, or read theirs"))
 
     keeper = verb("keeper", _keeper, "stop, or look at, the process that holds a run's state in memory")
@@ -107,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_generate_options(generate: argparse.ArgumentParser) -> None:
-    generate.add_argument("model_dir", metavar="DIR", help="Hugging Face folder of a MoE model, or of an adapter's dense base")
+    generate.add_argument("model_dir", metavar="DIR", help="Hugging Face folder of a MoE model or a dense base")
     generate.add_argument("--adapter", metavar="DIR", help="adapter folder")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--max-new-tokens", type=_count, default=64, metavar="N")

@@ -14,18 +14,18 @@ def is_dense(kind: str | None) -> bool:
 
 def dense_problem(recipe: Recipe, kind: str) -> str | None:
     """Why this recipe cannot train the dense base of its ``model.path``, and what to do; None if it can."""
-    model, where = recipe.model, f"model.path: {recipe.model.path} is a dense {kind} model"
+    model, what = recipe.model, f"{recipe.model.path} is a dense {kind} model"
     if not recipe.adapter:
         return (
-            f"{where}, and planaria trains mixtures of experts: add an adapter section to train adapters on it "
-            "(e.g. 'adapter: {ffn: {preset: mixlora}}'), or make a mixture of it first (planaria upcycle)"
+            f"model.path: {what}, and planaria trains mixtures of experts: add an adapter section to train adapters "
+            "on it (e.g. 'adapter: {ffn: {preset: mixlora}}'), or make a mixture of it first (planaria upcycle)"
         )
     for name, bank in recipe.adapter.items():
         full = expand(bank)
         if full.site in ("experts", "parallel") or full.router == "base":
             return (
-                f"adapter.{name}: preset {bank.preset} belongs to routed experts, and {where.removeprefix('model.path: ')}; "
-                "use preset mixlora, or one for linear layers"
+                f"adapter.{name}: preset {bank.preset} belongs to routed experts, and {what}; use preset mixlora, or "
+                "one for linear layers"
             )
     needs_experts = {
         "parallel.ep": recipe.parallel.ep > 1,
@@ -33,6 +33,7 @@ def dense_problem(recipe: Recipe, kind: str) -> str | None:
         "balance": recipe.balance != BalanceSection(),
         "model.soft": model.soft.kind != "none",
         "model.frozen_experts": bool(model.frozen_experts),
+        "model.trainable_experts": model.trainable_experts is not None,
         "model.router_aux_loss_coef": bool(model.router_aux_loss_coef),
         "model.experts_backend": model.experts_backend != "auto",
         "train.mtp": bool(recipe.train.mtp.depth),
@@ -40,8 +41,6 @@ def dense_problem(recipe: Recipe, kind: str) -> str | None:
         "log.routing_trace": bool(recipe.log.routing_trace),
         "checkpoint.mode": recipe.checkpoint.mode == "pec",
     }
-    found = [key for key, given in needs_experts.items() if given]
-    if not found:
-        return None
     instead = {"parallel.ep": "set it to 1", "checkpoint.mode": "use wal or dense"}
-    return f"{found[0]}: {where.removeprefix('model.path: ')}, without routed experts; {instead.get(found[0], 'remove it')}"
+    found = [key for key, given in needs_experts.items() if given]
+    return f"{found[0]}: {what}, without routed experts; {instead.get(found[0], 'remove it')}" if found else None

@@ -67,7 +67,8 @@ def main(run_dir: str, out_dir: str, inexact: bool = False, step: int | None = N
 
 def _write(recipe: Recipe, run: Path, checkpoint: Checkpoint, temporary: Path, inexact: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="planaria-", dir=temporary.parent) as scratch:
-        base = _frozen_tensors(recipe, checkpoint) if recipe.model.frozen_experts else {}
+        partly = recipe.model.frozen_experts or recipe.model.trainable_experts
+        base = _frozen_tensors(recipe, checkpoint) if partly else {}
         redone = whole(checkpoint, Path(scratch), inexact)
         tensors = trained_tensors(redone, base)
         bias = redone.extras(redone.manifest["coordinates"][0]).get(EXTRA)
@@ -229,4 +230,6 @@ def _copy_base(recipe: Recipe, out: Path) -> None:
 
 def _write_adapter(recipe: Recipe, tensors: dict[str, Tensor], out: Path) -> None:
     base = recipe.model.path or ""
-    save_adapter(out, tensors, recipe.adapter, fingerprint(base), base_model=base)
+    parallel = recipe.parallel
+    topology = {name: getattr(parallel, name) for name in ("workers", "ep", "zero", "dtype")}
+    save_adapter(out, tensors, recipe.adapter, fingerprint(base), base_model=base, topology=topology)

@@ -66,7 +66,7 @@ def export(run: str, out_dir: str, form: str, inexact: bool = False) -> int:
             f"{name} has trained selection biases of its routers, for which DeepSpeed's folders have no place; export "
             "it with --hf"
         )
-    if recipe.model.frozen_experts:
+    if recipe.model.frozen_experts or recipe.model.trainable_experts:
         raise ExportError(f"{name} froze experts, and DeepSpeed's folders hold whole models; export it with --hf")
     problems = verify(checkpoint.path)
     if problems:

@@ -27,6 +27,22 @@ def add_model_verbs(verb: Callable[[str, Any, str], argparse.ArgumentParser]) ->
     extend.add_argument("--router", choices=("mean", "copy"), default="mean", help="rows of new experts: of old ones")
     extend.add_argument("--seed", type=int, default=0, metavar="N")
 
+    esft = verb("esft", _esft, "select the experts of a mixture that a recipe's data uses most, to train them alone")
+    esft.add_argument("action", choices=("select",), help="score experts and write which ones train")
+    esft.add_argument("recipe", help="path of a YAML recipe with model.path")
+    esft.add_argument("out", metavar="OUT", help="JSON file to make, for model.trainable_experts")
+    esft.add_argument("overrides", nargs="*", metavar="key=value", help="section.key=value, put over the recipe's own")
+    esft.add_argument("--score", choices=("token", "gate"), default="token", help="share of choices, or of weights")
+    esft.add_argument("--p", type=float, default=0.2, metavar="F", help="share of a layer's scores to reach")
+    esft.add_argument("--tokens", type=int, default=131072, metavar="N", help="size of the sample")
+
+
+def _esft(arguments: argparse.Namespace) -> int:
+    from trainer import esft
+
+    how = (arguments.score, arguments.p, arguments.tokens)
+    return esft.main(arguments.recipe, arguments.overrides, arguments.out, *how)
+
 
 def _upcycle(arguments: argparse.Namespace) -> int:
     from moe.upcycle import Upcycling, upcycle

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from lora.config import BankAt, BankConfig
 from lora.cost import Size
-from lora.errors import AdapterError
 from lora.methods import EXPERT_TENSORS, FFN
 from lora.presets import bank_at
 from lora.targets import OUTPUT, ROUTER, Placed, Places, resolve
@@ -30,7 +29,7 @@ class ModelShapes:
     layers: decoder layers.
     active: routed experts of a token.
     linear: (out, in) of each linear layer by path; ``experts``: (E, out, in) of each stacked tensor.
-    transposed: experts lie in memory as (in, out), which no bank on them fits.
+    norms: width of each vector by path, such as norms' weights.
     places: where banks may go.
     """
 
@@ -38,7 +37,7 @@ class ModelShapes:
     active: int
     linear: Mapping[str, tuple[int, int]]
     experts: Mapping[str, tuple[int, int, int]]
-    transposed: bool
+    norms: Mapping[str, int]
     places: Places
 
     def size(self, placed: Placed) -> Size:
@@ -59,11 +58,6 @@ class ModelShapes:
         """Every place of the banks. Raises AdapterError as :func:`lora.targets.resolve` and ``bank_at`` do."""
         found = []
         for placed in resolve(banks, self.places):
-            if placed.site == "experts" and self.transposed:
-                raise AdapterError(
-                    f"adapter.{placed.bank}: the experts of this family are transposed, and expert banks are for "
-                    "gate_up_proj [E,2I,H]; put banks on the attention's projections, e.g. preset mola"
-                )
             size = self.size(placed)
             here = bank_at(banks[placed.bank], placed.layer, self.layers, size.count, self.active)
             found.append((placed, here, size))
@@ -90,8 +84,8 @@ def model_shapes(shapes: Shapes, active: int) -> ModelShapes:
     ffn = tuple(parent for parent in parents if all(f"{parent}.{name}" in linear for name in FFN))
     layers = [int(match[1]) for name in shapes if (match := re.search(r"layers\.(\d+)\.", name))]
     places = Places(tuple(linear), tuple(stacked), ffn, tuple(blocks), refused)
-    transposed = any(name.endswith("experts.gate_up_proj_bias") for name in shapes)
-    return ModelShapes(max(layers, default=-1) + 1, active, linear, stacked, transposed, places)
+    norms = {name.rpartition(".")[0]: shape[0] for name, shape in shapes.items() if len(shape) == 1}
+    return ModelShapes(max(layers, default=-1) + 1, active, linear, stacked, norms, places)
 
 
 def _stacked(shapes: Shapes) -> dict[str, tuple[int, int, int]]:
@@ -108,7 +102,9 @@ def _stacked(shapes: Shapes) -> dict[str, tuple[int, int, int]]:
             counts[path] = max(counts.get(path, 0), int(one[2]) + 1)
             found[path] = (counts[path], rows, shape[1])
         elif ".experts." in name and len(shape) == 3 and name.rpartition(".")[2] in EXPERT_TENSORS:
-            found[name] = (shape[0], shape[1], shape[2])
+            # Families whose experts have biases keep them as (E, in, out).
+            outs, ins = (shape[2], shape[1]) if f"{name}_bias" in shapes else (shape[1], shape[2])
+            found[name] = (shape[0], outs, ins)
     return dict(sorted(found.items(), key=_order))
 
 

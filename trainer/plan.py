@@ -19,8 +19,10 @@ from checkpointing.cost import BudgetError, size
 from lora.config import BankConfig
 from lora.cost import Parameters, parameters
 from lora.errors import AdapterError
+from lora.presets import expansions
 from moe.family_table import BUFFERS, DENSE, FAMILIES, known_families
 from trainer.dense_rules import dense_problem, is_dense
+from trainer.esft_file import SelectionError, read_selection
 from trainer.family_shapes import family_shapes
 from trainer.mode_plan import Share, basis_of, budget_of, mode_rows
 from trainer.model_shapes import model_shapes
@@ -136,7 +138,7 @@ def bank_parameters(banks: Mapping[str, BankConfig], shapes: Shapes, active: int
 
 def plan_run(recipe: Recipe) -> Plan:
     """Raises PlanError if ``model.path`` cannot be read or does not fit the recipe."""
-    shapes, experts, own = _model(recipe)
+    shapes, experts, own = base_of(recipe)
     top_k = recipe.routing.choices(own)
     shapes = {**soft_shapes(shapes, recipe.model.soft), **mtp_shapes(shapes, recipe.train.mtp.depth)}
     if recipe.model.soft.kind != "none":
@@ -152,9 +154,11 @@ def plan_run(recipe: Recipe) -> Plan:
     if frozen:
         kept = {"experts": expert_total * (experts - frozen) // experts}
         trained = {"router": total["router"], **{kind: count for kind, count in kept.items() if count}}
+    if recipe.model.trainable_experts is not None:
+        trained = {"experts": _chosen(recipe.model.trainable_experts, experts, shapes, expert_total, moe_layers)}
     expert_trained = sum(bank.of_experts for bank in banks.values()) if banks else trained.get("experts", 0)
     workers, ep = recipe.parallel.workers, recipe.parallel.ep
-    width = 2 if recipe.parallel.dtype == "bf16" or _auto_bf16(recipe) else 4
+    width = number_width(recipe)
     everything, training = sum(total.values()), sum(trained.values())
     added = training if banks else 0
     local_weights = everything - expert_total + added - (expert_trained if banks else 0)
@@ -182,6 +186,22 @@ def plan_run(recipe: Recipe) -> Plan:
     )
 
 
+def _chosen(path: str, experts: int, shapes: Shapes, numbers: int, moe_layers: int) -> int:
+    """Numbers of the experts that the file chooses. Raises PlanError for those that the model does not have."""
+    try:
+        chosen = read_selection(path)
+    except SelectionError as error:
+        raise PlanError(str(error)) from None
+    there = {int(match[1]) for name in shapes if (match := re.search(r"layers\.(\d+)\..*\.experts\.", name))}
+    for layer, found in chosen.items():
+        if layer not in there or max(found, default=0) >= experts:
+            raise PlanError(
+                f"model.trainable_experts: {path} names experts {list(found)} of layer {layer}; the model has "
+                f"{experts} in each of its layers {min(there, default=0)} to {max(there, default=0)}; select again"
+            )
+    return numbers // (experts * moe_layers) * sum(len(set(found)) for found in chosen.values())
+
+
 def _layers(names: Iterable[str]) -> int:
     return len({match[0] for name in names if (match := re.match(r"(.*layers|mtp)\.\d+\.", name))})
 
@@ -206,12 +226,17 @@ def _generations(recipe: Recipe) -> int:
     return _DISK_GENERATIONS if disk.every or disk.final else 0
 
 
+def number_width(recipe: Recipe) -> int:
+    """Bytes of a number in the training dtype."""
+    return 2 if recipe.parallel.dtype == "bf16" or _auto_bf16(recipe) else 4
+
+
 def _auto_bf16(recipe: Recipe) -> bool:
     return recipe.parallel.dtype == "auto" and recipe.parallel.device == "cuda"
 
 
-def _model(recipe: Recipe) -> tuple[Shapes, int, int]:
-    """Shapes, routed experts per layer and experts per token."""
+def base_of(recipe: Recipe) -> tuple[Shapes, int, int]:
+    """Shapes, routed experts per layer and experts per token of the model to train. Raises PlanError."""
     model = recipe.model
     if model.path is None:
         return (
@@ -288,6 +313,7 @@ def card(
         ("step", f"{plan.tokens_per_step:,} tokens; {recipe.train.steps:,} steps"),
         *_parameters("parameters", plan.total),
         ("", f"{sum(plan.total.values()):>14,}  in all, {plan.active:,} used by a token"),
+        *(("adapter" if i == 0 else "", text) for i, text in enumerate(expansions(recipe.adapter))),
         *(_parameters("trained", plan.trained) if plan.trained != plan.total else [("trained", "all of them")]),
         (
             "per worker",

@@ -20,6 +20,7 @@ from lora.combinations import used_fields
 from lora.presets import expand
 from moe.family_table import FAMILIES, resolved
 from trainer import yaml_lines
+from trainer.esft_file import selection_digest
 from trainer.recipe_checks import BYTE_VOCABULARY, WITH_PATH, findings
 from trainer.recipe_hints import meant
 from trainer.recipe_messages import alternatives_joined, message, shown
@@ -197,7 +198,7 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
     values = dataclasses.asdict(recipe)
     model = values["model"]
     if recipe.model.path is not None:
-        values["model"] = {name: model[name] for name in WITH_PATH}
+        values["model"] = {name: model[name] for name in WITH_PATH if model[name] is not None}
     else:
         family = FAMILIES[model["family"]]
         values["model"] = {name: v for name, v in model.items() if v is not None and not family.lacks(name)}
@@ -248,6 +249,8 @@ def recipe_fingerprint(recipe: Recipe) -> str:
     values["data"].pop("cache_dir", None)
     if recipe.checkpoint.load_from is not None:
         values["load_from"] = recipe.checkpoint.load_from
+    if recipe.model.trainable_experts is not None:
+        values["model"]["trainable_experts"] = selection_digest(recipe.model.trainable_experts)
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

@@ -21,7 +21,15 @@ from trainer.schema import KEYS
 from trainer.variant_checks import VARIANT_RULES
 from trainer.yaml_lines import Path
 
-WITH_PATH = ("path", "attention_dropout", "router_aux_loss_coef", "experts_backend", "frozen_experts", "soft")
+WITH_PATH = (
+    "path",
+    "attention_dropout",
+    "router_aux_loss_coef",
+    "experts_backend",
+    "frozen_experts",
+    "trainable_experts",
+    "soft",
+)
 WITHOUT_SHARED_EXPERT = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
 BYTE_VOCABULARY = 257  # 256 bytes and <|endoftext|>
 

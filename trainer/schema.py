@@ -77,6 +77,7 @@ class ModelSection:
     router_aux_loss_coef: AtLeast0 = 0.0
     experts_backend: Literal["auto", "reference", "grouped_mm", "minimal", "triton"] = "auto"
     frozen_experts: CountOrZero = 0  # with path: only routers and experts from this number on train; 0: everything does
+    trainable_experts: Text | None = None  # with path: a file of `planaria esft select`; only these experts train
     soft: SoftSection = field(default_factory=SoftSection)
 
 

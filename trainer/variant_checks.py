@@ -83,15 +83,39 @@ def _frozen_experts(view: View) -> Iterator[Finding]:
             yield key, f"{key} and model.frozen_experts each say what trains; remove one"
 
 
+def _trainable_experts(view: View) -> Iterator[Finding]:
+    if not view("model.trainable_experts"):
+        return
+    if not view.given("model.path"):
+        yield "model.trainable_experts", "model.trainable_experts are of a trained model; give model.path"
+    if view("checkpoint.mode") == "pec":
+        yield "checkpoint.mode", "mode pec shares out all experts, and frozen ones have no state; use wal or dense"
+    for key, given in (
+        ("adapter", view.values.get("adapter")),
+        ("train.mtp", view("train.mtp.depth")),
+        ("model.soft", view("model.soft.kind") != "none"),
+        ("model.frozen_experts", view("model.frozen_experts")),
+    ):
+        if given:
+            yield key, f"{key} and model.trainable_experts each say what trains; remove one"
+
+
 def _adapted_backend(view: View) -> Iterator[Finding]:
     banks, backend = view.values.get("adapter"), view("model.experts_backend")
-    if not isinstance(banks, dict) or backend in ("auto", "grouped_mm"):
+    if not isinstance(banks, dict) or backend in ("auto", "grouped_mm", "minimal"):
         return
     if any(expanded(view, f"adapter.{name}").site == "experts" for name in banks):
         yield (
             "model.experts_backend",
-            f"model.experts_backend={backend} has no room for an adapter on the experts; choose grouped_mm or auto",
+            f"model.experts_backend={backend} has no room for an adapter on the experts; choose auto, minimal or "
+            "grouped_mm",
         )
 
 
-VARIANT_RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (_mtp, _soft, _frozen_experts, _adapted_backend)
+VARIANT_RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (
+    _mtp,
+    _soft,
+    _frozen_experts,
+    _trainable_experts,
+    _adapted_backend,
+)

@@ -1,7 +1,8 @@
 """Which implementation runs an expert layer: chosen by a probe, or fixed by the recipe, always with a reason.
 
-``reference``: one pair at a time. ``grouped_mm``: a composition of differentiable pieces, the only one with room for an
-adapter. ``minimal``: a function that saves little. ``triton``: the same with gather and activation inside the products.
+``reference``: one pair at a time. ``grouped_mm``: a composition of differentiable pieces, with room for any adapter.
+``minimal``: a function that saves little; an adapter may bring its own. ``triton``: the same with gather and activation
+inside the products.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import importlib
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Literal
 
 import torch
 
@@ -25,9 +27,13 @@ class BackendError(ValueError):
     """The backend that was asked for cannot run here."""
 
 
+Adapted = Literal["no", "pieces", "whole"]
+
+
 @dataclass(frozen=True)
 class Site:
-    """What the choice depends on. ``adapted``: an adapter is attached to these experts."""
+    """What the choice depends on. ``adapted``: whether an adapter is on these experts, and whether it adds to the
+    ``pieces`` only or can compute the ``whole`` layer, as it can while the weights are frozen."""
 
     device: torch.device
     dtype: torch.dtype
@@ -35,7 +41,7 @@ class Site:
     inner: int
     form: ExpertForm
     biased: bool = False
-    adapted: bool = False
+    adapted: Adapted = "no"
 
     @property
     def widths(self) -> tuple[int, int, int]:
@@ -65,8 +71,8 @@ def _products(site: Site) -> str:
 
 
 def _refuses_fused(site: Site) -> str | None:
-    if site.adapted:
-        return "an adapter needs the sorted rows and the activation, which only the unfused path has"
+    if site.adapted == "pieces":
+        return "its adapter needs the sorted rows and the activation, which only the unfused path has"
     if not has_derivative(site.form):
         return f"the derivative of {site.form.act!r} is not known"
     return None
@@ -75,13 +81,13 @@ def _refuses_fused(site: Site) -> str | None:
 def _refusal(site: Site, wanted: str) -> str | None:
     if wanted == "grouped_mm":
         return None
-    if site.adapted:
+    if wanted == "minimal":
         return _refuses_fused(site)
+    if site.adapted != "no":
+        return "it has no room for an adapter on the experts"
     if wanted == "reference":
         return None
-    if wanted == "triton":
-        return _refuses_triton(site)
-    return _refuses_fused(site)
+    return _refuses_triton(site)
 
 
 def _refuses_triton(site: Site) -> str | None:

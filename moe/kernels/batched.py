@@ -25,14 +25,14 @@ def forward(
     score_N = spread_scores(weights_RK, assignment, x_RH.dtype)
     h_N2I = _product(x_RH[assignment.row_N], stack.up_L2IH, assignment)
     if stack.up_bias_L2I is not None:
-        h_N2I += stack.up_bias_L2I[_expert_of(assignment)]
+        h_N2I += stack.up_bias_L2I[expert_of(assignment)]
     a_NI = scaled(h_N2I, score_N, stack)
     kept = h_N2I if keep else None
     del h_N2I
     y_NH = _product(a_NI, stack.down_LHI, assignment)
     del a_NI
     if stack.down_bias_LH is not None:
-        y_NH.addcmul_(score_N[:, None].to(y_NH.dtype), stack.down_bias_LH[_expert_of(assignment)])
+        y_NH.addcmul_(score_N[:, None].to(y_NH.dtype), stack.down_bias_LH[expert_of(assignment)])
     return combine(y_NH, assignment), kept
 
 
@@ -56,7 +56,7 @@ def backward(
         found.down = weight_gradient(dy_NH, a_NI, assignment, stack.form.transposed)
     del a_NI
     if stack.down_bias_LH is not None and needs.weights:
-        bias_NH = stack.down_bias_LH[_expert_of(assignment)]
+        bias_NH = stack.down_bias_LH[expert_of(assignment)]
         ds_N += torch.linalg.vecdot(dy_NH, bias_NH).to(ds_N.dtype)
         del bias_NH
     if needs.down_bias:
@@ -126,7 +126,7 @@ def column_sums(d_NO: Tensor, score_N: Tensor | None, assignment: Assignment) ->
     return weight_gradient(d_NO, ones_NC, assignment, transposed=False)[..., 0].contiguous()
 
 
-def _expert_of(assignment: Assignment) -> Tensor:
+def expert_of(assignment: Assignment) -> Tensor:
     """The local expert of each sorted pair, [N]."""
     local_L = torch.arange(assignment.counts_L.numel(), device=assignment.counts_L.device)
     return local_L.repeat_interleave(assignment.counts_L, output_size=assignment.pair_N.numel())

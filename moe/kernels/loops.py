@@ -23,7 +23,7 @@ _ROWS = 1024  # of experts that share their elementwise work: fewer calls, and t
 
 
 @dataclass(frozen=True)
-class _Group:
+class Group:
     """Consecutive experts that have pairs: where their pairs lie, and each one's number of them."""
 
     pairs: slice
@@ -31,25 +31,25 @@ class _Group:
     sizes: list[int]
 
 
-def _groups(assignment: Assignment) -> Iterator[_Group]:
-    """Reads the counts back: no pass for a GPU that must not wait."""
+def groups(assignment: Assignment, cut: int = 0) -> Iterator[Group]:
+    """Reads the counts back: no pass for a GPU that must not wait. A group that would reach past ``cut`` ends there."""
     start = end = 0
     experts: list[int] = []
     sizes: list[int] = []
     for expert, count in enumerate(assignment.counts_L.tolist()):
         if not count:
             continue
-        if experts and end + count - start > _ROWS:
-            yield _Group(slice(start, end), experts, sizes)
+        if experts and (end + count - start > _ROWS or end <= cut < end + count):
+            yield Group(slice(start, end), experts, sizes)
             start, experts, sizes = end, [], []
         experts.append(expert)
         sizes.append(count)
         end += count
     if experts:
-        yield _Group(slice(start, end), experts, sizes)
+        yield Group(slice(start, end), experts, sizes)
 
 
-def _products(group: _Group, left_GM: Tensor, right_L: tuple[Tensor, ...], into_GO: Tensor) -> None:
+def _products(group: Group, left_GM: Tensor, right_L: tuple[Tensor, ...], into_GO: Tensor) -> None:
     """``into[n] = left[n] @ right[expert(n)]``."""
     parts = zip(group.experts, left_GM.split(group.sizes), into_GO.split(group.sizes), strict=True)
     for expert, left, into in parts:
@@ -57,7 +57,7 @@ def _products(group: _Group, left_GM: Tensor, right_L: tuple[Tensor, ...], into_
 
 
 def _weight_gradients(
-    group: _Group, left_GO: Tensor, right_GM: Tensor, transposed: bool, into: tuple[Tensor, ...] | None
+    group: Group, left_GO: Tensor, right_GM: Tensor, transposed: bool, into: tuple[Tensor, ...] | None
 ) -> None:
     """Each expert's weight gradient ``left.T @ right``, [O,M], or transposed, as its weight is stored."""
     if into is None:
@@ -78,15 +78,15 @@ def forward(
     two_inner = stack.up_L2IH.shape[1]
     h_N2I = x_RH.new_empty(row_N.numel(), two_inner) if keep else None
     up, down = stack.up_L2IH.transpose(1, 2).unbind(0), stack.down_LHI.transpose(1, 2).unbind(0)
-    for group in _groups(assignment):
+    for group in groups(assignment):
         pairs = group.pairs
         h = x_RH.new_empty(sum(group.sizes), two_inner) if h_N2I is None else h_N2I[pairs]
         _products(group, x_RH.index_select(0, row_N[pairs]), up, h)
         if stack.up_bias_L2I is not None:
-            h += _bias(stack.up_bias_L2I, group)
+            h += bias_rows(stack.up_bias_L2I, group)
         _products(group, scaled(h, score_N[pairs], stack.form), down, y_NH[pairs])
         if stack.down_bias_LH is not None:
-            y_NH[pairs] += (score_N[pairs, None] * _bias(stack.down_bias_LH, group)).to(y_NH.dtype)
+            y_NH[pairs] += (score_N[pairs, None] * bias_rows(stack.down_bias_LH, group)).to(y_NH.dtype)
     return combine(y_NH, assignment), h_N2I
 
 
@@ -107,7 +107,7 @@ def backward(
     found = _unwritten(stack, assignment, needs)
     d_up, d_down = (None if d is None else d.unbind(0) for d in (found.up, found.down))
     up, down = stack.up_L2IH.unbind(0), stack.down_LHI.unbind(0)
-    for group in _groups(assignment):
+    for group in groups(assignment):
         pairs = group.pairs
         dy, h, score = dout_RH.index_select(0, row_N[pairs]), h_N2I[pairs], score_N[pairs]
         da, dh = dy.new_empty(dy.shape[0], h.shape[1] // 2), torch.empty_like(h)
@@ -115,7 +115,7 @@ def backward(
         a, ds_N[pairs] = scaled_backward(da, h, score, stack.form, dh)
         _weight_gradients(group, dy, a, transposed, d_down)
         if stack.down_bias_LH is not None and needs.weights:
-            ds_N[pairs] += (dy * _bias(stack.down_bias_LH, group)).sum(-1).to(ds_N.dtype)
+            ds_N[pairs] += (dy * bias_rows(stack.down_bias_LH, group)).sum(-1).to(ds_N.dtype)
         _bias_gradients(group, dy * score[:, None].to(dy.dtype) if needs.down_bias else None, found.down_bias)
         _bias_gradients(group, dh, found.up_bias)
         if dx_NH is not None:
@@ -127,13 +127,13 @@ def backward(
     return found
 
 
-def _bias(bias_LO: Tensor, group: _Group) -> Tensor:
+def bias_rows(bias_LO: Tensor, group: Group) -> Tensor:
     """The bias of each of the group's pairs."""
     sizes = torch.tensor(group.sizes, device=bias_LO.device)
     return bias_LO[group.experts].repeat_interleave(sizes, 0)
 
 
-def _bias_gradients(group: _Group, d_GO: Tensor | None, into_LO: Tensor | None) -> None:
+def _bias_gradients(group: Group, d_GO: Tensor | None, into_LO: Tensor | None) -> None:
     if d_GO is None or into_LO is None:
         return
     for expert, d in zip(group.experts, d_GO.split(group.sizes), strict=True):

@@ -79,7 +79,7 @@ class _Mix(torch.autograd.Function):
                 assignment = Assignment(pair_N, slot_RK, counts_L, ctx.complete)
                 found = ctx.how.backward(
                     dout_RH.contiguous(), x_RH, weights_RK, h_N2I, Stack(*stacked, ctx.form), assignment, needs,
-                    overwrite=not _graph_is_kept(),
+                    overwrite=not graph_is_kept(),
                 )  # fmt: skip
             else:
                 found = _zeros(x_RH, weights_RK, stacked, needs)
@@ -87,7 +87,7 @@ class _Mix(torch.autograd.Function):
         return (*(None,) * 7, *gradients)
 
 
-def _graph_is_kept() -> bool:
+def graph_is_kept() -> bool:
     """Whether this graph may be walked again (``retain_graph``), and what is saved must stay as it is."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if ask is None else bool(ask())

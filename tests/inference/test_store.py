@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
+from transformers import GPT2Config
 
 from inference.engine import LLM
 from inference.store import ExpertShape, ExpertStore, InferenceError, TensorFiles
@@ -143,7 +143,7 @@ def test_a_missing_shard_is_named(copy):
 
 def test_folders_that_are_no_moe_say_so(copy, tmp_path):
     assert "no such folder" in refused(tmp_path / "nowhere")
-    LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64).save_pretrained(copy)
+    GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64).save_pretrained(copy)
     assert "no MoE block" in refused(copy)
     (copy / "model.safetensors").unlink()
     assert "no model.safetensors" in refused(copy)

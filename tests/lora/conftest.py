@@ -1,8 +1,16 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from torch import nn
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from lora.attach import attach
+from lora.presets import bank_of, expand
+from moe.convert import convert
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +38,89 @@ def tiny_moe():
             return Qwen3MoeForCausalLM(config).to(dtype).train()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny_dense():
+    """Builds a Llama of 2 layers, hidden 32; the same weights every time."""
+
+    def build() -> LlamaForCausalLM:
+        config = LlamaConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            vocab_size=64,
+            initializer_range=0.2,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return LlamaForCausalLM(config).train()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def adapted():
+    """``adapted(model, banks)``: the model with these banks and every adapter tensor away from its start."""
+
+    def build(model: nn.Module, banks, std: float = 0.2) -> nn.Module:
+        mixture = any(hasattr(module, "experts") for module in model.modules())
+        attach(model, banks, convert(model) if mixture else [])
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for path, parameter in model.named_parameters():
+                if ".adapter." in path:
+                    parameter.normal_(0, std, generator=generator)
+        return model.eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def base_folder(tiny_moe, tmp_path_factory):
+    """``tiny_moe`` as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("base") / "model"
+    tiny_moe().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plain_logits():
+    """``plain_logits(model, tensors, banks, tokens)``: LoRA as its paper has it, on a plain transformers model.
+
+    Independent of the fast paths and of every exporter: an expert's weight becomes ``W + s B A``, a linear layer
+    adds ``s B (A x)``. In the order of operations that PEFT has, so that equal means equal bits.
+    """
+
+    def logits(model: nn.Module, tensors, banks, tokens: torch.Tensor) -> torch.Tensor:
+        hooks, mixture = [], any(hasattr(module, "experts") for module in model.modules())
+        for path in [path for path in tensors if path.endswith(".A")]:
+            place, _, inner = path.removesuffix(".A").rpartition(".adapter")
+            bank = expand(banks[bank_of(path, banks)])
+            a, b = tensors[path], tensors[path[:-1] + "B"]
+            scale = bank.alpha / (math.sqrt(a.shape[1]) if bank.scaling == "sqrt_r" else a.shape[1])
+            module = model.get_submodule(place)
+            if mixture and place.endswith(("gate_proj", "up_proj", "down_proj")):
+                # PEFT can have these as parameters only, for it takes their names for those of experts.
+                module.weight.data += (b[0] @ a[0]) * scale
+            elif isinstance(module, nn.Linear):
+                hooks.append(module.register_forward_hook(_adding(a[0], b[0], scale)))
+            else:
+                weight = getattr(module, inner.removeprefix("."))
+                experts = weight.shape[0]
+                weight.data = torch.baddbmm(
+                    weight.data, b.expand(experts, -1, -1), a.expand(experts, -1, -1), alpha=scale
+                )
+        with torch.no_grad():
+            found = model.eval()(tokens).logits
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    return logits
+
+
+def _adding(a: torch.Tensor, b: torch.Tensor, scale: float):
+    return lambda _module, args, y: y + functional.linear(functional.linear(args[0], a), b) * scale

@@ -12,6 +12,7 @@ from torch import Tensor
 from lora.config import BankConfig
 from moe.context import BatchContext
 
+_MIXED = {"num_experts": 4, "r": 2, "alpha": 4.0, "dropout": 0.0, "router_aux_loss_coef": 0.1}
 CUT_OFF = "experts and mola"  # the case whose ranks also have to notice an adapter that is cut off
 
 CASES: dict[str, dict[str, BankConfig]] = {
@@ -19,6 +20,11 @@ CASES: dict[str, dict[str, BankConfig]] = {
         "e": BankConfig("expert-lora", r=4, alpha=8.0),
         "a": BankConfig("mola", r=2, alpha=4.0, num_experts=(2, 4), router_aux_loss_coef=0.1),
     },
+    "experts": {"e": BankConfig("expert-lora", r=3, alpha=8.0)},
+    "experts, shared": {"e": BankConfig("expert-lora-shared", r=3, alpha=8.0)},
+    "experts, shared outer": {"e": BankConfig("expert-lora-shared-outer", r=3, alpha=8.0)},
+    # Experts that are spread over the ranks and frozen: DeepSpeed must not take them for ones that train.
+    "attention only": {"lora": BankConfig("lora", r=2)},
     "linear, one expert or all": {
         "lora": BankConfig("lora", targets=("q_proj",), r=2),
         "rslora": BankConfig("rslora", targets=("k_proj",), r=2),
@@ -42,7 +48,29 @@ CASES: dict[str, dict[str, BankConfig]] = {
             "mola", targets=("v_proj",), r=2, balance_pooled=True, router_aux_loss_coef=0.1, z_loss_coef=0.01
         ),
     },
+    "beside MoE blocks, following their router": {"perft-e": BankConfig("perft-e", r=2)},
+    "beside MoE blocks, own router": {
+        "perft-r": BankConfig(
+            "perft-r", r=2, num_experts=4, top_k=2, balance="switch", router_aux_loss_coef=0.1, z_loss_coef=0.01
+        ),
+    },
+    "beside MoE blocks, all": {"perft-d": BankConfig("perft-d", r=2, num_experts=2)},
+    "beside MoE blocks, one": {"perft-s": BankConfig("perft-s", r=2)},
+    "dense, mixlora": {"mixlora": BankConfig("mixlora", **_MIXED)},
+    "dense, mixlora-dynamic": {"mixlora-dynamic": BankConfig("mixlora-dynamic", **_MIXED)},
+    "dense, mixlora-switch": {"mixlora-switch": BankConfig("mixlora-switch", jitter=0.0, **_MIXED)},
 }
+
+# By number of ranks: what is trained there, and over how many ranks the experts are spread.
+PLANS: dict[int, list[tuple[str, int]]] = {
+    2: [(case, 2) for case in CASES],
+    4: [(case, ep) for case in ("experts", "experts, shared", "experts, shared outer") for ep in (4, 2)],
+}
+
+
+def is_dense(case: str) -> bool:
+    """Whether the case's base is the dense one."""
+    return case.startswith("dense")
 
 
 def context_of(tokens_BT: Tensor, aux_scale: float = 1.0) -> BatchContext:
@@ -52,6 +80,6 @@ def context_of(tokens_BT: Tensor, aux_scale: float = 1.0) -> BatchContext:
     return BatchContext(aux_scale=aux_scale, shape=(rows, length), task_T=task_T)
 
 
-def file_of(case: str) -> str:
-    """The case's name as part of a file's."""
-    return case.replace(" ", "-").replace(",", "")
+def file_of(case: str, world: int = 2, ep: int = 2) -> str:
+    """The case's name, and where it is trained, as part of a file's."""
+    return f"{case.replace(' ', '-').replace(',', '')}-{world}-{ep}"

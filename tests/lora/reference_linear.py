@@ -46,7 +46,8 @@ def frozen(p: Parameters, token: Tensor) -> Tensor:
 
 
 def expert(p: Parameters, e: int, token: Tensor) -> Tensor:
-    return p["adapter.B"][e] @ (p["adapter.A"][e] @ token)
+    low = p["adapter.A"][e if len(p["adapter.A"]) > 1 else 0] @ token
+    return p["adapter.B"][e] @ (p["adapter.C"][e] @ low if "adapter.C" in p else low)
 
 
 def nothing(p: Parameters) -> Tensor:
@@ -65,6 +66,12 @@ def moslora(p: Parameters, x: Tensor, s: float, facts: Facts) -> Result:
     """arXiv 2406.11909: a mixer between the factors."""
     rows = [frozen(p, token) + s * p["adapter.B"][0] @ (p["adapter.C"][0] @ (p["adapter.A"][0] @ token)) for token in x]
     return Result(rows, nothing(p))
+
+
+def summed(p: Parameters, x: Tensor, s: float, facts: Facts) -> Result:
+    """Several experts, all with weight 1 (PERFT-D's rule)."""
+    experts = range(len(p["adapter.B"]))
+    return Result([frozen(p, token) + sum(s * expert(p, e, token) for e in experts) for token in x], nothing(p))
 
 
 # -- all experts, weighted ---------------------------------------------------------------------------------------------
@@ -108,13 +115,20 @@ def loramoe(p: Parameters, x: Tensor, s: float, facts: Facts) -> Result:
     return Result(rows, facts.numbers["balance"] * variance / (mean**2 + 1e-10))
 
 
-def hydralora(p: Parameters, x: Tensor, s: float, facts: Facts) -> Result:
-    """arXiv 2404.19245, eq. 5: one A, several B weighted by the router's softmax."""
+def chosen_vectors(p: Parameters, x: Tensor, s: float, facts: Facts) -> Result:
+    """MoV's vectors under a router that chooses: what their gates do not give is left to the frozen output."""
     rows = []
     for token in x:
-        g, low = softmax(p["adapter.router.weight"] @ token), p["adapter.A"][0] @ token
-        rows.append(frozen(p, token) + sum(s * g[e] * (p["adapter.B"][e] @ low) for e in range(len(g))))
+        q = softmax(p["adapter.router.weight"] @ token)
+        change = sum(q[e] * p["adapter.B"][e, :, 0] for e in best(q, int(facts.numbers["top_k"])))
+        rows.append((1 + change) * frozen(p, token))
     return Result(rows, nothing(p))
+
+
+def hydralora(p: Parameters, x: Tensor, s: float, facts: Facts) -> Result:
+    """arXiv 2404.19245, eq. 5: one A, several B weighted by the router's softmax."""
+    assert len(p["adapter.A"]) == 1
+    return Result(_soft(p, x, s)[0], nothing(p))
 
 
 def moelora_task(p: Parameters, x: Tensor, s: float, facts: Facts) -> Result:
@@ -251,6 +265,8 @@ REFERENCES: dict[str, Callable[[Parameters, Tensor, float, Facts], Result]] = {
     "mola": mola,
     "moelora": moelora,
     "adamole": adamole,
+    "summed": summed,
+    "chosen vectors": chosen_vectors,
     "top_p": top_p,
     "switch": switch,
 }

@@ -129,15 +129,33 @@ def of_family(family, **more):
     return model, convert(model)
 
 
-def test_transposed_experts_refuse_an_expert_bank_and_attention_takes_one():
+def test_transposed_and_interleaved_experts_take_an_expert_bank_and_attention_another():
     model, blocks = of_family("gpt_oss", num_key_value_heads=1)
-    with pytest.raises(AdapterError, match=r"layers\.0\.mlp\.experts: .* transposed; use preset mola"):
-        attach(model, {"experts": BankConfig("expert-lora", r=2)}, blocks)
-    report = attach(model, {"attention": MOLA}, blocks)
-    assert [match.target for match in report.matches] == ["q_proj"] * 2 + ["v_proj"] * 2
+    report = attach(model, {"experts": BankConfig("expert-lora", r=2), "attention": MOLA}, blocks)
+    assert [match.target for match in report.matches][-4:] == ["q_proj"] * 2 + ["v_proj"] * 2
+    factors = blocks[0].experts.adapter.gate_up_proj
+    assert (factors.A.shape, factors.B.shape) == ((4, 2, 32), (4, 32, 2))
     loss = model(input_ids=IDS, labels=IDS).loss
     loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(("share", "stacks"), [("all", (1, 1, 1, 1)), ("outer", (1, 8, 8, 1)), ("none", (8, 8, 8, 8))])
+def test_factors_that_experts_share_are_one_and_ordinary_parameters(tiny_moe, share, stacks):
+    model = tiny_moe()
+    attach(model, {"e": BankConfig("expert-lora", r=4, share=share)}, convert(model, Layout(2, 2), 1), layout_ep=2)
+    adapter = model.model.layers[0].mlp.experts.adapter
+    found = dict(adapter.named_parameters())
+    for parameter, stack in zip(found.values(), stacks, strict=True):
+        assert parameter.shape[0] == (1 if stack == 1 else 4)
+        assert parameter.address.global_shape[0] == stack
+        assert parameter.address.is_expert == (stack > 1)
+        assert hasattr(parameter, "group_name") == (stack > 1)
+    other = tiny_moe()
+    attach(other, {"e": BankConfig("expert-lora", r=4, share=share)}, convert(other))
+    for name, parameter in other.model.layers[0].mlp.experts.adapter.named_parameters():
+        mine = parameter if parameter.shape[0] == 1 else parameter[4:]
+        assert torch.equal(found[name], mine), name
 
 
 def test_only_routed_experts_of_layers_that_have_them_get_an_expert_bank():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from lora import shared_ffn
 from lora.attach import attach
 from lora.config import BankConfig
 from lora.errors import AdapterError
@@ -20,6 +23,7 @@ from lora.shared_ffn import Scales, Stacks, mix
 from moe.assignment import assign
 from moe.context import BatchContext, batch_context
 from moe.form import ExpertForm
+from moe.kernels.grouped import grouped_linear
 from tests.lora.reference_mixlora import balance_loss, block, choose, z_loss
 
 HIDDEN, INNER, E = 6, 10, 4
@@ -204,6 +208,53 @@ def test_any_assignment_with_dropout_of_h_matches_pair_by_pair(tokens, top_k, dr
     for ours, theirs in zip(inputs, copies, strict=True):
         wanted = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad
         torch.testing.assert_close(ours.grad, wanted)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_all_pairs_at_once_computes_what_one_expert_after_the_other_does(monkeypatch, dropout):
+    """The form that GPUs run in grouped products, with the loop in their place."""
+    monkeypatch.setattr(shared_ffn, "grouped_linear", lambda x, w, counts, _: grouped_linear(x, w, counts, "loop"))
+    index_TK = torch.tensor([[0, 2], [2, 3], [3, 0], [0, 2], [2, 0]])
+    assignment, inputs, form = assign(index_TK, E), tensors(1, 5, 2), ExpertForm(act="silu")
+    keep_NI = torch.rand(10, INNER) < 0.6 if dropout else None
+    copies, scales = [t.detach().clone().requires_grad_() for t in inputs], Scales(2.0, 3.0)
+    got = shared_ffn._grouped(*inputs, keep_NI, assignment, form, scales)
+    want = mix(*copies[:4], Stacks(*copies[4:]), assignment, form, scales, keep_NI)
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        ours.sin().sum().backward(retain_graph=True)
+        theirs.sin().sum().backward(retain_graph=True)
+    for ours, theirs in zip(inputs, copies, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["mixlora", "mixlora-dynamic", "mixlora-switch"])
+def test_on_a_gpu_nothing_is_read_back_and_the_values_are_those_of_the_cpu(name):
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_attention_heads=2)
+    base = LlamaMLP(config).bfloat16().requires_grad_(False)
+    bank = BankConfig(name, num_experts=8, r=8, dropout=0.0, jitter=0.0, router_aux_loss_coef=0.01)
+    here = MixedFfn(base, bank_at(bank, 0, 1), "layers.0.mlp")
+    randomize(here.adapter)
+    there, x = copy.deepcopy(here).cuda(), torch.randn(48, 64).bfloat16()
+    x_there = x.cuda().requires_grad_()
+    with batch_context(BatchContext(shape=(2, 24))):
+        there(x_there).float().sin().sum().backward()  # probes and compiles what is needed
+        there.zero_grad()
+        x_there.grad = None
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            y_there = there(x_there)
+            y_there.float().sin().sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        y_here = here(x)
+        y_here.float().sin().sum().backward()
+    torch.testing.assert_close(y_there.cpu(), y_here, rtol=0.05, atol=0.05)
+    for p, q in zip(there.adapter.parameters(), here.adapter.parameters(), strict=True):
+        assert (p.grad.cpu() - q.grad).norm() <= 0.05 * q.grad.norm()
 
 
 def test_dropout_is_off_in_evaluation_and_repeats_with_the_generator_in_training():

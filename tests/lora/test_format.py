@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from lora.attach import attach
 from lora.config import BankConfig
 from lora.errors import AdapterError
 from lora.format import apply_adapter, collect_adapter, load_adapter, save_adapter
-from lora.presets import bank_of
+from lora.presets import PRESETS, bank_of, expand
 from moe.convert import convert
 from moe.layout import Layout
 
@@ -43,7 +45,7 @@ def folder(trained, tmp_path):
 
 def test_a_fresh_model_with_the_loaded_adapter_gives_the_same_bits(trained, folder, tiny_moe):
     adapter = load_adapter(folder)
-    assert (adapter.banks, adapter.base_fingerprint) == (BANKS, "base-1")
+    assert (adapter.banks, adapter.base_fingerprint) == ({n: expand(b) for n, b in BANKS.items()}, "base-1")
     fresh = tiny_moe().eval()
     with torch.no_grad():
         before = fresh(TOKENS).logits
@@ -125,9 +127,162 @@ def load_file_of(content: bytes, tmp_path):
     return load_file(tmp_path / "copy.safetensors")
 
 
+# Each kind of tensor that banks train: factors, mixers, vectors, shared factors, routers, thresholds, embeddings.
+OF_EVERY_KIND = {
+    "lora": BankConfig("lora", ("q_proj",), r=2),
+    "moslora": BankConfig("moslora", ("k_proj",), r=2),
+    "mov": BankConfig("mov", ("v_proj",), num_experts=3),
+    "adamole": BankConfig("adamole", ("layers.0.self_attn.o_proj",), r=2),
+    "moelora-task": BankConfig("moelora-task", ("layers.1.self_attn.o_proj",), r=8, num_experts=4, num_tasks=3),
+    "outer": BankConfig("expert-lora-shared-outer", ("gate_up_proj",), r=(2, 3)),
+    "shared": BankConfig("expert-lora-shared", ("down_proj",), r=3),
+}
+OTHERS = {
+    "hydralora": BankConfig("hydralora", ("q_proj",)),
+    "molora": BankConfig("molora", ("k_proj",)),
+    "loramoe": BankConfig("loramoe", ("v_proj",)),
+    "moelora": BankConfig("moelora", ("layers.0.self_attn.o_proj",)),
+    "mola": BankConfig("mola", ("layers.1.self_attn.o_proj",), num_experts=(2, 4)),
+    "expert-lora": BankConfig("expert-lora"),
+}
+
+
+@pytest.mark.parametrize("banks", [OF_EVERY_KIND, OTHERS], ids=["every kind", "other presets"])
+def test_any_bank_s_tensors_survive_and_its_fields_are_kept(adapted, tiny_moe, tmp_path, banks):
+    tensors = collect_adapter(adapted(tiny_moe(), banks))
+    topology = {"workers": 4, "ep": 2, "zero": 1, "dtype": "fp32"}
+    save_adapter(tmp_path / "a", tensors, banks, "base", topology=topology)
+    loaded = load_adapter(tmp_path / "a")
+    assert loaded.banks == {name: expand(bank) for name, bank in banks.items()}
+    assert loaded.topology == topology
+    assert loaded.tensors.keys() == tensors.keys()
+    fresh = tiny_moe()
+    apply_adapter(fresh, loaded)
+    for path, tensor in tensors.items():
+        assert torch.equal(fresh.get_parameter(path), tensor), path
+
+
+def test_branches_beside_blocks_survive_too(adapted, tiny_moe, tmp_path):
+    for preset in ("perft-r", "perft-e", "perft-d", "perft-s"):
+        banks = {"p": BankConfig(preset, r=2)}
+        ours = adapted(tiny_moe(), banks)
+        save_adapter(tmp_path / preset, collect_adapter(ours), banks, "base")
+        fresh = tiny_moe().eval()
+        apply_adapter(fresh, load_adapter(tmp_path / preset))
+        with torch.no_grad():
+            assert torch.equal(fresh(TOKENS).logits, ours(TOKENS).logits), preset
+
+
+def test_a_changed_default_of_a_preset_changes_no_adapter_that_exists(adapted, tiny_moe, tmp_path, monkeypatch):
+    banks = {"a": BankConfig("hydralora", ("q_proj",))}
+    save_adapter(tmp_path / "a", collect_adapter(adapted(tiny_moe(), banks)), banks, "")
+    before = load_adapter(tmp_path / "a").banks["a"]
+    monkeypatch.setitem(PRESETS, "hydralora", PRESETS["hydralora"] | {"alpha": 1.0, "num_experts": 7, "top_p": 0.3})
+    after = load_adapter(tmp_path / "a")
+    assert replace(after.banks["a"], top_p=before.top_p) == before  # which is of no use to it
+    apply_adapter(tiny_moe(), after)
+    assert expand(banks["a"]) != before
+
+
+def test_the_manifest_says_what_the_adapter_is(adapted, tiny_moe, tmp_path):
+    save_adapter(tmp_path / "a", collect_adapter(adapted(tiny_moe(), OF_EVERY_KIND)), OF_EVERY_KIND, "base")
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    assert manifest["schema"] == 2
+    assert manifest["versions"].keys() >= {"torch", "transformers", "peft"}
+    assert manifest["exports"]["peft"].startswith("adapter.mov (mov) scales outputs")
+    entry = manifest["tensors"]["model.layers.1.mlp.experts.adapter.gate_up_proj.A"]
+    assert (entry["shape"], entry["dtype"], len(entry["sha256"])) == ([1, 3, 32], "float32", 64)
+    plain = {"e": BankConfig("expert-lora", r=2)}
+    save_adapter(tmp_path / "b", collect_adapter(adapted(tiny_moe(), plain)), plain, "base")
+    exports = json.loads((tmp_path / "b" / "manifest.json").read_text())["exports"]
+    assert [form for form, why in exports.items() if why == "exact"] == ["peft", "peft-per-expert", "merged"]
+
+
+def first_schema(folder, tensors, banks):
+    """The adapter folder that planaria 0.1 wrote of expert-lora and mola."""
+    folder.mkdir()
+    save_file(tensors, folder / "bank.safetensors")
+    manifest = {
+        "schema": 1,
+        "layout": "A=E,r,in;B=E,out,r;router=E,in",
+        "base_fingerprint": "base-1",
+        "banks": banks,
+        "loads_in_peft": False,
+        "versions": {"planaria": "0.1.0"},
+        "tensors": {
+            path: {
+                "shape": list(tensor.shape),
+                "dtype": "float32",
+                "sha256": hashlib.sha256(tensor.numpy().tobytes()).hexdigest(),
+            }
+            for path, tensor in tensors.items()
+        },
+    }
+    content = json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
+    manifest["sha256"] = hashlib.sha256(content).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_the_first_schema_is_read(trained, tiny_moe, tmp_path):
+    tensors = {path.removesuffix(".weight"): tensor for path, tensor in collect_adapter(trained).items()}
+    given = {"num_experts": 4, "top_k": 2, "router_aux_loss_coef": 0.0}  # of every bank, with or without a use
+    banks = {
+        "e": {"preset": "expert-lora", "targets": [], "r": 4, "alpha": 8.0} | given,
+        "a": {"preset": "mola", "targets": ["q_proj", "self_attn.o_proj"], "r": 2, "alpha": 4.0} | given,
+    }
+    adapter = load_adapter(first_schema(tmp_path / "old", tensors, banks))
+    assert adapter.banks == {name: expand(bank) for name, bank in BANKS.items()}
+    fresh = tiny_moe().eval()
+    apply_adapter(fresh, adapter)
+    with torch.no_grad():
+        assert torch.equal(fresh(TOKENS).logits, trained(TOKENS).logits)
+
+
+def test_what_this_version_does_not_know_is_refused_with_its_name(trained, folder, tmp_path):
+    tensors = collect_adapter(trained)
+    for preset, extra, message in [
+        ("mixlora", {}, "'mixlora', which schema 1 never had"),
+        (None, {}, "None, which schema 1 never had"),
+    ]:
+        old = first_schema(tmp_path / str(preset), tensors, {"e": {"preset": preset} | extra})
+        with pytest.raises(AdapterError, match=message):
+            load_adapter(old)
+    manifest = folder / "manifest.json"
+    content = json.loads(manifest.read_text())
+    for change, message in [
+        ({"schema": 3}, "has schema 3, this version reads 1 and 2"),
+        ({"banks": {"e": content["banks"]["e"] | {"sparsity": 2}}}, r"adapter\.e has the field 'sparsity'"),
+        ({"banks": {"e": content["banks"]["e"] | {"preset": "super"}}}, "no preset 'super'"),
+    ]:
+        changed = {key: value for key, value in (content | change).items() if key != "sha256"}
+        text = json.dumps(changed, sort_keys=True, separators=(",", ":"))
+        manifest.write_text(json.dumps(changed | {"sha256": hashlib.sha256(text.encode()).hexdigest()}))
+        with pytest.raises(AdapterError, match=message):
+            load_adapter(folder)
+
+
+def test_foreign_files_are_never_replaced(trained, folder, tmp_path):
+    tensors = collect_adapter(trained)
+    (folder / "notes.txt").write_text("mine")
+    peft = tmp_path / "peft"
+    peft.mkdir()
+    (peft / "adapter_config.json").write_text("{}")
+    (tmp_path / "file").write_text("mine")
+    for place, message in [
+        (folder, "holds notes.txt"),
+        (peft, "holds adapter_config.json"),
+        (tmp_path / "file", "a file"),
+    ]:
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(AdapterError, match=message):
+            save_adapter(place, tensors, BANKS, "base-2")
+        assert sorted(tmp_path.rglob("*")) == before
+    assert load_adapter(folder).base_fingerprint == "base-1"
+
+
 def test_replaces_a_folder_whole_and_leaves_nothing_behind(trained, folder):
     changed = {path: tensor + 1 for path, tensor in collect_adapter(trained).items()}
-    (folder / "stale").write_text("")
     save_adapter(folder, changed, BANKS, "base-2")
     assert load_adapter(folder).base_fingerprint == "base-2"
     assert sorted(os.listdir(folder.parent)) == ["adapter"]
@@ -139,7 +294,7 @@ def test_wrong_tensors_are_refused_before_anything_is_written(trained, tmp_path)
     path = "model.layers.0.mlp.experts.adapter.down_proj.A"
     cases = [
         ({p: t for p, t in tensors.items() if p != path}, BANKS, "down_proj.A is not"),
-        (tensors | {path: tensors[path][0]}, BANKS, r"down_proj\.A: shape \(4, 16\)"),
+        (tensors | {path: tensors[path][:, :3]}, BANKS, r"down_proj: the shapes .* do not agree"),
         (tensors | {"model.norm.weight": torch.ones(3)}, BANKS, "model.norm.weight belongs to none"),
         (tensors, {"e": BANKS["e"]}, "belongs to none of the banks e"),
         (tensors, BANKS | {"k": BankConfig("mola", ("k_proj",), r=2)}, "adapter.k has no tensors"),

@@ -31,10 +31,16 @@ METHODS: dict[str, BankConfig] = {
     "hydralora": BankConfig("hydralora", r=3),
     "moelora-task": BankConfig("moelora-task", num_experts=4, r=8, dropout=0.0, num_tasks=3, task_embedding=4),
     "mola": BankConfig("mola", r=3, num_experts=5, router_aux_loss_coef=0.7, z_loss_coef=0.3),
+    "mola, one chosen": BankConfig("mola", r=3, num_experts=5, top_k=1, router_aux_loss_coef=0.7),
+    "mola, all chosen": BankConfig("mola", r=3, num_experts=5, top_k=5, renormalise=False, router_aux_loss_coef=0.7),
     "moelora": BankConfig(
         "moelora", r=3, num_experts=4, router_aux_loss_coef=0.7, contrastive_coef=0.5, contrastive_temperature=0.3
     ),
     "adamole": BankConfig("adamole", r=3, router_aux_loss_coef=0.7),
+    "summed": BankConfig("lora", r=3, num_experts=4, combine="sum"),
+    "chosen vectors": BankConfig("mov", num_experts=5, combine="top_k", renormalise=False),
+    "molora, with mixers": BankConfig("molora", num_experts=3, r=3, mixer=True),
+    "hydralora, with mixers": BankConfig("hydralora", r=3, mixer=True, scaling="sqrt_r"),
     "top_p": BankConfig(
         "mola", r=3, num_experts=5, combine="top_p", top_p=0.6, renormalise=False, router_aux_loss_coef=0.7
     ),
@@ -116,8 +122,10 @@ def of(here: Batch, aux_scale: float) -> Iterator[None]:
         yield
 
 
-def run_reference(method: str, linear: RoutedLinear, x: Tensor, here: Batch) -> Result:
-    return REFERENCES[method](dict(linear.named_parameters()), x.view(-1, IN), linear.adapter.here.scale, here.facts)
+def run_reference(method: str, linear: RoutedLinear, x: Tensor, here: Batch, **other: Tensor) -> Result:
+    """``other``: parameters to take instead of the layer's, with ``_`` for dots."""
+    p = {name: other.get(name.replace(".", "_"), value) for name, value in linear.named_parameters()}
+    return REFERENCES[method.partition(",")[0]](p, x.view(-1, IN), linear.adapter.here.scale, here.facts)
 
 
 def objective(y: Tensor, here: Batch) -> Tensor:
@@ -178,7 +186,7 @@ def test_starts_as_the_frozen_layer(method):
         assert torch.equal(linear(x), base(x))
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].preset not in ("mov",)])
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].preset != "mov"])
 def test_dropout_drops_the_adapters_input_alone_and_its_gradient_with_it(method):
     """The mask is read off a bank that shows it: with A and B the identity, its delta is its dropped input."""
     bank = BankConfig(**{**vars(METHODS[method]), "dropout": 0.4, "contrastive_coef": 0.0})
@@ -209,11 +217,9 @@ def test_dropout_drops_the_adapters_input_alone_and_its_gradient_with_it(method)
 
 
 def delta_of_dropped(method: str, linear: RoutedLinear, x: Tensor, mask_TM: Tensor, here: Batch) -> Result:
-    """The reference on a token with its A applied to the dropped token: that is A with its columns dropped."""
-    p, rows, loss = dict(linear.named_parameters()), [], None
-    whole = run_reference(method, linear, x, here)
-    for t, mask_M in enumerate(mask_TM):
-        mine = p | {"adapter.A": p["adapter.A"] * mask_M}
-        rows.append(REFERENCES[method](mine, x.view(-1, IN), linear.adapter.here.scale, here.facts).rows[t])
-        loss = whole.loss
-    return Result(rows, loss)
+    """The reference with A applied to dropped tokens: that is, for each token, an A with the same columns dropped."""
+    rows = [
+        run_reference(method, linear, x, here, adapter_A=linear.adapter.A * mask_M).rows[t]
+        for t, mask_M in enumerate(mask_TM)
+    ]
+    return Result(rows, run_reference(method, linear, x, here).loss)

@@ -102,6 +102,8 @@ def test_every_combination_is_either_trained_or_refused_by_a_field_that_is_part_
         (BankConfig("molora", top_k=1), "top_k has no effect"),
         (BankConfig("perft-e", balance="switch"), "balance=switch"),
         (BankConfig("mola", balance="localized_cv2"), "balance=localized_cv2"),
+        (BankConfig("adamole", combine="soft"), "balance=switch counts choices, and combine: soft makes none"),
+        (BankConfig("mixlora", num_experts=(4, 8)), "balance_pooled=true, but layers with num_experts=[4, 8]"),
         (BankConfig("lora", dropout=1.0), "dropout must be at least 0 and less than 1, not 1.0"),
     ],
 )

@@ -17,7 +17,7 @@ from lora.attach import attach
 from lora.format import collect_adapter, save_adapter
 from moe.context import batch_context
 from moe.convert import convert
-from tests.lora.rank_cases import CASES, CUT_OFF, context_of, file_of
+from tests.lora.rank_cases import CASES, CUT_OFF, PLANS, context_of, file_of, is_dense
 
 WORLD = 2
 
@@ -38,7 +38,7 @@ def run_ranks(folder: Path, world: int = WORLD) -> None:
         for rank in range(world)
     ]
     try:
-        codes = [process.wait(timeout=120) for process in ranks]
+        codes = [process.wait(timeout=300) for process in ranks]
     finally:
         for process, log in zip(ranks, logs, strict=True):
             process.kill()
@@ -57,17 +57,18 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_moe, tmp_path_factory) -> Runs:
+def runs(tiny_moe, tiny_dense, tmp_path_factory) -> Runs:
     """The same three steps from B != 0, by one process and by two ranks under each ZeRO stage."""
     folder = tmp_path_factory.mktemp("ranks")
     tiny_moe().save_pretrained(folder / "base")
+    tiny_dense().save_pretrained(folder / "dense")
     generator = torch.Generator().manual_seed(3)
     tokens_SBT = torch.randint(64, (3, 4, 16), generator=generator)
     torch.save(tokens_SBT, folder / "tokens.pt")
     models, starts = {}, {}
     for case, banks in CASES.items():
-        models[case] = model = tiny_moe()
-        attach(model, banks, convert(model))
+        models[case] = model = tiny_dense() if is_dense(case) else tiny_moe()
+        attach(model, banks, [] if is_dense(case) else convert(model))
         with torch.no_grad():
             for parameter in trained(model):
                 parameter.normal_(0, 0.2, generator=generator)
@@ -92,6 +93,29 @@ def train_here(model: nn.Module, tokens_SBT: Tensor) -> None:
             with batch_context(context_of(mine, aux_scale=1 / WORLD)):
                 (model(mine, labels=mine).loss / WORLD).backward()
         optimizer.step()
+
+
+@pytest.fixture(scope="module")
+def four(runs) -> Runs:
+    """The same with four ranks, for what is planned there."""
+    (runs.folder / "store").unlink(missing_ok=True)
+    run_ranks(runs.folder, 4)
+    return runs
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("case", "ep"), PLANS[4])
+def test_four_ranks_train_the_adapter_of_one_process(four, case, ep, stage):
+    parts = [torch.load(four.folder / f"trained-{file_of(case, 4, ep)}-{stage}-{rank}.pt") for rank in range(4)]
+    for path, want in four.one_process[case].items():
+        pieces = [part[path] for part in parts]
+        copies = [torch.cat(pieces[i : i + ep]) for i in range(0, 4, ep)] if pieces[0].shape != want.shape else pieces
+        assert all(torch.equal(copy, copies[0]) for copy in copies), path
+        moved = (want - four.start[case][path]).norm()
+        assert moved > 0, path
+        assert (copies[0] - want).norm() < 1e-4 * moved, path
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
-"""One rank of a real DeepSpeed job that trains an adapter; started by test_ranks.py, twice.
+"""One rank of a real DeepSpeed job that trains an adapter; started by test_ranks.py, once for each rank.
 
-Argument: work folder. Environment: RANK, WORLD_SIZE. Expert parallelism spans all ranks. Every case of rank_cases.py
-is trained with ZeRO-1, then with ZeRO-2.
+Argument: work folder. Environment: RANK, WORLD_SIZE. What rank_cases.py plans for so many ranks is trained with
+ZeRO-1, then with ZeRO-2.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.ops import __compatible_ops__
 from torch import Tensor
-from transformers import Qwen3MoeForCausalLM
+from transformers import LlamaForCausalLM, Qwen3MoeForCausalLM
 
 from lora.errors import AdapterError
 from lora.format import apply_adapter, load_adapter
@@ -27,7 +27,7 @@ from moe.context import batch_context
 from moe.convert import convert
 from moe.deepspeed_ep import bind_expert_parallel
 from moe.layout import Layout
-from tests.lora.rank_cases import CASES, CUT_OFF, context_of, file_of
+from tests.lora.rank_cases import CUT_OFF, PLANS, context_of, file_of, is_dense
 
 
 def initialize(model: torch.nn.Module, stage: int) -> deepspeed.DeepSpeedEngine:
@@ -52,10 +52,13 @@ def total(flags: Tensor) -> Tensor:
     return flags
 
 
-def train(folder: Path, case: str, stage: int, rank: int, world: int) -> dict[str, object]:
+def train(folder: Path, case: str, ep: int, stage: int, rank: int, world: int) -> dict[str, object]:
     """Three steps of the case, whose values are saved; in one case then a step with an adapter cut off on one rank."""
-    model = Qwen3MoeForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-    blocks = convert(model, Layout(world, world), rank)
+    if is_dense(case):
+        model, blocks = LlamaForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32), []
+    else:
+        model = Qwen3MoeForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+        blocks = convert(model, Layout(world, ep), rank)
     apply_adapter(model, load_adapter(folder / f"adapter-{file_of(case)}"))
     for block in blocks:
         bind_expert_parallel(block.experts)
@@ -75,12 +78,13 @@ def train(folder: Path, case: str, stage: int, rank: int, world: int) -> dict[st
         pending.append(watch.check(reduce=total))
     result: dict[str, object] = {"pending": pending, "done": watch.done}
     values = {p.address.param: p.detach().clone() for p in model.parameters() if p.requires_grad}
-    torch.save(values, folder / f"trained-{file_of(case)}-{stage}-{rank}.pt")
+    torch.save(values, folder / f"trained-{file_of(case, world, ep)}-{stage}-{rank}.pt")
     if case != CUT_OFF:
         return result
 
     watch = AdapterWatch(model)
     if rank == world - 1:
+        blocks[0].experts.wanted_backend = "grouped_mm"  # in pieces, of which one is cut off
         adapter = blocks[0].experts.adapter
         adapter.down_delta = lambda a, counts, f=adapter.down_delta: f(a, counts) * 0
     step(tokens_SBT[0])
@@ -96,10 +100,10 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", dist_init_required=False)
-    for case in CASES:
+    for case, ep in PLANS[world]:
         for stage in (1, 2):
-            result = train(folder, case, stage, rank, world)
-            (folder / f"result-{file_of(case)}-{stage}-{rank}.json").write_text(json.dumps(result))
+            result = train(folder, case, ep, stage, rank, world)
+            (folder / f"result-{file_of(case, world, ep)}-{stage}-{rank}.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
 

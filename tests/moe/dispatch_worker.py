@@ -19,7 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lora.config import BankConfig
 from lora.experts import ExpertLoRA, ExpertSlice
+from lora.presets import bank_at
 from moe.convert import convert
 from moe.experts import Experts
 from moe.form import PLAIN, ExpertForm
@@ -79,8 +81,9 @@ def whole(case, experts, first=0, local=None):
     module.requires_grad_(not case.frozen)
     if case.adapter:
         factors = {"gate_up_proj": (2, 4.0), "down_proj": (3, 3.0)}
-        module.adapter = ExpertLoRA("a", ExpertSlice(0, experts, first, local), HIDDEN, INNER, factors)
-        for name in factors:
+        module.adapter = ExpertLoRA("a", ExpertSlice(0, experts, first, local), HIDDEN, INNER)
+        for name, (r, alpha) in factors.items():
+            module.adapter.add(name, bank_at(BankConfig("expert-lora", r=r, alpha=alpha), 0, 1, experts))
             b = getattr(module.adapter, name).B
             b.data = torch.randn(experts, *b.shape[1:], generator=generator)[first : first + local].clone()
     return module

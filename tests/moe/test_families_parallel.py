@@ -11,7 +11,7 @@ import torch
 from moe.families import find_moe_blocks
 from moe.family_table import FAMILIES
 
-STEPS, BATCH, LR = 8, 4, 0.3
+STEPS, BATCH, LR = 20, 4, 0.3
 
 
 @pytest.fixture(scope="module")

@@ -218,9 +218,9 @@ CPU = Site(torch.device("cpu"), torch.float32, 16, 8, PLAIN)
 def test_the_probe_says_what_it_chose_and_why():
     assert choose(CPU).name == "minimal"
     assert "CPU: one dense product per expert" in choose(CPU).reason
-    adapted = choose(dataclasses.replace(CPU, adapted=True))
+    adapted = choose(dataclasses.replace(CPU, adapted="pieces"))
     assert adapted.name == "grouped_mm"
-    assert "an adapter needs the sorted rows" in adapted.reason
+    assert "its adapter needs the sorted rows" in adapted.reason
     odd = choose(dataclasses.replace(CPU, form=ExpertForm(act="tanh")))
     assert odd.name == "grouped_mm"
     assert "the derivative of 'tanh' is not known" in odd.reason
@@ -231,8 +231,12 @@ def test_the_probe_says_what_it_chose_and_why():
     ("site", "wanted", "why"),
     [
         (CPU, "fastest", "'fastest' is unknown; choose auto, reference"),
-        (dataclasses.replace(CPU, adapted=True), "minimal", "'minimal' cannot run here: an adapter needs"),
-        (dataclasses.replace(CPU, adapted=True), "reference", "'reference' cannot run here: an adapter needs"),
+        (dataclasses.replace(CPU, adapted="pieces"), "minimal", "'minimal' cannot run here: its adapter needs"),
+        (
+            dataclasses.replace(CPU, adapted="whole"),
+            "reference",
+            "'reference' cannot run here: it has no room for an ad",
+        ),
         (dataclasses.replace(CPU, form=ExpertForm(act="tanh")), "minimal", "derivative of 'tanh'"),
         (dataclasses.replace(CPU, biased=True), "triton", "triton"),
     ],

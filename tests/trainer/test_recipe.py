@@ -93,6 +93,7 @@ def test_shipped_recipe_is_valid_and_says_how_to_start_it(path: Path) -> None:
 def test_number_of_shipped_recipes() -> None:
     assert [path.name for path in RECIPES] == [
         "merged-experts.yaml",
+        "mixlora.yaml",
         "multi-token.yaml",
         "quickstart-lora.yaml",
         "quickstart.yaml",

@@ -18,6 +18,7 @@ train: {steps: 20, global_batch_size: 8, micro_batch_size: 8, lr: 3e-3}
 """
 
 
+CHOSEN = ["model={path: somewhere, trainable_experts: e.json}", "data.tokenizer={kind: model}"]
 FROZEN = ["model={path: somewhere, frozen_experts: 2}", "data.tokenizer={kind: model}"]
 
 
@@ -34,6 +35,10 @@ def load(tmp_path):
         (["train.mtp.weight=0.1"], "without train.mtp.depth"),
         (["train.mtp.depth=23"], "looks 24 tokens ahead"),
         (["model.frozen_experts=2"], "give model.path"),
+        (["model.trainable_experts=e.json"], "model.trainable_experts are of a trained model; give model.path"),
+        ([*CHOSEN, "adapter={a: {preset: expert-lora}}"], "adapter and model.trainable_experts each say what trains"),
+        ([*CHOSEN, "model.frozen_experts=1"], "model.frozen_experts and model.trainable_experts each"),
+        ([*CHOSEN, "checkpoint.mode=pec"], "frozen ones have no state; use wal or dense"),
         ([*FROZEN, "parallel={workers: 2, ep: 2}"], "frozen experts only"),
         ([*FROZEN, "checkpoint.mode=pec"], "frozen ones have no state"),
         ([*FROZEN, "adapter={a: {preset: expert-lora}}"], "adapter and model.frozen_experts each"),
@@ -49,7 +54,7 @@ def load(tmp_path):
         (["model.soft={kind: merging, segment: 4}", "checkpoint.mode=pec"], "a soft block routes none"),
         (["model.soft={kind: merging, segment: 4}", "adapter={a: {preset: expert-lora}}"], "routed experts"),
         (["model.soft={kind: merging, segment: 4}", "train.mtp.depth=1"], "routed experts of their own"),
-        (["model.experts_backend=minimal", "adapter={a: {preset: expert-lora}}"], "no room for an adapter"),
+        (["model.experts_backend=triton", "adapter={a: {preset: expert-lora}}"], "no room for an adapter"),
         (["train.mtp.depth=1", "adapter={a: {preset: expert-lora}}"], "all but adapters is frozen"),
     ],
 )
