@@ -14,7 +14,7 @@ import argparse
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from benchmarks.lora_quality_base import BaseSetting, frozen_base
 from benchmarks.lora_quality_report import LARGE_ORACLE, LORA, ORACLE, plot, summarise, table, task_table, verdict
 from benchmarks.lora_quality_run import TrainSetting, train_arm
 from benchmarks.machine import describe_machine, result_path, save, say
+from lora.config import BankConfig
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 TUNING_SEED = 1000
@@ -37,9 +38,10 @@ class Work:
     """One training run, as a worker process gets it."""
 
     arm: str
+    banks: Mapping[str, BankConfig]
+    parameters: int
     lr: float
     seed: int
-    parameters: int
     base: BaseSetting
     train: TrainSetting
     folder: str
@@ -52,10 +54,8 @@ def carry_out(work: Work) -> dict[str, Any]:
     if device.type == "cpu":
         torch.set_num_threads(1)
     base, _ = frozen_base(work.base, Path(work.folder), device)
-    arm = ARMS[work.arm]
-    banks, count = fitted(base, arm, work.parameters)
-    found = train_arm(base, arm, banks, work.train, work.lr, work.seed)
-    return {"arm": work.arm, "lr": work.lr, "seed": work.seed, "parameters": count, **found}
+    found = train_arm(base, ARMS[work.arm], work.banks, work.train, work.lr, work.seed)
+    return {"arm": work.arm, "lr": work.lr, "seed": work.seed, "parameters": work.parameters, **found}
 
 
 def pool_of(jobs: int) -> Executor:
@@ -108,7 +108,7 @@ def main() -> None:
     device = torch.device(options.device)
     folder = Path(options.cache)
     setting = BaseSetting(stages=_scaled(options.base_steps))
-    train = TrainSetting(shown=options.shown, examples=setting.examples, steps=options.steps)
+    train = TrainSetting(options.shown, setting.examples, options.steps, held_out=options.held_out)
     if device.type == "cpu":
         torch.set_num_threads(1)
     started = time.monotonic()
@@ -116,9 +116,8 @@ def main() -> None:
     parameters = reference_size(base)
     say(f"base: {sum(p.numel() for p in base.parameters()):,} parameters; adapters: {parameters:,}")
     names = [name for name in ARMS if name in {LORA, ORACLE, *options.presets}]
-    for name in names:
-        fitted(base, ARMS[name], parameters)  # what cannot be fitted stops the run before it begins
-    common = {"parameters": parameters, "base": setting, "train": train, "folder": str(folder), "device": str(device)}
+    sized = {name: fitted(base, ARMS[name], parameters) for name in names}
+    common = {"base": setting, "train": train, "folder": str(folder), "device": str(device)}
     result: dict[str, Any] = {
         "machine": describe_machine(),
         "base": learnt,
@@ -130,12 +129,15 @@ def main() -> None:
     until = started + options.budget_seconds
     with pool_of(options.jobs) as pool:
         known = _given(options.lr)
-        tune = [Work(n, lr, TUNING_SEED, **common) for n in names if n not in known for lr in options.rates]
+        tune = [Work(n, *sized[n], lr, TUNING_SEED, **common) for n in names if n not in known for lr in options.rates]
         for found in in_turn(pool, tune, options.jobs, until):
             _keep(result, "tuning", found, path)
         rates = best_rates(result["tuning"]) | known
         runs = [
-            Work(name, rates[name], seed, **common) for seed in range(options.seeds) for name in names if name in rates
+            Work(name, *sized[name], rates[name], seed, **common)
+            for seed in range(options.seeds)
+            for name in names
+            if name in rates
         ]
         for found in in_turn(pool, runs, options.jobs, until):
             _keep(result, "runs", found, path)
@@ -189,6 +191,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--presets", nargs="+", choices=sorted(ARMS), default=sorted(ARMS), metavar="ARM")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=TrainSetting.steps)
+    parser.add_argument("--held-out", type=int, default=TrainSetting.held_out, help="scored samples of each task")
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="the grid of learning rates")
     parser.add_argument("--lr", nargs="+", default=[], metavar="ARM=RATE", help="learning rates that are known already")
     parser.add_argument("--shown", choices=("old", "new"), default="old", help="how the examples are solved")

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from benchmarks.lora_quality_base import twin
 from lora.attach import attach
 from lora.config import BankConfig
+from lora.cost import Size
+from lora.cost import parameters as count_parameters
 from lora.errors import AdapterError
 from lora.factors import stacked_init
-from lora.presets import bank_at, expand, layer_of, matches
+from lora.presets import bank_at, expand, layer_of, matches, targets_of
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN = ("gate_proj", "up_proj", "down_proj")
@@ -134,11 +135,22 @@ def _sized(arm: Arm, sizes: Mapping[str, tuple[int, ...]]) -> dict[str, BankConf
 def _sizes_of(model: LlamaForCausalLM, arm: Arm, size: int) -> dict[str, list[int]]:
     """Trainable parameters of each bank in each layer, if all sizes are ``size``."""
     layers = model.config.num_hidden_layers
-    report = attach(twin(model), _sized(arm, dict.fromkeys(arm.banks, (size,) * layers)), [])
     found = {name: [0] * layers for name in arm.banks}
-    for match in report.matches:
-        found[match.bank][layer_of(match.path)] += match.parameters
+    for name, bank in _sized(arm, dict.fromkeys(arm.banks, (size,) * layers)).items():
+        for path, module in _places(model, bank):
+            layer = layer_of(path)
+            found[name][layer] += count_parameters(bank_at(bank, layer, layers), _size(module)).total
     return found
+
+
+def _places(model: LlamaForCausalLM, bank: BankConfig) -> list[tuple[str, nn.Module]]:
+    targets = targets_of(bank)
+    return [(path, m) for path, m in model.named_modules() if any(matches(target, path) for target in targets)]
+
+
+def _size(module: nn.Module) -> Size:
+    linear = module if isinstance(module, nn.Linear) else module.gate_proj
+    return Size(linear.in_features, linear.out_features)
 
 
 def _total(counts: Mapping[str, list[int]]) -> int:
@@ -212,10 +224,9 @@ class LoraPerTask(nn.Module):
 def _attach_per_task(model: LlamaForCausalLM, banks: Mapping[str, BankConfig], tasks: int, seed: int) -> None:
     model.requires_grad_(False)
     layers = model.config.num_hidden_layers
-    for path, module in list(model.named_modules()):
-        for bank in banks.values():
-            if isinstance(module, nn.Linear) and any(matches(target, path) for target in bank.targets):
-                here = bank_at(bank, layer_of(path), layers)
-                parent, _, child = path.rpartition(".")
-                adapted = LoraPerTask(module, tasks, here.r, here.scale, f"{seed}/{path}")
-                setattr(model.get_submodule(parent), child, adapted)
+    for bank in banks.values():
+        for path, module in _places(model, bank):
+            here = bank_at(bank, layer_of(path), layers)
+            parent, _, child = path.rpartition(".")
+            adapted = LoraPerTask(module, tasks, here.r, here.scale, f"{seed}/{path}")
+            setattr(model.get_submodule(parent), child, adapted)

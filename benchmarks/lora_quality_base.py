@@ -144,7 +144,7 @@ def _pretrain(model: nn.Module, setting: BaseSetting, device: torch.device) -> d
             optimizer.step()
             if (step + 1) % 500 == 0:
                 say(f"base: {examples} examples, step {step + 1}, {time.monotonic() - started:.0f} s, loss {loss:.3f}")
-    held_out = tasks.batch(len(OLD) * 256, seed=10**12).to(device)
+    held_out = tasks.batch(len(OLD) * 64, seed=10**12).to(device)
     scores = dict(zip((task.name for task in OLD), by_task(solved(model, held_out), held_out), strict=True))
     return {"seconds": time.monotonic() - started, "solves": scores, "setting": asdict(setting)}
 

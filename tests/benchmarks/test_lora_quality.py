@@ -228,28 +228,16 @@ def test_gaps_are_closed_seed_by_seed():
 @pytest.mark.timeout(60)
 def test_a_miniature_run_writes_its_table_and_plot(tmp_path, monkeypatch, capsys):
     out = tmp_path / "quality.json"
-    arguments = [
-        "--presets",
-        "mola",
-        "moelora-task",
-        "--seeds",
-        "1",
-        "--steps",
-        "2",
-        "--base-steps",
-        "2",
-        "--jobs",
-        "1",
-    ]
-    arguments += ["--rates", "0.01", "0.02", "--lr", "mola=0.03", "--cache", str(tmp_path), "--out", str(out)]
+    arguments = ["--presets", "moelora-task", "--seeds", "1", "--steps", "2", "--base-steps", "2", "--jobs", "1"]
+    arguments += ["--held-out", "2", "--rates", "0.01", "0.02", "--lr", "lora=0.03", "moelora-task=0.01"]
+    arguments += ["--cache", str(tmp_path), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["lora_quality", *arguments])
     lora_quality.main()
     result = json.loads(out.read_text())
-    assert set(result["rows"]) == {"lora", "one lora per task", "mola", "moelora-task"}
+    assert set(result["rows"]) == {"lora", "one lora per task", "moelora-task"}
     assert result["facts"]["moelora-task"]["group"] == "task"
-    assert result["facts"]["mola"]["lr"] == 0.03
-    assert sorted(run["lr"] for run in result["tuning"] if run["arm"] == "lora") == [0.01, 0.02]
-    assert "mola" not in {run["arm"] for run in result["tuning"]}
-    assert "mola closes" in result["verdict"]
+    assert result["facts"]["lora"]["lr"] == 0.03
+    assert [(run["arm"], run["lr"]) for run in result["tuning"]] == [("one lora per task", lr) for lr in (0.01, 0.02)]
+    assert "none was run" in result["verdict"]
     assert (tmp_path / "quality.svg").read_text().startswith("<svg")
     assert "gap closed" in capsys.readouterr().out
