@@ -24,8 +24,10 @@ import torch
 
 from benchmarks.lora_quality_arms import ARMS, Arm, fitted, reference_size
 from benchmarks.lora_quality_base import BaseSetting, frozen_base
+from benchmarks.lora_quality_probe import task_known
 from benchmarks.lora_quality_report import LARGE_ORACLE, LORA, ORACLE, plot, summarise, table, task_table, verdict
 from benchmarks.lora_quality_run import TrainSetting, train_arm
+from benchmarks.lora_quality_tasks import learnt as learnt_tasks
 from benchmarks.machine import describe_machine, result_path, save, say
 from lora.config import BankConfig
 
@@ -116,11 +118,15 @@ def main() -> None:
     parameters = reference_size(base)
     say(f"base: {sum(p.numel() for p in base.parameters()):,} parameters; adapters: {parameters:,}")
     names = [name for name in ARMS if name in {LORA, ORACLE, *options.presets}]
+    probed = task_known(base, learnt_tasks(setting.examples, options.shown))
+    say("where the base knows the task, of the inputs of linear layers:")
+    say("\n".join(f"  {path}: {100 * share:.0f} %" for path, share in probed.items()))
     sized = {name: fitted(base, ARMS[name], parameters) for name in names}
     common = {"base": setting, "train": train, "folder": str(folder), "device": str(device)}
     result: dict[str, Any] = {
         "machine": describe_machine(),
         "base": learnt,
+        "task_known": probed,
         "train": asdict(train),
         "rates": options.rates,
         "tuning": [],

@@ -10,11 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from benchmarks import lora_quality
 from benchmarks import lora_quality_base as bases
 from benchmarks.lora_quality_arms import ARMS, TOLERANCE, LoraPerTask, fitted, put_on, reference_size
 from benchmarks.lora_quality_base import BaseSetting, answer_loss, frozen_base, new_model, solved
+from benchmarks.lora_quality_probe import task_known
 from benchmarks.lora_quality_report import closed, plot, summarise, table, verdict
 from benchmarks.lora_quality_run import TrainSetting, context_of, mutual_information, train_arm
 from benchmarks.lora_quality_tasks import BLANK, BOS, END, FUNCTIONS, LENGTH, NEW, OLD, SEP, SYMBOLS, TaskSet, learnt
@@ -60,7 +62,7 @@ def test_functions_do_what_their_names_say(word):
 
 
 @given(seed=st.integers(0, 10**6), examples=st.integers(1, 3), shown=st.sampled_from(["old", "new"]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_samples_are_what_they_claim_and_name_no_task(seed, examples, shown):
     tasks = learnt(examples, shown)
     batch = tasks.batch(16, seed)
@@ -91,7 +93,7 @@ def test_scoring_equals_greedy_decoding():
     model = new_model(replace(SMALL, seed=1))
     tasks = TaskSet(OLD, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for step in range(60):  # until some answers are right and some wrong
+    for step in range(40):  # until some answers are right and some wrong
         optimizer.zero_grad()
         answer_loss(model, tasks.batch(32, step)).backward()
         optimizer.step()
@@ -177,6 +179,27 @@ def test_training_changes_adapters_only_and_is_repeatable():
     assert one["mean"] == pytest.approx(statistics.fmean(one["exact"].values()))
 
 
+def test_the_probe_finds_the_task_where_it_is():
+    base = new_model(SMALL).requires_grad_(False)
+    tasks = learnt(1, "old")
+    before = task_known(base, tasks, samples=24)
+    assert set(before) == {
+        f"model.layers.{layer}.{part}"
+        for layer in range(2)
+        for part in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    }
+    assert before["model.layers.0.self_attn.q_proj"] < 0.35, "a token alone does not tell"
+
+    def tell(module, args, output):  # the first layer's attention writes the task into the hidden state
+        return (output[0] + 50 * F.one_hot(torch.arange(8).repeat_interleave(24), 32)[:, None].float(), *output[1:])
+
+    base.model.layers[0].self_attn.register_forward_hook(tell)
+    after = task_known(base, tasks, samples=24)
+    assert after["model.layers.0.self_attn.q_proj"] == before["model.layers.0.self_attn.q_proj"]
+    assert after["model.layers.0.mlp.gate_proj"] == 1
+    assert after["model.layers.1.self_attn.q_proj"] == 1
+
+
 def test_contexts_tell_tokens_their_task():
     batch = learnt(1, "old").batch(8, 0)
     context = context_of(batch, balance=True)
@@ -239,5 +262,6 @@ def test_a_miniature_run_writes_its_table_and_plot(tmp_path, monkeypatch, capsys
     assert result["facts"]["lora"]["lr"] == 0.03
     assert [(run["arm"], run["lr"]) for run in result["tuning"]] == [("one lora per task", lr) for lr in (0.01, 0.02)]
     assert "none was run" in result["verdict"]
+    assert len(result["task_known"]) == 16
     assert (tmp_path / "quality.svg").read_text().startswith("<svg")
     assert "gap closed" in capsys.readouterr().out
