@@ -96,11 +96,11 @@ def facts_of(arm: Arm, parameters: int, lr: float) -> dict[str, Any]:
         group = "bound"
     elif arm.names_task:
         group = "task"
-    elif arm.variant:
-        group = "variant"
+    elif not arm.routed:
+        group = "plain"
     else:
-        group = "routed" if arm.routed else "plain"
-    kind = {"bound": "", "task": " (told the task)", "variant": " (not as published)", "routed": "", "plain": ""}[group]
+        group = "variant" if arm.variant else "routed"
+    kind = " (told the task)" if group == "task" else " (not as published)" if group == "variant" else ""
     return {"parameters": parameters, "lr": lr, "group": group, "kind": kind}
 
 

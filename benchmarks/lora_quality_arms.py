@@ -106,8 +106,10 @@ _ARMS = (
     Arm("moelora-task", _linears("moelora-task", **_TASK), names_task=True),
     Arm("hydralora", _linears("hydralora")),
     Arm("adamole", _linears("adamole")),
-    # The base knows the task in its last layer only; see docs/measurements.md.
+    # Plain LoRA on what the routed ones below and loramoe have; whatever they gain over these is routing's.
+    Arm("lora, feed-forward", {"ffn": BankConfig("lora", targets=FFN)}, variant=True),
     Arm("lora, last layer", _linears("lora", layers="3"), variant=True),
+    # The base knows the task best in its last layer; see docs/measurements.md.
     Arm("mola, last layer", _linears("mola", layers="3", num_experts=8), variant=True),
     Arm("loramoe, last layer", {"ffn": BankConfig("loramoe", targets=_within("3", FFN))}, variant=True),
     Arm("loramoe, lora below", _loramoe_on_top(), variant=True),

@@ -91,7 +91,10 @@ def task_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def verdict(rows: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Mapping[str, Any]]) -> str:
-    """The best routed preset, and whether it closes GOAL of the gap."""
+    """The best routed preset, whether it closes GOAL of the gap, and what of it is left beside the best without router.
+
+    The latter, because one LoRA may be put on other layers, too.
+    """
     if ORACLE not in rows or LORA not in rows:
         return "no verdict: one plain LoRA or one LoRA per task is missing"
     said = []
@@ -104,6 +107,11 @@ def verdict(rows: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Mapping[s
         share = statistics.fmean(routed[best]["closed"])
         word = "reached" if share >= GOAL else "not reached"
         said.append(f"{what}: {best} closes {100 * share:.0f} % of the gap; {100 * GOAL:.0f} % {word}")
+        plain = {a: r["mean"] for a, r in rows.items() if a == LORA or facts[a]["group"] == "plain"}
+        rival = max(plain, key=lambda arm: plain[arm])
+        if rival != LORA:
+            rest = closed(routed[best]["mean"], plain[rival], rows[ORACLE]["mean"])
+            said.append(f"  measured from the best arm without a router, {rival}: {100 * rest:.0f} %")
     return "\n".join(said)
 
 

@@ -200,6 +200,19 @@ def test_the_probe_finds_the_task_where_it_is():
     assert after["model.layers.1.self_attn.q_proj"] == 1
 
 
+def test_only_routed_presets_count_as_such():
+    groups = {name: lora_quality.facts_of(arm, 1, 0.1)["group"] for name, arm in ARMS.items()}
+    assert {name for name, group in groups.items() if group == "bound"} == {
+        "lora",
+        "one lora per task",
+        "one lora per task, 8x",
+    }
+    assert groups["moelora-task"] == "task"
+    assert {groups[name] for name in ("rslora", "moslora", "lora, 8x", "lora, last layer")} == {"plain"}
+    assert {groups[name] for name in ("mola", "loramoe", "mixlora", "hydralora", "adamole", "mov")} == {"routed"}
+    assert groups["loramoe, last layer"] == "variant"
+
+
 def test_contexts_tell_tokens_their_task():
     batch = learnt(1, "old").batch(8, 0)
     context = context_of(batch, balance=True)
@@ -245,6 +258,11 @@ def test_gaps_are_closed_seed_by_seed():
     assert "| mola | 10 | 0.01 | 78.0 % (70.0 to 86.0) | 39.0 % | 82 % (75 to 90) |" in table(rows, facts)
     assert plot(rows, facts, "a < b").count("<circle") == 3
     assert "not reached" in verdict(summarise(runs | {"mola": [_run("mola", 0, 0.5)]}), facts)
+    runs["lora, last layer"] = [_run("l", 0, 0.74), _run("l", 1, 0.74)]
+    facts["lora, last layer"] = facts["lora"] | {"group": "plain"}
+    said = verdict(summarise(runs), facts)
+    assert "as published: mola closes 82 %" in said, "an arm without a router is no routed preset"
+    assert "without a router, lora, last layer: 36 %" in said
     assert math.isnan(closed(0.5, 0.9, 0.9))
 
 
