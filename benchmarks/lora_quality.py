@@ -31,7 +31,7 @@ from benchmarks.lora_quality_tasks import learnt as learnt_tasks
 from benchmarks.machine import describe_machine, result_path, save, say
 from lora.config import BankConfig
 
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 TUNING_SEED = 1000
 
 
