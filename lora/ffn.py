@@ -89,10 +89,11 @@ def _pairs(decision: Decision) -> tuple[Assignment, Tensor]:
     Where tokens choose a varying number, K is E. On a CPU only what was chosen is computed; how much that is would have
     to be read back from a GPU, which therefore computes all, weighted by zero where nothing was chosen.
     """
-    if decision.index_TK is not None:
-        index_TK = decision.index_TK
-        return assign(index_TK, decision.gate_TE.shape[1]), decision.gate_TE.gather(1, index_TK)
     chosen_TE, experts = decision.chosen_TE, decision.gate_TE.shape[1]
+    if decision.index_TK is not None:
+        # Not gather, whose derivative scatters.
+        is_TKE = decision.index_TK[..., None] == torch.arange(experts, device=chosen_TE.device)
+        return assign(decision.index_TK, experts), (is_TKE * decision.gate_TE[:, None]).sum(-1)
     index_TE = torch.arange(experts, device=chosen_TE.device).expand_as(chosen_TE)
     if chosen_TE.is_cuda:
         return assign(index_TE, experts), decision.gate_TE

@@ -26,7 +26,8 @@ def attach_beside(
                 continue
             if getattr(block.module, "adapter", None) is not None:
                 raise AdapterError(f"adapter.{name}: {block.path} already has a bank beside it; give each block to one")
-            home = next(chain(block.gate.parameters(), block.module.parameters()))
+            # The experts' own place and type; where they hold no weights, the gate's.
+            home = next(chain(block.module.experts.parameters(), block.module.parameters()))
             hidden = int(model.config.hidden_size)
             here = bank_at(bank, block.layer, frame.layers, _count(block), frame.active)
             adapter = put_beside(
