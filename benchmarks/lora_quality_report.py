@@ -97,6 +97,8 @@ def verdict(rows: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Mapping[s
     """
     if ORACLE not in rows or LORA not in rows:
         return "no verdict: one plain LoRA or one LoRA per task is missing"
+    if not all(share == share for share in rows[ORACLE]["closed"]):
+        return "no verdict: in some seed one LoRA per task is no better than one LoRA; train for longer"
     said = []
     for what, kinds in (("preset as published", {"routed"}), ("with other values", {"routed", "variant"})):
         routed = {a: r for a, r in rows.items() if facts[a]["group"] in kinds and r["closed"]}
