@@ -1,7 +1,7 @@
 """Adapters: one step of ours beside the peers', with the frozen model as the floor.
 
-The arms of a case take turns in each round, over the same weights and inputs, and medians are compared. Values are
-compared first: a case whose arms compute something else ends there.
+The arms of a case take turns in each round, in another order each time, over the same weights and inputs, and medians
+are compared. Values are compared first: a case whose arms compute something else ends there.
 
 ``python -m benchmarks.lora --config cpu|qwen3|tiny --case experts|routed|ffn|concurrent|all``; on a CPU one thread, and
 its own time, not the wall's.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -40,8 +41,9 @@ def measure(case: Case, device: torch.device, rounds: int, until: float) -> dict
     for arm in case.arms:
         rows[arm.name] |= {"saved_bytes": saved_bytes(arm), "peak_bytes": peak_bytes(arm, device)}
     times: dict[str, list[float]] = {arm.name: [] for arm in case.arms}
-    for _ in range(rounds):
-        for arm in case.arms:
+    for number in range(rounds):
+        # Shuffled, each round in another way: what an arm leaves in the caches and the heap meets all alike.
+        for arm in random.Random(number).sample(case.arms, len(case.arms)):
             times[arm.name].append(timed(lambda arm=arm: arm.step(False), device))
         if time.monotonic() > until:
             break

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from checkpointing.heldout import best_of
 from checkpointing.manifest import coordinate_of, make_manifest, own_manifest, read_manifest, wrong_sizes
 from checkpointing.records import DTYPE_BYTES, Entry, Kind, RecordInfo
 from checkpointing.recovery import RecoveryError
@@ -184,18 +185,23 @@ def clean_unfinished(directory: Place) -> None:
     storage_of(directory).clean(directory)
 
 
-def retain(directory: Place, keep_last: int, newest: Place, permanent_every: int = 0) -> list[int]:
+def retain(
+    directory: Place, keep_last: int, newest: Place, permanent_every: int = 0, losses: Mapping[int, float] | None = None
+) -> list[int]:
     """Delete checkpoints older than the ``keep_last`` newest and return their steps.
 
-    Never those whose step is a multiple of ``permanent_every`` (0: none is), nor those written as permanent ones.
+    Never those whose step is a multiple of ``permanent_every`` (0: none is), nor those written as permanent ones, nor
+    the one with the lowest of the held-out ``losses``.
     Raises RecoveryError, deleting nothing, unless ``newest`` was read back and verified just now.
     """
     problems = verify(newest)
     if problems:
         raise RecoveryError(f"nothing was deleted, because the newest checkpoint does not read back: {problems[0]}")
     removed = []
-    for step, path in list_checkpoints(directory)[: -max(keep_last, 1)]:
-        if path != newest and not is_permanent(path, step, permanent_every):
+    found = list_checkpoints(directory)
+    best = best_of(losses or {}, [step for step, _ in found])
+    for step, path in found[: -max(keep_last, 1)]:
+        if path != newest and step != best and not is_permanent(path, step, permanent_every):
             remove(path)
             removed.append(step)
     return removed

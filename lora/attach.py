@@ -58,6 +58,7 @@ def attach(
     *,
     layout_ep: int = 1,
     seed: int = 0,
+    sites: Mapping[str, Attacher] | None = None,
 ) -> AttachReport:
     """Freeze ``model`` and give it the adapters that ``banks`` describe; B starts at zero, so outputs stay.
 
@@ -68,12 +69,13 @@ def attach(
         blocks: the model's MoE blocks, with experts that have an ``adapter`` attribute; none for a dense model.
         layout_ep: expert-parallel degree, which the experts must have been converted for.
         seed: of the factors that start at random.
+        sites: what puts a bank of each site on the model, if not one adapter with a seed of its own.
 
     Raises AdapterError for contradictory banks, for a target that matches nothing (naming what is
     there) and for experts that cannot take an adapter.
     """
     check_banks(banks)
-    resolve(banks, places_of(model, blocks))
+    placed = resolve(banks, places_of(model, blocks))
     for block in blocks:
         if getattr(block.module.experts, "adapter", None) is not None:
             raise AdapterError(
@@ -84,9 +86,12 @@ def attach(
     matches = []
     for name, bank in banks.items():
         site = str(expand(bank).site)
-        for match in _SITES[site](model, name, bank, blocks, frame):
+        for match in (sites or _SITES)[site](model, name, bank, blocks, frame):
             here = bank_at(bank, layer_of(match.path), frame.layers, _routed(blocks, match.path), frame.active)
             matches.append(replace(match, site=site, num_experts=here.num_experts, r=here.r))
+    assert len(matches) == len(placed), "a site attached to other places than its targets resolve to"
+    # New modules begin in training mode; in a model that generates, dropout must stay off.
+    model.train(model.training)
     return _report(model, matches)
 
 

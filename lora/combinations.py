@@ -19,8 +19,8 @@ Finding = tuple[str, str]
 _ROUTERS = {
     "linear": ("none", "token", "task"),
     "experts": ("base",),
-    "ffn": ("token",),
-    "parallel": ("none", "base", "token"),
+    "ffn": ("token", "task"),
+    "parallel": ("none", "base", "token", "task"),
 }
 _COMBINES = {
     "none": ("static", "sum"),
@@ -28,7 +28,7 @@ _COMBINES = {
     "token": ("soft", "top_k", "top_p", "threshold", "switch"),
     "task": ("soft", "top_k"),
 }
-_SHARES = {"linear": ("none", "A"), "experts": ("none", "A", "all", "outer"), "ffn": ("none",), "parallel": ("none",)}
+_SHARES = {"linear": ("none", "A"), "experts": ("none", "all", "outer"), "ffn": ("none",), "parallel": ("none", "A")}
 
 
 def _own(full: BankConfig) -> bool:
@@ -36,7 +36,7 @@ def _own(full: BankConfig) -> bool:
 
 
 def _chosen(full: BankConfig) -> bool:
-    return full.router == "token" and full.site == "linear" and full.combine in ("top_k", "switch")
+    return full.router == "token" and full.site in ("linear", "parallel") and full.combine in ("top_k", "switch")
 
 
 # Of fields that only mean something beside certain others: when, and in words.
@@ -67,7 +67,7 @@ _NEEDS: dict[str, tuple[Callable[[BankConfig], bool], str]] = {
     "balance_pooled": (lambda full: full.balance == "switch", "balance: switch"),
     "localized_delta": (lambda full: full.balance == "localized_cv2", "balance: localized_cv2"),
     "z_loss_coef": (lambda full: full.router == "token", "router: token"),
-    "contrastive_coef": (_chosen, "site: linear, router: token and combine: top_k or switch"),
+    "contrastive_coef": (_chosen, "site: linear or parallel, router: token and combine: top_k or switch"),
     "contrastive_temperature": (lambda full: _chosen(full) and bool(full.contrastive_coef), "contrastive_coef above 0"),
 }
 
@@ -133,9 +133,8 @@ def _choices(full: BankConfig) -> Iterator[Finding]:
     if router not in _ROUTERS[site]:
         why = {
             "experts": "routed experts are chosen by the model's own router",
-            "ffn": "a feed-forward bank chooses for each token",
+            "ffn": "the experts of a feed-forward bank have to be chosen",
             "linear": "a linear layer does not see the model's router",
-            "parallel": "a branch beside a block does not know the sample's task",
         }[site]
         yield "router", f"router={router} with site: {site}: {why}; write {_one_of('router', _ROUTERS[site])}"
     elif full.combine not in _COMBINES[router]:
@@ -167,10 +166,14 @@ def _kinds(full: BankConfig) -> Iterator[Finding]:
             yield "share", f"share={full.share} shares low-rank factors, and kind: scale has none; write share: none"
         if full.mixer:
             yield "mixer", "mixer=true stands between low-rank factors, and kind: scale has none; write mixer: false"
-    elif full.mixer and full.site != "linear":
-        yield "mixer", f"mixer=true is for site: linear, not {full.site}; write mixer: false"
-    if full.site == "linear" and full.share == "A" and full.router == "none":
-        yield "share", "share=A shares between experts, and router: none has one; write share: none, or give a router"
+    elif full.mixer and (full.site not in ("linear", "parallel") or full.router == "base"):
+        yield "mixer", f"mixer=true is for banks of their own, not for site: {full.site} here; write mixer: false"
+    if full.share != "A" or full.share not in _SHARES[str(full.site)]:
+        return
+    if full.router == "base":
+        yield "share", "share=A is for experts of the bank's own, and router: base has the model's; write share: none"
+    elif full.combine == "static":
+        yield "share", "share=A shares between experts, and combine: static has one; write share: none or combine: sum"
 
 
 def _losses(full: BankConfig) -> Iterator[Finding]:

@@ -45,8 +45,8 @@ def parameters(here: BankAt, size: Size, tensor: str = "") -> Parameters:
     if full.site == "experts":
         if full.share == "all":
             return Parameters(0, a + b)
-        if full.share in ("A", "outer"):
-            own, common = (b, a) if full.share == "A" or tensor == "gate_up_proj" else (a, b)
+        if full.share == "outer":
+            own, common = (b, a) if tensor == "gate_up_proj" else (a, b)
             return Parameters(size.count * own, common)
         return Parameters(size.count * (a + b), 0)
     if full.site == "ffn":

@@ -124,8 +124,9 @@ def _biases(stack: Stack, assignment: Assignment) -> tuple[Tensor | None, Tensor
 
 
 def forward(
-    x_RH: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment, pairs: Pairs, keep: int
-) -> tuple[Tensor, Kept]:
+    x_RH: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment, pairs: Pairs, keep: int,
+    learns: bool,
+) -> tuple[Tensor, Kept]:  # fmt: skip
     """Returns out [R,H], and what the backward wants: of the pre-activations those of the first ``keep`` pairs."""
     score_N, ends_L = spread_scores(weights_RK, assignment, x_RH.dtype), group_ends(assignment.counts_L)
     up, down = _linears(stack, pairs, assignment)
@@ -135,7 +136,9 @@ def forward(
     h_N2I, z_up_NQ = _up(up, x_NH, mask_NH, ends_L, bias_N2I)
     del x_NH, mask_NH, bias_N2I
     a_NI = scaled(h_N2I, score_N, stack)
-    if keep < h_N2I.shape[0]:
+    if not learns:
+        h_N2I = h_N2I.new_empty(0, up.outputs)
+    elif keep < h_N2I.shape[0]:
         h_N2I = h_N2I[:keep].clone()  # a view would keep the rest, too
     y_NH, z_down_NQ = down.forward(a_NI, masks(pairs.down, pairs.seed + 1, a_NI)(*a_NI.shape), ends_L)
     del a_NI

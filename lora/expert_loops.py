@@ -141,9 +141,14 @@ class _Linear:
 class _Sum:
     """The gradient of one stack of factors: an expert's product is its own, or added to the others' if shared."""
 
-    def __init__(self, like_L: Tensor, experts: int) -> None:
-        self.stack_L = like_L.new_zeros(like_L.shape)
-        self.shared, self.views = like_L.shape[0] < experts, self.stack_L.unbind(0)
+    def __init__(self, like_L: Tensor, counts: Sequence[int]) -> None:
+        self.stack_L = like_L.new_empty(like_L.shape)
+        self.shared, self.views = like_L.shape[0] < len(counts), self.stack_L.unbind(0)
+        if self.shared:
+            self.stack_L.zero_()
+        else:  # the others are written whole
+            for e in (e for e, count in enumerate(counts) if not count):
+                self.views[e].zero_()
 
     def add(self, experts: Sequence[int], left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
         if self.shared:
@@ -157,9 +162,9 @@ class _Sum:
 class _Into:
     """Where the gradients of one pair's factors are added up: A's [L,Q,M], and B's as [L,Q,O], not yet scaled."""
 
-    def __init__(self, pair: Pair, experts: int) -> None:
+    def __init__(self, pair: Pair, counts: Sequence[int]) -> None:
         self.scale = pair.scale
-        self.a, self.b_t = _Sum(pair.a_LRM, experts), _Sum(pair.b_LOR.transpose(1, 2), experts)
+        self.a, self.b_t = _Sum(pair.a_LRM, counts), _Sum(pair.b_LOR.transpose(1, 2), counts)
 
     def found(self) -> PairGradients:
         b_LOQ = self.b_t.stack_L.transpose(1, 2)
@@ -176,16 +181,20 @@ def _linears(stack: Stack, pairs: Pairs) -> tuple[_Linear, _Linear]:
 
 
 def forward(
-    x_RH: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment, pairs: Pairs, keep: int
-) -> tuple[Tensor, Kept]:
-    """Returns out [R,H], and what the backward wants: of the pre-activations the first pairs', at most ``keep``."""
+    x_RH: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment, pairs: Pairs, keep: int,
+    learns: bool,
+) -> tuple[Tensor, Kept]:  # fmt: skip
+    """Returns out [R,H], and what the backward wants: of the pre-activations the first pairs', at most ``keep``.
+
+    ``learns``: there will be one; bits do not depend on it.
+    """
     row_N = assignment.row_N
     score_N = spread_scores(weights_RK, assignment, x_RH.dtype)
     y_NH = empty_pairs(x_RH, x_RH.shape[1], assignment)
     up, down = _linears(stack, pairs)
     drop_up, drop_down = masks(pairs.up, pairs.seed, x_RH), masks(pairs.down, pairs.seed + 1, x_RH)
     parts = list(groups(assignment, keep))
-    kept = max((group.pairs.stop for group in parts if group.pairs.stop <= keep), default=0)
+    kept = max((group.pairs.stop for group in parts if group.pairs.stop <= keep), default=0) if learns else 0
     h_P2I, z_up, z_down = x_RH.new_empty(kept, up.outputs), *(side.rank_space(row_N.numel()) for side in (up, down))
     for group in parts:
         at = group.pairs
@@ -211,12 +220,12 @@ def backward(
     keep: int, needs_x: bool, overwrite: bool,
 ) -> tuple[Gradients, PairGradients | None, PairGradients | None]:  # fmt: skip
     """Gradients of x, of the scores, and of both pairs. ``keep`` as in the forward; ``overwrite``: h may go."""
-    row_N, local = assignment.row_N, stack.up_L.shape[0]
+    row_N, counts = assignment.row_N, assignment.counts_L.tolist()
     score_N = spread_scores(weights_RK, assignment, x_RH.dtype)
     ds_N = torch.empty_like(score_N)
     dx_NH = empty_pairs(x_RH, x_RH.shape[1], assignment) if needs_x else None
     up, down = _linears(stack, pairs)
-    into_up, into_down = (None if pair is None else _Into(pair, local) for pair in (pairs.up, pairs.down))
+    into_up, into_down = (None if pair is None else _Into(pair, counts) for pair in (pairs.up, pairs.down))
     drop_up, drop_down = masks(pairs.up, pairs.seed, x_RH), masks(pairs.down, pairs.seed + 1, x_RH)
     # Written to for folded experts, and where h is computed again.
     z_up_NQ, z_down_NQ = (z if overwrite else z.clone() for z in (kept.z_up_NQ, kept.z_down_NQ))

@@ -29,13 +29,14 @@ def adapted_mix(x_RH: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assi
 
     The stack's tensors get no gradient. Raises RuntimeError from a backward with ``create_graph=True``.
     """
-    dtype, keep = stack.up_L.dtype, -1  # nothing, not even x
+    dtype = stack.up_L.dtype
     tensors = (x_RH.to(dtype), weights_RK, *(factor.to(dtype) for factor in pairs.factors))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        experts, hidden, inner = stack.down_LHI.shape
-        ranks = sum(a_LRM.shape[1] for a_LRM in pairs.factors[::2])
-        keep = kept_rows(assignment.pair_N.numel(), x_RH.shape[0], experts, hidden, inner, ranks)
-    return _AdaptedMix.apply(_how(stack), keep, stack, assignment, pairs.facts, *tensors).to(x_RH.dtype)
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    experts, hidden, inner = stack.down_LHI.shape
+    ranks = sum(a_LRM.shape[1] for a_LRM in pairs.factors[::2])
+    # Settled without gradients, too: it decides which experts share a pass, and so the last bits.
+    keep = kept_rows(assignment.pair_N.numel(), x_RH.shape[0], experts, hidden, inner, ranks)
+    return _AdaptedMix.apply(_how(stack), keep, learns, stack, assignment, pairs.facts, *tensors).to(x_RH.dtype)
 
 
 def _how(stack: Stack) -> ModuleType:
@@ -50,6 +51,7 @@ class _AdaptedMix(torch.autograd.Function):
         ctx: Any,
         how: ModuleType,
         keep: int,
+        learns: bool,
         stack: Stack,
         assignment: Assignment,
         facts: PairFacts,
@@ -60,10 +62,10 @@ class _AdaptedMix(torch.autograd.Function):
         with torch.autocast(x_RH.device.type, enabled=False):
             if assignment.pair_N.numel():
                 pairs = facts.pairs(factors)
-                out_RH, kept = how.forward(x_RH, weights_RK, stack, assignment, pairs, max(keep, 0))
+                out_RH, kept = how.forward(x_RH, weights_RK, stack, assignment, pairs, keep, learns)
             else:
                 out_RH, kept = torch.zeros_like(x_RH), Kept(*(x_RH.new_empty(0),) * 3)
-        if keep >= 0:
+        if learns:
             parts = (kept.h_P2I, kept.z_up_NQ, kept.z_down_NQ)
             parts += (assignment.pair_N, assignment.slot_RK, assignment.counts_L)
             frozen = (stack.up_L, stack.down_L, stack.up_bias_L2I, stack.down_bias_LH)
@@ -82,7 +84,7 @@ class _AdaptedMix(torch.autograd.Function):
         x_RH, weights_RK, *rest = ctx.saved_tensors
         kept, assignment = Kept(*rest[:3]), Assignment(*rest[3:6], complete)
         stack, pairs = Stack(*rest[6:10], form), facts.pairs(rest[10:])
-        needs_x = ctx.needs_input_grad[5]
+        needs_x = ctx.needs_input_grad[6]
         with torch.autocast(x_RH.device.type, enabled=False):
             if assignment.pair_N.numel():
                 found, up, down = how.backward(
@@ -94,4 +96,4 @@ class _AdaptedMix(torch.autograd.Function):
                 found = Gradients(x=torch.zeros_like(x_RH), weights=torch.zeros_like(weights_RK))
                 up, down = PairGradients.zeros(pairs.up), PairGradients.zeros(pairs.down)
         gradients = [t for pair in (up, down) if pair is not None for t in (pair.a_LRM, pair.b_LOR)]
-        return (*(None,) * 5, found.x if needs_x else None, found.weights, *gradients)
+        return (*(None,) * 6, found.x if needs_x else None, found.weights, *gradients)

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora.attach import AttachReport, attach
+from lora.base_facts import BaseFacts
 from lora.config import BankConfig
 from lora.deltas import split_factor
 from lora.errors import AdapterError
 from lora.exactness import is_exactly_lora
 from lora.manifest import LAYOUT, MANIFEST_FILE, SCHEMA, banks_of, digest, make_manifest, read_manifest
-from lora.peft_format import CONFIG_FILE, WEIGHTS_FILE, BaseFacts, peft_files, write_files
+from lora.peft_format import CONFIG_FILE, WEIGHTS_FILE, peft_files, write_files
 from lora.presets import bank_of, check_banks, expand
 from moe.convert import convert
 from moe.families import find_moe_blocks
@@ -45,14 +46,14 @@ class Adapter:
     """A loaded adapter: CPU tensors by parameter path, over all experts, and the banks they belong to.
 
     Attributes:
-        routed_experts: of a layer of the base model; None if that was not known when it was saved.
+        base: what else was known of the base model when it was saved.
         topology: of the run that trained it, if it was given.
     """
 
     tensors: dict[str, Tensor]
     banks: dict[str, BankConfig]
     base_fingerprint: str
-    routed_experts: int | None = None
+    base: BaseFacts = field(default_factory=BaseFacts)
     topology: Mapping[str, Any] | None = None
 
 
@@ -116,7 +117,7 @@ def save_adapter(
             stored,
             banks,
             base_fingerprint,
-            routed_experts=base.routed_experts,
+            base=base,
             topology=topology,
             loads_in_peft=peft,
         )
@@ -156,9 +157,8 @@ def load_adapter(folder: str | Path) -> Adapter:
             raise AdapterError(f"{file}: {path} has another shape or dtype than its manifest; export the adapter again")
     check_banks(banks)
     _check_tensors(tensors, banks)
-    return Adapter(
-        tensors, banks, manifest["base_fingerprint"], manifest.get("routed_experts"), manifest.get("topology")
-    )
+    base = BaseFacts(**manifest.get("base", {}))
+    return Adapter(tensors, banks, manifest["base_fingerprint"], base, manifest.get("topology"))
 
 
 def apply_adapter(model: nn.Module, adapter: Adapter, *, base_fingerprint: str | None = None) -> AttachReport:

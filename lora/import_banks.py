@@ -16,8 +16,9 @@ from lora.attach import attach
 from lora.config import BankConfig
 from lora.deltas import split_factor
 from lora.errors import AdapterError
+from lora.methods import EXPERT_TENSORS
 from lora.peft_config import PeftConfig
-from lora.presets import EXPERT_TENSORS, layer_of
+from lora.presets import layer_of
 from moe.convert import convert
 from moe.families import MoEBlock, find_moe_blocks
 

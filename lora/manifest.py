@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora.base_facts import BaseFacts
 from lora.combinations import used_fields
 from lora.config import BankConfig
 from lora.errors import AdapterError
@@ -39,7 +40,7 @@ def make_manifest(
     banks: Mapping[str, BankConfig],
     base_fingerprint: str,
     *,
-    routed_experts: int | None,
+    base: BaseFacts,
     topology: Mapping[str, Any] | None,
     loads_in_peft: bool,
 ) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def make_manifest(
         "schema": SCHEMA,
         "layout": LAYOUT,
         "base_fingerprint": base_fingerprint,
-        "routed_experts": routed_experts,
+        "base": asdict(base),
         "banks": {name: asdict(expand(bank)) for name, bank in banks.items()},
         "exports": {form: why or "exact" for form, why in obstacles(banks).items()},
         "loads_in_peft": loads_in_peft,

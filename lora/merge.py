@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lora.base_facts import BaseFacts
 from lora.config import BankConfig
 from lora.deltas import Delta, deltas_of, summed
 from lora.errors import AdapterError
 from lora.exactness import require
-from lora.peft_format import BaseFacts
-from lora.presets import EXPERT_TENSORS
+from lora.methods import EXPERT_TENSORS
 from moe.family_table import FAMILIES
 from moe.folder import copy_companions, new_folder, read_tensors, write_tensors
 
@@ -76,11 +76,7 @@ class Loss:
 
 
 def merge_into_folder(
-    tensors: Mapping[str, Tensor],
-    banks: Mapping[str, BankConfig],
-    base: Path,
-    out: Path,
-    routed_experts: int | None = None,
+    tensors: Mapping[str, Tensor], banks: Mapping[str, BankConfig], base: Path, out: Path
 ) -> dict[str, Loss]:
     """Write ``base`` with the adapter in its weights to ``out``, whole or not at all; returns what rounding cost.
 
@@ -89,7 +85,7 @@ def merge_into_folder(
     """
     require("merged", banks)
     facts = BaseFacts.read(base)
-    merger = Merger(deltas_of(tensors, banks, facts.routed_experts or routed_experts), facts)
+    merger = Merger(deltas_of(tensors, banks, facts.routed_experts), facts)
     with new_folder(out) as temporary:
         write_tensors(merger.merged(read_tensors(base)), temporary)
         merger.check(base)

@@ -24,50 +24,22 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lora.base_facts import BaseFacts
 from lora.config import BankConfig
 from lora.deltas import Delta, deltas_of, summed
 from lora.errors import AdapterError
 from lora.exactness import require
-from lora.presets import EXPERT_TENSORS, expand
+from lora.methods import EXPERT_TENSORS
+from lora.presets import expand
 from moe.family_table import FAMILIES
 from moe.folder import new_folder
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _PREFIX = "base_model.model."
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _LAYER = re.compile(r"^(.*?layers\.\d+\.)(.*)$")
 # PEFT takes these names of a mixture's linear layers for its experts', and would adapt those instead.
 _MISTAKEN = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-
-
-@dataclass(frozen=True)
-class BaseFacts:
-    """What an exporter needs of the base model; None where its folder is not at hand.
-
-    Attributes:
-        name: path or name, for PEFT's configuration.
-        family: ``model_type``.
-        routed_experts: of a layer.
-    """
-
-    name: str | None = None
-    family: str | None = None
-    routed_experts: int | None = None
-
-    @classmethod
-    def read(cls, base: str | Path | None) -> BaseFacts:
-        """Of a Hugging Face folder; only the name if ``base`` is no folder with a configuration."""
-        if base is None:
-            return cls()
-        try:
-            found = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))
-            family = found.get("model_type")
-        except (OSError, ValueError, AttributeError):
-            return cls(str(base))
-        # transformers writes some families' under another name than it reads.
-        counts = [found[key] for key in _COUNTS if isinstance(found.get(key), int)] if family in FAMILIES else []
-        return cls(str(base), family, counts[0] if counts else None)
 
 
 def pack_a(a_ERM: Tensor) -> Tensor:
@@ -108,18 +80,16 @@ def peft_files(
     base: BaseFacts,
     *,
     per_expert: bool = False,
-    routed_experts: int | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """PEFT's tensors by key and its configuration, for an adapter that is exactly LoRA.
 
     Args:
         tensors: by parameter path, over all experts.
         per_expert: each expert's matrices apart; needs the base's family.
-        routed_experts: of a layer, if ``base`` does not say.
     Raises AdapterError if the adapter is anything else than LoRA, naming the bank.
     """
     require("peft", banks)
-    found = deltas_of(tensors, banks, base.routed_experts or routed_experts)
+    found = deltas_of(tensors, banks, base.routed_experts)
     return pack(found, base, dropout=_dropout(banks), per_expert=per_expert)
 
 
@@ -132,7 +102,8 @@ def pack(
     by_root = all(delta.rank_scaling for delta in found) and not per_expert
     packed: dict[str, Tensor] = {}
     ranks: list[_Rank] = []
-    modules, parameters = set(), set()
+    modules: set[str] = set()
+    parameters: set[str] = set()
     stacked = [delta for delta in found if delta.site == "experts"]
     for delta in found:
         alpha = delta.alpha if by_root or not delta.rank_scaling else delta.alpha * math.sqrt(delta.r)
@@ -168,13 +139,12 @@ def write_peft(
     base: BaseFacts,
     *,
     per_expert: bool = False,
-    routed_experts: int | None = None,
 ) -> int:
     """Write PEFT's folder, whole or not at all; returns how many tensors it has.
 
     Raises AdapterError as :func:`peft_files`, FolderError if ``out`` exists.
     """
-    packed, config = peft_files(tensors, banks, base, per_expert=per_expert, routed_experts=routed_experts)
+    packed, config = peft_files(tensors, banks, base, per_expert=per_expert)
     with new_folder(out) as temporary:
         write_files(temporary, packed, config)
     return len(packed)

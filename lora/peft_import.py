@@ -25,9 +25,9 @@ from lora.config import BankConfig
 from lora.errors import AdapterError
 from lora.format import save_adapter
 from lora.import_banks import Place, banks_for, native_tensors
+from lora.methods import EXPERT_TENSORS
 from lora.peft_config import PeftConfig, read_peft_config
 from lora.peft_format import WEIGHTS_FILE, unpack_a, unpack_b
-from lora.presets import EXPERT_TENSORS
 from moe.family_table import FAMILIES
 from moe.fingerprint import fingerprint
 
@@ -51,6 +51,10 @@ def import_adapter(
     model = _skeleton(base)
     reader = _Reader(config, model, expert_slowest)
     places = reader.places(_pairs(peft))
+    if expert_slowest and not reader.unpacked:
+        raise AdapterError(
+            f"{peft} has no stacked experts, whose lora_B could be packed in two ways; leave the layout out"
+        )
     banks = banks_for(places, model, config)
     save_adapter(out, native_tensors(places, banks, model), banks, base_fingerprint, base_model=str(base))
     return banks
@@ -118,7 +122,7 @@ class _Stacked:
 
 class _Reader:
     def __init__(self, config: PeftConfig, model: PreTrainedModel, expert_slowest: bool) -> None:
-        self.config, self.expert_slowest = config, expert_slowest
+        self.config, self.expert_slowest, self.unpacked = config, expert_slowest, 0
         self.modules = dict(model.named_modules())
         self.family = FAMILIES.get(model.config.model_type)
 
@@ -186,6 +190,7 @@ class _Reader:
         a_XM, b_OX = pair["A"], pair["B"]
         if a_XM.shape[0] % weight.experts or a_XM.shape[0] != b_OX.shape[1]:
             raise self._misfit(name, pair, f"{weight.experts} experts")
+        self.unpacked += 1
         a, b = unpack_a(a_XM, weight.experts), unpack_b(b_OX, weight.experts, expert_slowest=self.expert_slowest)
         if not self._is_turned(name, pair, weight):
             return a, b

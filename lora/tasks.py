@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lora.base_facts import BaseFacts
 from lora.config import BankConfig
 from lora.deltas import Delta, deltas_of, summed
 from lora.errors import AdapterError
 from lora.exactness import require
-from lora.peft_format import BaseFacts, pack, write_files
+from lora.peft_format import pack, write_files
 from lora.presets import expand
 from moe.folder import new_folder
 
@@ -48,18 +49,12 @@ def task_deltas(
     ]
 
 
-def write_tasks(
-    tensors: Mapping[str, Tensor],
-    banks: Mapping[str, BankConfig],
-    out: Path,
-    base: BaseFacts,
-    routed_experts: int | None = None,
-) -> int:
+def write_tasks(tensors: Mapping[str, Tensor], banks: Mapping[str, BankConfig], out: Path, base: BaseFacts) -> int:
     """Write ``out/task-0``, ``out/task-1``, ..., which PEFT loads; whole or not at all. Returns how many.
 
     Raises AdapterError as :func:`task_deltas`, FolderError if ``out`` exists.
     """
-    tasks = task_deltas(tensors, banks, base.routed_experts or routed_experts)
+    tasks = task_deltas(tensors, banks, base.routed_experts)
     with new_folder(out) as temporary:
         for task, deltas in enumerate(tasks):
             folder = temporary / f"task-{task}"

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from lora.base_facts import BaseFacts
 from lora.config import BankConfig
 from lora.deltas import Delta, deltas_of
 from lora.errors import AdapterError
 from lora.exactness import require
 from lora.merge import Loss, Merger, Update
-from lora.peft_format import BaseFacts
 from lora.presets import expand
 from moe.folder import copy_companions, new_folder, read_tensors, write_tensors
 from moe.upcycle import TARGETS, UpcycleError, Upcycling, drawn, target_config

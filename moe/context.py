@@ -17,6 +17,19 @@ Replay = Callable[[int], Tensor | None]
 
 
 @dataclass(frozen=True)
+class Slots:
+    """Adapters that train at once: their tokens stand one after another in the batch, in the order of the slots.
+
+    Attributes:
+        rows: tokens of each slot, known to the host.
+        streams: what each slot's random draws in this pass are keyed by.
+    """
+
+    rows: tuple[int, ...]
+    streams: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class BatchContext:
     """Set by the loop around one forward pass and the backward pass that belongs to it.
 
@@ -30,6 +43,7 @@ class BatchContext:
             is one sample.
         task_T: the task of each token's sample; None if the data names none.
         slot_T: the adapter that each token belongs to, where several train at once; None: there is one.
+        slots: the same as the host knows it, so that nothing has to be read back.
         micro_step: 0 in the first pass of an optimizer step.
         record: called as ``record(layer, index_TK, weights_TK)`` with what each gate decided; in training once per
             layer, not again when a checkpointed layer is recomputed.
@@ -44,6 +58,7 @@ class BatchContext:
     segment_T: Tensor | None = None
     task_T: Tensor | None = None
     slot_T: Tensor | None = None
+    slots: Slots | None = None
     micro_step: int = 0
     record: Record | None = None
     replay: Replay | None = None

@@ -35,7 +35,8 @@ class Experts(nn.Module):
         num_experts: global number of experts.
 
     ``adapter``, if set, adds ``gate_up_delta(x_NH, counts_L)`` and ``down_delta(a_NI, counts_L)`` to the products. One
-    that also has ``mix(x_RH, weights_RK, stack, assignment)`` computes the whole of frozen experts itself.
+    that also has ``mix(x_RH, weights_RK, stack, assignment)`` computes the whole of frozen experts itself; one that
+    holds several adapters has ``compute(experts, x_NH, assignment)`` in place of :meth:`compute`.
 
     With other ranks, ``dispatch`` is how tokens reach them (``auto``, ``all_to_all`` or ``deduplicated``), ``chunks``
     into how many parts they are cut, so that one part travels while another computes, and ``meanwhile``, if set, is
@@ -127,7 +128,8 @@ class Experts(nn.Module):
         """Each row's local experts, weighted and summed: [R,H]. A row none of whose choices is local gives zeros."""
         name = choose(self.site, self.wanted_backend).name
         if name == "grouped_mm":
-            y_NH = self.compute(x_RH[assignment.row_N], assignment.counts_L)
+            x_NH, many = x_RH[assignment.row_N], getattr(self.adapter, "compute", None)
+            y_NH = many(self, x_NH, assignment) if many else self.compute(x_NH, assignment.counts_L)
             weights_N = assignment.spread(weights_RK)
             return assignment.combine(y_NH * weights_N.unsqueeze(-1).to(y_NH.dtype))
         stack = Stack(self.gate_up_proj, self.down_proj, *self.biases, self.form)

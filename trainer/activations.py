@@ -200,7 +200,7 @@ class _Layer:
         needs_none = placed.site == "linear" and _scales_without_router(self.here, placed)
         if name == "self_attn.o_proj" or needs_none:
             return 0
-        shared = {"self_attn": "into the attention", "mlp": "into the block"}[name.partition(".")[0]]
+        shared = {"self_attn": "into the attention", "mlp": "into the block"}.get(name.partition(".")[0], name)
         own = name.endswith(("down_proj", "_b_proj"))
         return self._once(name if own else shared, self._numbers(size.ins))
 

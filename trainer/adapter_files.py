@@ -7,11 +7,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from lora.base_facts import BaseFacts
 from lora.errors import AdapterError
 from lora.exactness import require
 from lora.format import Adapter, load_adapter
 from lora.merge import format_losses, merge_into_folder
-from lora.peft_format import BaseFacts, write_peft
+from lora.peft_format import write_peft
 from lora.peft_import import fingerprint_of, import_adapter
 from lora.tasks import write_tasks
 from lora.upcycled import write_upcycled
@@ -42,10 +43,7 @@ def import_peft(peft_dir: str, out_dir: str, base_dir: str, expert_slowest: bool
 
 
 def _peft(adapter: Adapter, base: Path | None, out: Path, per_expert: bool = False) -> None:
-    facts = BaseFacts.read(base)
-    count = write_peft(
-        adapter.tensors, adapter.banks, out, facts, per_expert=per_expert, routed_experts=adapter.routed_experts
-    )
+    count = write_peft(adapter.tensors, adapter.banks, out, _facts(adapter, base), per_expert=per_expert)
     print(f"wrote {count} tensors for PEFT to {out}")
 
 
@@ -54,7 +52,7 @@ def _peft_per_expert(adapter: Adapter, base: Path | None, out: Path) -> None:
 
 
 def _tasks(adapter: Adapter, base: Path | None, out: Path) -> None:
-    count = write_tasks(adapter.tensors, adapter.banks, out, BaseFacts.read(base), adapter.routed_experts)
+    count = write_tasks(adapter.tensors, adapter.banks, out, _facts(adapter, base))
     print(f"wrote {count} plain LoRAs for PEFT, one for each task, to {out}/task-0 and on")
 
 
@@ -65,7 +63,7 @@ def _upcycled(adapter: Adapter, base: Path | None, out: Path) -> None:
 
 
 def _merged(adapter: Adapter, base: Path | None, out: Path) -> None:
-    losses = merge_into_folder(adapter.tensors, adapter.banks, _needed(base, "merged"), out, adapter.routed_experts)
+    losses = merge_into_folder(adapter.tensors, adapter.banks, _needed(base, "merged"), out)
     print(format_losses(losses))
     print(f"wrote the base model with the adapter in its weights to {out}")
 
@@ -77,6 +75,10 @@ _WRITERS: dict[str, Callable[[Adapter, Path | None, Path], None]] = {
     "upcycled": _upcycled,
     "merged": _merged,
 }
+
+
+def _facts(adapter: Adapter, base: Path | None) -> BaseFacts:
+    return adapter.base if base is None else BaseFacts.read(base)
 
 
 def _needed(base: Path | None, form: str) -> Path:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import masking_utils
 
-from lora.attach import attach, format_table
+from lora.attach import AttachReport, attach, format_table
 from lora.presets import expansions
+from lora.tenants import Tenant, attach_tenants
 from moe.build import new_model
 from moe.convert import assign_addresses, convert
 from moe.extend import freeze_experts
@@ -27,6 +27,7 @@ from trainer.dense_rules import dense_problem, is_dense
 from trainer.esft_file import read_selection
 from trainer.plan import PlanError
 from trainer.rendezvous import Process
+from trainer.sample_borders import check_attention, respect_borders
 from trainer.schema import Recipe
 
 
@@ -42,7 +43,9 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
         fields = shape_fields(recipe)
         model = new_model(section.family, fields, vocab_size=vocab_size, seed=recipe.train.seed, dtype=dtype)
     model.config.use_cache = False
-    _assume_unpacked()
+    respect_borders()
+    if recipe.data.format == "chat":
+        check_attention(model.config)
     layout = Layout(process.world, recipe.parallel.ep)
     if is_dense(model.config.model_type):
         return _adapted_dense(model, recipe, process), []
@@ -63,7 +66,7 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
         top_k = blocks[0].experts.num_experts  # all of them are listed for every token
     exchange = set_exchange(blocks, top_k, dispatch=parallel.dispatch, overlap=parallel.overlap)
     if recipe.adapter:
-        report = attach(model, recipe.adapter, blocks, layout_ep=layout.ep, seed=recipe.train.seed)
+        report = _attached(model, recipe, blocks, layout.ep)
         if process.rank == 0:
             print("\n".join([*expansions(recipe.adapter), format_table(report)]), flush=True)
     model.to(process.device)
@@ -81,10 +84,16 @@ def _adapted_dense(model: nn.Module, recipe: Recipe, process: Process) -> nn.Mod
         raise PlanError(problem)
     assign_addresses(model)
     fill(model, recipe.model.path)
-    report = attach(model, recipe.adapter, [], seed=recipe.train.seed)
+    report = _attached(model, recipe, [])
     if process.rank == 0:
         print(format_table(report), flush=True)
     return model.to(process.device)
+
+
+def _attached(model: nn.Module, recipe: Recipe, blocks: list[MoEBlock], ep: int = 1) -> AttachReport:
+    if recipe.tenants:
+        return attach_tenants(model, recipe.adapter, slots_of(recipe), blocks)
+    return attach(model, recipe.adapter, blocks, layout_ep=ep, seed=recipe.train.seed)
 
 
 def _softened(model: nn.Module, blocks: list[MoEBlock], recipe: Recipe, process: Process) -> nn.Module:
@@ -111,19 +120,15 @@ def _settle_backends(blocks: list[MoEBlock], wanted: str) -> list[str]:
     return [f"experts{at} run as {b.name}: {b.reason}" for b, at in zip(layers, where, strict=True)]
 
 
-def _assume_unpacked() -> None:
-    """Have transformers take for granted that no row of a batch holds several sequences: ours never do.
-
-    Otherwise it looks for restarting position ids in every forward pass, and waits to read the answer from a GPU.
-    """
-    if hasattr(masking_utils, "find_packed_sequence_indices"):
-        masking_utils.find_packed_sequence_indices = lambda position_ids: None
-
-
 def shape_fields(recipe: Recipe) -> dict[str, Any]:
     """The model section's keys that are of its family's shape, for :func:`moe.build.new_config`."""
     assert recipe.model.family is not None
     return {name: getattr(recipe.model, name) for name in FAMILIES[recipe.model.family].fields}
+
+
+def slots_of(recipe: Recipe) -> list[Tenant]:
+    """The recipe's tenants in the order of their slots."""
+    return [Tenant(name, own.seed or 0) for name, own in recipe.tenants.items()]
 
 
 def training_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:

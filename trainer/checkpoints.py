@@ -7,17 +7,28 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from checkpointing.audit import audit
 from checkpointing.compare import Difference, compare
+from checkpointing.heldout import best_of, losses_of
 from checkpointing.keeper.control import keeper_status
 from checkpointing.keeper.protocol import KeeperError
 from checkpointing.manifest import own_manifest, read_manifest
 from checkpointing.recovery import RecoveryError
 from checkpointing.storage import MANIFEST, UNFINISHED, Place, place_of
-from checkpointing.store import Checkpoint, is_permanent, quarantine, remove, step_folders, step_path, verify
+from checkpointing.store import (
+    Checkpoint,
+    is_permanent,
+    list_checkpoints,
+    quarantine,
+    remove,
+    step_folders,
+    step_path,
+    verify,
+)
 from trainer.recipe import load_recipe
 from trainer.runfolder import checkpoints_of
 
@@ -36,6 +47,12 @@ class Source:
     place: Place
     run: Path | None = None
     permanent_every: int = 0
+
+    @cached_property
+    def best(self) -> int | None:
+        """The checkpoint with the lowest held-out loss, which retention leaves."""
+        losses = losses_of(self.run) if self.run is not None else {}
+        return best_of(losses, [step for step, _ in list_checkpoints(self.place)]) if losses else None
 
     def keeper(self) -> tuple[int, dict[str, Any]] | None:
         """The live keeper's pid and status. Raises OSError or KeeperError if it does not answer."""
@@ -112,7 +129,8 @@ def rows(source: Source, now: float) -> Iterator[Row]:
 def _row(source: Source, step: int, path: Place, now: float) -> Row:
     try:
         manifest = read_manifest(path)
-        kept = "permanent" if is_permanent(path, step, source.permanent_every) else "ephemeral"
+        kept = "best" if step == source.best else "ephemeral"
+        kept = "permanent" if is_permanent(path, step, source.permanent_every) else kept
         checkpoint = Checkpoint(path, manifest)
         state = "whole" if checkpoint.is_whole else "window of the log" if checkpoint.has_log else "of several steps"
         written_at = manifest.get("written_at")
@@ -281,7 +299,8 @@ def _described(found: Difference) -> str:
 def rm(run: str, names: Sequence[str], force: bool) -> int:
     """Remove checkpoints, or folders that were set aside or left unfinished.
 
-    Raises CheckpointError, removing nothing, if one is unknown, being written, permanent, or the newest that verifies.
+    Raises CheckpointError, removing nothing, if one is unknown, being written, permanent, the one with the lowest
+    held-out loss, or the newest that verifies.
     """
     source = source_of(run)
     folders = [_named(source, name) for name in dict.fromkeys(names)]
@@ -328,6 +347,10 @@ def _refuse_precious(source: Source, folders: Sequence[Place]) -> None:
             continue
         if permanent:
             raise CheckpointError(f"{path} is permanent; add --force to remove it all the same")
+        if path.name in named and step == source.best:
+            raise CheckpointError(
+                f"{path} has the lowest held-out loss of the run's checkpoints; add --force to remove it all the same"
+            )
     for _, path in reversed(step_folders(source.place)):
         if not verify(path):
             if path.name in named:

@@ -86,12 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     add_model_verbs(verb)
     _add_doctor_options(verb("doctor", _doctor, "compare a model with transformers, and look for what would not train"))
 
-    export = verb("export", _export, "write a run's model as a Hugging Face folder")
-    export.add_argument("run_dir", metavar="RUN", help="run folder, e.g. runs/quickstart")
-    export.add_argument("out_dir", metavar="OUT", help="folder to make")
-    export.add_argument(
-        "--inexact", action="store_true", help="redo a log that another device or torch wrote; bits may differ"
-    )
+    _add_export_options(verb("export", _export, "write a run's model as a Hugging Face folder"))
+    _add_preview_options(verb("preview", _preview, "print samples as the model will see them, with the loss mask"))
 
     add_verbs(verbs.add_parser("checkpoint", help="look at, check, compare or delete a run's checkpoints"))
     add_adapter_verbs(verbs.add_parser("adapter", help="write adapters for other tools, or read theirs"))
@@ -119,6 +115,26 @@ def _add_generate_options(generate: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_export_options(export: argparse.ArgumentParser) -> None:
+    export.add_argument("run_dir", metavar="RUN", help="run folder, e.g. runs/quickstart")
+    export.add_argument("out_dir", metavar="OUT", help="folder to make")
+    export.add_argument(
+        "--inexact", action="store_true", help="redo a log that another device or torch wrote; bits may differ"
+    )
+    export.add_argument(
+        "--step",
+        type=_step,
+        metavar="best|last|N",
+        help="best: the one with the lowest held-out loss; default: last, the newest that verifies",
+    )
+
+
+def _add_preview_options(preview: argparse.ArgumentParser) -> None:
+    preview.add_argument("recipe", help="path of a YAML recipe")
+    preview.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+    preview.add_argument("--samples", type=_count, default=3, metavar="N", help="how many sequences to print")
+
+
 def _add_doctor_options(doctor: argparse.ArgumentParser) -> None:
     doctor.add_argument("model", metavar="MODEL", help="a Hugging Face folder, or a YAML recipe")
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
@@ -137,6 +153,14 @@ def _add_matrix_options(matrix: argparse.ArgumentParser) -> None:
 def _count(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _step(text: str) -> int | str | None:
+    if text in ("best", "last"):
+        return "best" if text == "best" else None
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither best, last nor a step's number")
     return int(text)
 
 
@@ -190,13 +214,14 @@ def _validate(arguments: argparse.Namespace) -> int:
     from trainer.plan import card
     from trainer.recipe import check_world, load_recipe, recipe_warnings
     from trainer.runfolder import run_folder
+    from trainer.tenant_recipe import data_sections
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if under_launcher():
         world = os.environ["WORLD_SIZE"]
         check_world(recipe, int(world) if world.isdecimal() else 0)
-    files = matching_files(recipe.data)
-    size = sum(path.stat().st_size for _, path in files)
+    files = {path for data in data_sections(recipe) for _, path in matching_files(data)}
+    size = sum(path.stat().st_size for path in files)
     events = read_events(run_folder(recipe))
     print(card(recipe, num_files=len(files), num_bytes=size, available=available_bytes(), events=events))
     for warning in recipe_warnings(recipe):
@@ -222,7 +247,13 @@ def _drill_matrix(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from trainer import export
 
-    return export.main(arguments.run_dir, arguments.out_dir, arguments.inexact)
+    return export.main(arguments.run_dir, arguments.out_dir, arguments.inexact, arguments.step)
+
+
+def _preview(arguments: argparse.Namespace) -> int:
+    from trainer import preview
+
+    return preview.main(arguments.recipe, arguments.overrides, arguments.samples)
 
 
 def _keeper(arguments: argparse.Namespace) -> int:

@@ -11,27 +11,29 @@ Shapes: S sequence_length, V vocabulary.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 import shutil
-import socket
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 
+from trainer import chat_data
+from trainer.cache import PARTS, digests_of, file_digest, open_or_build, write_meta
+from trainer.chat_data import ChatDataset
+from trainer.chat_template import template_of
+from trainer.data_rules import task_problem
 from trainer.documents import DataError, Document, held_out, read_documents, scan
 from trainer.schema import DataSection, Recipe
 
 if TYPE_CHECKING:
     import datasets
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "DataBundle",
@@ -45,7 +47,6 @@ __all__ = [
 ]
 
 _VERSION = 1  # part of every cache's key: raise it when the same causes give other tokens
-_PARTS = ("train", "heldout")
 
 
 class PackedDataset:
@@ -77,16 +78,18 @@ class DataBundle:
         unigram_entropy_nats: loss, in nats per token, on the held-out part of the best model that ignores
             context: token frequencies of the training part, one added to each count.
         key: names the cache; changes with the texts and the settings.
+        chat: format chat: what was found and what became of it (:func:`trainer.chat_data.build`); else empty.
     """
 
-    train: PackedDataset
-    heldout: PackedDataset
+    train: PackedDataset | ChatDataset
+    heldout: PackedDataset | ChatDataset
     tokenizer_dir: Path
     vocab_size: int
     unigram_entropy_nats: float
     key: str
     train_documents: int
     heldout_documents: int
+    chat: dict[str, Any] = field(default_factory=dict)
 
 
 def cache_root(recipe: Recipe) -> Path:
@@ -95,9 +98,13 @@ def cache_root(recipe: Recipe) -> Path:
 
 
 def load(recipe: Recipe, rank: int = 0) -> DataBundle:
-    """What the recipe reads; rank 0 prints a line about it. Raises DataError."""
+    """What the recipe reads; rank 0 prints lines about it. Raises DataError, also if its adapters need other tasks."""
     bundle = load_section(recipe.data, cache_root=cache_root(recipe), model_path=recipe.model.path)
-    if rank == 0:
+    if problem := task_problem(recipe, bundle.chat.get("tasks", [])):
+        raise DataError(problem)
+    if rank == 0 and bundle.chat:
+        print("\n".join(chat_data.told(bundle.chat, recipe.data.sequence_length)), flush=True)
+    elif rank == 0:
         print(
             f"data: {bundle.train_documents} documents train, {bundle.heldout_documents} held out; "
             f"{len(bundle.train)} and {len(bundle.heldout)} sequences of {recipe.data.sequence_length} tokens "
@@ -112,15 +119,13 @@ def load_section(data: DataSection, *, cache_root: Path, model_path: str | None 
 
     Any number of processes may call this at once: one builds, the others wait for it. Raises DataError.
     """
-    documents = scan(data)
+    documents = chat_data.scan_rows(data) if data.format == "chat" else scan(data)
+
+    def build(folder: Path) -> None:
+        (_build_chat if data.format == "chat" else _build)(folder, data, documents, model_path)
+
     key = _key(data, documents, model_path)
-    folder = Path(cache_root) / key
-    if not _is_whole(folder):
-        Path(cache_root).mkdir(parents=True, exist_ok=True)
-        with _locked(Path(cache_root) / f"{key}.lock"):
-            if not _is_whole(folder):
-                _build_and_rename(folder, data, documents, model_path)
-    return _open(folder, data.sequence_length)
+    return _open(open_or_build(Path(cache_root), key, build), data.sequence_length)
 
 
 def _key(data: DataSection, documents: list[Document], model_path: str | None) -> str:
@@ -137,93 +142,33 @@ def _key(data: DataSection, documents: list[Document], model_path: str | None) -
             for path in sorted(Path(model_path or ".").glob("*"))
             if "token" in path.name or path.name in ("vocab.json", "merges.txt", "spiece.model")
         }
+    if data.format == "chat":
+        causes |= chat_data.key_causes(data, model_path)
     return xxhash.xxh3_128_hexdigest(json.dumps(causes, sort_keys=True).encode())
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Held by one process at a time; the system lets go of it when the process dies."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        return all(_file_digest(folder / f"{part}.bin") == meta[part]["digest"] for part in _PARTS)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _file_digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _build_and_rename(folder: Path, data: DataSection, documents: list[Document], model_path: str | None) -> None:
-    _remove_abandoned(folder)
-    temporary = folder.with_name(f"{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
-    temporary.mkdir()
-    try:
-        _build(temporary, data, documents, model_path)
-        if folder.exists():  # there, but not whole
-            folder.rename(temporary / "damaged")
-            shutil.rmtree(temporary / "damaged")
-        try:
-            temporary.rename(folder)
-        except OSError:
-            # On a file system without locks another node may have been first, with the same contents.
-            if not _is_whole(folder):
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Temporary folders of builders of this machine that were killed."""
-    for path in folder.parent.glob(f"{folder.name}.tmp-{socket.gethostname()}-*"):
-        pid = path.name.split("-")[-2]
-        if not Path("/proc", pid).exists():
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def _build(folder: Path, data: DataSection, documents: list[Document], model_path: str | None) -> None:
-    from transformers import AutoTokenizer
-
     from trainer import tokenizer as tokens
 
     table = _table(data, folder / "arrow")
     names = held_out(documents, data.heldout_fraction, data.sequence_length)
-    rows: dict[str, list[int]] = {part: [] for part in _PARTS}
+    rows: dict[str, list[int]] = {part: [] for part in PARTS}
     for i, name in enumerate(table["name"]):
         rows["heldout" if name in names else "train"].append(i)
 
-    tokenizer_dir = folder / "tokenizer"
-    if data.tokenizer.kind == "model":
-        tokens.model_tokenizer(model_path or "").save_pretrained(tokenizer_dir)
-    elif data.tokenizer.kind == "bytes":
-        tokens.save_tokenizer(tokens.byte_tokenizer(), tokenizer_dir)
-    else:
+    if data.tokenizer.kind == "bpe":
         trained = tokens.train_bpe(_texts(table, rows["train"]), data.tokenizer.vocab_size)
-        tokens.save_tokenizer(trained, tokenizer_dir)
-    # From the folder that was written, so that export and inference read the same tokens.
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
-    vocab_size = max(len(tokenizer), data.tokenizer.vocab_size)
-    if data.tokenizer.kind == "model":
-        _check_rows(Path(model_path or ""), vocab_size)
+        tokens.save_tokenizer(trained, folder / "tokenizer")
+    tokenizer, vocab_size = _tokenizer(folder / "tokenizer", data, model_path)
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     meta: dict[str, Any] = {"vocab_size": vocab_size, "dtype": dtype.name}
     counts = {}
-    for part in _PARTS:
+    for part in PARTS:
         path = folder / f"{part}.bin"
         ids = tokens.encode(tokenizer, _texts(table, rows[part]))
         counts[part] = _write_tokens(path, ids, tokenizer.eos_token_id, vocab_size, dtype)
         total = int(counts[part].sum())
-        meta[part] = {"documents": len(rows[part]), "tokens": total, "digest": _file_digest(path)}
+        meta[part] = {"documents": len(rows[part]), "tokens": total, "digest": file_digest(path)}
         if total < data.sequence_length:
             raise DataError(
                 f"data: the {part} part has {total} tokens, less than one sequence of {data.sequence_length}; "
@@ -232,7 +177,36 @@ def _build(folder: Path, data: DataSection, documents: list[Document], model_pat
     meta["unigram_entropy_nats"] = _unigram_entropy(counts["train"], counts["heldout"])
     del table
     shutil.rmtree(folder / "arrow")
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    write_meta(folder, meta)
+
+
+def _tokenizer(folder: Path, data: DataSection, model_path: str | None) -> tuple[PreTrainedTokenizerBase, int]:
+    """The recipe's tokenizer, written to ``folder`` unless it was trained there, and the rows an embedding needs."""
+    from transformers import AutoTokenizer
+
+    from trainer import tokenizer as tokens
+
+    if data.tokenizer.kind == "model":
+        tokens.model_tokenizer(model_path or "").save_pretrained(folder)
+    elif data.tokenizer.kind == "bytes":
+        tokens.save_tokenizer(tokens.byte_tokenizer(), folder)
+    # From the folder that was written, so that export and inference read the same tokens.
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    vocab_size = max(len(tokenizer), data.tokenizer.vocab_size)
+    if data.tokenizer.kind == "model":
+        _check_rows(Path(model_path or ""), vocab_size)
+    return tokenizer, vocab_size
+
+
+def _build_chat(folder: Path, data: DataSection, documents: list[Document], model_path: str | None) -> None:
+    tokenizer, vocab_size = _tokenizer(folder / "tokenizer", data, model_path)
+    meta, counts = chat_data.build(folder, data, documents, tokenizer, vocab_size)
+    if data.chat_template != "model":
+        # What is exported is to be asked in the way it was trained.
+        tokenizer.chat_template = template_of(data.chat_template or "", tokenizer)
+        tokenizer.save_pretrained(folder / "tokenizer")
+    entropy = _unigram_entropy(counts["train"], counts["heldout"])
+    write_meta(folder, {**meta, "unigram_entropy_nats": entropy, "files": digests_of(folder)})
 
 
 def _check_rows(model: Path, num_tokens: int) -> None:
@@ -294,10 +268,18 @@ def _unigram_entropy(train_V: np.ndarray, heldout_V: np.ndarray) -> float:
 
 def _open(folder: Path, sequence_length: int) -> DataBundle:
     meta = json.loads((folder / "meta.json").read_text())
-    train, heldout = (
-        PackedDataset(np.memmap(folder / f"{part}.bin", np.dtype(meta["dtype"]), "r"), sequence_length)
-        for part in _PARTS
-    )
+    chat = meta.get("chat", {})
+    train: PackedDataset | ChatDataset
+    heldout: PackedDataset | ChatDataset
+    if chat:
+        train, heldout = (ChatDataset(folder, part, meta, sequence_length) for part in PARTS)
+        documents = [chat[part]["samples"] for part in PARTS]
+    else:
+        train, heldout = (
+            PackedDataset(np.memmap(folder / f"{part}.bin", np.dtype(meta["dtype"]), "r"), sequence_length)
+            for part in PARTS
+        )
+        documents = [meta[part]["documents"] for part in PARTS]
     return DataBundle(
         train=train,
         heldout=heldout,
@@ -305,8 +287,9 @@ def _open(folder: Path, sequence_length: int) -> DataBundle:
         vocab_size=meta["vocab_size"],
         unigram_entropy_nats=meta["unigram_entropy_nats"],
         key=folder.name,
-        train_documents=meta["train"]["documents"],
-        heldout_documents=meta["heldout"]["documents"],
+        train_documents=documents[0],
+        heldout_documents=documents[1],
+        chat=chat,
     )
 
 

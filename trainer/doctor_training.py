@@ -30,7 +30,8 @@ def check_training(recipe: Recipe, vocab_size: int, loaded: Mapping[str, str], r
     alone = dataclasses.replace(recipe.parallel, workers=1, ep=1, dtype="fp32", device="cpu")
     # What the recipe names may need a GPU; here it is a CPU that looks.
     section = dataclasses.replace(recipe.model, experts_backend="auto")
-    recipe = dataclasses.replace(recipe, parallel=alone, model=section)
+    # Tenants have the recipe's banks each: one of them stands for all.
+    recipe = dataclasses.replace(recipe, parallel=alone, model=section, tenants={})
     model, blocks = build_model(recipe, Process(0, 1, 0, torch.device("cpu")), vocab_size)
     if loaded:
         check_loading(model.named_parameters(), loaded, report)

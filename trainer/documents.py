@@ -13,6 +13,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import Any
 
 import xxhash
 
@@ -63,6 +64,15 @@ def read_documents(data: DataSection) -> Iterator[tuple[str, str]]:
     Raises DataError for text that is not UTF-8 (such files of the standard library are skipped) and for
     lines without the text.
     """
+    for name, path, text in matching_texts(data):
+        if data.format == "text":
+            yield name, text
+        else:
+            yield from _json_lines(name, path, text, data.text_key or "text")
+
+
+def matching_texts(data: DataSection) -> Iterator[tuple[str, Path, str]]:
+    """(name, path, text) of every file, as :func:`read_documents` reads them. Raises DataError."""
     for name, path in matching_files(data):
         try:
             text = path.read_bytes().decode("utf-8")
@@ -72,20 +82,23 @@ def read_documents(data: DataSection) -> Iterator[tuple[str, str]]:
             raise DataError(f"{path}: not UTF-8 at byte {error.start}; convert it or exclude it") from None
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); check it or exclude it") from None
-        if data.format == "text":
-            yield name, text
-        else:
-            yield from _json_lines(name, path, text, data.text_key or "text")
+        yield name, path, text
 
 
-def _json_lines(name: str, path: Path, text: str, key: str) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(text.split("\n"), 1):
+def json_rows(path: Path, text: str) -> Iterator[tuple[int, str, Any]]:
+    """(line number, line, value) of every line that is not empty. Raises DataError."""
+    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number}: not JSON ({error}); write one object a line") from None
+        yield number, line, row
+
+
+def _json_lines(name: str, path: Path, text: str, key: str) -> Iterator[tuple[str, str]]:
+    for number, _, row in json_rows(path, text):
         value = row.get(key) if isinstance(row, dict) else None
         if not isinstance(value, str):
             known = f"; it has {', '.join(map(repr, row))}" if isinstance(row, dict) else ""

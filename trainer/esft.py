@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from moe.context import BatchContext, batch_context
+from moe.context import BatchContext, batch_context, current
 from moe.families import MoEBlock
 from moe.selected import select
 from trainer import data as data_module
+from trainer.batches import make_batch
 from trainer.build import build_model
 from trainer.esft_file import SelectionError, write_selection
 from trainer.recipe import load_recipe
@@ -58,25 +59,28 @@ def score_experts(recipe: Recipe, score: str, tokens: int) -> tuple[int, dict[in
     length = recipe.data.sequence_length
     rows = max(1, min(len(data.train), -(-tokens // length)))
     model.eval()
+    seen = 0
     try:
         for i in range(rows):
             index = data_module.sample_order(i, len(data.train), recipe.train.seed)
-            ids_BS = torch.from_numpy(data.train[index])[None].to(device)
-            context = BatchContext(balance=False, shape=(1, ids_BS.shape[1]))
-            with torch.no_grad(), batch_context(context):
-                model(input_ids=ids_BS, use_cache=False)
+            batch = make_batch([data.train[index]], device, 1.0)
+            mask_T = batch.facts.get("mask_T")
+            seen += length if mask_T is None else int(mask_T.sum())
+            with torch.no_grad(), batch_context(BatchContext(balance=False, **batch.facts)):
+                model(**batch.inputs, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    return rows * length, {layer: found.tolist() for layer, found in sums.items()}
+    return seen, {layer: found.tolist() for layer, found in sums.items()}
 
 
 def _counter(block: MoEBlock, sums: dict[int, torch.Tensor], score: str) -> Any:
     def count(_module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         given = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | kwargs
-        index = given["top_k_index"].flatten().cpu()
-        weights = given["top_k_weights"].flatten().double().cpu() if score == "gate" else None
-        experts = sums[block.layer].numel()
-        sums[block.layer] += torch.bincount(index, weights, experts)
+        weights_TK = given["top_k_weights"].double() if score == "gate" else torch.ones_like(given["top_k_index"])
+        if current().mask_T is not None:  # padding
+            weights_TK = weights_TK * current().mask_T[:, None]
+        index, experts = given["top_k_index"].flatten().cpu(), sums[block.layer].numel()
+        sums[block.layer] += torch.bincount(index, weights_TK.flatten().double().cpu(), experts)
 
     return count

@@ -1,7 +1,8 @@
-"""`planaria export RUN OUT`: a run's newest verified checkpoint as a Hugging Face folder, the adapter beside it.
+"""`planaria export RUN OUT`: a run's newest verified checkpoint, or another, as a Hugging Face folder.
 
 A trained model is written with transformers' own ``save_pretrained``, so any tool that reads its family reads it. An
-adapter run's base is copied as it is, byte for byte, and the adapter goes to ``OUT/adapter``.
+adapter run's base is copied as it is, byte for byte, and the adapter goes to ``OUT/adapter``; those of tenants go to
+``OUT/adapters/NAME``.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from checkpointing.heldout import best_of, losses_of
 from checkpointing.materialise import whole
 from checkpointing.recovery import RecoveryError
 from checkpointing.store import Checkpoint, list_checkpoints, verify
 from lora.format import save_adapter
+from lora.tenant_rules import alone
 from moe.bias import EXTRA
 from moe.build import new_config
 from moe.family_table import family_of
@@ -40,9 +43,10 @@ class ExportError(ValueError):
     """The run cannot be exported; the message says what is missing and where."""
 
 
-def main(run_dir: str, out_dir: str, inexact: bool = False, step: int | None = None) -> int:
+def main(run_dir: str, out_dir: str, inexact: bool = False, step: int | Literal["best"] | None = None) -> int:
+    """``step``: the newest checkpoint if None; ``best``: the one with the lowest held-out loss. Raises ExportError."""
     run, out = Path(run_dir), Path(out_dir)
-    recipe, checkpoint = open_run(run, step)
+    recipe, checkpoint = open_run(run, best_step(run) if step == "best" else step)
     if recipe.model.soft.kind != "none":
         raise ExportError(
             f"{run} trained soft blocks (model.soft.kind: {recipe.model.soft.kind}), which no Hugging Face class has; "
@@ -60,7 +64,7 @@ def main(run_dir: str, out_dir: str, inexact: bool = False, step: int | None = N
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    what = "base model and adapter" if recipe.adapter else "model"
+    what = f"base model and adapter{'s' * bool(recipe.tenants)}" if recipe.adapter else "model"
     print(f"exported {what} of step {checkpoint.step} to {out}")
     return 0
 
@@ -76,7 +80,12 @@ def _write(recipe: Recipe, run: Path, checkpoint: Checkpoint, temporary: Path, i
         tensors = _without_mtp(tensors)
     if recipe.adapter:
         _copy_base(recipe, temporary)
-        _write_adapter(recipe, tensors, temporary / "adapter")
+        if recipe.data.format == "chat" and recipe.data.chat_template != "model":
+            _copy_template(run, temporary)
+        if recipe.tenants:
+            _write_tenants(recipe, tensors, temporary / "adapters")
+        else:
+            _write_adapter(recipe, tensors, temporary / "adapter")
     else:
         _write_model(recipe, run, tensors, bias, temporary, inexact)
         _copy_tokenizer(run, temporary)
@@ -105,6 +114,30 @@ def open_run(run: Path, step: int | None = None) -> tuple[Recipe, Checkpoint]:
     absent = "none was written; set checkpoint.disk.final=true and run again"
     why = "; ".join(reasons) or (absent if step is None else f"step {step} is not there")
     raise ExportError(f"{place} has no usable checkpoint: {why}")
+
+
+def best_step(run: Path) -> int:
+    """The step with the lowest held-out loss of those that have a checkpoint. Raises ExportError if there is none."""
+    if not (run / "recipe.yaml").is_file():
+        raise ExportError(f"{run} is not a run folder: it has no recipe.yaml")
+    place, losses = checkpoints_of(load_recipe(run / "recipe.yaml"), run), losses_of(run)
+    steps = [step for step, _ in list_checkpoints(place)]
+    best, lowest = best_of(losses, steps), best_of(losses, losses)
+    if best is None:
+        there = ", ".join(map(str, steps)) or "none"
+        evaluated = ", ".join(map(str, losses)) or "none"
+        raise ExportError(
+            f"{run} has no best step: none of its checkpoints (steps {there}) has a held-out loss (steps {evaluated}); "
+            "set train.eval_every to a multiple of checkpoint.disk.every, or export --step last or a step's number"
+        )
+    print(f"step {best} has the lowest held-out loss of the checkpoints there are: {losses[best]:.4f} nats", flush=True)
+    if lowest is not None and losses[lowest] < losses[best]:
+        print(
+            f"step {lowest} had {losses[lowest]:.4f} nats, but no checkpoint of it is there; let checkpoint.disk.every "
+            "divide train.eval_every",
+            flush=True,
+        )
+    return best
 
 
 def _frozen_tensors(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -219,6 +252,13 @@ def _copy_tokenizer(run: Path, out: Path) -> None:
         shutil.copy2(file, out / file.name)
 
 
+def _copy_template(run: Path, out: Path) -> None:
+    """The base's tokenizer has no template, or another one than the adapter was trained with."""
+    template = "chat_template.jinja"
+    shutil.copy2(run / "tokenizer" / template, out / template)
+    print(f"added: {template}, by which the adapter's training samples were written")
+
+
 def _copy_base(recipe: Recipe, out: Path) -> None:
     base = Path(recipe.model.path or "")
     if not base.is_dir():
@@ -226,6 +266,23 @@ def _copy_base(recipe: Recipe, out: Path) -> None:
     for file in base.iterdir():
         if file.is_file():
             shutil.copy2(file, out / file.name)
+
+
+def _write_tenants(recipe: Recipe, tensors: dict[str, Tensor], out: Path) -> None:
+    """Each tenant's adapter as a folder of its own, as if it had trained alone."""
+    written = []
+    for name in recipe.tenants:
+        own = alone(tensors, name)
+        if broken := [path for path, tensor in own.items() if not tensor.isfinite().all()]:
+            print(
+                f"left out: the adapter of {name}, whose {broken[0]} is not finite: its training diverged", flush=True
+            )
+            continue
+        _write_adapter(recipe, own, out / name)
+        written.append(name)
+    if not written:
+        raise ExportError("every tenant's adapter holds values that are no numbers; lower their lr and train again")
+    print(f"adapters of {', '.join(written)}")
 
 
 def _write_adapter(recipe: Recipe, tensors: dict[str, Tensor], out: Path) -> None:

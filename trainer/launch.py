@@ -25,6 +25,7 @@ from trainer.refusal import VARIABLE
 from trainer.runfolder import claim, lock, next_attempt, run_folder
 from trainer.schema import Recipe
 from trainer.supervisor import Signals, Worker, Workers
+from trainer.tenant_recipe import data_sections
 
 FAILED, USER_MISTAKE, RESUMABLE = 1, 2, 75
 # Who ends a job gives it 30 seconds as a rule; the rest is for the workers' end and our own.
@@ -65,7 +66,8 @@ def train(recipe_path: str, overrides: Sequence[str]) -> int:
 
 def _check_inputs(recipe: Recipe) -> None:
     """What would make every worker fail alike is found before any is started. Raises DataError or RecipeError."""
-    matching_files(recipe.data)
+    for data in data_sections(recipe):
+        matching_files(data)
     base = recipe.model.path
     if base is not None and not (Path(base) / "config.json").is_file():
         raise RecipeError([f"model.path: {base} is not a Hugging Face model folder: it has no config.json"])

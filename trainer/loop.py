@@ -15,8 +15,10 @@ from lora.watch import AdapterWatch
 from moe.bias import BiasBalance
 from moe.context import BatchContext, batch_context
 from moe.stats import RoutingMeter
-from trainer.data import DataBundle, batch_ids, sample_order
+from trainer.batches import Batch, labels_of_step, make_batch, training_rows
+from trainer.data import DataBundle
 from trainer.engine import set_learning_rate
+from trainer.evaluation import is_evaluated, report_heldout
 from trainer.events import EventLog
 from trainer.failpoints import Failpoints
 from trainer.phases import Phases
@@ -27,6 +29,7 @@ from trainer.routing_trace import Tape
 from trainer.schedules import learning_rate
 from trainer.schema import Recipe
 from trainer.snapshots import Snapshots
+from trainer.tenants import Tenants
 
 
 class DivergedError(ValueError):
@@ -50,24 +53,29 @@ class Run:
     watch: AdapterWatch | None = None
     bias: BiasBalance | None = None
     tape: Tape = field(default_factory=Tape)
+    tenants: Tenants | None = None
     progress: Progress = field(default_factory=Progress)
+    labels: int | None = None  # chat: tokens with loss of the last step's global batch
 
 
 def fit(run: Run) -> None:
     """Train from ``run.progress`` to the recipe's last step, evaluating on held-out text at both ends."""
-    train = run.recipe.train
-    if run.progress.step == 0:
-        _report_heldout(run, 0)
+    train, tenants = run.recipe.train, run.tenants
+    one_step, evaluate = train_step, report_heldout
+    if tenants is not None:
+        one_step, evaluate = tenants.train_step, tenants.report_heldout
+    if is_evaluated(train, run.progress.step):
+        evaluate(run, run.progress.step)  # an attempt that was killed may have captured the step and not done it
     for step in range(run.progress.step + 1, train.steps + 1):
         started = time.monotonic()
-        loss = train_step(run, step)
+        loss = one_step(run, step)
         run.phases.enter("capture", step)
         run.snapshots.after_step(step, run.progress)
         if run.watch is not None:
             run.watch = _check_adapters(run, run.watch)
         _report_step(run, step, loss, time.monotonic() - started)
-        if step == train.steps or (train.eval_every and step % train.eval_every == 0):
-            _report_heldout(run, step)
+        if is_evaluated(train, step):
+            evaluate(run, step)
 
 
 def train_step(run: Run, step: int) -> float:
@@ -86,13 +94,13 @@ def train_step(run: Run, step: int) -> float:
     )
     set_learning_rate(engine, rate)
     total = torch.zeros((), device=run.process.device)
+    labels = labels_of_step(run.recipe, run.data.train, step)
     for micro in range(run.recipe.accumulation):
         run.phases.enter("forward", step)
-        ids_BS = next_batch(run, step, micro)
-        scale, shape = 1 / run.recipe.accumulation, (ids_BS.shape[0], ids_BS.shape[1])
-        context = BatchContext(aux_scale=scale, shape=shape, micro_step=micro, **run.tape.at(step, micro))
+        batch, scale = next_batch(run, step, micro, labels), 1 / run.recipe.accumulation
+        context = BatchContext(aux_scale=scale, micro_step=micro, **batch.facts, **run.tape.at(step, micro))
         with batch_context(context):
-            loss = engine(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss
+            loss = engine(**batch.inputs, use_cache=False).loss
             run.phases.enter("backward", step)
             engine.backward(loss)
         total += loss.detach().float() / run.recipe.accumulation
@@ -107,21 +115,24 @@ def train_step(run: Run, step: int) -> float:
     if run.bias is not None:
         run.bias.commit()
     run.progress.step = step
+    run.labels = labels
     _check_finite(run, step, "gradient norm", _grad_norm(engine))
     return mean
 
 
-def next_batch(run: Run, step: int, micro: int) -> torch.Tensor:
-    """The samples this rank trains on in one micro-step, [B,S]; a function of the step, never of what came before."""
-    train, dataset = run.recipe.train, run.data.train
-    global_ids = batch_ids(
-        step, micro, run.process.rank, run.process.world, train.global_batch_size, train.micro_batch_size
-    )
-    rows = [dataset[sample_order(i, len(dataset), train.seed)] for i in global_ids]
-    ids_BS = torch.stack([torch.from_numpy(row) for row in rows])
-    run.progress.consume(global_ids, ids_BS.numpy().tobytes())
-    run.progress.samples += len(global_ids) * run.process.world
-    return ids_BS.to(run.process.device)
+def next_batch(run: Run, step: int, micro: int, labels: int | None) -> Batch:
+    """What this rank trains on in one micro-step.
+
+    The engine averages gradients over ranks and micro-steps. So that chat's loss is the mean over the ``labels`` tokens
+    of the global batch that have loss, and not a mean of means, each micro-batch's sum is divided by their mean number.
+    """
+    process, recipe = run.process, run.recipe
+    global_ids, rows = training_rows(recipe, run.data.train, step, micro, process.rank, process.world)
+    mean_over = None if labels is None else labels / (process.world * recipe.accumulation)
+    batch = make_batch(rows, process.device, mean_over)
+    run.progress.consume(global_ids, batch.consumed)
+    run.progress.samples += len(global_ids) * process.world
+    return batch
 
 
 def _exchange(run: Run, loss: torch.Tensor) -> float:
@@ -167,6 +178,8 @@ def _report_step(run: Run, step: int, loss: float, seconds: float) -> None:
     if run.process.rank != 0:
         return
     tokens = train.global_batch_size * run.recipe.data.sequence_length
+    if run.tenants is not None:
+        tokens = run.tenants.tokens(step)
     run.events.write(
         "step",
         step=step,
@@ -175,6 +188,7 @@ def _report_step(run: Run, step: int, loss: float, seconds: float) -> None:
         grad_norm=_grad_norm(run.engine),
         seconds=seconds,
         tokens_per_s=tokens / seconds,
+        **({} if run.labels is None else {"label_tokens": run.labels}),
         samples=run.progress.samples,
         consumed=run.progress.consumed,
         committed=run.snapshots.committed,
@@ -187,37 +201,10 @@ def _report_step(run: Run, step: int, loss: float, seconds: float) -> None:
             f"{tokens / seconds:,.0f} tok/s  snapshot age {age}{'  ' * bool(routing)}{routing}",
             flush=True,
         )
+    if run.tenants is not None:
+        run.tenants.report_step(run, step, seconds, printed)
 
 
 def _grad_norm(engine: Any) -> float:
     norm = engine.get_global_grad_norm()
     return float(norm) if norm is not None else 0.0
-
-
-def heldout_loss(run: Run) -> float:
-    """Mean next-token loss in nats over ``train.eval_sequences`` held-out samples, spread over all ranks."""
-    wanted = min(run.recipe.train.eval_sequences, len(run.data.heldout))
-    rank, world = run.process.rank, run.process.world
-    # Every rank makes the same number of forward passes: experts exchange tokens in each. Surplus passes count nothing.
-    rounds = -(-wanted // world)
-    module = run.engine.module
-    module.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=run.process.device)
-    with torch.no_grad():
-        for i in range(rounds):
-            index = i * world + rank
-            row = torch.from_numpy(run.data.heldout[index % wanted])[None].to(run.process.device)
-            loss = module(input_ids=row, labels=row, use_cache=False).loss.double()
-            total += torch.stack([loss, torch.ones_like(loss)]) * (index < wanted)
-    module.train()
-    dist.all_reduce(total)
-    return float(total[0] / total[1])
-
-
-def _report_heldout(run: Run, step: int) -> None:
-    run.phases.enter("evaluate", step)
-    loss = heldout_loss(run)
-    if run.process.rank == 0:
-        entropy = run.data.unigram_entropy_nats
-        run.events.write("heldout", step=step, loss=loss, unigram_entropy=entropy)
-        print(f"held-out loss at step {step}: {loss:.4f} nats (unigram entropy {entropy:.4f})", flush=True)

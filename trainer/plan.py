@@ -21,6 +21,8 @@ from lora.cost import Parameters, parameters
 from lora.errors import AdapterError
 from lora.presets import expansions
 from moe.family_table import BUFFERS, DENSE, FAMILIES, known_families
+from trainer import tenant_recipe
+from trainer.admission import Admission, admit
 from trainer.dense_rules import dense_problem, is_dense
 from trainer.esft_file import SelectionError, read_selection
 from trainer.family_shapes import family_shapes
@@ -147,7 +149,8 @@ def plan_run(recipe: Recipe) -> Plan:
     layers, moe_layers = _layers(shapes), _layers(name for name in shapes if _EXPERT.search(name))
     banks = bank_parameters(recipe.adapter, shapes, own)
     expert_total = total.get("experts", 0)
-    trained = {f"adapter.{name}": count.total for name, count in banks.items()} or total
+    copies = max(1, len(recipe.tenants))
+    trained = {f"adapter.{name}": copies * count.total for name, count in banks.items()} or total
     frozen = recipe.model.frozen_experts
     if frozen > experts:
         raise PlanError(f"model.frozen_experts={frozen} is more than the {experts} experts of {recipe.model.path}")
@@ -156,7 +159,7 @@ def plan_run(recipe: Recipe) -> Plan:
         trained = {"router": total["router"], **{kind: count for kind, count in kept.items() if count}}
     if recipe.model.trainable_experts is not None:
         trained = {"experts": _chosen(recipe.model.trainable_experts, experts, shapes, expert_total, moe_layers)}
-    expert_trained = sum(bank.of_experts for bank in banks.values()) if banks else trained.get("experts", 0)
+    expert_trained = copies * sum(bank.of_experts for bank in banks.values()) if banks else trained.get("experts", 0)
     workers, ep = recipe.parallel.workers, recipe.parallel.ep
     width = number_width(recipe)
     everything, training = sum(total.values()), sum(trained.values())
@@ -176,7 +179,7 @@ def plan_run(recipe: Recipe) -> Plan:
         active=active,
         experts_per_worker=experts // ep,
         num_layers=layers,
-        tokens_per_step=recipe.train.global_batch_size * recipe.data.sequence_length,
+        tokens_per_step=sum(tenant_recipe.batch_sizes(recipe)) * recipe.data.sequence_length,
         weight_bytes=local_weights * width,
         gradient_bytes=(local_trained if recipe.parallel.zero == 1 else partition) * width,
         optimizer_bytes=partition * _MOMENTS_AND_MASTER,
@@ -260,7 +263,7 @@ def base_of(recipe: Recipe) -> tuple[Shapes, int, int]:
             f"model.path: {folder / 'config.json'} is of model_type {kind!r}; planaria trains {known_families()}, and "
             f"adapters on {', '.join(DENSE)}"
         )
-    if is_dense(kind) and (problem := dense_problem(recipe, kind)):
+    if isinstance(kind, str) and is_dense(kind) and (problem := dense_problem(recipe, kind)):
         raise PlanError(problem)
 
     def number(*names: str) -> int:
@@ -280,6 +283,17 @@ def base_of(recipe: Recipe) -> tuple[Shapes, int, int]:
             f"{folder}; lower it"
         )
     return folder_shapes(folder), experts, number("num_experts_per_tok", "moe_topk", "top_k")
+
+
+def admission(recipe: Recipe, free: int | None) -> Admission | None:
+    """What the recipe's tenants take in each worker, of which ``free`` bytes may be taken; None without tenants.
+
+    Raises PlanError.
+    """
+    if not recipe.tenants:
+        return None
+    shapes, _, active = base_of(recipe)
+    return admit(recipe, shapes, active, number_width(recipe), free)
 
 
 def card(
@@ -325,6 +339,7 @@ def card(
             (f"{every}, {kept}" if mode == "dense" else f"{every}, mode {mode}") if memory.enabled else without,
         ),
         ("disk tier", _disk_tier(disk)),
+        *_tenants(recipe, available),
         *([("begins with", recipe.checkpoint.load_from)] if recipe.checkpoint.load_from else []),
         *(_modes(recipe, plan, available, events) if memory.enabled else []),
     ]
@@ -343,6 +358,17 @@ def _disk_tier(disk: DiskSection) -> str:
         return f"not during the run{where}"
     always = f", multiples of {disk.permanent_every} for good" if disk.permanent_every else ""
     return f"every {disk.every} steps, the last {disk.keep_last}{always}{where}"
+
+
+def _tenants(recipe: Recipe, available: int | None) -> list[tuple[str, str]]:
+    """Raises AdmissionError. Of a GPU's memory nothing is known here."""
+    on_gpu = recipe.parallel.device == "cuda"
+    free = None if available is None or on_gpu else available // recipe.parallel.workers
+    found = admission(recipe, free)
+    if found is None:
+        return []
+    found.check()
+    return list(found.rows())
 
 
 def _modes(

@@ -19,7 +19,8 @@ from checkpointing.storage import place_of
 from lora.combinations import used_fields
 from lora.presets import expand
 from moe.family_table import FAMILIES, resolved
-from trainer import yaml_lines
+from trainer import tenant_recipe, yaml_lines
+from trainer.data_rules import CHAT_KEYS, resolved_chat
 from trainer.esft_file import selection_digest
 from trainer.recipe_checks import BYTE_VOCABULARY, WITH_PATH, findings
 from trainer.recipe_hints import meant
@@ -180,6 +181,8 @@ def _resolved(recipe: Recipe, path: FilePath) -> Recipe:
         data = dataclasses.replace(data, include=tuple(str(folder / pattern) for pattern in data.include))
     if data.format == "jsonl" and data.text_key is None:
         data = dataclasses.replace(data, text_key="text")
+    if data.format == "chat":
+        data = resolved_chat(data, path.resolve().parent)
     banks = {name: expand(bank) for name, bank in recipe.adapter.items()}
     log = recipe.log if recipe.log.run else dataclasses.replace(recipe.log, run=path.stem)
     checkpoint, disk = recipe.checkpoint, recipe.checkpoint.disk
@@ -190,7 +193,8 @@ def _resolved(recipe: Recipe, path: FilePath) -> Recipe:
     source = place_of(checkpoint.load_from or "")
     if checkpoint.load_from is not None and isinstance(source, FilePath):
         checkpoint = dataclasses.replace(checkpoint, load_from=os.path.abspath(source))
-    return dataclasses.replace(recipe, model=model, data=data, adapter=banks, log=log, checkpoint=checkpoint)
+    recipe = dataclasses.replace(recipe, model=model, data=data, adapter=banks, log=log, checkpoint=checkpoint)
+    return dataclasses.replace(recipe, tenants=tenant_recipe.resolved(recipe, path.resolve().parent))
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
@@ -216,7 +220,9 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
         del values["checkpoint"]["load_from"]
     if values["train"]["replay_trace"] is None:
         del values["train"]["replay_trace"]
-    for name in ("cache_dir", "text_key"):
+    if tenants := tenant_recipe.plain(values.pop("tenants")):
+        values["tenants"] = tenants
+    for name in ("cache_dir", "text_key", *CHAT_KEYS):
         if data[name] is None:
             del data[name]
     checkpoint = values["checkpoint"]
@@ -240,11 +246,13 @@ def recipe_fingerprint(recipe: Recipe) -> str:
     """16 hex digits that change with everything that can change the run's bits.
 
     Left out is what only says how a run is kept and watched, so that it may change when a run is resumed: ``log``,
-    ``checkpoint`` but for its ``load_from``, ``parallel.restarts``, ``parallel.deadlines``, ``data.cache_dir`` and the
-    evaluation's frequency and size.
+    ``checkpoint`` but for its ``load_from``, ``parallel``'s ``restarts``, ``deadlines`` and ``memory_gib``,
+    ``data.cache_dir`` and the evaluation's frequency and size.
     """
     values = recipe_values(recipe)
-    del values["log"], values["checkpoint"], values["parallel"]["restarts"], values["parallel"]["deadlines"]
+    del values["log"], values["checkpoint"]
+    for name in ("restarts", "deadlines", "memory_gib"):
+        del values["parallel"][name]
     del values["train"]["eval_every"], values["train"]["eval_sequences"]
     values["data"].pop("cache_dir", None)
     if recipe.checkpoint.load_from is not None:
@@ -270,6 +278,12 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
         warnings.append(
             f"checkpoint.pec: k_snapshot={k} x {layers} layers is no multiple of parallel.ep={ep}, so some workers "
             "write more than others"
+        )
+    every, evaluated = checkpoint.disk.every, recipe.train.eval_every
+    if every and evaluated % every:
+        warnings.append(
+            f"train.eval_every={evaluated} is no multiple of checkpoint.disk.every={every}, so some evaluated steps "
+            "have no checkpoint for `planaria export --step best`"
         )
     if recipe.train.min_lr_ratio == 1.0 and recipe.train.schedule == "cosine":
         warnings.append("train: min_lr_ratio 1 makes the cosine schedule constant")

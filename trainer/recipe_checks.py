@@ -13,11 +13,13 @@ from typing import Any
 from moe.family_table import FAMILIES
 from trainer.bank_rules import BANK_RULES
 from trainer.checkpoint_checks import CHECKPOINT_RULES
+from trainer.data_rules import DATA_RULES
 from trainer.disk_rules import DISK_RULES
 from trainer.family_checks import FAMILY_RULES
 from trainer.recipe_view import Finding, Unknown, View
 from trainer.routing_rules import ROUTING_RULES
 from trainer.schema import KEYS
+from trainer.tenant_recipe import tenant_findings
 from trainer.variant_checks import VARIANT_RULES
 from trainer.yaml_lines import Path
 
@@ -43,6 +45,7 @@ def findings(values: dict[str, Any], bad: set[Path]) -> Iterator[Finding]:
             yield from rule(view)
         except Unknown:
             continue
+    yield from tenant_findings(view)
     banks = values.get("adapter")
     for name in banks if isinstance(banks, dict) else ():
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
@@ -139,7 +142,7 @@ def _positions(view: View) -> Iterator[Finding]:
 
 
 def _text_key(view: View) -> Iterator[Finding]:
-    if view("data.format") == "text" and view.given("data.text_key"):
+    if view("data.format") != "jsonl" and view.given("data.text_key"):
         yield "data.text_key", "data.text_key belongs to format: jsonl; remove it or change data.format"
 
 
@@ -147,7 +150,10 @@ def _stdlib(view: View) -> Iterator[Finding]:
     if view("data.source") != "stdlib":
         return
     if view("data.format") != "text":
-        yield "data.format", "source: stdlib is Python text, not jsonl; write format: text or source: files"
+        yield (
+            "data.format",
+            f"source: stdlib is Python text, not {view('data.format')}; write format: text or source: files",
+        )
     for i, pattern in enumerate(view("data.include")):
         if pattern.startswith("/") or ".." in pattern.split("/"):
             yield f"data.include.{i}", (f"pattern {pattern!r} leaves the standard library; use source: files for it")
@@ -284,6 +290,7 @@ _RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (
     _run_name,
     *CHECKPOINT_RULES,
     *DISK_RULES,
+    *DATA_RULES,
     *ROUTING_RULES,
     *VARIANT_RULES,
 )

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.schema import KEYS, children, schema_path
+from trainer.schema import KEYS, NAMED, children, schema_path
 from trainer.yaml_lines import Path, dotted
 
 # Names that other trainers give these keys, too unlike ours for a spelling match.
@@ -79,14 +79,16 @@ def meant(path: Path) -> list[tuple[str, ...]]:
     here = {p[-1]: p for p in KEYS if p[:-1] == parent}
     if plain in here:
         return [here[plain]]
-    if exact := [p for p in KEYS if p[-1] == plain]:
+    # Tenants repeat other sections' keys, and only who writes about tenants means theirs.
+    known = [p for p in KEYS if p[0] != "tenants" or len(p) == 1 or parent[:1] == ("tenants",)]
+    if exact := [p for p in known if p[-1] == plain]:
         return _nearest(exact, parent)
     if plain in _ELSEWHERE:
         return [tuple(_ELSEWHERE[plain].split("."))]
     if close := difflib.get_close_matches(plain, here, n=1, cutoff=0.7):
         return [here[close[0]]]
-    anywhere = difflib.get_close_matches(plain, {p[-1] for p in KEYS}, n=1, cutoff=0.75)
-    return _nearest([p for p in KEYS if anywhere and p[-1] == anywhere[0]], parent)
+    anywhere = difflib.get_close_matches(plain, {p[-1] for p in known}, n=1, cutoff=0.75)
+    return _nearest([p for p in known if anywhere and p[-1] == anywhere[0]], parent)
 
 
 def _nearest(paths: list[tuple[str, ...]], parent: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -101,7 +103,7 @@ def _nearest(paths: list[tuple[str, ...]], parent: tuple[str, ...]) -> list[tupl
 
 def _written(path: Path, names: tuple[str, ...]) -> str:
     """``names`` with the adapter bank that the user was writing, or ``<bank>``."""
-    bank = str(path[1]) if path[0] == "adapter" and len(path) > 2 else "<bank>"
+    bank = str(path[1]) if path[:1] in NAMED and len(path) > 2 else "<bank>"
     return ".".join(bank if part == "*" else part for part in names)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import ValidationError
 
 from trainer.recipe_hints import unknown_key, word_hint
-from trainer.schema import KEYS, children, schema_path
+from trainer.schema import KEYS, NAMED, children, schema_path
 from trainer.yaml_lines import Path, dotted
 
 _RANGES = {
@@ -85,7 +85,7 @@ def message(path: Path, error: Mapping[str, Any]) -> str:
         if kind == "tuple_type":
             remedy = f"write [{json.dumps(value)}]" if isinstance(value, str) else "write [..., ...]"
         elif kind == "dataclass_type":
-            below = children((*names, "*") if names == ("adapter",) else names)
+            below = children((*names, "*") if names in NAMED else names)
             remedy = f"its keys are {', '.join(below)}" if below else remedy
         elif value is None:
             remedy = "give a value or remove the key"

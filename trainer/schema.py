@@ -134,10 +134,46 @@ class DataSection:
     include: Annotated[tuple[Text, ...], MinLen(1)]  # globs; resolved to absolute ones for files
     tokenizer: TokenizerSection
     sequence_length: Annotated[int, Ge(2)]
-    format: Literal["text", "jsonl"] = "text"
+    format: Literal["text", "jsonl", "chat"] = "text"
     text_key: Text | None = None  # jsonl only; default "text"
+    # chat only; resolved to model, all, true, truncate.
+    chat_template: Text | None = None  # model, plain, or a Jinja file, relative to the recipe's folder
+    answers: Literal["all", "last"] | None = None  # which of a conversation's answers have loss
+    packing: bool | None = None  # several samples in a sequence, which do not see each other; else one, and padding
+    overlong: Literal["truncate", "drop"] | None = None  # what becomes of samples longer than a sequence
+    task_key: Text | None = None  # the field of a row that names its task
     heldout_fraction: Annotated[float, Gt(0), Le(0.5)] = 0.02
     cache_dir: Text | None = None  # default: cache/ in log.dir
+
+
+@dataclass(frozen=True, kw_only=True)
+class TenantData:
+    """What a tenant reads; a key that is None is ``data``'s. Tokenizer and sequence length are the same for all."""
+
+    __pydantic_config__ = _STRICT
+    source: Literal["stdlib", "files"] | None = None
+    include: Annotated[tuple[Text, ...], MinLen(1)] | None = None
+    format: Literal["text", "jsonl", "chat"] | None = None
+    text_key: Text | None = None
+    heldout_fraction: Annotated[float, Gt(0), Le(0.5)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TenantSection:
+    """One of several adapters that train at once; a key that is None is ``train``'s."""
+
+    __pydantic_config__ = _STRICT
+    data: TenantData = field(default_factory=TenantData)
+    steps: Count | None = None  # at most train.steps
+    lr: Above0 | None = None
+    min_lr_ratio: Annotated[float, Ge(0), Le(1)] | None = None
+    warmup_steps: CountOrZero | None = None
+    schedule: Literal["cosine", "constant"] | None = None
+    weight_decay: AtLeast0 | None = None
+    max_grad_norm: AtLeast0 | None = None
+    seed: CountOrZero | None = None  # of the adapter, sample order and dropout
+    micro_batch_size: Count | None = None  # sequences of this tenant per worker and forward pass
+    max_bad_steps: Count = 3  # in a row whose loss or gradient is no number, after which it stops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +202,7 @@ class ParallelSection:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: fp32 on CPU, bf16 on GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
     restarts: CountOrZero = 3
+    memory_gib: Above0 | Literal["auto"] = "auto"  # that a worker may take, by which tenants are admitted; auto: free
     deadlines: DeadlinesSection = field(default_factory=DeadlinesSection)
 
 
@@ -272,6 +309,7 @@ class Recipe:
     train: TrainSection
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     adapter: dict[str, BankConfig] = field(default_factory=dict)
+    tenants: dict[str, TenantSection] = field(default_factory=dict)
     log: LogSection = field(default_factory=LogSection)
 
     @property
@@ -284,7 +322,7 @@ class Recipe:
 class Key:
     """One key of the schema; ``required`` keys have no default."""
 
-    path: tuple[str, ...]  # the name of an adapter bank is "*"
+    path: tuple[str, ...]  # the name of an adapter bank or tenant is "*"
     section: bool
     required: bool
     default: Any
@@ -307,10 +345,13 @@ def _keys(section: type, prefix: tuple[str, ...]) -> Iterator[Key]:
 KEYS: dict[tuple[str, ...], Key] = {key.path: key for key in _keys(Recipe, ())}
 
 
+NAMED = (("adapter",), ("tenants",))  # sections whose keys are the user's own names
+
+
 def schema_path(path: tuple[str | int, ...]) -> tuple[str, ...]:
-    """``path`` with the bank's name replaced by ``*`` and list indices dropped."""
+    """``path`` with the name of a bank or tenant replaced by ``*`` and list indices dropped."""
     names = tuple(part for part in path if isinstance(part, str))
-    return ("adapter", "*", *names[2:]) if names[:1] == ("adapter",) and len(names) > 1 else names
+    return (names[0], "*", *names[2:]) if names[:1] in NAMED and len(names) > 1 else names
 
 
 def children(path: tuple[str, ...]) -> tuple[str, ...]:

@@ -15,20 +15,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from checkpointing.keeper.memory import available_bytes
 from checkpointing.keeper.protocol import KeeperError, KeeperRefused, OtherMemory, TooLittleMemory
 from checkpointing.recovery import RecoveryError
 from checkpointing.state.extras import seed_streams
+from lora.tenant_watch import TenantWatch
 from lora.watch import AdapterWatch
 from moe.stats import RoutingMeter
 from trainer import data as data_module
 from trainer.build import build_model, training_dtype
-from trainer.engine import create_engine, prepare_deepspeed
+from trainer.engine import GroupClip, create_engine, prepare_deepspeed
 from trainer.events import EventLog, read_events
 from trainer.failpoints import Failpoints, place_failpoints
 from trainer.loop import Run, fit
 from trainer.origin import Origin
 from trainer.partial_experts import open_partial
 from trainer.phases import Phases, longest_deadline_s
+from trainer.plan import admission
 from trainer.recipe import RecipeError, check_world, load_recipe
 from trainer.refusal import is_users_mistake, refuse
 from trainer.rendezvous import Process, die_with_launcher, join, process_started
@@ -37,6 +40,7 @@ from trainer.routing_trace import open_tape
 from trainer.runfolder import check_place, claim, lock, next_attempt, run_folder
 from trainer.schema import Recipe
 from trainer.snapshots import Snapshots, open_snapshots
+from trainer.tenants import Tenants, data_key, load_members
 
 USER_MISTAKE = 2
 
@@ -134,7 +138,11 @@ def prepare(
     """Data, model, engine and checkpoints of this worker, everything but the state."""
     _make_deterministic(process)
     prepare_deepspeed()
-    data = data_module.load(recipe, rank=process.rank)
+    _admit(recipe, process)
+    members = load_members(recipe, process)
+    data = members[0].data if members else data_module.load(recipe, rank=process.rank)
+    if process.rank == 0 and data.chat:
+        events.write("data", **data.chat)
     if process.rank == 0 and not (run_dir / "tokenizer").exists():
         shutil.copytree(data.tokenizer_dir, run_dir / "tokenizer", dirs_exist_ok=True)
     model, blocks = build_model(recipe, process, data.vocab_size)
@@ -142,18 +150,33 @@ def prepare(
     tape = open_tape(recipe, process, run_dir, model.config, blocks)
     bias = prepare_gates(recipe, process, model, blocks, meter)
     engine = create_engine(model, recipe, training_dtype(recipe, process.device), recipe.accumulation)
+    tenants = None
+    if members:
+        tenants = Tenants(recipe, members, GroupClip(engine), TenantWatch(model, list(recipe.tenants)))
     inner = engine.optimizer.optimizer
-    origin = Origin.of(recipe, process, data.key, inner)
+    origin = Origin.of(recipe, process, data_key(members) if members else data.key, inner)
     partial = open_partial(recipe, process, run_dir, events, blocks, meter)
     snapshots = open_snapshots(
         recipe, process, run_dir, engine.optimizer, events, failpoints, origin, phases.board, partial
     )
     snapshots.bias = bias
-    watch = AdapterWatch(model) if recipe.adapter else None
+    watch = AdapterWatch(model) if recipe.adapter and tenants is None else None
     run = Run(recipe, process, run_dir, data, engine, snapshots, events, failpoints, meter, phases, watch, bias, tape)
+    run.tenants = tenants
     place_failpoints(run, model, [block.experts for block in blocks], inner)
     seed_streams(recipe.train.seed, "train", process.rank)
     return run
+
+
+def _admit(recipe: Recipe, process: Process) -> None:
+    """Before anything is loaded. Raises AdmissionError if the tenants do not fit into what is free here."""
+    if process.device.type == "cuda":
+        free = torch.cuda.mem_get_info(process.device)[0]
+    else:
+        free = available_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", process.world))
+    found = admission(recipe, free)
+    if found is not None:
+        found.check()
 
 
 def _make_deterministic(process: Process) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from checkpointing.carry import Older, Part, Selection, split
+from checkpointing.heldout import losses_of
 from checkpointing.keeper.arenas import Slot
 from checkpointing.keeper.diskfault import DiskFault
 from checkpointing.keeper.faults import Faults
@@ -222,7 +223,8 @@ class Persister:
                      seconds=time.perf_counter() - started, bytes=nbytes)  # fmt: skip
         try:
             self._check_lease()
-            removed = retain(self.directory, job.keep_last, final, job.permanent_every)
+            losses = losses_of(self._lease.run_dir)
+            removed = retain(self.directory, job.keep_last, final, job.permanent_every, losses)
         except RecoveryError as error:
             return str(error)
         if removed:

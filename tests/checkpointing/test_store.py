@@ -171,6 +171,19 @@ def test_old_ones_go_only_after_the_new_one_was_read_back(tmp_path):
     assert [step for step, _ in list_checkpoints(tmp_path)] == [6, 8]
 
 
+def test_the_one_with_the_lowest_heldout_loss_stays(tmp_path):
+    losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: 2.5}
+    for step in (2, 4, 6):
+        newest = write(tmp_path, step)
+    assert retain(tmp_path, 1, newest, losses=losses) == [2]
+    assert retain(tmp_path, 1, write(tmp_path, 8), losses=losses) == [6]
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [4, 8]
+    # Of those that are there: a step without a checkpoint is no reason to remove the best that has one.
+    newest = write(tmp_path, 10)
+    assert retain(tmp_path, 1, newest, losses={**losses, 9: 0.1}) == [8]
+    assert retain(tmp_path, 1, newest, losses={**losses, 10: 0.5}) == [4]
+
+
 def test_a_unit_that_is_not_whole_is_named(tmp_path):
     first, second = parts_of(0, 4), parts_of(1, 4)
     folder = write_checkpoint(tmp_path / "a", 4, {"dp0001": second}, {}, {})

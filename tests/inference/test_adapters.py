@@ -81,6 +81,20 @@ def test_routed_and_expert_banks_together_equal_the_training_model(
     assert [g.token_ids for g in plain.generate(prompts[:4], 32)] != expected
 
 
+@pytest.mark.parametrize("preset", ["expert-lora-shared", "expert-lora-shared-outer"])
+def test_factors_that_experts_share_give_the_training_models_tokens(
+    model_folder, prompts, huggingface_tokens, tmp_path, preset
+):
+    folder = save(tmp_path / "shared", model_folder, {"experts": BankConfig(preset, r=4, alpha=8.0, dropout=0.1)})
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    apply_adapter(model, load_adapter(folder))
+    expected = huggingface_tokens(model.eval(), prompts[:4], 32)
+    llm = LLM(model_folder, expert_budget=0.1, adapter=folder, device="cpu", poison=True)
+    assert [g.token_ids for g in llm.generate(prompts[:4], 32)] == expected
+    plain = LLM(model_folder, expert_budget=0.1, device="cpu")
+    assert [g.token_ids for g in plain.generate(prompts[:4], 32)] != expected
+
+
 def test_logits_with_an_adapter_have_the_same_bits_at_every_budget(model_folder, mixed_adapter, prompts):
     runs = []
     for budget in (0.0, 0.1, 1.0):

@@ -288,6 +288,20 @@ def test_little_is_kept_for_the_backward(preset):
     del out
 
 
+@pytest.mark.parametrize("tokens", range(1, 30, 4))
+@pytest.mark.parametrize("way", ["auto", "split", "fold"])
+def test_the_bits_are_the_same_without_gradients(tokens, way):
+    case = Case(routing="even", dtype=torch.float32, way=way)
+    experts = built(case)
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, HIDDEN, generator=generator)
+    index = torch.rand(tokens, EXPERTS, generator=generator).topk(TOP_K).indices
+    weights = torch.rand(tokens, TOP_K, generator=generator)
+    with torch.no_grad():
+        want = experts(x, index, weights)
+    assert torch.equal(experts(x.requires_grad_(), index, weights), want)
+
+
 def test_a_second_derivative_is_refused():
     case = Case()
     x, index, weights, _ = problem(case)

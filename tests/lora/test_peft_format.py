@@ -18,10 +18,11 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
+from lora.base_facts import BaseFacts
 from lora.config import BankConfig
 from lora.errors import AdapterError
 from lora.format import Adapter, apply_adapter, collect_adapter, load_adapter, save_adapter
-from lora.peft_format import BaseFacts, pack_a, pack_b, peft_files, unpack_a, unpack_b, write_peft
+from lora.peft_format import pack_a, pack_b, peft_files, unpack_a, unpack_b, write_peft
 from lora.peft_import import import_adapter
 from moe.fingerprint import fingerprint
 
@@ -87,7 +88,7 @@ def test_native_to_peft_to_logits_differs_by_nothing(adapted, tiny_moe, base_fol
         got = logits(loaded(folder, base_folder))
         assert float((got - want).abs().max()) == 0.0, folder.name
     assert (logits(ours) - want).norm() / want.norm() < 1e-5
-    assert load_adapter(tmp_path / "adapter").routed_experts == 8
+    assert load_adapter(tmp_path / "adapter").base == BaseFacts(str(base_folder), "qwen3_moe", 8)
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if not n.startswith("shared")])
@@ -118,6 +119,17 @@ def test_what_is_lora_by_arithmetic_only_is_the_same_to_rounding(adapted, tiny_m
     got, want, base = logits(loaded(tmp_path / "a", base_folder)), logits(ours), logits(tiny_moe())
     assert (want - base).norm() / base.norm() > 0.05
     assert (got - want).norm() / want.norm() < 2e-6
+
+
+def test_bf16_factors_and_base_give_the_same_bits_as_well(adapted, tiny_moe, plain_logits, tmp_path):
+    banks = EXPERTS | ATTENTION
+    tiny_moe(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tensors = {path: tensor.bfloat16() for path, tensor in collect_adapter(adapted(tiny_moe(), banks)).items()}
+    save_adapter(tmp_path / "a", tensors, banks, "", base_model=str(tmp_path / "base"))
+    # In fp32, where factors and weights are what bf16 left of them.
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    want = plain_logits(wide, {path: tensor.float() for path, tensor in tensors.items()}, banks, TOKENS)
+    assert torch.equal(logits(loaded(tmp_path / "a", tmp_path / "base")), want)
 
 
 def mixtral():

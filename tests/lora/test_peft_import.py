@@ -11,9 +11,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
+from lora.base_facts import BaseFacts
 from lora.errors import AdapterError
 from lora.format import apply_adapter, load_adapter
-from lora.peft_format import BaseFacts, pack_a, pack_b, write_peft
+from lora.peft_format import pack_a, pack_b, write_peft
 from lora.peft_import import import_adapter
 
 TOKENS = torch.arange(48).view(4, 12)
@@ -193,6 +194,9 @@ def test_unsloths_packing_of_b_is_read_when_asked_for(base_folder, tmp_path):
     write(tmp_path / "peft", fused(pairs, b_slowest=True))
     import_adapter(tmp_path / "peft", tmp_path / "native", base_folder, expert_slowest=True)
     check(tmp_path / "native", pairs)
+    write(tmp_path / "apart", apart(pairs, same_a=True))
+    with pytest.raises(AdapterError, match="has no stacked experts"):
+        import_adapter(tmp_path / "apart", tmp_path / "never", base_folder, expert_slowest=True)
 
 
 def apart(pairs, same_a):

@@ -94,7 +94,7 @@ def test_every_combination_is_either_trained_or_refused_by_a_field_that_is_part_
     ("bank", "part"),
     [
         (BankConfig("lora", mixer=True, kind="scale"), "mixer=true"),
-        (BankConfig("mixlora", mixer=True), "mixer=true is for site: linear, not ffn; write mixer: false"),
+        (BankConfig("mixlora", mixer=True), "mixer=true is for banks of their own, not for site: ffn here; write"),
         (BankConfig("mola", num_experts=(2, 1)), "top_k=2 is more than num_experts=[2, 1]"),
         (BankConfig("moelora-task"), "num_tasks=1"),
         (BankConfig("moelora-task", num_tasks=2, r=6), "r=6 cannot be divided among num_experts=8"),

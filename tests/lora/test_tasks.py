@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from lora.base_facts import BaseFacts
 from lora.config import BankConfig
 from lora.deltas import Delta, summed
 from lora.errors import AdapterError
 from lora.format import collect_adapter
-from lora.peft_format import BaseFacts
 from lora.peft_import import import_adapter
 from lora.tasks import write_tasks
 from moe.context import BatchContext, batch_context

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from lora.attach import attach
 from lora.config import BankConfig
@@ -50,6 +50,8 @@ def adapters(base, tmp_path_factory):
                 if ".adapter." in path:
                     parameter.normal_(0, 0.2, generator=generator)
         save_adapter(root / name, collect_adapter(model), banks, fingerprint(base), base_model=str(base))
+    loaded = load_adapter(root / "lora")
+    save_adapter(root / "elsewhere", loaded.tensors, loaded.banks, fingerprint(base))  # its base was not at hand
     return root
 
 
@@ -65,7 +67,8 @@ def test_every_form_of_a_plain_adapter_computes_the_same(base, adapters, tmp_pat
         return capsys.readouterr().out
 
     for form in ("peft", "peft-per-expert", "merged"):
-        said = run("export", adapters / "lora", tmp_path / form, "--to", form, "--base", base)
+        where = ["--base", base] if form == "merged" else []
+        said = run("export", adapters / "lora", tmp_path / form, "--to", form, *where)
         assert str(tmp_path / form) in said
     assert "lost to rounding" in said
     models = [AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32) for _ in range(2)]
@@ -84,6 +87,29 @@ def test_every_form_of_a_plain_adapter_computes_the_same(base, adapters, tmp_pat
     assert sorted(os.listdir(tmp_path / "tasks")) == ["task-0", "task-1"]
 
 
+def test_a_mixlora_on_a_dense_model_becomes_a_mixture(tmp_path, capsys):
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    banks = {"f": BankConfig("mixlora", num_experts=3, r=2)}
+    attach(model, banks, [])
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if ".adapter." in path:
+                parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(len(path)))
+    base = str(tmp_path / "base")
+    save_adapter(tmp_path / "a", collect_adapter(model), banks, fingerprint(base), base_model=base)
+    out = tmp_path / "moe"
+    assert main(["adapter", "export", str(tmp_path / "a"), str(out), "--to", "upcycled", "--base", base]) == 0
+    assert "wrote a mixtral with 2 experts for each token" in capsys.readouterr().out
+    got, want = logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)), logits(model)
+    assert (got - want).norm() / want.norm() < 2e-6
+
+
 def test_mistakes_are_said_in_a_sentence_and_leave_nothing(base, adapters, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(base, other)
@@ -92,19 +118,22 @@ def test_mistakes_are_said_in_a_sentence_and_leave_nothing(base, adapters, tmp_p
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_text("{}")
+    shutil.copytree(adapters / "lora", tmp_path / "run" / "adapter")
     peft = tmp_path / "peft"
     assert main(["adapter", "export", str(adapters / "lora"), str(peft), "--to", "peft"]) == 0
     said = capsys.readouterr()
     out = tmp_path / "out"
     cases = [
         (["export", tmp_path / "no", out, "--to", "peft"], "is no adapter: it has no manifest.json"),
+        (["export", adapters, out, "--to", "peft"], "give a folder written by `planaria export`"),
+        (["export", tmp_path / "run", out, "--to", "peft"], f"give {tmp_path / 'run' / 'adapter'}"),
         (["export", peft, out, "--to", "peft"], "make an adapter of it with `planaria adapter import`"),
         (["export", adapters / "routed", out, "--to", "peft"], "adapter.m (mola) weighs its experts by a router"),
         (["export", adapters / "routed", out, "--to", "merged", "--base", base], "cannot be written as merged"),
         (["export", adapters / "lora", out, "--to", "tasks"], "no bank is routed by task"),
         (["export", adapters / "lora", out, "--to", "upcycled", "--base", base], "cannot be written as upcycled"),
         (["export", adapters / "lora", out, "--to", "merged"], "name its folder with --base DIR"),
-        (["export", adapters / "lora", out, "--to", "peft-per-expert"], "name the base's folder with --base"),
+        (["export", adapters / "elsewhere", out, "--to", "peft-per-expert"], "name the base's folder with --base"),
         (["export", adapters / "lora", out, "--to", "merged", "--base", other], "the adapter was trained on base"),
         (["export", adapters / "lora", out, "--to", "merged", "--base", bare], "holds no *.safetensors file"),
         (["export", adapters / "lora", out, "--to", "merged", "--base", tmp_path], "has no config.json"),

@@ -9,7 +9,8 @@ from transformers import masking_utils
 from moe.build import new_model
 from moe.convert import convert
 from moe.kernels.backend import BackendError
-from trainer.build import _assume_unpacked, _settle_backends
+from trainer.build import _settle_backends
+from trainer.sample_borders import respect_borders
 
 FIELDS = {
     "hidden_size": 32,
@@ -35,9 +36,9 @@ def test_a_forward_pass_does_not_look_for_packed_sequences_and_computes_the_same
     model = new_model("qwen3_moe", FIELDS, vocab_size=64, seed=1, dtype=torch.float32)
     ids_BS = torch.arange(24).reshape(2, 12)
     expected = model(input_ids=ids_BS, use_cache=False).logits
-    assert looked, "transformers looks for them elsewhere now: see trainer.build._assume_unpacked"
+    assert looked, "transformers looks for them elsewhere now: see trainer.sample_borders"
     looked.clear()
-    _assume_unpacked()
+    respect_borders()
     assert torch.equal(model(input_ids=ids_BS, use_cache=False).logits, expected)
     assert not looked
 
@@ -50,6 +51,6 @@ def test_each_way_in_which_experts_run_is_told_once_and_with_its_layers():
     blocks[1].experts.adapter = torch.nn.Identity()
     first, second = _settle_backends(blocks, "auto")
     assert first.startswith("experts of layers 0, 2 run as minimal: ")
-    assert second.startswith("experts of layers 1 run as grouped_mm: an adapter needs")
-    with pytest.raises(BackendError, match="'minimal' cannot run here: an adapter"):
+    assert second.startswith("experts of layers 1 run as grouped_mm: its adapter needs")
+    with pytest.raises(BackendError, match="'minimal' cannot run here: its adapter"):
         _settle_backends(blocks, "minimal")

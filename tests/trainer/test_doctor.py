@@ -278,7 +278,7 @@ def test_adapters_of_a_recipe_must_train(sound, tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "ok          adapters" in out
     assert "ok          loading        53 of 53 tensors" in out
-    right = moe.experts.Experts.compute
+    right = moe.experts.Experts.mix
 
     def without_adapter(self, *args, **kwargs):
         kept, self.adapter = self.adapter, None
@@ -287,7 +287,7 @@ def test_adapters_of_a_recipe_must_train(sound, tmp_path, capsys, monkeypatch):
         finally:
             self.adapter = kept
 
-    monkeypatch.setattr(moe.experts.Experts, "compute", without_adapter)
+    monkeypatch.setattr(moe.experts.Experts, "mix", without_adapter)
     assert cli.main(["doctor", str(path)]) == 1
     assert "no gradient reached L00.E000.adapter" in capsys.readouterr().out
 

@@ -1,0 +1,165 @@
+"""The recipe's tenants: what they inherit, what is refused, and what memory they are said to take."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from lora.config import BankConfig
+from lora.tenants import Tenant, attach_tenants
+from moe.context import BatchContext, Slots, batch_context
+from moe.convert import convert
+from trainer.admission import Admission, AdmissionError, Need, admit, kept_by_layer
+from trainer.model_shapes import model_shapes
+from trainer.recipe import RecipeError, load_recipe, recipe_fingerprint, recipe_to_yaml
+from trainer.tenant_recipe import batch_sizes, data_of
+
+RECIPE = """\
+model: {path: base}
+data: {source: stdlib, include: ["json/*.py"], tokenizer: {kind: model}, sequence_length: 32}
+train: {steps: 20, global_batch_size: 8, micro_batch_size: 2, lr: 2e-4, warmup_steps: 2, max_grad_norm: 0.5}
+adapter:
+  experts: {preset: expert-lora, r: 4}
+  attention: {preset: lora, r: 2}
+tenants:
+  plain: {}
+  own: {lr: 1e-3, steps: 10, seed: 7, micro_batch_size: 1, data: {include: ["email/*.py"]}}
+  filed: {data: {source: files, include: ["texts/*.jsonl"], format: jsonl}}
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "tenants.yaml"
+    file.write_text(RECIPE)
+    return file
+
+
+def problems(path, *overrides):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    return str(caught.value)
+
+
+def test_tenants_take_from_train_and_data_what_they_do_not_say(path):
+    recipe = load_recipe(path)
+    plain, own, filed = recipe.tenants.values()
+    assert (plain.lr, plain.steps, plain.seed, plain.max_grad_norm) == (2e-4, 20, 0, 0.5)
+    assert (own.lr, own.steps, own.seed, own.max_grad_norm, own.warmup_steps) == (1e-3, 10, 7, 0.5, 2)
+    assert data_of(recipe, "plain") == recipe.data
+    assert data_of(recipe, "own") == dataclasses.replace(recipe.data, include=("email/*.py",))
+    assert filed.data.include == (str(path.parent / "texts/*.jsonl"),)
+    assert filed.data.text_key == "text"
+    assert batch_sizes(recipe) == [8, 4, 8]
+
+
+def test_a_resolved_recipe_reads_back_as_itself(path, tmp_path):
+    recipe = load_recipe(path)
+    (tmp_path / "again.yaml").write_text(recipe_to_yaml(recipe))
+    again = load_recipe(tmp_path / "again.yaml")
+    assert again.tenants == recipe.tenants
+    assert recipe_fingerprint(again) == recipe_fingerprint(recipe)
+
+
+def test_what_changes_a_tenants_bits_changes_the_fingerprint(path):
+    before = recipe_fingerprint(load_recipe(path))
+    assert recipe_fingerprint(load_recipe(path, ["tenants.own.seed=8"])) != before
+    assert recipe_fingerprint(load_recipe(path, ["tenants.own.data={include: [x.py]}"])) != before
+    assert recipe_fingerprint(load_recipe(path, ["parallel.memory_gib=3"])) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("adapter={}", "there is no 'adapter' section"),
+        ("adapter.attention.preset=mola", "tenants cannot have preset mola"),
+        ("parallel={workers: 2, ep: 2}", "with tenants write ep: 1"),
+        ("model.attention_dropout=0.1", "draws from one stream for all tenants"),
+        ("balance={aux_loss: micro_batch, aux_loss_coef: 0.1}", "their common base is frozen"),
+        ("checkpoint.mode=pec", "write wal or dense"),
+        ("tenants.own.steps=21", "is more than train.steps=20"),
+        ("tenants={a: {steps: 7}, b: {steps: 9}}", "train.steps=20, and every tenant has finished after 9"),
+        ("model.trainable_experts=x.json", "trains weights of the base"),
+        ("tenants.own.data={format: chat}", "all tenants read chat, or none does"),
+        ("tenants.own.warmup_steps=10", "leaves nothing of its 10 steps"),
+        ("tenants.own.data={source: files}", "needs an include of its own"),
+        ("tenants.own.data={include: [../x.py]}", "leaves the standard library"),
+        ("tenants.own.data={text_key: body}", "belongs to format: jsonl"),
+        ("tenants.own.rate=1", "unknown key tenants.own.rate"),
+        ("tenants.own.lr=-1", "tenants.own.lr must be more than 0"),
+        ("tenants={a.b: {}}", "use letters, digits"),
+        ("tenants=[own]", "tenants must be a mapping"),
+    ],
+)
+def test_mistakes_are_named(path, override, words):
+    assert words in problems(path, override)
+
+
+def test_a_misplaced_key_is_not_taken_for_a_tenants(path):
+    assert "did you mean train.lr?" in problems(path, "data.lr=1")
+    assert "did you mean tenants.own.lr" in problems(path, "tenants.own.learning_rat=1", "tenants.own.Lr=1")
+
+
+def test_the_message_says_which_tenants_would_fit():
+    needs = (Need("a", 1, 10, 20), Need("big", 1, 100, 200), Need("b", 1, 5, 5))
+    Admission(50, needs, None).check()
+    Admission(50, needs, 390).check()
+    with pytest.raises(AdmissionError, match=r"389 B are free; a, big would fit: take out the others"):
+        Admission(50, needs, 389).check()
+    with pytest.raises(AdmissionError, match=r"349 B are free; a, b would fit"):
+        Admission(50, needs, 349).check()
+    with pytest.raises(AdmissionError, match="none of them would fit"):
+        Admission(50, needs, 55).check()
+
+
+CONFIG = Qwen3MoeConfig(
+    vocab_size=300, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True,
+)  # fmt: skip
+
+
+def test_the_estimate_covers_what_a_pass_keeps_and_little_more(path):
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(CONFIG)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    recipe = load_recipe(path)
+    attach_tenants(model, recipe.adapter, [Tenant("a", 0), Tenant("b", 1)], convert(model))
+    kept, known = kept_bytes(model), {p.untyped_storage().data_ptr() for p in model.parameters()}
+    ids = torch.randint(300, (6, 32))
+    rows = (4 * 32, 2 * 32)
+    slot_T = torch.arange(2).repeat_interleave(torch.tensor(rows))
+    with kept, batch_context(BatchContext(slot_T=slot_T, slots=Slots(rows, ("", "")))):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    measured = sum(n for at, n in kept.found.items() if at not in known)
+    layers = kept_by_layer(model_shapes(shapes, 2), shapes, recipe)
+    counted = ids.numel() * (4 * sum(layers.values()) + 4 * CONFIG.vocab_size)
+    assert measured <= counted <= 1.3 * measured, (measured, counted)
+    assert loss.isfinite()
+    admission = admit(recipe, shapes, 2, 4, None)
+    assert admission.base == 4 * sum(p.numel() for name, p in model.named_parameters() if ".adapter." not in name)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) // 2
+    assert [need.parameters for need in admission.needs] == [trained] * 3
+    assert [need.state for need in admission.needs] == [trained * (4 + 4 + 12 + 4)] * 3
+    assert admission.needs[0].activations == 2 * admission.needs[1].activations > 64 * sum(layers.values()) * 4
+
+
+class kept_bytes(torch.autograd.graph.saved_tensors_hooks):
+    """Bytes of the storages that a forward keeps, by address."""
+
+    def __init__(self, _model):
+        self.found, self.alive = {}, []
+        super().__init__(self._pack, lambda t: t)
+
+    def _pack(self, tensor):
+        storage = tensor.untyped_storage()
+        self.found[storage.data_ptr()] = storage.nbytes()
+        self.alive.append(storage)
+        return tensor
+
+
+def test_a_bank_that_tenants_have_is_in_the_schema_of_the_ordinary_adapter(path):
+    assert load_recipe(path).adapter["experts"] == load_recipe(path, ["tenants={}"]).adapter["experts"]
+    assert isinstance(load_recipe(path).adapter["experts"], BankConfig)
