@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,7 +44,7 @@ class ExpertCache:
     Args:
         store: where the weights come from.
         slots: resident experts. With 0, every expert passes through one staging slot and none stays.
-        policy: who is evicted; LRU by default.
+        policy: who is evicted; made for this store's layers and experts. LRU by default.
         poison: fill slots with NaN when they are given up, so that a stale read cannot go unnoticed.
     """
 
@@ -63,7 +64,10 @@ class ExpertCache:
         self.slots = slots
         self.poison = poison
         self.counts = CacheCounts()
-        self.policy: Policy = LRU() if policy is None else policy
+        self._row = {layer: row for row, layer in enumerate(store.layers)}
+        self.policy: Policy = LRU(len(self._row), shape.num_experts) if policy is None else policy
+        assert (self.policy.layers, self.policy.experts) == (len(self._row), shape.num_experts)
+        self._resident_LE = np.zeros((len(self._row), shape.num_experts), dtype=bool)
         allocated = max(slots, 1)
         self.gate_up_C2IH = _allocate(allocated, 2 * shape.intermediate, shape.hidden, device, dtype)
         self.down_CHI = _allocate(allocated, shape.hidden, shape.intermediate, device, dtype)
@@ -89,8 +93,9 @@ class ExpertCache:
         group is lent none of it is evicted. The order of groups depends on residency: callers must not let it
         reach the result.
         """
+        assert len(set(experts)) == len(experts), "experts must be distinct"
+        self.policy.use(self._row[layer], experts)
         wanted = [ExpertRef(layer, expert) for expert in experts]
-        assert len(set(wanted)) == len(wanted), "experts must be distinct"
         ordered = [r for r in wanted if r in self._slot] + [r for r in wanted if r not in self._slot]
         size = max(self.slots, 1)
         for start in range(0, len(ordered), size):
@@ -101,17 +106,15 @@ class ExpertCache:
                 self._evict(group[0])
 
     def _admit(self, group: Sequence[ExpertRef]) -> None:
-        pinned = frozenset(group)
-        missing = []
-        for ref in group:
-            if ref in self._slot:
-                self.counts.hits += 1
-                self.policy.touch(ref)
-            else:
-                missing.append(ref)
+        missing = [ref for ref in group if ref not in self._slot]
+        self.counts.hits += len(group) - len(missing)
+        if (needed := len(missing) - len(self._free)) > 0:
+            evictable_LE = self._resident_LE.copy()
+            evictable_LE[self._row[group[0].layer], [ref.expert for ref in group]] = False
+            for flat in self.policy.victims(evictable_LE, needed):
+                row, expert = divmod(int(flat), self.policy.experts)
+                self._evict(ExpertRef(self.store.layers[row], expert))
         for ref in missing:
-            if not self._free:
-                self._evict(self.policy.victim(pinned))
             self._fetch(ref)
 
     def _fetch(self, ref: ExpertRef) -> None:
@@ -119,13 +122,13 @@ class ExpertCache:
         read = self.store.copy_into(ref.layer, ref.expert, self.gate_up_C2IH[slot], self.down_CHI[slot])
         # Only a complete copy is mapped: a failed read leaves the slot free.
         self._slot[ref] = self._free.pop()
-        self.policy.touch(ref)
+        self._resident_LE[self._row[ref.layer], ref.expert] = True
         self.counts.misses += 1
         self.counts.bytes_fetched += read
 
     def _evict(self, ref: ExpertRef) -> None:
         slot = self._slot.pop(ref)
-        self.policy.forget(ref)
+        self._resident_LE[self._row[ref.layer], ref.expert] = False
         if self.poison:
             self.gate_up_C2IH[slot].fill_(float("nan"))
             self.down_CHI[slot].fill_(float("nan"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,9 @@ import torch
 from transformers import AutoTokenizer, DynamicCache
 
 from inference.cache import CacheCounts, ExpertCache
+from inference.policies import LRU, Policy
 from inference.sampling import next_token
+from inference.shadow import Hedge
 from inference.skeleton import build_skeleton, expert_shape, load_dense, offload_experts
 from inference.store import ExpertStore, InferenceError, TensorFiles
 from lora.format import apply_adapter, load_adapter
@@ -24,6 +26,7 @@ from moe.families import MoEBlock
 from moe.fingerprint import fingerprint
 
 Prompt = str | Sequence[int]
+MakePolicy = Callable[[int, int, int], Policy]  # (layers, experts, slots)
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class LLM:
         device: where to compute; CUDA if there is one.
         dtype: precision to compute in; the folder's own by default.
         poison: fill given-up slots with NaN.
+        policy: which resident experts give up their places, made from (layers, experts, slots); by default
+            :class:`~inference.shadow.Hedge`, or LRU where none ever has to.
 
     Raises:
         InferenceError: the folder is damaged or of no known kind, or a setting is out of range.
@@ -101,6 +106,7 @@ class LLM:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         poison: bool = False,
+        policy: MakePolicy | None = None,
     ) -> None:
         if not 0 <= expert_budget <= 1:
             raise InferenceError(f"expert budget {expert_budget} is out of range; give a share from 0 to 1, as 0.25")
@@ -110,7 +116,7 @@ class LLM:
         self.model, blocks = build_skeleton(self.path, dtype)
         self.cache: ExpertCache | None = None
         if blocks:
-            self.cache = self._offloaded(files, blocks, expert_budget, poison)
+            self.cache = self._offloaded(files, blocks, expert_budget, poison, policy)
         elif expert_budget != 1:
             raise InferenceError(
                 f"{self.path} is a dense model: it has no experts to leave in the files, so an expert budget of "
@@ -126,13 +132,17 @@ class LLM:
         self._new_tokens = 0
         self._seconds = 0.0
 
-    def _offloaded(self, files: TensorFiles, blocks: list[MoEBlock], expert_budget: float, poison: bool) -> ExpertCache:
+    def _offloaded(
+        self, files: TensorFiles, blocks: list[MoEBlock], expert_budget: float, poison: bool, policy: MakePolicy | None
+    ) -> ExpertCache:
         """Have the blocks' experts borrow from a cache, which is returned."""
         shape = expert_shape(self.path, blocks)
         store = ExpertStore(files, {b.layer: f"{b.path}.experts" for b in blocks}, shape)
         slots = max(round(expert_budget * store.total), 1) if expert_budget else 0
         dtype = blocks[0].experts.gate_up_proj.dtype
-        cache = ExpertCache(store, slots, device=self.device, dtype=dtype, poison=poison)
+        make = policy or (Hedge if 0 < slots < store.total else _never_asked)
+        chosen = make(len(store.layers), shape.num_experts, slots)
+        cache = ExpertCache(store, slots, device=self.device, dtype=dtype, policy=chosen, poison=poison)
         offload_experts(blocks, cache)
         return cache
 
@@ -176,6 +186,8 @@ class LLM:
     @torch.inference_mode()
     def _continue(self, prompt_ids: tuple[int, ...], max_new_tokens: int, temperature: float, seed: int) -> Generation:
         started = time.perf_counter()
+        if self.cache is not None:
+            self.cache.policy.begin()
         generator = torch.Generator().manual_seed(seed) if temperature else None
         kv = DynamicCache(config=self.model.config)
         feed, new, finish = list(prompt_ids), [], "length"
@@ -213,6 +225,11 @@ class LLM:
                 "shorten the prompt or ask for fewer tokens"
             )
         return ids
+
+
+def _never_asked(layers: int, experts: int, _slots: int) -> Policy:
+    """For caches that keep all experts or none, where any policy does and the cheapest is best."""
+    return LRU(layers, experts)
 
 
 def _tokenizer(path: Path):

@@ -17,6 +17,7 @@ from trainer.checkpoint_cli import add_verbs
 from trainer.faults import POINTS
 from trainer.model_cli import add_model_verbs
 from trainer.refusal import is_users_mistake, refused
+from trainer.simulate_cli import add_simulate_verb
 
 FAILED, USER_MISTAKE = 1, 2
 _OVERRIDES = "section.key=value, put over the recipe's own"
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     drill.add_argument("--json", metavar="FILE", help="write the verdict here, too")
     _add_matrix_options(matrix)
     add_model_verbs(verb)
+    add_simulate_verb(verb)
     _add_doctor_options(verb("doctor", _doctor, "compare a model with transformers, and look for what would not train"))
 
     _add_export_options(verb("export", _export, "write a run's model as a Hugging Face folder"))

@@ -1,0 +1,111 @@
+"""Policies that recognise what a text is about by the experts it has used.
+
+Shapes: L MoE layers, E experts of each, N of them used in one call, M remembered patterns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from inference.policies import Policy, Scores
+
+_EPSILON = 1e-3
+
+
+class ActivationMatrix(Policy):
+    """MoE-Infinity's replacement (arXiv 2401.14361): how often this sequence, and the one most like it, used an expert.
+
+    A sequence's activation matrix counts [L,E] uses. Finished ones are remembered, at most ``memory`` of them; the
+    newest replaces the one it resembles most. Likeness is the mean over layers of the cosine of matching rows. An
+    expert's score is its share of its layer's uses, in this sequence and in the matched one, times ``1 - l / L``:
+    early layers are the ones whose fetch nothing hides.
+    """
+
+    def __init__(self, layers: int, experts: int, memory: int = 64) -> None:
+        super().__init__(layers, experts)
+        self.memory = memory
+        self._now_LE = np.zeros((layers, experts))
+        self._known_MLE = np.zeros((0, layers, experts))  # rows of unit length
+        self._match_LE = np.zeros((layers, experts))
+        self._matched_round = -1
+        self._early_L1 = (1 - np.arange(layers) / layers)[:, None]
+
+    def begin(self) -> None:
+        """Remember the sequence that ended."""
+        if self._now_LE.any():
+            pattern_LE = _unit_rows(self._now_LE)
+            if len(self._known_MLE) < self.memory:
+                self._known_MLE = np.concatenate([self._known_MLE, pattern_LE[None]])
+            else:
+                self._known_MLE[self._likeness_M(pattern_LE).argmax()] = pattern_LE
+        self._now_LE[:] = 0
+        self._match_LE[:] = 0
+
+    def _likeness_M(self, pattern_LE: np.ndarray) -> np.ndarray:
+        return np.asarray(np.einsum("mle,le->m", self._known_MLE, pattern_LE))
+
+    def _note(self, row: int, experts_N: np.ndarray) -> None:
+        self._now_LE[row, experts_N] += 1
+        if self.round != self._matched_round and len(self._known_MLE):
+            self._matched_round = self.round
+            best_LE = self._known_MLE[self._likeness_M(_unit_rows(self._now_LE)).argmax()]
+            self._match_LE = best_LE / np.maximum(best_LE.sum(1, keepdims=True), 1e-12)
+
+    def scores(self) -> Scores:
+        share_LE = self._now_LE / np.maximum(self._now_LE.sum(1, keepdims=True), 1)
+        return np.asarray((share_LE + self._match_LE + _EPSILON) * self._early_L1)
+
+
+class ExpertMap(Policy):
+    """FineMoE's (EuroSys'26, first called fMoE) replacement: what followed when the layers so far looked like this.
+
+    A map is one round's experts [L,E]. After each layer the remembered map is found whose rows up to here have the
+    largest cosine with this round's; for the layers still to come it says how likely each expert is. The score is that
+    likelihood plus how often the expert was used, both as shares. Of a full memory the map that resembles the new one
+    most is replaced.
+    """
+
+    def __init__(self, layers: int, experts: int, memory: int = 256) -> None:
+        super().__init__(layers, experts)
+        self.memory = memory
+        self._maps_MLE = np.zeros((memory, layers, experts), dtype=np.float32)
+        self._known = 0
+        self._now_LE = np.zeros((layers, experts), dtype=np.float32)
+        self._dots_M = np.zeros(memory)
+        self._uses_LE = np.zeros((layers, experts))
+        self._ahead_LE = np.zeros((layers, experts))
+
+    def use(self, row: int, experts_N: Sequence[int] | np.ndarray) -> None:
+        if row <= self.row:
+            self._remember()
+        super().use(row, experts_N)
+
+    def _remember(self) -> None:
+        if self._known < self.memory:
+            slot, self._known = self._known, self._known + 1
+        else:
+            slot = int(self._dots_M.argmax())
+        self._maps_MLE[slot] = self._now_LE
+        self._now_LE[:] = 0
+        self._dots_M[:] = 0
+
+    def _note(self, row: int, experts_N: np.ndarray) -> None:
+        self._now_LE[row, experts_N] = 1
+        self._uses_LE *= 0.5 ** (1 / (64 * self.layers))
+        self._uses_LE[row, experts_N] += 1
+        known = self._known
+        if not known:
+            return
+        # Every map has as many ones in a row as the model has choices, so dot products order as cosines do.
+        self._dots_M[:known] += self._maps_MLE[:known, row][:, experts_N].sum(1)
+        self._ahead_LE[:] = self._maps_MLE[int(self._dots_M[:known].argmax())]
+        self._ahead_LE[: row + 1] = 0
+
+    def scores(self) -> Scores:
+        return np.asarray(self._ahead_LE + self._uses_LE / np.maximum(self._uses_LE.sum(1, keepdims=True), 1e-12))
+
+
+def _unit_rows(counts_LE: np.ndarray) -> np.ndarray:
+    return np.asarray(counts_LE / np.maximum(np.linalg.norm(counts_LE, axis=1, keepdims=True), 1e-12))
