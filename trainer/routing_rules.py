@@ -128,16 +128,18 @@ def _chosen_by_experts(view: View) -> Iterator[Finding]:
         )
 
 
-def _adapters(view: View) -> Iterator[Finding]:
-    if not view.given("adapter") or not view("adapter"):
+def _kept_router(view: View) -> Iterator[Finding]:
+    """Adapters and the training of chosen experts leave the base's routers as they are."""
+    if view.given("adapter") and view("adapter"):
+        what = "changes the base model, which an adapter leaves as it is"
+    elif view.given("model.trainable_experts") and view("model.trainable_experts"):
+        what = "changes the routers, which model.trainable_experts leaves as they are"
+    else:
         return
     if view("routing.method") != "model":
-        yield "routing.method", "routing.method changes the base model, which an adapter leaves as it is; remove one"
+        yield "routing.method", f"routing.method {what}; remove one"
     if view("balance.bias_update_rate"):
-        yield (
-            "balance.bias_update_rate",
-            "balance.bias_update_rate changes the base model, which an adapter leaves as it is; remove one",
-        )
+        yield "balance.bias_update_rate", f"balance.bias_update_rate {what}; remove one"
 
 
 ROUTING_RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (
@@ -151,5 +153,5 @@ ROUTING_RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (
     _dropping,
     _aux_loss,
     _chosen_by_experts,
-    _adapters,
+    _kept_router,
 )

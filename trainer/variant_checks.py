@@ -1,4 +1,5 @@
-"""Rules about optional parts of the model: multi-token prediction."""
+"""Rules about optional parts of the model: multi-token prediction, soft blocks, frozen or chosen experts, and how the
+experts run under an adapter."""
 
 from __future__ import annotations
 
