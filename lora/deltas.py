@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lora.config import BankConfig
 from lora.errors import AdapterError
-from lora.presets import bank_of, expand, matches
+from lora.owners import owners_of
+from lora.presets import expand, matches
 
 FACTORS = ("A", "B", "C")
 _ONE_LAYER = re.compile(r"\d|[*?\[]")  # in a target: it may name some layers only
@@ -79,29 +80,38 @@ def split_factor(path: str) -> tuple[str, str, str]:
 
 
 def deltas_of(
-    tensors: Mapping[str, Tensor], banks: Mapping[str, BankConfig], routed_experts: int | None = None
+    tensors: Mapping[str, Tensor],
+    banks: Mapping[str, BankConfig],
+    routed_experts: int | None = None,
+    owners: Mapping[str, str] | None = None,
 ) -> list[Delta]:
     """The updates of all banks' factors, C multiplied into A in fp32, shared factors given to each expert.
 
     Args:
         tensors: by parameter path, over all experts; routers and the like are passed over.
         routed_experts: of a layer of the base model; needed where all factors of a bank on experts are shared.
-    Raises AdapterError where it is needed and absent.
+        owners: the bank of each tensor; without them they are found by :func:`lora.owners.owners_of`.
+    Raises AdapterError where one of the last two is needed and absent.
     """
+    owners = owners or owners_of(tensors, banks)
     factors: dict[tuple[str, str], dict[str, Tensor]] = {}
+    names: dict[tuple[str, str], str] = {}
     for path, tensor in tensors.items():
         place, inner, factor = split_factor(path)
         if factor:
+            names[place, inner] = owners[path]
             factors.setdefault((place, inner), {})[factor] = tensor if tensor.dim() == 3 else tensor.unsqueeze(0)
-    return [_delta(place, inner, found, banks, routed_experts) for (place, inner), found in factors.items()]
+    return [_delta(*where, found, names[where], banks, routed_experts) for where, found in factors.items()]
 
 
 def _delta(
-    place: str, inner: str, found: Mapping[str, Tensor], banks: Mapping[str, BankConfig], routed_experts: int | None
+    place: str,
+    inner: str,
+    found: Mapping[str, Tensor],
+    name: str,
+    banks: Mapping[str, BankConfig],
+    routed_experts: int | None,
 ) -> Delta:
-    path = f"{place}.adapter.{inner + '.' if inner else ''}A"
-    name = bank_of(path, banks)
-    assert name is not None, path
     full = expand(banks[name])
     a, b = found["A"], found["B"]
     if "C" in found:

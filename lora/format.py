@@ -31,8 +31,10 @@ from lora.deltas import split_factor
 from lora.errors import AdapterError
 from lora.exactness import is_exactly_lora
 from lora.manifest import LAYOUT, MANIFEST_FILE, SCHEMA, banks_of, digest, make_manifest, read_manifest
+from lora.owners import owners_of
 from lora.peft_format import CONFIG_FILE, WEIGHTS_FILE, peft_files, write_files
-from lora.presets import bank_of, check_banks, expand
+from lora.presets import check_banks, expand
+from lora.targets import Places
 from moe.convert import convert
 from moe.families import find_moe_blocks
 
@@ -48,6 +50,7 @@ class Adapter:
     Attributes:
         base: what else was known of the base model when it was saved.
         topology: of the run that trained it, if it was given.
+        owners: the bank of each tensor; if empty, it is found by :func:`lora.owners.owners_of`.
     """
 
     tensors: dict[str, Tensor]
@@ -55,6 +58,7 @@ class Adapter:
     base_fingerprint: str
     base: BaseFacts = field(default_factory=BaseFacts)
     topology: Mapping[str, Any] | None = None
+    owners: Mapping[str, str] = field(default_factory=dict)
 
 
 def collect_adapter(model: nn.Module) -> dict[str, Tensor]:
@@ -83,6 +87,7 @@ def save_adapter(
     *,
     base_model: str | None = None,
     topology: Mapping[str, Any] | None = None,
+    places: Places | None = None,
 ) -> None:
     """Write an adapter folder, whole or not at all; an adapter that is there is replaced.
 
@@ -91,12 +96,14 @@ def save_adapter(
         base_fingerprint: identifies the weights that the adapter was trained on.
         base_model: path or name of the base model, for PEFT's configuration.
         topology: of the run: workers, expert-parallel degree and the like, to be kept.
+        places: of the base model, which tell whose a tensor is where targets with wildcards leave that open.
 
     Raises AdapterError if the tensors are not what the banks call for, or the folder holds anything else.
     """
     folder = Path(folder)
     check_banks(banks)
-    _check_tensors(tensors, banks)
+    owners = owners_of(tensors, banks, places)
+    _check_tensors(tensors, banks, owners)
     _check_place(folder)
     stored = {path: tensor.detach().cpu().contiguous() for path, tensor in sorted(tensors.items())}
     base = BaseFacts.read(base_model)
@@ -110,12 +117,13 @@ def save_adapter(
     try:
         save_file(stored, temporary / TENSORS_FILE, metadata={"schema": str(SCHEMA), "layout": LAYOUT})
         if peft:
-            write_files(temporary, *peft_files(stored, banks, base))
+            write_files(temporary, *peft_files(stored, banks, base, owners=owners))
         else:
             _write_json(temporary / CONFIG_FILE, {"peft_type": _CLOSED, "base_model_name_or_path": base_model})
         manifest = make_manifest(
             stored,
             banks,
+            owners,
             base_fingerprint,
             base=base,
             topology=topology,
@@ -156,9 +164,11 @@ def load_adapter(folder: str | Path) -> Adapter:
         if expected[path]["shape"] != list(tensor.shape) or f"torch.{expected[path]['dtype']}" != str(tensor.dtype):
             raise AdapterError(f"{file}: {path} has another shape or dtype than its manifest; export the adapter again")
     check_banks(banks)
-    _check_tensors(tensors, banks)
+    kept = {path: entry["bank"] for path, entry in expected.items() if "bank" in entry}
+    owners = kept or owners_of(tensors, banks)
+    _check_tensors(tensors, banks, owners)
     base = BaseFacts(**manifest.get("base", {}))
-    return Adapter(tensors, banks, manifest["base_fingerprint"], base, manifest.get("topology"))
+    return Adapter(tensors, banks, manifest["base_fingerprint"], base, manifest.get("topology"), owners)
 
 
 def apply_adapter(model: nn.Module, adapter: Adapter, *, base_fingerprint: str | None = None) -> AttachReport:
@@ -214,29 +224,28 @@ def _present_name(path: str, places: Mapping[str, nn.Parameter]) -> str:
     return inside[0] if len(inside) == 1 else path
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], banks: Mapping[str, BankConfig]) -> None:
+def _check_tensors(tensors: Mapping[str, Tensor], banks: Mapping[str, BankConfig], owners: Mapping[str, str]) -> None:
     """What can be said without the model; :func:`apply_adapter` compares every name and shape with the model's."""
     if not banks:
         raise AdapterError("an adapter needs at least one bank")
-    used: set[str] = set()
+    used = set(owners.values())
     sites: dict[tuple[str, str], dict[str, str]] = {}
     for path in tensors:
-        name = bank_of(path, banks) if ".adapter." in path else None
-        if name is None:
+        if owners.get(path) not in banks:
             raise AdapterError(f"{path} belongs to none of the banks {', '.join(banks)}")
-        used.add(name)
         place, inner, factor = split_factor(path)
         if factor:
             sites.setdefault((place, inner), {})[factor] = path
     for paths in sites.values():
-        _check_factors(paths, tensors, banks)
+        full = expand(banks[owners[next(iter(paths.values()))]])
+        _check_factors(paths, tensors, full)
     if empty := [name for name in banks if name not in used]:
         raise AdapterError(f"adapter.{empty[0]} has no tensors")
 
 
-def _check_factors(paths: Mapping[str, str], tensors: Mapping[str, Tensor], banks: Mapping[str, BankConfig]) -> None:
+def _check_factors(paths: Mapping[str, str], tensors: Mapping[str, Tensor], full: BankConfig) -> None:
     here = next(iter(paths.values()))
-    if expand(banks[bank_of(here, banks) or ""]).kind == "scale":
+    if full.kind == "scale":
         return
     for factor in ("A", "B"):
         if factor not in paths:

@@ -38,6 +38,7 @@ _FIRST_FIELDS = {
 def make_manifest(
     tensors: Mapping[str, Tensor],
     banks: Mapping[str, BankConfig],
+    owners: Mapping[str, str],
     base_fingerprint: str,
     *,
     base: BaseFacts,
@@ -56,6 +57,7 @@ def make_manifest(
         "versions": _versions(),
         "tensors": {
             path: {
+                "bank": owners[path],
                 "shape": list(tensor.shape),
                 "dtype": str(tensor.dtype).removeprefix("torch."),
                 "sha256": digest(tensor),

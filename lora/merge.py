@@ -76,7 +76,12 @@ class Loss:
 
 
 def merge_into_folder(
-    tensors: Mapping[str, Tensor], banks: Mapping[str, BankConfig], base: Path, out: Path
+    tensors: Mapping[str, Tensor],
+    banks: Mapping[str, BankConfig],
+    base: Path,
+    out: Path,
+    *,
+    owners: Mapping[str, str] | None = None,
 ) -> dict[str, Loss]:
     """Write ``base`` with the adapter in its weights to ``out``, whole or not at all; returns what rounding cost.
 
@@ -85,7 +90,7 @@ def merge_into_folder(
     """
     require("merged", banks)
     facts = BaseFacts.read(base)
-    merger = Merger(deltas_of(tensors, banks, facts.routed_experts), facts)
+    merger = Merger(deltas_of(tensors, banks, facts.routed_experts, owners), facts)
     with new_folder(out) as temporary:
         write_tensors(merger.merged(read_tensors(base)), temporary)
         merger.check(base)

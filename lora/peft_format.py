@@ -80,16 +80,18 @@ def peft_files(
     base: BaseFacts,
     *,
     per_expert: bool = False,
+    owners: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """PEFT's tensors by key and its configuration, for an adapter that is exactly LoRA.
 
     Args:
         tensors: by parameter path, over all experts.
         per_expert: each expert's matrices apart; needs the base's family.
+        owners: the bank of each tensor, as :func:`lora.deltas.deltas_of` takes them.
     Raises AdapterError if the adapter is anything else than LoRA, naming the bank.
     """
     require("peft", banks)
-    found = deltas_of(tensors, banks, base.routed_experts)
+    found = deltas_of(tensors, banks, base.routed_experts, owners)
     return pack(found, base, dropout=_dropout(banks), per_expert=per_expert)
 
 
@@ -139,12 +141,13 @@ def write_peft(
     base: BaseFacts,
     *,
     per_expert: bool = False,
+    owners: Mapping[str, str] | None = None,
 ) -> int:
     """Write PEFT's folder, whole or not at all; returns how many tensors it has.
 
     Raises AdapterError as :func:`peft_files`, FolderError if ``out`` exists.
     """
-    packed, config = peft_files(tensors, banks, base, per_expert=per_expert)
+    packed, config = peft_files(tensors, banks, base, per_expert=per_expert, owners=owners)
     with new_folder(out) as temporary:
         write_files(temporary, packed, config)
     return len(packed)

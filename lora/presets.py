@@ -184,23 +184,3 @@ def check_banks(banks: Mapping[str, BankConfig]) -> None:
                     "give each target to one bank"
                 )
             owners[str(full.site), target] = name
-
-
-def bank_of(path: str, banks: Mapping[str, BankConfig]) -> str | None:
-    """Name of the bank that the adapter tensor at ``path`` belongs to; None if no bank has such a target.
-
-    >>> bank_of("model.layers.3.mlp.experts.adapter.down_proj.A", {"e": BankConfig("expert-lora")})
-    'e'
-    >>> bank_of("model.layers.3.self_attn.q_proj.adapter.router.weight", {"a": BankConfig("mola")})
-    'a'
-    """
-    place, _, inner = path.rpartition(".adapter.")
-    for name, bank in banks.items():
-        site = expand(bank).site
-        if site == "experts":
-            tensor = f"{place}.{inner.partition('.')[0]}"
-            if place.endswith(".experts") and any(matches(target, tensor) for target in targets_of(bank)):
-                return name
-        elif any(matches(target, place) for target in targets_of(bank)):
-            return name
-    return None

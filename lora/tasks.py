@@ -30,7 +30,10 @@ def task_gates(weight_ED: Tensor, task_embedding_ND: Tensor) -> Tensor:
 
 
 def task_deltas(
-    tensors: Mapping[str, Tensor], banks: Mapping[str, BankConfig], routed_experts: int | None = None
+    tensors: Mapping[str, Tensor],
+    banks: Mapping[str, BankConfig],
+    routed_experts: int | None = None,
+    owners: Mapping[str, str] | None = None,
 ) -> list[list[Delta]]:
     """The updates of each task, in the tasks' order; those of banks without a router are in all of them.
 
@@ -41,7 +44,7 @@ def task_deltas(
     counts = {expand(banks[name]).num_tasks or 1 for name in by_task}
     if len(counts) > 1:
         raise AdapterError(f"the banks {', '.join(sorted(by_task))} have different numbers of tasks; export them apart")
-    found = deltas_of(tensors, banks, routed_experts)
+    found = deltas_of(tensors, banks, routed_experts, owners)
     gates = {delta.place: _gates(delta.place, tensors) for delta in found if delta.bank in by_task}
     return [
         [summed(delta, gates[delta.place][task]) if delta.bank in by_task else delta for delta in found]
@@ -49,12 +52,19 @@ def task_deltas(
     ]
 
 
-def write_tasks(tensors: Mapping[str, Tensor], banks: Mapping[str, BankConfig], out: Path, base: BaseFacts) -> int:
+def write_tasks(
+    tensors: Mapping[str, Tensor],
+    banks: Mapping[str, BankConfig],
+    out: Path,
+    base: BaseFacts,
+    *,
+    owners: Mapping[str, str] | None = None,
+) -> int:
     """Write ``out/task-0``, ``out/task-1``, ..., which PEFT loads; whole or not at all. Returns how many.
 
     Raises AdapterError as :func:`task_deltas`, FolderError if ``out`` exists.
     """
-    tasks = task_deltas(tensors, banks, base.routed_experts)
+    tasks = task_deltas(tensors, banks, base.routed_experts, owners)
     with new_folder(out) as temporary:
         for task, deltas in enumerate(tasks):
             folder = temporary / f"task-{task}"

@@ -19,7 +19,7 @@ from lora.deltas import Delta, deltas_of, summed
 from lora.errors import AdapterError
 from lora.exactness import obstacles
 from lora.format import Adapter, load_adapter
-from lora.presets import bank_at, bank_of, expand
+from lora.presets import bank_at, expand, matches
 
 
 def frozen_tensors(
@@ -53,7 +53,7 @@ def frozen_tensors(
             found |= _stacked(name, bank, place, [those[place] for those in mine])
     for folder, those in updates.items():
         users = {name: banks[name] for name, bank in frozen.items() if folder in bank.adapters}
-        if lost := [place for place in those if bank_of(f"{place}.adapter.A", banks) not in users]:
+        if lost := [place for place in those if _owner(place, banks) not in users]:
             raise AdapterError(
                 f"{folder} adapts {lost[0]}, which is no target of adapter.{' or adapter.'.join(users)}; add it to "
                 "targets, for without it the adapter would be another function"
@@ -68,11 +68,11 @@ def fill(model: nn.Module, banks: Mapping[str, BankConfig], base_fingerprint: st
     """
     tensors = frozen_tensors(banks, base_fingerprint)
     for path, parameter in model.named_parameters():
-        name = bank_of(path, banks) if ".adapter." in path else None
+        place = path.rpartition(".adapter.")[0]
+        name = _owner(place, banks)
         if name is None or not banks[name].adapters or parameter.requires_grad:
             continue
         tensor = tensors.pop(path, None)
-        place = path.rpartition(".adapter.")[0]
         if tensor is None:
             raise AdapterError(
                 f"adapter.{name}: none of its adapters adapts {place}, which its targets name; give targets that they "
@@ -132,11 +132,17 @@ def _updates(folder: str, adapter: Adapter, base_fingerprint: str | None) -> dic
                 f"{folder} cannot be an expert: adapter.{name} is on {expand(bank).site}; give "
                 "adapters of linear layers"
             )
-    return {delta.place: summed(delta) for delta in deltas_of(adapter.tensors, adapter.banks)}
+    return {delta.place: summed(delta) for delta in deltas_of(adapter.tensors, adapter.banks, owners=adapter.owners)}
 
 
 def _of_bank(updates: Mapping[str, Delta], name: str, banks: Mapping[str, BankConfig]) -> dict[str, Delta]:
-    return {place: delta for place, delta in updates.items() if bank_of(f"{place}.adapter.A", banks) == name}
+    return {place: delta for place, delta in updates.items() if _owner(place, banks) == name}
+
+
+def _owner(place: str, banks: Mapping[str, BankConfig]) -> str | None:
+    """The bank that has the linear layer ``place`` as a target; targets of other sites name other modules."""
+    linear = {name: full for name, bank in banks.items() if (full := expand(bank)).site == "linear"}
+    return next((name for name, full in linear.items() if any(matches(t, place) for t in full.targets)), None)
 
 
 def _stacked(name: str, bank: BankConfig, place: str, deltas: list[Delta]) -> dict[str, Tensor]:

@@ -34,7 +34,12 @@ _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def write_upcycled(
-    tensors: Mapping[str, Tensor], banks: Mapping[str, BankConfig], base: Path, out: Path
+    tensors: Mapping[str, Tensor],
+    banks: Mapping[str, BankConfig],
+    base: Path,
+    out: Path,
+    *,
+    owners: Mapping[str, str] | None = None,
 ) -> tuple[PreTrainedConfig, dict[str, Loss]]:
     """Write the mixture to ``out``, whole or not at all; returns its configuration and what rounding cost.
 
@@ -43,7 +48,7 @@ def write_upcycled(
     """
     require("upcycled", banks)
     name, bank = next((name, expand(bank)) for name, bank in banks.items() if expand(bank).site == "ffn")
-    found = deltas_of(tensors, banks)
+    found = deltas_of(tensors, banks, owners=owners)
     blocks = [delta for delta in found if delta.site == "ffn"]
     routers = {delta.place: _router(delta.place, tensors) for delta in blocks}
     config = _config(base, name, bank, routers)

@@ -55,7 +55,9 @@ def make_arrow(out_dir: str, adapter_dirs: tuple[str, ...], top_k: int, temperat
 
 
 def _peft(adapter: Adapter, base: Path | None, out: Path, per_expert: bool = False) -> None:
-    count = write_peft(adapter.tensors, adapter.banks, out, _facts(adapter, base), per_expert=per_expert)
+    count = write_peft(
+        adapter.tensors, adapter.banks, out, _facts(adapter, base), per_expert=per_expert, owners=adapter.owners
+    )
     print(f"wrote {count} tensors for PEFT to {out}")
 
 
@@ -64,18 +66,20 @@ def _peft_per_expert(adapter: Adapter, base: Path | None, out: Path) -> None:
 
 
 def _tasks(adapter: Adapter, base: Path | None, out: Path) -> None:
-    count = write_tasks(adapter.tensors, adapter.banks, out, _facts(adapter, base))
+    count = write_tasks(adapter.tensors, adapter.banks, out, _facts(adapter, base), owners=adapter.owners)
     print(f"wrote {count} plain LoRAs for PEFT, one for each task, to {out}/task-0 and on")
 
 
 def _upcycled(adapter: Adapter, base: Path | None, out: Path) -> None:
-    config, losses = write_upcycled(adapter.tensors, adapter.banks, _needed(base, "upcycled"), out)
+    config, losses = write_upcycled(
+        adapter.tensors, adapter.banks, _needed(base, "upcycled"), out, owners=adapter.owners
+    )
     print(format_losses(losses))
     print(f"wrote a {config.model_type} with {config.num_experts_per_tok} experts for each token to {out}")
 
 
 def _merged(adapter: Adapter, base: Path | None, out: Path) -> None:
-    losses = merge_into_folder(adapter.tensors, adapter.banks, _needed(base, "merged"), out)
+    losses = merge_into_folder(adapter.tensors, adapter.banks, _needed(base, "merged"), out, owners=adapter.owners)
     print(format_losses(losses))
     print(f"wrote the base model with the adapter in its weights to {out}")
 

@@ -34,6 +34,8 @@ from moe.load import persistent_buffers, read_config
 from moe.mtp import PREFIX
 from moe.save import whole_model, write_folder
 from trainer.build import shape_fields
+from trainer.model_shapes import model_shapes
+from trainer.plan import base_of
 from trainer.recipe import RecipeError, load_recipe
 from trainer.routing import inexpressible, set_routing
 from trainer.runfolder import checkpoints_of
@@ -86,7 +88,7 @@ def _write(recipe: Recipe, run: Path, checkpoint: Checkpoint, temporary: Path, i
         if recipe.tenants:
             _write_tenants(recipe, tensors, temporary / "adapters")
         else:
-            _write_adapter(recipe, tensors, temporary / "adapter")
+            write_adapter(recipe, tensors, temporary / "adapter")
     else:
         _write_model(recipe, run, tensors, bias, temporary, inexact)
         _copy_tokenizer(run, temporary)
@@ -279,16 +281,19 @@ def _write_tenants(recipe: Recipe, tensors: dict[str, Tensor], out: Path) -> Non
                 f"left out: the adapter of {name}, whose {broken[0]} is not finite: its training diverged", flush=True
             )
             continue
-        _write_adapter(recipe, own, out / name)
+        write_adapter(recipe, own, out / name)
         written.append(name)
     if not written:
         raise ExportError("every tenant's adapter holds values that are no numbers; lower their lr and train again")
     print(f"adapters of {', '.join(written)}")
 
 
-def _write_adapter(recipe: Recipe, tensors: dict[str, Tensor], out: Path) -> None:
+def write_adapter(recipe: Recipe, tensors: dict[str, Tensor], out: Path) -> None:
+    """``tensors`` are the run's adapter, whole; the places of its base tell which bank each belongs to."""
     base = recipe.model.path or ""
     parallel = recipe.parallel
     topology = {name: getattr(parallel, name) for name in ("workers", "ep", "zero", "dtype")}
     tensors = tensors | frozen_tensors(recipe.adapter)
-    save_adapter(out, tensors, recipe.adapter, fingerprint(base), base_model=base, topology=topology)
+    shapes, _, active = base_of(recipe)
+    places = model_shapes(shapes, active).places
+    save_adapter(out, tensors, recipe.adapter, fingerprint(base), base_model=base, topology=topology, places=places)

@@ -9,7 +9,8 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from lora.attach import attach
-from lora.presets import bank_of, expand
+from lora.owners import owners_of
+from lora.presets import expand
 from moe.convert import convert
 
 
@@ -95,10 +96,11 @@ def plain_logits():
     """
 
     def logits(model: nn.Module, tensors, banks, tokens: torch.Tensor) -> torch.Tensor:
+        owners = owners_of(tensors, banks)
         hooks, mixture = [], any(hasattr(module, "experts") for module in model.modules())
         for path in [path for path in tensors if path.endswith(".A")]:
             place, _, inner = path.removesuffix(".A").rpartition(".adapter")
-            bank = expand(banks[bank_of(path, banks)])
+            bank = expand(banks[owners[path]])
             a, b = tensors[path], tensors[path[:-1] + "B"]
             scale = bank.alpha / (math.sqrt(a.shape[1]) if bank.scaling == "sqrt_r" else a.shape[1])
             module = model.get_submodule(place)

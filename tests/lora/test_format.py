@@ -13,7 +13,7 @@ from lora.attach import attach
 from lora.config import BankConfig
 from lora.errors import AdapterError
 from lora.format import apply_adapter, collect_adapter, load_adapter, save_adapter
-from lora.presets import PRESETS, bank_of, expand
+from lora.presets import PRESETS, expand
 from moe.convert import convert
 from moe.layout import Layout
 
@@ -322,10 +322,3 @@ def test_a_model_that_does_not_fit_is_refused(folder, tiny_moe):
         AdapterError, match=r"layers\.1\.mlp\.experts\.adapter\.gate_up_proj\.B.*\(8, 32, 4\).*\(8, 16, 4\)"
     ):
         apply_adapter(narrow, adapter)
-
-
-def test_bank_of_tells_expert_tensors_from_linears_of_the_same_name():
-    banks = {"e": BankConfig("expert-lora"), "a": BankConfig("mola", ("down_proj",))}
-    assert bank_of("model.layers.0.mlp.experts.adapter.down_proj.A", banks) == "e"
-    assert bank_of("model.layers.0.mlp.shared_expert.down_proj.adapter.A", banks) == "a"
-    assert bank_of("model.layers.0.self_attn.q_proj.adapter.A", banks) is None

@@ -16,7 +16,7 @@ from lora.combinations import faults, idle, used_fields
 from lora.config import BankConfig, Combine, Kind, Preset, Scope, Share, Site
 from lora.errors import AdapterError
 from lora.methods import METHODS
-from lora.presets import PRESETS, bank_at, bank_of, check_banks, expand, expansion, matches
+from lora.presets import PRESETS, bank_at, check_banks, expand, expansion, matches
 
 FIELDS = [f.name for f in fields(BankConfig)]
 
@@ -175,17 +175,3 @@ def test_a_pattern_without_wildcards_names_exactly_the_paths_that_end_in_it(path
     assert matches(ending, name)
     assert not matches(f"x{ending}", name)
     assert matches("*", name)
-
-
-def test_patterns_choose_layers_for_all_sites():
-    banks = {
-        "low": BankConfig("expert-lora", ("layers.[01].*.down_proj",)),
-        "up": BankConfig("expert-lora", ("gate_up_proj",)),
-        "q": BankConfig("lora", ("layers.3.*.q_proj",)),
-    }
-    place = "model.layers.{}.mlp.experts.adapter.{}.A"
-    assert bank_of(place.format(1, "down_proj"), banks) == "low"
-    assert bank_of(place.format(2, "down_proj"), banks) is None
-    assert bank_of(place.format(2, "gate_up_proj"), banks) == "up"
-    assert bank_of("model.layers.3.self_attn.q_proj.adapter.A", banks) == "q"
-    assert bank_of("model.layers.2.self_attn.q_proj.adapter.A", banks) is None
