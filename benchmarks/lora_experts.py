@@ -20,8 +20,9 @@ from benchmarks.lora_case import Arm, Case, Claim
 from lora.config import BankConfig
 from lora.experts import ExpertLoRA, ExpertSlice
 from lora.fold import Way
+from lora.methods import EXPERT_TENSORS
 from lora.peft_format import pack_a, pack_b
-from lora.presets import EXPERT_TENSORS, bank_at
+from lora.presets import bank_at
 from moe.experts import Experts
 
 ALPHA = 16.0

@@ -5,29 +5,29 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
-from lora.config import BankConfig
+from lora.config import BankAt, BankConfig
 from lora.errors import AdapterError
-from lora.expert_site import attach_experts
-from lora.ffn_site import attach_ffns
-from lora.linear_site import attach_linears
+from lora.expert_site import attach_expert_tensor
+from lora.ffn_site import attach_ffn
+from lora.linear_site import attach_linear
 from lora.methods import EXPERT_TENSORS, FFN
 from lora.parallel_site import attach_beside
-from lora.presets import bank_at, check_banks, expand, layer_of
+from lora.presets import bank_at, check_banks
 from lora.sites import Frame, Match, global_size
-from lora.targets import OUTPUT, ROUTER, Places, resolve
+from lora.targets import OUTPUT, ROUTER, Placed, Places, resolve
 from moe.families import MoEBlock
 
 __all__ = ["AttachReport", "Match", "attach", "format_table"]
 
-Attacher = Callable[[nn.Module, str, BankConfig, Sequence[MoEBlock], Frame], list[Match]]
+Attacher = Callable[[nn.Module, Placed, BankAt, Frame], int]
 _SITES: dict[str, Attacher] = {
-    "linear": attach_linears,
-    "experts": attach_experts,
-    "ffn": attach_ffns,
+    "linear": attach_linear,
+    "experts": attach_expert_tensor,
+    "ffn": attach_ffn,
     "parallel": attach_beside,
 }
 _KINDS = {
@@ -69,27 +69,24 @@ def attach(
         blocks: the model's MoE blocks, with experts that have an ``adapter`` attribute; none for a dense model.
         layout_ep: expert-parallel degree, which the experts must have been converted for.
         seed: of the factors that start at random.
-        sites: what puts a bank of each site on the model, if not one adapter with a seed of its own.
+        sites: what puts the bank of each site on a place, if not one adapter with a seed of its own.
 
-    Raises AdapterError for contradictory banks, for a target that matches nothing (naming what is
-    there) and for experts that cannot take an adapter.
+    Raises AdapterError for contradictory banks, for a target that matches nothing (naming what is there), for a place
+    that cannot take an adapter, and for a model that has one already.
     """
     check_banks(banks)
+    for path, module in model.named_modules():
+        if getattr(module, "adapter", None) is not None:
+            raise AdapterError(f"{path} already has an adapter; attach all banks at once to a model without any")
     placed = resolve(banks, places_of(model, blocks))
-    for block in blocks:
-        if getattr(block.module.experts, "adapter", None) is not None:
-            raise AdapterError(
-                f"{block.path}.experts already has an adapter; attach all banks at once to a model without any"
-            )
     model.requires_grad_(False)
-    frame = Frame(_layers(model), seed, layout_ep, _experts_per_token(model, blocks))
+    frame = Frame(seed, layout_ep, {block.layer: block for block in blocks})
+    layers, active = _layers(model), _experts_per_token(model, blocks)
     matches = []
-    for name, bank in banks.items():
-        site = str(expand(bank).site)
-        for match in (sites or _SITES)[site](model, name, bank, blocks, frame):
-            here = bank_at(bank, layer_of(match.path), frame.layers, _routed(blocks, match.path), frame.active)
-            matches.append(replace(match, site=site, num_experts=here.num_experts, r=here.r))
-    assert len(matches) == len(placed), "a site attached to other places than its targets resolve to"
+    for place in placed:
+        here = bank_at(banks[place.bank], place.layer, layers, _routed(frame, place.layer), active)
+        count = (sites or _SITES)[place.site](model, place, here, frame)
+        matches.append(Match(place.bank, place.host, place.target, count, place.site, here.num_experts, here.r))
     # New modules begin in training mode; in a model that generates, dropout must stay off.
     model.train(model.training)
     return _report(model, matches)
@@ -113,10 +110,12 @@ def places_of(model: nn.Module, blocks: Sequence[MoEBlock]) -> Places:
     return Places(tuple(linear), tuple(experts), tuple(ffn), tuple(block.path for block in blocks), refused)
 
 
-def _routed(blocks: Sequence[MoEBlock], path: str) -> int:
-    """The model's own experts in the layer of ``path``."""
-    here = [block for block in blocks if block.layer == layer_of(path)]
-    return getattr(here[0].module.experts, "num_experts", 0) if here else 0
+def _routed(frame: Frame, layer: int) -> int:
+    """The model's own experts in the layer, over all ranks."""
+    if layer not in frame.blocks:
+        return 0
+    experts = frame.blocks[layer].module.experts
+    return int(getattr(experts, "num_experts", 0) or experts.down_proj.shape[0])
 
 
 def _experts_per_token(model: nn.Module, blocks: Sequence[MoEBlock]) -> int:

@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import chain
 
 from torch import nn
 
-from lora.config import BankConfig
+from lora.config import BankAt
 from lora.errors import AdapterError
 from lora.experts import ExpertLoRA, ExpertSlice
-from lora.presets import bank_at, expert_tensors, targets_of
-from lora.sites import Frame, Match, global_size
-from moe.families import MoEBlock
+from lora.sites import Frame, global_size
+from lora.targets import Placed
 
 
-def attach_experts(
-    model: nn.Module, name: str, bank: BankConfig, blocks: Sequence[MoEBlock], frame: Frame
-) -> list[Match]:
-    """Give the bank's tensors of every block's experts an adapter; several banks share one ``adapter`` module."""
-    return [match for block in blocks for match in _attach_block(name, bank, block, frame)]
+def attach_expert_tensor(model: nn.Module, placed: Placed, here: BankAt, frame: Frame) -> int:
+    """Give one tensor of a block's experts an adapter; several banks share one ``adapter`` module.
 
-
-def _attach_block(name: str, bank: BankConfig, block: MoEBlock, frame: Frame) -> list[Match]:
-    experts, path = block.module.experts, f"{block.path}.experts"
-    found = [(target, tensor) for target in targets_of(bank) for tensor in expert_tensors(target, path)]
-    if not found:
-        return []
+    Raises AdapterError for experts that cannot take an adapter.
+    """
+    block, path, tensor = frame.blocks[placed.layer], placed.host, placed.path.rpartition(".")[2]
+    experts = block.module.experts
     _check(experts, path, frame)
     hidden, intermediate = _sizes(experts, path)
     # The weights' own place and type; where experts hold none, the gate's.
     home = next(chain(experts.parameters(), block.module.parameters()))
-    local = experts.num_experts // experts.ep_size
-    part = ExpertSlice(block.layer, experts.num_experts, experts.first_expert, local, experts.ep_size)
     if experts.adapter is None:
+        local = experts.num_experts // experts.ep_size
+        part = ExpertSlice(block.layer, experts.num_experts, experts.first_expert, local, experts.ep_size)
         experts.adapter = ExpertLoRA(f"{path}.adapter", part, hidden, intermediate)
-    here = bank_at(bank, block.layer, frame.layers, experts.num_experts, frame.active)
-    for _, tensor in found:
-        experts.adapter.add(tensor, here, seed=frame.seed, device=home.device, dtype=home.dtype)
-    sizes = {tensor: global_size(getattr(experts.adapter, tensor).parameters()) for _, tensor in found}
-    return [Match(name, path, target, sizes[tensor]) for target, tensor in found]
+    experts.adapter.add(tensor, here, seed=frame.seed, device=home.device, dtype=home.dtype)
+    return global_size(getattr(experts.adapter, tensor).parameters())
 
 
 def _check(experts: nn.Module, path: str, frame: Frame) -> None:

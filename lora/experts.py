@@ -18,7 +18,7 @@ from lora.expert_mix import adapted_mix
 from lora.expert_pairs import Pair, Pairs
 from lora.factors import factored_delta, stacked_init, start_init
 from lora.fold import Way, reason
-from lora.presets import EXPERT_TENSORS
+from lora.methods import EXPERT_TENSORS
 from moe.assignment import Assignment
 from moe.kernels.stack import Stack
 from moe.refs import TensorAddress

@@ -131,7 +131,8 @@ class MixedFfn(nn.Module):
         super().__init__()
         for name in PROJECTIONS:
             self.add_module(name, _plain(base, name, path))
-        self.act_fn, self.form = base.act_fn, ExpertForm(act=_activation(base.act_fn, path))
+        self.act_fn = getattr(base, "act_fn", None)
+        self.form = ExpertForm(act=_activation(self.act_fn, path))
         weight_HI = self.down_proj.weight
         place = {"device": weight_HI.device, "dtype": weight_HI.dtype}
         self.adapter = FfnBank(f"{path}.adapter", *weight_HI.shape, here, seed=seed, **place)
@@ -150,8 +151,7 @@ class MixedFfn(nn.Module):
 def _plain(base: nn.Module, name: str, path: str) -> nn.Linear:
     linear = getattr(base, name, None)
     if type(linear) is not nn.Linear:
-        why = "already has an adapter; give it to one bank" if hasattr(linear, "adapter") else "is no linear layer"
-        raise AdapterError(f"{path}.{name} {why}")
+        raise AdapterError(f"{path}.{name} is a {type(linear).__name__} and no plain linear layer; leave the block out")
     return linear
 
 
@@ -160,4 +160,5 @@ def _activation(act: object, path: str) -> str:
     for name in ("silu", "gelu", "gelu_pytorch_tanh", "relu"):
         if type(ACT2FN[name]) is type(act) and has_derivative(ExpertForm(act=name)):
             return name
-    raise AdapterError(f"{path}: its activation is {act!r}; known are silu, gelu, gelu_pytorch_tanh and relu")
+    what = "it has no act_fn" if act is None else f"its activation is {act!r}"
+    raise AdapterError(f"{path}: {what}; known are silu, gelu, gelu_pytorch_tanh and relu: leave the block out")

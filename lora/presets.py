@@ -16,7 +16,7 @@ from typing import Any
 from lora.combinations import faults, idle, shown, used_fields
 from lora.config import BankAt, BankConfig, Count, Preset
 from lora.errors import AdapterError
-from lora.methods import ATTENTION, EXPERT_TENSORS, METHODS
+from lora.methods import ATTENTION, METHODS
 
 _NEUTRAL: dict[str, Any] = {
     "targets": ATTENTION,
@@ -87,11 +87,6 @@ def expansions(banks: Mapping[str, BankConfig]) -> list[str]:
     return [f"{name} = {expansion(bank)}" for name, bank in banks.items()]
 
 
-def targets_of(bank: BankConfig) -> tuple[str, ...]:
-    """The bank's targets, or its preset's when it names none."""
-    return expand(bank).targets
-
-
 def bank_at(bank: BankConfig, layer: int, layers: int, routed: int = 0, active: int = 0) -> BankAt:
     """The bank at one of ``layers`` layers, each with ``routed`` experts of its own, ``active`` of them a token.
 
@@ -154,15 +149,6 @@ def matches(pattern: str, path: str) -> bool:
     (True, False)
     """
     return fnmatchcase(f".{path}", f"*.{pattern}")
-
-
-def expert_tensors(target: str, experts: str) -> list[str]:
-    """The stacked tensors of the experts at path ``experts`` that a target names.
-
-    >>> expert_tensors("layers.1.*.down_proj", "model.layers.1.mlp.experts"), expert_tensors("gate_up_proj", "experts")
-    (['down_proj'], ['gate_up_proj'])
-    """
-    return [tensor for tensor in EXPERT_TENSORS if matches(target, f"{experts}.{tensor}")]
 
 
 def check_banks(banks: Mapping[str, BankConfig]) -> None:

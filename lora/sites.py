@@ -20,12 +20,14 @@ prove that it trains, it is :class:`Probed`:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Protocol, runtime_checkable
 
 from torch import nn
+
+from moe.families import MoEBlock
 
 
 @runtime_checkable
@@ -37,29 +39,24 @@ class Probed(Protocol):
 
 @dataclass(frozen=True)
 class Match:
-    """One place that a bank was put on; ``parameters`` counts trainable ones over all experts.
-
-    Site, experts and rank are filled in by :func:`lora.attach.attach`.
-    """
+    """One place that a bank was put on; ``path`` is the adapted module's, ``parameters`` counts over all experts."""
 
     bank: str
     path: str
     target: str
     parameters: int
-    site: str = ""
-    num_experts: int = 0
-    r: int = 0
+    site: str
+    num_experts: int
+    r: int
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What holds for the whole model: its number of layers, the seed, the expert-parallel degree, and how many experts
-    the model's own router gives a token (0: unknown, or no such router); pass the last to ``bank_at`` as ``active``."""
+    """What holds for the whole model: the seed, the expert-parallel degree, and the MoE blocks by layer."""
 
-    layers: int
-    seed: int = 0
-    ep: int = 1
-    active: int = 0
+    seed: int
+    ep: int
+    blocks: Mapping[int, MoEBlock]
 
 
 def global_size(parameters: Iterable[nn.Parameter]) -> int:

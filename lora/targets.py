@@ -54,6 +54,11 @@ class Placed:
     def layer(self) -> int:
         return layer_of(self.path)
 
+    @property
+    def host(self) -> str:
+        """Path of the module that gets the adapter: experts, where ``path`` is one of their tensors."""
+        return self.path.rpartition(".")[0] if self.site == "experts" else self.path
+
 
 def resolve(banks: Mapping[str, BankConfig], places: Places) -> tuple[Placed, ...]:
     """Every place that the banks are put on, in the order of banks, targets and ``places``.

@@ -22,8 +22,8 @@ from lora.config import BankAt, BankConfig
 from lora.errors import AdapterError
 from lora.experts import ExpertLoRA, ExpertSlice
 from lora.factors import stacked_init
-from lora.presets import bank_at, expert_tensors, layer_of, matches, targets_of
-from lora.sites import Frame, Match, global_size
+from lora.sites import Frame, global_size
+from lora.targets import Placed
 from lora.tenant_products import Factors, add_deltas, dropped, frozen_products, groups_of
 from lora.tenant_rules import PREFIX, alone, refused
 from moe.assignment import Assignment
@@ -167,29 +167,15 @@ def attach_tenants(
     for name, bank in banks.items():
         if reason := refused(bank):
             raise AdapterError(f"adapter.{name}: {reason}")
-    sites: dict[str, Attacher] = {"linear": partial(_on_linears, tenants), "experts": partial(_on_experts, tenants)}
+    sites: dict[str, Attacher] = {"linear": partial(_on_linear, tenants), "experts": partial(_on_experts, tenants)}
     return attach(model, banks, blocks, sites=sites)
 
 
-def _on_experts(
-    tenants: Sequence[Tenant],
-    model: nn.Module,
-    name: str,
-    bank: BankConfig,
-    blocks: Sequence[MoEBlock],
-    frame: Frame,
-) -> list[Match]:
-    found = []
-    for block in blocks:
-        experts, path = block.module.experts, f"{block.path}.experts"
-        if experts.ep_size != 1:
-            raise AdapterError(f"{path} is shared among {experts.ep_size} workers; tenants need all experts in each")
-        here = bank_at(bank, block.layer, frame.layers, experts.num_experts, frame.active)
-        for target in targets_of(bank):
-            for tensor in expert_tensors(target, path):
-                added = _add_tensor(experts, path, tensor, block.layer, here, tenants)
-                found.append(Match(name, path, target, added))
-    return found
+def _on_experts(tenants: Sequence[Tenant], _model: nn.Module, placed: Placed, here: BankAt, frame: Frame) -> int:
+    experts = frame.blocks[placed.layer].module.experts
+    if experts.ep_size != 1:
+        raise AdapterError(f"{placed.host} is shared among {experts.ep_size} workers; tenants need all experts in each")
+    return _add_tensor(experts, placed.host, placed.path.rpartition(".")[2], placed.layer, here, tenants)
 
 
 def _add_tensor(experts: nn.Module, path: str, tensor: str, layer: int, here: BankAt, tenants: Sequence[Tenant]) -> int:
@@ -214,24 +200,10 @@ def _add_tensor(experts: nn.Module, path: str, tensor: str, layer: int, here: Ba
     return added
 
 
-def _on_linears(
-    tenants: Sequence[Tenant],
-    model: nn.Module,
-    name: str,
-    bank: BankConfig,
-    blocks: Sequence[MoEBlock],
-    frame: Frame,
-) -> list[Match]:
-    gates, found = {block.gate for block in blocks}, []
-    linears = {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear) and m not in gates}
-    for target in targets_of(bank):
-        for path in (path for path in linears if matches(target, path)):
-            here = bank_at(bank, layer_of(path), frame.layers)
-            made = TenantLinear(linears[path], here, path, tenants)
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, made)
-            found.append(Match(name, path, target, global_size(made.adapter.parameters())))
-    return found
+def _on_linear(tenants: Sequence[Tenant], model: nn.Module, placed: Placed, here: BankAt, _frame: Frame) -> int:
+    made = TenantLinear(model.get_submodule(placed.path), here, placed.path, tenants)
+    model.set_submodule(placed.path, made)
+    return global_size(made.adapter.parameters())
 
 
 def parameters_of(model: nn.Module, tenant: str) -> Iterator[tuple[str, nn.Parameter]]:

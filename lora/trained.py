@@ -68,9 +68,11 @@ def fill(model: nn.Module, banks: Mapping[str, BankConfig], base_fingerprint: st
     """
     tensors = frozen_tensors(banks, base_fingerprint)
     for path, parameter in model.named_parameters():
+        if ".adapter." not in path or parameter.requires_grad:
+            continue
         place = path.rpartition(".adapter.")[0]
         name = _owner(place, banks)
-        if name is None or not banks[name].adapters or parameter.requires_grad:
+        if name is None or not banks[name].adapters:
             continue
         tensor = tensors.pop(path, None)
         if tensor is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora.attach import attach
 from lora.config import BankConfig
 from lora.format import collect_adapter, save_adapter
-from lora.presets import EXPERT_TENSORS
+from lora.methods import EXPERT_TENSORS
 from moe.convert import convert
 from tests.moe.tiny_families import FAMILIES, tiny
 

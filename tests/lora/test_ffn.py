@@ -312,13 +312,16 @@ def test_what_a_block_cannot_carry_is_refused():
     refused("is inside layers.0.mlp", BankConfig("mixlora"), other=BankConfig("lora", targets=("up_proj",)))
     adapted_inside = TwoLayers()
     attach(adapted_inside, {"l": BankConfig("lora", targets=("up_proj",))}, [])
-    refused("up_proj already has an adapter", BankConfig("mixlora"), adapted_inside)
+    refused("up_proj already has an adapter; attach all banks at once", BankConfig("mixlora"), adapted_inside)
     twice = TwoLayers()
     attach(twice, {"m": BankConfig("mixlora")}, [])
-    refused("already has a bank", BankConfig("mixlora"), twice)
+    refused("layers.0.mlp already has an adapter; attach all banks at once", BankConfig("mixlora"), twice)
     odd = TwoLayers()
     odd.layers[0]["mlp"].act_fn = nn.Tanh()
     refused("its activation is Tanh", BankConfig("mixlora"), odd)
+    bare = TwoLayers()
+    del bare.layers[1]["mlp"].act_fn
+    refused("layers.1.mlp: it has no act_fn", BankConfig("mixlora"), bare)
 
 
 def test_bf16_routes_in_fp32_and_stays_near_fp32():
