@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora.config import BankAt
-from lora.errors import AdapterError
 from lora.factors import stacked_init
 from lora.objectives import contrastive_loss, real_tokens
 from lora.output_scores import output_scores
 from lora.rank_space import RankSpace, ScaledOutput
-from lora.routers import BankRouter, Decision, check_router
+from lora.routers import BankRouter, Decision
 from moe.balance import inject
 from moe.context import current
 from moe.refs import TensorAddress
@@ -31,7 +30,7 @@ class LinearBank(nn.Module):
     ``router``. B starts at zero. Banks of kind ``scale`` have only B, [E, O, 1]. Those whose experts are trained
     adapters do not train A and B; :func:`lora.trained.fill` loads them.
 
-    Raises AdapterError for a bank that no linear layer can carry.
+    Which banks there are :mod:`lora.combinations` says.
     """
 
     def __init__(
@@ -46,7 +45,6 @@ class LinearBank(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        _check(bank, path)
         self.here, self.path = bank, path
         config, experts, rank = bank.config, bank.num_experts, bank.r
         key, place = f"{seed}/{path}", {"device": device, "dtype": dtype}
@@ -117,27 +115,6 @@ class LinearBank(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.here.config.preset}, experts={self.here.num_experts}, r={self.here.r}, scale={self.here.scale:g}"
-
-
-def _check(bank: BankAt, path: str) -> None:
-    config = bank.config
-    say = f"{path.removesuffix('.adapter')} ({config.preset})"
-    if config.router != "none":
-        check_router(bank, f"{path}.router")
-    if config.router == "none" and config.combine not in ("static", "sum"):
-        raise AdapterError(f"{say}: combine {config.combine!r} needs a router; choose token or task")
-    if config.router == "none" and config.combine == "static" and bank.num_experts != 1:
-        raise AdapterError(
-            f"{say}: combine static is of one expert, and num_experts is {bank.num_experts}; use combine: sum"
-        )
-    if config.share not in ("none", "A"):
-        raise AdapterError(f"{say}: a linear layer's experts can share A alone, not {config.share!r}; use none or A")
-    if config.kind == "scale" and (config.share != "none" or config.mixer or config.dropout):
-        raise AdapterError(f"{say}: kind scale has neither A nor a mixer nor an input; leave share, mixer and dropout")
-    if config.contrastive_coef and (config.kind == "scale" or config.combine not in ("top_k", "switch")):
-        raise AdapterError(
-            f"{say}: contrastive_coef compares outputs of chosen low-rank experts; use combine top_k or switch, or 0"
-        )
 
 
 class RoutedLinear(nn.Linear):

@@ -128,6 +128,15 @@ def test_every_combination_is_either_trained_or_refused_by_a_field_that_is_part_
         (BankConfig("mola", adapters=("a", "b"), top_k=1), "top_k=1 with renormalise: true weighs all choices 1"),
         (BankConfig("mola", temperature=2.0), "temperature has no effect"),
         (BankConfig("lora", dropout=1.0), "dropout must be at least 0 and less than 1, not 1.0"),
+        (BankConfig("lora", num_experts=4), "num_experts has no effect here: it belongs to a bank with a router"),
+        (BankConfig("lora", combine="soft"), "combine=soft with router: none"),
+        (BankConfig("mola", combine="sum"), "combine=sum with router: token"),
+        (BankConfig("mola", router="base"), "router=base with site: linear"),
+        (BankConfig("mola", num_experts=2, top_k=3), "top_k=3 is more than num_experts=2"),
+        (BankConfig("hydralora", router_aux_loss_coef=0.1), "router_aux_loss_coef has no effect"),
+        (BankConfig("molora", contrastive_coef=0.1), "contrastive_coef has no effect"),
+        (BankConfig("mov", mixer=True), "mixer=true stands between low-rank factors"),
+        (BankConfig("mola", share="outer"), "share=outer is not for site: linear"),
     ],
 )
 def test_a_bank_that_cannot_be_is_named_with_its_key(bank, part):

@@ -149,27 +149,3 @@ def test_missing_and_unknown_tasks_stop_the_run(context, words):
 def test_padding_needs_no_task():
     with batch_context(BatchContext(task_T=torch.tensor([0, -1]), mask_T=torch.tensor([True, False]))):
         assert router(TASKS)(torch.randn(2, IN)).gate_TE.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("bank", "words"),
-    [
-        (BankConfig("lora", num_experts=4), "combine static is of one expert, and num_experts is 4; use combine: sum"),
-        (BankConfig("lora", combine="soft"), "combine 'soft' needs a router"),
-        (BankConfig("mola", combine="sum"), "combine 'sum' makes no use of router 'token'"),
-        (BankConfig("mola", router="base"), "router 'base' is not one that is trained"),
-        (BankConfig("mola", num_experts=2, top_k=3), "top_k=3 must lie between 1 and num_experts=2"),
-        (BankConfig("molora", balance="switch", router_aux_loss_coef=0.1), "balance switch counts choices"),
-        (
-            BankConfig("mola", num_experts=(2, 4), balance_pooled=True, router_aux_loss_coef=0.1),
-            "layers with different num_experts have no common balance",
-        ),
-        (BankConfig("molora", contrastive_coef=0.1), "contrastive_coef compares outputs of chosen low-rank experts"),
-        (BankConfig("mov", mixer=True), "kind scale has neither A nor a mixer"),
-        (BankConfig("mola", share="outer"), "a linear layer's experts can share A alone"),
-    ],
-)
-def test_contradictions_are_refused_by_the_layers_name(bank, words):
-    layers = len(bank.num_experts) if isinstance(bank.num_experts, tuple) else 1
-    with pytest.raises(AdapterError, match=rf"layers\.0\.q_proj.*{words}"):
-        RoutedLinear(nn.Linear(IN, 5), bank_at(bank, 0, layers), "layers.0.q_proj")
