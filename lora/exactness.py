@@ -1,7 +1,9 @@
 """Which other forms hold exactly the function of an adapter, and why the others do not (no torch here).
 
 "Exactly" is meant of the function at inference: dropout and router jitter act in training only, and each weight of the
-result is rounded once, to the dtype that it is written in.
+result is rounded once, to the dtype that it is written in. And it is meant of products in fp32: a bank's router
+computes in fp32 whatever the model's dtype, those of Hugging Face's mixtures in the model's, so that an upcycled model
+in bf16 may choose other experts where two are nearly as good.
 """
 
 from __future__ import annotations

@@ -43,6 +43,8 @@ def write_upcycled(
 ) -> tuple[PreTrainedConfig, dict[str, Loss]]:
     """Write the mixture to ``out``, whole or not at all; returns its configuration and what rounding cost.
 
+    The configuration's dtype is that of the base's blocks, in which transformers' routers compute.
+
     Raises AdapterError for an adapter that no mixture computes, naming the bank, or that does not fit the base;
     FolderError if ``out`` exists or ``base`` has no weights.
     """
@@ -57,6 +59,7 @@ def write_upcycled(
     with new_folder(out) as temporary:
         write_tensors(writer.converted(read_tensors(base)), temporary)
         merger.check(base)
+        config.dtype = writer.routes_in
         config.save_pretrained(temporary)
         copy_companions(base, temporary)
     return config, merger.losses
@@ -70,6 +73,7 @@ class _Writer:
         self.deltas = {delta.name: delta for delta in blocks}
         self.target = next(target for target in TARGETS.values() if target.model_type == config.model_type)
         self.experts = next(iter(routers.values())).shape[0]
+        self.routes_in = torch.float32
 
     def converted(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of the mixture. Raises AdapterError if the base lacks a projection of a block."""
@@ -94,6 +98,7 @@ class _Writer:
             raise AdapterError(f"the base has no tensor {missing[0]}.weight; is it another base model?")
 
     def _cast(self, router_EH: Tensor, like: Tensor) -> Tensor:
+        self.routes_in = like.dtype
         cast = router_EH.to(like.dtype)
         loss = self.merger.losses["router"]
         loss.update += float(router_EH.double().square().sum())

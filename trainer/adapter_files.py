@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from lora.base_facts import BaseFacts
@@ -75,6 +76,12 @@ def _upcycled(adapter: Adapter, base: Path | None, out: Path) -> None:
         adapter.tensors, adapter.banks, _needed(base, "upcycled"), out, owners=adapter.owners
     )
     print(format_losses(losses))
+    if config.dtype != torch.float32:
+        print(
+            f"its routers compute in {str(config.dtype).removeprefix('torch.')} where planaria's compute in fp32: a "
+            "token may get other experts where two are nearly as good; load it with dtype=torch.float32 for the exact "
+            "function"
+        )
     print(f"wrote a {config.model_type} with {config.num_experts_per_tok} experts for each token to {out}")
 
 

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from inference.engine import LLM
 from lora.attach import attach
@@ -88,13 +88,14 @@ def test_every_form_of_a_plain_adapter_computes_the_same(base, adapters, tmp_pat
     assert sorted(os.listdir(tmp_path / "tasks")) == ["task-0", "task-1"]
 
 
-def test_a_mixlora_on_a_dense_model_becomes_a_mixture(tmp_path, capsys):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mixlora_on_a_dense_model_becomes_a_mixture(tmp_path, capsys, dtype):
     config = LlamaConfig(
         hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=64, initializer_range=0.2,
     )  # fmt: skip
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     banks = {"f": BankConfig("mixlora", num_experts=3, r=2)}
     attach(model, banks, [])
@@ -106,7 +107,12 @@ def test_a_mixlora_on_a_dense_model_becomes_a_mixture(tmp_path, capsys):
     save_adapter(tmp_path / "a", collect_adapter(model), banks, fingerprint(base), base_model=base)
     out = tmp_path / "moe"
     assert main(["adapter", "export", str(tmp_path / "a"), str(out), "--to", "upcycled", "--base", base]) == 0
-    assert "wrote a mixtral with 2 experts for each token" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "wrote a mixtral with 2 experts for each token" in said
+    assert ("its routers compute in bfloat16 where planaria's compute in fp32" in said) == (dtype == torch.bfloat16)
+    assert AutoConfig.from_pretrained(out).dtype == dtype
+    if dtype != torch.float32:
+        return
     got, want = logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)), logits(model)
     assert (got - want).norm() / want.norm() < 2e-6
 
