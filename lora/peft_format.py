@@ -158,6 +158,20 @@ def write_files(folder: Path, packed: Mapping[str, Tensor], config: Mapping[str,
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def lost_dropout(folder: Path, banks: Mapping[str, BankConfig]) -> str | None:
+    """A line on the dropout that PEFT's configuration in ``folder`` leaves out of the banks'; None if it has all."""
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    full = {name: float(expand(bank).dropout or 0) for name, bank in banks.items()}
+    kept = config.get("lora_dropout")  # absent where PEFT refuses the adapter
+    if kept is None or set(full.values()) <= {kept}:
+        return None
+    had = ", ".join(f"adapter.{name} {value:g}" for name, value in full.items())
+    return (
+        f"PEFT's file has lora_dropout {kept:g}, the banks have {had}: PEFT takes one number for all of them, and none "
+        "beside stacked experts. It acts in training only; set it again to train on there"
+    )
+
+
 def _config(ranks: list[_Rank], modules: list[str], parameters: list[str], base: str | None) -> dict[str, Any]:
     (r, alpha), _ = Counter((rank.r, rank.alpha) for rank in ranks).most_common(1)[0]
     told = _patterns(ranks, r, alpha)

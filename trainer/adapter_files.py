@@ -13,7 +13,7 @@ from lora.errors import AdapterError
 from lora.exactness import require
 from lora.format import Adapter, load_adapter, save_adapter
 from lora.merge import format_losses, merge_into_folder
-from lora.peft_format import write_peft
+from lora.peft_format import lost_dropout, write_peft
 from lora.peft_import import fingerprint_of, import_adapter
 from lora.presets import expansions
 from lora.tasks import write_tasks
@@ -59,6 +59,7 @@ def _peft(adapter: Adapter, base: Path | None, out: Path, per_expert: bool = Fal
     count = write_peft(
         adapter.tensors, adapter.banks, out, _facts(adapter, base), per_expert=per_expert, owners=adapter.owners
     )
+    _say(lost_dropout(out, adapter.banks))
     print(f"wrote {count} tensors for PEFT to {out}")
 
 
@@ -68,6 +69,7 @@ def _peft_per_expert(adapter: Adapter, base: Path | None, out: Path) -> None:
 
 def _tasks(adapter: Adapter, base: Path | None, out: Path) -> None:
     count = write_tasks(adapter.tensors, adapter.banks, out, _facts(adapter, base), owners=adapter.owners)
+    _say(lost_dropout(out / "task-0", adapter.banks))
     print(f"wrote {count} plain LoRAs for PEFT, one for each task, to {out}/task-0 and on")
 
 
@@ -98,6 +100,11 @@ _WRITERS: dict[str, Callable[[Adapter, Path | None, Path], None]] = {
     "upcycled": _upcycled,
     "merged": _merged,
 }
+
+
+def _say(line: str | None) -> None:
+    if line is not None:
+        print(line)
 
 
 def _facts(adapter: Adapter, base: Path | None) -> BaseFacts:

@@ -24,6 +24,7 @@ from checkpointing.materialise import whole
 from checkpointing.recovery import RecoveryError
 from checkpointing.store import Checkpoint, list_checkpoints, verify
 from lora.format import save_adapter
+from lora.peft_format import lost_dropout
 from lora.tenant_rules import alone
 from lora.trained import frozen_tensors
 from moe.bias import EXTRA
@@ -297,3 +298,5 @@ def write_adapter(recipe: Recipe, tensors: dict[str, Tensor], out: Path) -> None
     shapes, _, active = base_of(recipe)
     places = model_shapes(shapes, active).places
     save_adapter(out, tensors, recipe.adapter, fingerprint(base), base_model=base, topology=topology, places=places)
+    if line := lost_dropout(out, recipe.adapter):
+        print(line, flush=True)

@@ -88,6 +88,31 @@ def test_every_form_of_a_plain_adapter_computes_the_same(base, adapters, tmp_pat
     assert sorted(os.listdir(tmp_path / "tasks")) == ["task-0", "task-1"]
 
 
+def test_dropout_that_peft_cannot_have_is_said(base, tmp_path, capsys):
+    fields = {"r": 2, "alpha": 3.0}
+    tasks = BankConfig("moelora-task", ("q_proj",), r=8, num_tasks=2, dropout=0.1)
+    same, other = (BankConfig("lora", (name,), dropout=p, **fields) for name, p in (("q_proj", 0.1), ("v_proj", 0.2)))
+    stacked = BankConfig("expert-lora", dropout=0.1, **fields)
+    for form, banks, said in [
+        ("peft", {"a": same}, None),
+        (
+            "peft",
+            {"a": same, "b": other},
+            "lora_dropout 0, the banks have adapter.a 0.1, adapter.b 0.2: PEFT takes one",
+        ),
+        ("peft", {"a": same, "e": stacked}, "lora_dropout 0, the banks have adapter.a 0.1, adapter.e 0.1"),
+        ("peft-per-expert", {"e": stacked}, "lora_dropout 0, the banks have adapter.e 0.1"),
+        ("tasks", {"t": tasks}, "lora_dropout 0, the banks have adapter.t 0.1"),
+    ]:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        attach(model, banks, convert(model))
+        folder, out = tmp_path / f"{form}-{'-'.join(banks)}", tmp_path / f"{form}-{'-'.join(banks)}-out"
+        save_adapter(folder, collect_adapter(model), banks, fingerprint(base), base_model=str(base))
+        assert main(["adapter", "export", str(folder), str(out), "--to", form]) == 0
+        text = capsys.readouterr().out
+        assert said in text if said else "lora_dropout" not in text, (form, banks)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_mixlora_on_a_dense_model_becomes_a_mixture(tmp_path, capsys, dtype):
     config = LlamaConfig(
