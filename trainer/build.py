@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora.attach import AttachReport, attach, format_table
+from lora.attach import attach, format_table
 from lora.presets import expansions
 from lora.tenants import Tenant, attach_tenants
 from lora.trained import fill as fill_experts
@@ -68,9 +68,7 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
         top_k = blocks[0].experts.num_experts  # all of them are listed for every token
     exchange = set_exchange(blocks, top_k, dispatch=parallel.dispatch, overlap=parallel.overlap)
     if recipe.adapter:
-        report = _attached(model, recipe, process, blocks, layout.ep)
-        if process.rank == 0:
-            print("\n".join([*expansions(recipe.adapter), format_table(report)]), flush=True)
+        _adapt(model, recipe, process, blocks, layout.ep)
     model.to(process.device)
     for line in _settle_backends(blocks, section.experts_backend):
         if process.rank == 0:
@@ -86,21 +84,22 @@ def _adapted_dense(model: nn.Module, recipe: Recipe, process: Process) -> nn.Mod
         raise PlanError(problem)
     assign_addresses(model)
     fill(model, recipe.model.path)
-    report = _attached(model, recipe, process, [])
-    if process.rank == 0:
-        print(format_table(report), flush=True)
+    _adapt(model, recipe, process, [])
     return model.to(process.device)
 
 
-def _attached(model: nn.Module, recipe: Recipe, process: Process, blocks: list[MoEBlock], ep: int = 1) -> AttachReport:
+def _adapt(model: nn.Module, recipe: Recipe, process: Process, blocks: list[MoEBlock], ep: int = 1) -> None:
+    """Attach the banks; rank 0 prints each in full, and where it went."""
     if recipe.tenants:
-        return attach_tenants(model, recipe.adapter, slots_of(recipe), blocks)
-    report = attach(model, recipe.adapter, blocks, layout_ep=ep, seed=recipe.train.seed)
-    if any(bank.adapters for bank in recipe.adapter.values()):
-        # Rank 0 reads the base, to see that the adapters are its own.
-        base = recipe.model.path if process.rank == 0 else None
-        fill_experts(model, recipe.adapter, fingerprint(base) if base else None)
-    return report
+        report = attach_tenants(model, recipe.adapter, slots_of(recipe), blocks)
+    else:
+        report = attach(model, recipe.adapter, blocks, layout_ep=ep, seed=recipe.train.seed)
+        if any(bank.adapters for bank in recipe.adapter.values()):
+            # Rank 0 reads the base, to see that the adapters are its own.
+            base = recipe.model.path if process.rank == 0 else None
+            fill_experts(model, recipe.adapter, fingerprint(base) if base else None)
+    if process.rank == 0:
+        print("\n".join([*expansions(recipe.adapter), format_table(report)]), flush=True)
 
 
 def _softened(model: nn.Module, blocks: list[MoEBlock], recipe: Recipe, process: Process) -> nn.Module:

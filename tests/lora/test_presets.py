@@ -133,7 +133,6 @@ def test_every_combination_is_either_trained_or_refused_by_a_field_that_is_part_
         (BankConfig("mola", combine="sum"), "combine=sum with router: token"),
         (BankConfig("mola", router="base"), "router=base with site: linear"),
         (BankConfig("mola", num_experts=2, top_k=3), "top_k=3 is more than num_experts=2"),
-        (BankConfig("hydralora", router_aux_loss_coef=0.1), "router_aux_loss_coef has no effect"),
         (BankConfig("molora", contrastive_coef=0.1), "contrastive_coef has no effect"),
         (BankConfig("mov", mixer=True), "mixer=true stands between low-rank factors"),
         (BankConfig("mola", share="outer"), "share=outer is not for site: linear"),

@@ -9,11 +9,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora.attach import attach
+from lora.presets import expansions
 from moe.convert import assign_addresses
 from moe.family_table import DENSE
 from moe.load import FolderError, empty_model, fill
+from trainer.build import build_model
 from trainer.plan import PlanError, card, plan_run
 from trainer.recipe import load_recipe
+from trainer.rendezvous import Process
 from trainer.schema import Recipe
 
 MIXLORA = Path(__file__).resolve().parents[2] / "recipes" / "mixlora.yaml"
@@ -71,6 +74,14 @@ def test_the_plan_counts_what_attach_puts_there(bases, family):
     text = card(recipe, num_files=1, num_bytes=1)
     assert "none in the base, which is dense, 2 layers" in text
     assert "adapter.ffn" in text
+
+
+def test_a_dense_run_prints_its_banks_in_full(bases, capsys):
+    recipe = recipe_of(bases["llama"])
+    build_model(recipe, Process(0, 1, 0, torch.device("cpu")), vocab_size=64)
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if " = " in line] == expansions(recipe.adapter)
+    assert sum(line.startswith("bank ") for line in said) == 1
 
 
 @pytest.mark.parametrize(
