@@ -98,16 +98,10 @@ class AdapterWatch:
         """Every adapter of the whole job has been seen to get a gradient; all hooks are gone."""
         return not self._places
 
-    def check(
-        self,
-        grads: Callable[[nn.Parameter], Tensor | None] | None = None,
-        reduce: Callable[[Tensor], Tensor] | None = None,
-    ) -> list[str]:
+    def check(self, reduce: Callable[[Tensor], Tensor] | None = None) -> list[str]:
         """Names of the adapters that no token with loss has reached so far. Collective: call on every rank.
 
         Args:
-            grads: where to read B's gradient instead of what the hooks observed, e.g. after the
-                optimizer's own reduction; None means this parameter has no gradient.
             reduce: returns the sum of a tensor over all ranks of the job; None on a single rank.
 
         Raises AdapterError, on every rank, naming each adapter that processed tokens with loss on any
@@ -116,8 +110,6 @@ class AdapterWatch:
         if self.done:
             return []
         sites = [site for place in self._places for site in place.sites]
-        if grads is not None:
-            _reread(sites, grads)
         flags = torch.stack([torch.cat([s.seen for s in sites]), torch.cat([s.moved for s in sites])]).float()
         seen, moved = ((reduce(flags) if reduce else flags) > 0).cpu()
         dead, pending, start = [], [], 0
@@ -145,14 +137,6 @@ class AdapterWatch:
             if place.passed:
                 place.release()
         self._places = [place for place in self._places if not place.passed]
-
-
-def _reread(sites: list[_Site], grads: Callable[[nn.Parameter], Tensor | None]) -> None:
-    for site in sites:
-        site.moved.zero_()
-        grad = grads(site.parameter)
-        if grad is not None:
-            site.record(grad.view_as(site.parameter))
 
 
 def _site(names: list[str], parameter: nn.Parameter, first: int = 0) -> _Site:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import NamedTuple
 
-FORMS = ("peft", "peft-per-expert", "tasks", "upcycled", "merged")
+from lora.exactness import FORMS
 
 
 class Verb(NamedTuple):

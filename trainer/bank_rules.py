@@ -9,15 +9,16 @@ from typing import Any
 from lora.combinations import faults, idle
 from lora.config import BankConfig
 from lora.presets import expand, matches
+from lora.targets import OUTPUT, ROUTER
 from trainer.adapter_seal import adapter_problem
 from trainer.recipe_view import Finding, View
 
-# Names of linear layers that must not be adapted, and why.
+# What is refused by its name before the model is known; lora.targets refuses what the model has.
 _REFUSED = {
-    "lm_head": "the output layer is in no layer of the model",
+    "lm_head": OUTPUT,
     "embed_tokens": "embeddings are no linear layer",
-    "gate": "routers choose experts and stay as they are",
-    "router": "routers choose experts and stay as they are",
+    "gate": ROUTER,
+    "router": ROUTER,
 }
 
 

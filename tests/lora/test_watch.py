@@ -205,19 +205,6 @@ def test_an_expert_first_routed_later_is_checked_then(tiny_moe, monkeypatch):
     assert late in str(caught.value)
 
 
-def test_gradients_may_be_read_from_elsewhere(tiny_moe):
-    model, blocks = built(tiny_moe)
-    lost = blocks[0].experts.adapter.gate_up_proj.B
-    watch = AdapterWatch(model)
-    step(model)
-    with pytest.raises(AdapterError, match=r"L00\.E00\d\.adapter\.gate_up_proj\.B"):
-        watch.check(grads=lambda p: None if p is lost else p.grad)
-    model, _ = built(tiny_moe)
-    watch = AdapterWatch(model)
-    step(model)
-    watch.check(grads=lambda p: p.grad)
-
-
 def test_ranks_are_judged_together(tiny_moe):
     """Rank 1 holds experts that only rank 0's tokens chose: the sum over ranks tells, on both ranks."""
     banks = {"e": BANKS["e"]}
@@ -258,11 +245,11 @@ def test_an_expert_of_a_routed_bank_that_no_token_chose_raises_no_alarm_and_one_
 
     model, _ = built(tiny_moe, {"a": BANKS["a"]})
     bank = model.get_submodule(path).adapter
-    watch = AdapterWatch(model)
     bank.B.register_hook(lambda grad: grad * torch.tensor([1.0, 0, 1, 1]).view(4, 1, 1))
+    watch = AdapterWatch(model)
     step(model)
     with pytest.raises(AdapterError, match=r"^no gradient reached \S+layers\.1\.self_attn\.v_proj\.adapter\.B\[1\], "):
-        watch.check(grads=lambda p: p.grad)
+        watch.check()
 
 
 class _Beside(torch.nn.Module):

@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Moe
 from inference.engine import LLM
 from lora.attach import attach
 from lora.config import BankConfig
+from lora.exactness import FORMS
 from lora.format import collect_adapter, load_adapter, save_adapter
 from moe.convert import convert
 from moe.fingerprint import fingerprint
-from trainer.adapter_cli import FORMS
 from trainer.cli import main
 
 LORA = {"e": BankConfig("expert-lora", r=2, alpha=3.0), "a": BankConfig("lora", ("q_proj",), r=2, alpha=3.0)}
