@@ -1,7 +1,7 @@
 """Which bank an adapter's tensor belongs to (no torch here).
 
 Banks are put where :func:`lora.targets.resolve` finds places for them, and the same answer is given here. Where the
-model's places are not known, the kind of site is read off the tensors' names; what that leaves open is refused.
+model's places do not tell, the kind of site is read off the tensors' names; what that leaves open is refused.
 """
 
 from __future__ import annotations
@@ -28,23 +28,15 @@ def owners_of(paths: Iterable[str], banks: Mapping[str, BankConfig], places: Pla
     {'model.layers.3.mlp.experts.adapter.down_proj.A': 'e', 'model.layers.3.mlp.up_proj.adapter.A': 'all'}
     """
     paths = list(paths)
-    if places is not None:
-        return _by_places(paths, banks, {placed.path: placed.bank for placed in resolve(banks, places)})
+    placed = {} if places is None else {one.path: one.bank for one in resolve(banks, places)}
     inside: dict[str, set[str]] = {}
     for path in paths:
         place, head = _split(path)
         inside.setdefault(place, set()).add(head)
-    return {path: _by_name(path, banks, inside) for path in paths}
-
-
-def _by_places(paths: Iterable[str], banks: Mapping[str, BankConfig], placed: Mapping[str, str]) -> dict[str, str]:
     owners = {}
     for path in paths:
         place, head = _split(path)
-        owner = placed.get(f"{place}.{head}", placed.get(place))
-        if owner is None:
-            raise _nobody(path, banks)
-        owners[path] = owner
+        owners[path] = placed.get(f"{place}.{head}") or placed.get(place) or _by_name(path, banks, inside)
     return owners
 
 
@@ -58,7 +50,7 @@ def _by_name(path: str, banks: Mapping[str, BankConfig], inside: Mapping[str, se
         if place and (full := expand(bank)).site in sites and any(matches(target, named) for target in full.targets)
     ]
     if not found:
-        raise _nobody(path, banks)
+        raise AdapterError(f"{path} belongs to none of the banks {', '.join(banks)}")
     if len(found) > 1:
         raise AdapterError(
             f"{path} could belong to adapter.{found[0]} or adapter.{found[1]}; give the places of the model that the "
@@ -78,7 +70,3 @@ def _split(path: str) -> tuple[str, str]:
     """The adapted module, and the first part of the name inside its adapter."""
     place, _, inner = path.rpartition(".adapter.")
     return place, inner.partition(".")[0]
-
-
-def _nobody(path: str, banks: Mapping[str, BankConfig]) -> AdapterError:
-    return AdapterError(f"{path} belongs to none of the banks {', '.join(banks)}")
