@@ -169,8 +169,10 @@ def loramoe() -> Values:
     """LoRAMoE (arXiv 2312.09979).
 
     y = W x + sum_e g_e s B_e A_e x,  g = softmax(W_r x), for each linear layer of the feed-forward block
-    loss + c CV^2(Q * I) of each: Q_e sums g_e over the tokens of a task, I_e is 1 + localized_delta for the half of the
-    experts that belongs to its type of task and 1 - localized_delta for the other
+    loss + c CV^2(Q * I) of each, over all samples m of a micro-batch and experts e: Q_me sums g_e over the tokens of
+    the sample (a row, or a sample packed into one), I_me is 1 + localized_delta for the half of the experts that
+    belongs to the type of the sample's task and 1 - localized_delta for the other. Type 0 is task 0 of data.task_key,
+    type 1 are all others.
 
     Defaults: targets gate_proj, up_proj and down_proj, num_experts 8, r 4, alpha 32, router token, combine soft,
     balance localized_cv2, router_aux_loss_coef 0, localized_delta 0.1.

@@ -11,6 +11,7 @@ from lora.config import BankConfig
 from lora.presets import expand, matches
 from lora.targets import OUTPUT, ROUTER
 from trainer.adapter_seal import adapter_problem
+from trainer.data_rules import task_need
 from trainer.recipe_view import Finding, View
 
 # What is refused by its name before the model is known; lora.targets refuses what the model has.
@@ -98,6 +99,13 @@ def _nothing_trains(view: View, bank: str) -> Iterator[Finding]:
         )
 
 
+def _tasks(view: View, bank: str) -> Iterator[Finding]:
+    """Tenants' data may differ in format; they have no banks that need tasks."""
+    full = expanded(view, bank)
+    if (need := task_need(full)) and not (view("data.format") == "chat" and view("data.task_key")):
+        yield f"{bank}.{'router' if full.router == 'task' else 'balance'}", f"{bank}{need}"
+
+
 BANK_RULES: tuple[Callable[[View, str], Iterator[Finding]], ...] = (
     _empty,
     _faults,
@@ -106,4 +114,5 @@ BANK_RULES: tuple[Callable[[View, str], Iterator[Finding]], ...] = (
     _overlap,
     _adapters,
     _nothing_trains,
+    _tasks,
 )

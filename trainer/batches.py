@@ -16,6 +16,8 @@ from trainer.chat_data import ChatDataset, ChatRow
 from trainer.data import PackedDataset, batch_ids, sample_order
 from trainer.schema import Recipe
 
+_CHAT_FIELDS = ("ids_S", "labels_S", "position_S", "segment_S", "task_S", "mask_S")
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -43,17 +45,19 @@ def make_batch(rows: Sequence[Any], device: torch.device, mean_over: float | Non
         consumed = ids_BS.numpy().tobytes()
         ids_BS = ids_BS.to(device)
         return Batch({"input_ids": ids_BS, "labels": ids_BS}, {"shape": tuple(ids_BS.shape)}, consumed)
-    fields = ("ids_S", "labels_S", "position_S", "segment_S", "task_S", "mask_S")
-    stacked = [np.stack([getattr(row, name) for row in rows]) for name in fields]
-    ids, labels, positions, segments, tasks, mask = (torch.from_numpy(array).to(device) for array in stacked)
-    inputs = {"input_ids": ids, "labels": labels, "position_ids": positions, "num_items_in_batch": mean_over}
-    facts = {
-        "shape": tuple(ids.shape),
-        "mask_T": mask.flatten(),
-        "segment_T": segments.flatten(),
-        "task_T": tasks.flatten(),
+    named = [name for name in _CHAT_FIELDS if getattr(rows[0], name) is not None]
+    stacked = {name: np.stack([getattr(row, name) for row in rows]) for name in named}
+    there = {name: torch.from_numpy(array).to(device) for name, array in stacked.items()}
+    ids = there["ids_S"]
+    inputs = {
+        "input_ids": ids,
+        "labels": there["labels_S"],
+        "position_ids": there["position_S"],
+        "num_items_in_batch": mean_over,
     }
-    return Batch(inputs, facts, b"".join(array.tobytes() for array in stacked))
+    facts = {f"{name}_T": there[f"{name}_S"].flatten() for name in ("mask", "segment", "task") if f"{name}_S" in there}
+    consumed = b"".join(array.tobytes() for array in stacked.values())
+    return Batch(inputs, {"shape": tuple(ids.shape), **facts}, consumed)
 
 
 def training_rows(

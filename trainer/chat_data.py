@@ -48,7 +48,7 @@ class ChatRow:
         ids_S, labels_S: int64; a label is its own token (the model shifts them), or -100 without loss.
         segment_S: which of the row's samples a token belongs to, from 0.
         position_S: from 0 in each sample.
-        task_S: the sample's task; 0 where there is none.
+        task_S: the sample's task, 0 for padding; None if the data names no tasks.
         mask_S: false for padding.
         places: where the samples come from, ``FILE:LINE``, without the files' common folder.
         cut: how many tokens each sample has lost.
@@ -58,7 +58,7 @@ class ChatRow:
     labels_S: np.ndarray
     segment_S: np.ndarray
     position_S: np.ndarray
-    task_S: np.ndarray
+    task_S: np.ndarray | None
     mask_S: np.ndarray
     places: tuple[str, ...]
     cut: tuple[int, ...]
@@ -81,6 +81,7 @@ class ChatDataset:
         self._samples = mapped("samples", "int64").reshape(-1, 5)
         self._order, self._rows = mapped("order", "int64"), mapped("rows", "int64")
         self._files: list[str] = meta["files_read"]
+        self._names_tasks = bool(meta["chat"]["tasks"])
 
     def __len__(self) -> int:
         return len(self._rows) - 1
@@ -107,7 +108,7 @@ class ChatDataset:
             labels_S,
             segment_S,
             position_S,
-            task_S,
+            task_S if self._names_tasks else None,
             np.arange(length) < at,
             places,
             tuple(samples[:, 3].tolist()),

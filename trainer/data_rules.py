@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora.config import BankConfig
 from trainer.schema import DataSection, Recipe
 
 if TYPE_CHECKING:
@@ -32,14 +33,23 @@ def resolved_chat(data: DataSection, folder: Path) -> DataSection:
     )
 
 
+def task_need(bank: BankConfig) -> str:
+    """What follows an expanded bank's name in a sentence if it needs tasks and the data names none; else nothing."""
+    remedy = "and the data names none; write data.format: chat and data.task_key"
+    if bank.router == "task":
+        return f" routes by task, {remedy}"
+    if bank.balance == "localized_cv2" and bank.router_aux_loss_coef:
+        return f".balance=localized_cv2 evens out experts by task, {remedy}, or router_aux_loss_coef: 0"
+    return ""
+
+
 def task_problem(recipe: Recipe, tasks: Sequence[str]) -> str:
-    """What is wrong if an adapter routes by tasks that the data does not name, or not as many; else nothing."""
+    """What is wrong if an adapter needs tasks that the data does not name, or not as many; else nothing."""
     for name, bank in recipe.adapter.items():
-        if bank.router != "task":
-            continue
-        if not tasks:
-            return f"adapter.{name} routes by task, and the data names none; write data.format: chat and data.task_key"
-        if bank.num_tasks != len(tasks):
+        need = task_need(bank)
+        if need and not tasks:
+            return f"adapter.{name}{need}"
+        if bank.router == "task" and bank.num_tasks != len(tasks):
             return (
                 f"adapter.{name}.num_tasks={bank.num_tasks}, and the data has {len(tasks)} tasks "
                 f"({', '.join(tasks[:10])}{', ...' if len(tasks) > 10 else ''}); write num_tasks: {len(tasks)}"

@@ -58,7 +58,7 @@ def chat_lines(
     learn_S = row.labels_S != IGNORED
     for number, (place, lost, length) in enumerate(zip(row.places, row.cut, row.lengths, strict=True)):
         here = row.mask_S & (row.segment_S == number)
-        task = f", task {tasks[int(row.task_S[here][0])]}" if tasks else ""
+        task = f", task {tasks[int(row.task_S[here][0])]}" if row.task_S is not None else ""
         cut = f", cut: {lost} tokens more" if lost else ""
         yield (
             f"--- sample {number + 1} of {len(row.places)}: {place}, {length} tokens, "

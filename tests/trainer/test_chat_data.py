@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from lora.config import BankConfig
+from lora.presets import expand
 from trainer import chat_data, evaluation
 from trainer.batches import labels_of_step, make_batch, training_rows
 from trainer.chat_data import IGNORED, ChatDataset
@@ -130,13 +132,29 @@ def test_tasks_are_numbered_in_sorted_order_over_both_parts(tmp_path: Path) -> N
 
 
 def test_adapters_that_route_by_task_need_as_many_as_the_data_has() -> None:
-    bank = SimpleNamespace(router="task", num_tasks=3)
-    recipe: Any = SimpleNamespace(adapter={"other": SimpleNamespace(router="token"), "mine": bank})
+    banks = {"other": BankConfig("loramoe"), "mine": BankConfig("moelora-task", num_tasks=3)}
+    recipe: Any = SimpleNamespace(adapter={name: expand(bank) for name, bank in banks.items()})
     assert task_problem(recipe, ["a", "b", "c"]) == ""
     assert "adapter.mine.num_tasks=3, and the data has 2 tasks (a, b); write num_tasks: 2" in task_problem(
         recipe, ["a", "b"]
     )
     assert "adapter.mine routes by task, and the data names none; write data.format" in task_problem(recipe, [])
+
+
+def test_a_balance_by_task_needs_data_that_names_tasks() -> None:
+    for coef, problem in ((0.0, ""), (0.1, "adapter.mine.balance=localized_cv2 evens out experts by task, ")):
+        bank = expand(BankConfig("loramoe", router_aux_loss_coef=coef))
+        recipe: Any = SimpleNamespace(adapter={"mine": bank})
+        assert task_problem(recipe, ["a", "b", "c"]) == ""
+        found = task_problem(recipe, [])
+        assert found.startswith(problem)
+        assert bool(found) == bool(problem)
+
+
+def test_rows_of_data_that_names_no_tasks_have_none(tmp_path: Path) -> None:
+    rows = [{**row, "kind": "ab"[i % 2]} for i, row in enumerate(rows_of(20))]
+    assert load(tmp_path, rows).train[0].task_S is None
+    assert load(tmp_path, rows, task_key="kind").train[0].task_S is not None
 
 
 def test_the_cache_is_built_once_and_again_if_damaged(tmp_path: Path) -> None:

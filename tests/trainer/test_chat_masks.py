@@ -45,12 +45,13 @@ def row_of(samples, length, tasks=None):
     """A row of (ids, learn) samples, put together by hand."""
     ids_S, labels_S = np.zeros(length, np.int64), np.full(length, IGNORED, np.int64)
     segment_S, position_S = np.full(length, len(samples), np.int64), np.zeros(length, np.int64)
-    task_S, at = np.zeros(length, np.int64), 0
+    task_S, at = np.zeros(length, np.int64) if tasks else None, 0
     for i, (ids, learn) in enumerate(samples):
         for j, (token, counts) in enumerate(zip(ids, learn, strict=True)):
             ids_S[at], segment_S[at], position_S[at] = token, i, j
             labels_S[at] = token if counts else IGNORED
-            task_S[at] = tasks[i] if tasks else 0
+            if tasks:
+                task_S[at] = tasks[i]
             at += 1
     position_S[at:] = range(length - at)
     places = tuple(f"x:{i + 1}" for i in range(len(samples)))
@@ -177,5 +178,7 @@ def test_padding_is_marked_and_tasks_belong_to_their_samples():
     assert facts["mask_T"].tolist() == [True] * 7 + [False] * 3 + [True] * 10
     assert facts["segment_T"].tolist() == [0] * 4 + [1] * 3 + [2] * 3 + [0] * 10
     assert facts["task_T"].tolist() == [2] * 4 + [1] * 3 + [0] * 3 + [1] * 10
+    unnamed = make_batch([row_of(some_samples((4, 3)), 10)], CPU, 1.0)
+    assert BatchContext(**unnamed.facts).task_T is None, "else adapters would take all samples for ones of task 0"
     assert batch.inputs["position_ids"][0].tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1, 2]
     assert batch.inputs["labels"][0, 4] == IGNORED, "no sample's first token is predicted from the sample before"
