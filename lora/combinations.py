@@ -218,8 +218,6 @@ def _trained(full: BankConfig) -> Iterator[Finding]:
         yield "r", f"r={shown(full.r)}: adapters of all layers are kept at one rank; write the largest of theirs"
     if full.score != "linear":
         yield from _scored(full)
-    if full.score != "arrow" and full.combine == "top_k" and full.top_k == 1 and full.renormalise:
-        yield "top_k", "top_k=1 with renormalise: true weighs all choices 1, so that no router trains; write top_k: 2"
 
 
 def _scored(full: BankConfig) -> Iterator[Finding]:
@@ -264,6 +262,7 @@ def _counts(full: BankConfig) -> Iterator[Finding]:
     counts = _as_tuple(full.num_experts)
     if "top_k" in used and (full.top_k or 1) > min(counts):
         yield "top_k", f"top_k={full.top_k} is more than num_experts={shown(full.num_experts)}; choose fewer"
+    yield from _settled(full)
     if full.router == "task" and (full.num_tasks or 1) < 2:
         yield "num_tasks", f"num_tasks={full.num_tasks}: routing by task needs two or more; write how many the data has"
     if full.rank_rule == "per_total" and "num_experts" in used and full.kind == "lowrank":
@@ -274,6 +273,26 @@ def _counts(full: BankConfig) -> Iterator[Finding]:
                 f"r={shown(full.r)} cannot be divided among num_experts={shown(full.num_experts)} (rank_rule: "
                 "per_total); choose a multiple",
             )
+
+
+def _settled(full: BankConfig) -> Iterator[Finding]:
+    """Routers whose weights are 1 whatever they learn: a softmax over a single logit."""
+    if not _own(full) or full.score == "arrow":  # which trains nothing
+        return
+    if 1 in _as_tuple(full.num_experts):
+        less = ", or for one expert that all tokens use router: none and combine: static"
+        yield (
+            "num_experts",
+            f"num_experts={shown(full.num_experts)} leaves router: {full.router} nothing to choose where it is 1, so "
+            f"that router never trains; write 2 or more{less if 'none' in _ROUTERS[str(full.site)] else ''}",
+        )
+    elif full.combine == "top_k" and full.top_k == 1 and full.renormalise:
+        switch = " or combine: switch" if full.router == "token" and full.score == "linear" else ""
+        yield (
+            "renormalise",
+            "renormalise=true makes the only weight of top_k=1 always 1, so the router learns nothing from the model's "
+            f"loss; write renormalise: false{switch}",
+        )
 
 
 def _as_tuple(value: Count | None) -> tuple[int, ...]:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lora.combinations import faults
 from lora.config import BankConfig
 from lora.linear import RoutedLinear
-from lora.presets import bank_at
+from lora.presets import bank_at, expand
 from moe.context import BatchContext, batch_context
 from tests.lora.reference_linear import REFERENCES, Facts, Result
 
@@ -31,7 +32,7 @@ METHODS: dict[str, BankConfig] = {
     "hydralora": BankConfig("hydralora", r=3),
     "moelora-task": BankConfig("moelora-task", num_experts=4, r=8, dropout=0.0, num_tasks=3, task_embedding=4),
     "mola": BankConfig("mola", r=3, num_experts=5, router_aux_loss_coef=0.7, z_loss_coef=0.3),
-    "mola, one chosen": BankConfig("mola", r=3, num_experts=5, top_k=1, router_aux_loss_coef=0.7),
+    "mola, one chosen": BankConfig("mola", r=3, num_experts=5, top_k=1, renormalise=False, router_aux_loss_coef=0.7),
     "mola, all chosen": BankConfig("mola", r=3, num_experts=5, top_k=5, renormalise=False, router_aux_loss_coef=0.7),
     "moelora": BankConfig(
         "moelora", r=3, num_experts=4, router_aux_loss_coef=0.7, contrastive_coef=0.5, contrastive_temperature=0.3
@@ -163,6 +164,18 @@ def test_outputs_and_all_gradients_over_three_steps(method, kind):
         same_gradients(fast, slow)
         for optimizer in optimizers:
             optimizer.step()
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if expand(METHODS[m]).router != "none"])
+def test_the_models_loss_alone_trains_all_of_the_router(method):
+    """Without the losses of the router's own, which would hide that its weights are the same whatever it learns."""
+    bank = BankConfig(**{**vars(METHODS[method]), "router_aux_loss_coef": 0.0, "z_loss_coef": 0.0})
+    linear, here = made(bank), batch(METHODS[method], "whole")
+    assert not list(faults(expand(bank)))
+    with of(here, aux_scale=1.0):
+        linear(tokens_of(here.shape, 0)).sin().sum().backward()
+    for name, parameter in linear.adapter.router.named_parameters():
+        assert parameter.grad.norm() > 1e-3 * parameter.norm(), name
 
 
 @pytest.mark.parametrize("method", METHODS)
