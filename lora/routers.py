@@ -19,6 +19,7 @@ from lora.factors import start_init, uniform_init
 from lora.objectives import inject_losses, real_tokens
 from moe.capacity import capacity, within_capacity
 from moe.context import current
+from moe.gates import jittered
 from moe.refs import TensorAddress
 
 
@@ -100,7 +101,7 @@ class BankRouter(nn.Module):
         h_TD = self._tasks(x_TM) if self.here.config.router == "task" else x_TM
         jitter = self.here.config.jitter
         if jitter and self.training:
-            h_TD = h_TD * torch.empty_like(h_TD).uniform_(1 - jitter, 1 + jitter)
+            h_TD = jittered(h_TD, jitter)
         logits_TE = wide_linear(h_TD, self.weight)
         if self.here.config.score == "arrow":  # a singular vector's sign means nothing
             logits_TE = logits_TE.abs()

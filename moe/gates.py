@@ -71,7 +71,7 @@ class Gate(nn.Module):
         """Logits [T,E], weights [T,K] and experts [T,K]; with expert choice K is E."""
         x_TH, jitter = hidden_states.reshape(-1, hidden_states.shape[-1]), self.policy.jitter
         if self.training and jitter:
-            x_TH = x_TH * torch.empty_like(x_TH).uniform_(1 - jitter, 1 + jitter)
+            x_TH = jittered(x_TH, jitter)
         logits_TE = self._logits(x_TH)
         if self.policy.choice == "expert":
             weights_TK, index_TK, kept_TK = self._chosen_by_experts(logits_TE)
@@ -88,8 +88,8 @@ class Gate(nn.Module):
         bias: Any = getattr(self, "bias", None)
         if self.policy.spec.fp32_linear:
             wide = torch.promote_types(weight.dtype, torch.float32)
-            x_TH, weight, bias = x_TH.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
-        return F.linear(x_TH, weight, bias)
+            weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
+        return F.linear(x_TH.to(weight.dtype), weight, bias)
 
     def _chosen_by_tokens(self, logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         policy, context = self.policy, current()
@@ -120,6 +120,12 @@ class Gate(nn.Module):
 
     def extra_repr(self) -> str:
         return f"layer={self.layer}, {self.policy}"
+
+
+def jittered(x: Tensor, jitter: float) -> Tensor:
+    """``x`` times draws from ``[1 - jitter, 1 + jitter]``, in fp32 or wider: near 1, bf16 has steps of 1/128."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.to(wide) * torch.empty_like(x, dtype=wide).uniform_(1 - jitter, 1 + jitter)
 
 
 def replayed(layer: int, tokens: int, top_k: int) -> Tensor | None:

@@ -92,6 +92,16 @@ def test_jitter_comes_from_the_default_generator_in_training_alone():
     assert torch.equal(module(x).logits_TE, x @ module.weight.T)
 
 
+def test_jitter_is_finer_than_the_models_dtype():
+    """bf16 knows three numbers from 0.99 to 1.01, so all experts' logits would be 1 of 3 values of a lone feature."""
+    module = router(BankConfig("mola", num_experts=4, jitter=0.01, combine="soft", router_init=1.0), torch.bfloat16)
+    one_TM = torch.eye(IN, dtype=torch.bfloat16)[:1].expand(256, -1)
+    factor_T = (module(one_TM).logits_TE[:, 0] / module.weight[0, 0]).detach()
+    assert len(factor_T.unique()) > 200
+    assert float((factor_T - 1).abs().max()) <= 0.0101
+    assert float((factor_T - 1).std()) == pytest.approx(0.01 / 3**0.5, rel=0.2)
+
+
 def test_recomputed_layers_draw_the_same_jitter_and_dropout():
     bank = BankConfig("mola", num_experts=4, r=3, jitter=0.3, dropout=0.3, router_aux_loss_coef=1.0)
     gradients = []

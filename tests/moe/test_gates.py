@@ -12,7 +12,7 @@ from moe.capacity import capacity
 from moe.context import BatchContext, batch_context
 from moe.convert import convert
 from moe.families import find_moe_blocks
-from moe.gates import RoutingPolicy, observe_gates, replace_gate
+from moe.gates import RoutingPolicy, jittered, observe_gates, replace_gate
 from moe.routing import RouterSpec, RoutingError, spec_of
 from moe.stats import RoutingMeter
 from tests.moe.tiny_families import tiny
@@ -218,3 +218,10 @@ def test_gates_repeat_bit_by_bit_and_read_nothing_back_from_a_gpu(aux, by, devic
         torch.utils.deterministic.fill_uninitialized_memory = fill
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_jitter_is_finer_than_the_models_dtype():
+    """Of bf16 numbers there are three from 0.99 to 1.01."""
+    factors = jittered(torch.ones(4096, dtype=torch.bfloat16), 0.01)
+    assert len(factors.unique()) > 3900
+    assert 0.0099 < float((factors - 1).abs().max()) <= 0.0101
