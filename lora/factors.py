@@ -105,7 +105,14 @@ def factored_delta(x_NM: Tensor, a_LRM: Tensor, b_LOR: Tensor, counts_L: Tensor,
     backend = choose_backend(x_NM.device, x_NM.dtype, a_LRM.shape[2], b_LOR.shape[1]).name
     if backend == "loop":
         return FactoredDelta.apply(x_NM, a_LRM, b_LOR, counts_L.tolist(), scale)
-    # The grouped product wants aligned operands; ranks that are not are padded with zeros.
-    lacking = -a_LRM.shape[1] % 8
-    z_NR = grouped_linear(x_NM, F.pad(a_LRM, (0, 0, 0, lacking)), counts_L, backend) * scale
-    return grouped_linear(z_NR, F.pad(b_LOR, (0, lacking)), counts_L, backend)
+    z_NR = grouped_linear(x_NM, aligned(a_LRM, 1), counts_L, backend) * scale
+    return grouped_linear(z_NR, aligned(b_LOR, 2), counts_L, backend)
+
+
+def aligned(factor: Tensor, axis: int) -> Tensor:
+    """``factor`` with its rank, which is that axis, filled up with zeros to a multiple of 8, as grouped products want.
+
+    Both factors of a product have to be: the delta stays what it was, and so do the gradients of what was there.
+    """
+    lacking = -factor.shape[axis] % 8
+    return F.pad(factor, (0, 0) * (factor.dim() - 1 - axis) + (0, lacking)) if lacking else factor

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora.config import BankAt
 from lora.errors import AdapterError
-from lora.factors import stacked_init
+from lora.factors import aligned, stacked_init
 from lora.linear import LinearBank
 from lora.pairs import collect_rows, spread_rows
 from moe.assignment import Assignment, assign
@@ -82,7 +82,9 @@ class FollowingBank(nn.Module):
 
 
 def _delta(x_TH: Tensor, gate_TK: Tensor, a_ERH: Tensor, b_EHR: Tensor, assignment: Assignment, scale: float) -> Tensor:
-    backend = choose_backend(x_TH.device, x_TH.dtype, *a_ERH.shape[1:]).name
+    backend = choose_backend(x_TH.device, x_TH.dtype, a_ERH.shape[2]).name
+    if backend != "loop":
+        a_ERH, b_EHR = aligned(a_ERH, 1), aligned(b_EHR, 2)
     z_NR = grouped_linear(spread_rows(x_TH, assignment), a_ERH, assignment.counts_L, backend)
     gate_N1 = (assignment.spread(gate_TK) * scale).to(z_NR.dtype)[:, None]
     return collect_rows(grouped_linear(z_NR * gate_N1, b_EHR, assignment.counts_L, backend), assignment)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lora.factors import aligned
 from lora.pairs import collect_rows, spread_rows
 from moe.assignment import Assignment
 from moe.form import ExpertForm
@@ -74,13 +75,18 @@ def mix(
     """
     dtype = u_TI.dtype
     factors = tuple(t.to(dtype) for t in stacks.tensors)
-    rank, hidden = stacks.b_gate.shape[2], x_TH.shape[1]
-    if choose_backend(u_TI.device, dtype, rank, hidden, u_TI.shape[1]).name == "loop":
+    if choose_backend(u_TI.device, dtype, x_TH.shape[1], u_TI.shape[1]).name == "loop":
         return _Mix.apply(x_TH, u_TI, v_TI, gate_TK, *factors, keep_NI, assignment, form, scales)
-    inputs = (x_TH, u_TI, v_TI, gate_TK, *factors)
+    inputs = (x_TH, u_TI, v_TI, gate_TK, *_aligned(*factors))
     return checkpoint(
         _grouped, *inputs, keep_NI, assignment, form, scales, use_reentrant=False, preserve_rng_state=False
     )
+
+
+def _aligned(a_in: Tensor, b_gate: Tensor, b_up: Tensor, a_down: Tensor, b_down: Tensor) -> tuple[Tensor, ...]:
+    """The factors with a rank that grouped products take, gate and up each by itself."""
+    a_in = aligned(a_in.unflatten(1, (2, -1)), 2).flatten(1, 2)
+    return a_in, aligned(b_gate, 2), aligned(b_up, 2), aligned(a_down, 1), aligned(b_down, 2)
 
 
 def _grouped(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lora.attach import attach
 from lora.owners import owners_of
 from lora.presets import expand
 from moe.convert import convert
+from moe.kernels.grouped import Backend, grouped_linear
 
 
 @pytest.fixture(scope="session")
@@ -126,3 +128,33 @@ def plain_logits():
 
 def _adding(a: torch.Tensor, b: torch.Tensor, scale: float):
     return lambda _module, args, y: y + functional.linear(functional.linear(args[0], a), b) * scale
+
+
+@pytest.fixture
+def grouped_products(monkeypatch):
+    """Of a module, a switch that lets it choose and lay out grouped products as on a GPU, computed by the loop.
+
+    Sizes that a GPU would refuse are refused, and having chosen the loop is an error.
+    """
+
+    def choose(_device, _dtype, *widths):
+        assert not any(width % 8 for width in widths), f"falls back to the loop, which reads back: {widths}"
+        return Backend("grouped_mm", "")
+
+    def product(x_NM, weight_LOM, counts_L, backend):
+        assert backend == "grouped_mm"
+        assert not any(width % 8 for width in weight_LOM.shape[1:]), weight_LOM.shape
+        return grouped_linear(x_NM, weight_LOM, counts_L, "loop")
+
+    def of(module):
+        @contextmanager
+        def switched(on):
+            with monkeypatch.context() as patch:
+                if on:
+                    patch.setattr(module, "choose_backend", choose)
+                    patch.setattr(module, "grouped_linear", product)
+                yield
+
+        return switched
+
+    return of

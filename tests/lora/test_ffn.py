@@ -210,6 +210,24 @@ def test_any_assignment_with_dropout_of_h_matches_pair_by_pair(tokens, top_k, dr
         torch.testing.assert_close(ours.grad, wanted)
 
 
+def test_any_rank_takes_the_grouped_products(grouped_products):
+    products = grouped_products(shared_ffn)
+    torch.manual_seed(0)
+    base = LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=24)).double().requires_grad_(False)
+    x = torch.randn(6, 32, dtype=torch.float64)
+    for rank in (3, 8):
+        bank, found = bank_at(BankConfig("mixlora", num_experts=4, r=rank, dropout=0.0), 0, 1), []
+        for grouped in (False, True):
+            here = MixedFfn(base, bank, "layers.0.mlp")
+            randomize(here.adapter)
+            with products(grouped):
+                y = here(x)
+                y.sin().sum().backward()
+            found.append([y.detach(), *(p.grad for p in here.adapter.parameters())])
+        for loop, pairs in zip(*found, strict=True):
+            torch.testing.assert_close(pairs, loop)
+
+
 @pytest.mark.parametrize("dropout", [False, True])
 def test_all_pairs_at_once_computes_what_one_expert_after_the_other_does(monkeypatch, dropout):
     """The form that GPUs run in grouped products, with the loop in their place."""
@@ -230,12 +248,13 @@ def test_all_pairs_at_once_computes_what_one_expert_after_the_other_does(monkeyp
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rank", [4, 8])
 @pytest.mark.parametrize("name", ["mixlora", "mixlora-dynamic", "mixlora-switch"])
-def test_on_a_gpu_nothing_is_read_back_and_the_values_are_those_of_the_cpu(name):
+def test_on_a_gpu_nothing_is_read_back_and_the_values_are_those_of_the_cpu(name, rank):
     torch.manual_seed(0)
     config = LlamaConfig(hidden_size=64, intermediate_size=128, num_attention_heads=2)
     base = LlamaMLP(config).bfloat16().requires_grad_(False)
-    bank = BankConfig(name, num_experts=8, r=8, dropout=0.0, jitter=0.0, router_aux_loss_coef=0.01)
+    bank = BankConfig(name, num_experts=8, r=rank, dropout=0.0, jitter=0.0, router_aux_loss_coef=0.01)
     here = MixedFfn(base, bank_at(bank, 0, 1), "layers.0.mlp")
     randomize(here.adapter)
     there, x = copy.deepcopy(here).cuda(), torch.randn(48, 64).bfloat16()

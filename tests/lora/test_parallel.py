@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lora import parallel
 from lora.attach import attach
 from lora.config import BankConfig
 from lora.errors import AdapterError
@@ -114,6 +117,49 @@ def test_a_whole_model_starts_as_it_was_and_trains_every_adapter(preset):
             assert parameter.address.param == path
             assert parameter.grad is not None, path
             assert parameter.grad.abs().max() > 0 or not path.endswith(".B"), path
+
+
+def test_any_rank_takes_the_grouped_products(grouped_products):
+    products = grouped_products(parallel)
+    x, index_TK = torch.randn(5, 8), torch.tensor([[0, 2]] * 5)
+    for rank in (3, 8):
+        found = []
+        for grouped in (False, True):
+            bank = FollowingBank("layers.0.mlp.adapter", 8, bank_at(BankConfig("perft-e", r=rank), 0, 1, routed=3))
+            nn.init.normal_(bank.B, generator=torch.Generator().manual_seed(1))
+            with products(grouped):
+                y = bank(x, index_TK, torch.full((5, 2), 0.5))
+                y.sin().sum().backward()
+            found.append((y.detach(), bank.A.grad, bank.B.grad))
+        for loop, pairs in zip(*found, strict=True):
+            torch.testing.assert_close(pairs, loop)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rank", [4, 8])
+def test_on_a_gpu_nothing_is_read_back_and_the_values_are_those_of_the_cpu(rank):
+    here = FollowingBank("x.adapter", 64, bank_at(BankConfig("perft-e", r=rank), 0, 1, routed=8), dtype=torch.bfloat16)
+    nn.init.normal_(here.B, generator=torch.Generator().manual_seed(1))
+    there = copy.deepcopy(here).cuda()
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(48, 64, generator=generator).bfloat16()
+    index_TK = torch.rand(48, 8, generator=generator).topk(2).indices
+    weights_TK = torch.rand(48, 2, generator=generator)
+    given = x.cuda(), index_TK.cuda(), weights_TK.cuda()
+    there(*given).float().sin().sum().backward()  # probes what can run
+    there.zero_grad()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y = there(*given)
+        y.float().sin().sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    want = here(x, index_TK, weights_TK)
+    want.float().sin().sum().backward()
+    torch.testing.assert_close(y.cpu(), want, rtol=0.05, atol=0.05)
+    for p, q in zip(there.parameters(), here.parameters(), strict=True):
+        assert (p.grad.cpu() - q.grad).norm() <= 0.05 * q.grad.norm()
 
 
 def test_an_expert_nobody_chose_and_a_choice_of_nothing_get_zero_gradients():
