@@ -20,6 +20,8 @@ from lora.errors import AdapterError
 from lora.sites import Probed
 from moe.refs import ExpertRef
 
+LAST_STEP = 1024  # of the watch: what no token has reached by then is named and left
+
 
 @dataclass
 class _Site:
@@ -81,10 +83,11 @@ class AdapterWatch:
     hooks: ZeRO-1/2 take ``.grad`` away during backward.
 
     Create it after ``attach`` (and after any wrapping of the experts' class), before the first backward;
-    call :meth:`check` after the backwards of each step until ``done``.
+    call :meth:`after_step` after the backwards of each step until ``done``, or :meth:`check` whenever you like.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._steps = 0
         self._places: list[_Place] = []
         for path, module in model.named_modules():
             adapter = getattr(module, "adapter", None)
@@ -97,6 +100,25 @@ class AdapterWatch:
     def done(self) -> bool:
         """Every adapter of the whole job has been seen to get a gradient; all hooks are gone."""
         return not self._places
+
+    def after_step(self, reduce: Callable[[Tensor], Tensor] | None = None, last: bool = False) -> str:
+        """:meth:`check` after steps 1, 2, 4, 8, ... of the watch; returns a line to print, or nothing.
+
+        A check reads back from the device, and of many experts some may never be routed. So checks become rare, and
+        the watch ends after step 1024, or earlier with the run's ``last`` step. What tokens reach between two checks is
+        remembered. Collective in the same steps on every rank.
+        """
+        self._steps += 1
+        ends = last or self._steps >= LAST_STEP
+        if self.done or (self._steps & (self._steps - 1) and not ends):
+            return ""
+        waiting = self.check(reduce=reduce)
+        if not waiting:
+            return ""
+        if ends:
+            self.close()
+            return f"never routed in {self._steps} steps, so not known to train: {_listed(waiting)}"
+        return f"not yet routed, checked when they are: {_listed(waiting)}" if self._steps == 1 else ""
 
     def check(self, reduce: Callable[[Tensor], Tensor] | None = None) -> list[str]:
         """Names of the adapters that no token with loss has reached so far. Collective: call on every rank.
@@ -205,10 +227,13 @@ def _observed(y: Tensor, count: Callable[[Tensor], None]) -> Tensor:
     return y
 
 
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
 def _complaint(dead: list[str]) -> str:
-    shown = ", ".join(dead[:8]) + (f" and {len(dead) - 8} more" if len(dead) > 8 else "")
     return (
-        f"no gradient reached {shown}, although tokens that carry loss passed through there: "
+        f"no gradient reached {_listed(dead)}, although tokens that carry loss passed through there: "
         "the adapter is cut off from the model's output or does not require gradients; look for what detaches "
         "or replaces it after attach"
     )

@@ -72,7 +72,7 @@ def fit(run: Run) -> None:
         run.phases.enter("capture", step)
         run.snapshots.after_step(step, run.progress)
         if run.watch is not None:
-            run.watch = _check_adapters(run, run.watch)
+            _check_adapters(run, run.watch, last=step == train.steps)
         _report_step(run, step, loss, time.monotonic() - started)
         if is_evaluated(train, step):
             evaluate(run, step)
@@ -157,18 +157,17 @@ def _check_finite(run: Run, step: int, what: str, value: float) -> None:
         )
 
 
-def _check_adapters(run: Run, watch: AdapterWatch) -> AdapterWatch | None:
-    """Fail loudly if an adapter whose site saw tokens has no gradient; None once all have been seen to train."""
+def _check_adapters(run: Run, watch: AdapterWatch, last: bool) -> None:
+    """Fail loudly if an adapter whose site saw tokens has no gradient."""
 
     def total(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.to(run.process.device)
         dist.all_reduce(tensor)
         return tensor
 
-    waiting = watch.check(reduce=total)
-    if run.process.rank == 0 and waiting and run.progress.step == 1:
-        print(f"not yet routed, checked when they are: {', '.join(waiting)}", flush=True)
-    return watch if waiting else None
+    line = watch.after_step(total, last)
+    if run.process.rank == 0 and line:
+        print(line, flush=True)
 
 
 def _report_step(run: Run, step: int, loss: float, seconds: float) -> None:

@@ -291,6 +291,36 @@ def test_any_module_with_probes_is_watched_whatever_its_class():
         watch.check()
 
 
+@pytest.mark.parametrize(("steps", "checks"), [(1500, [2**n for n in range(11)]), (6, [1, 2, 4, 6])])
+def test_what_is_never_routed_is_asked_for_ever_more_rarely_and_then_left(steps, checks):
+    model, found, lines = torch.nn.Sequential(_Beside()), [], {}
+    watch = AdapterWatch(model)
+    for number in range(1, steps + 1):
+        model(torch.randn(2, 4))[0].sum().backward()
+        line = watch.after_step(lambda flags, n=number: found.append(n) or flags, last=number == steps)
+        lines |= {number: line} if line else {}
+    assert found == checks
+    assert lines == {
+        1: "not yet routed, checked when they are: 0.adapter.B[2]",
+        checks[-1]: f"never routed in {checks[-1]} steps, so not known to train: 0.adapter.B[2]",
+    }
+    assert watch.done
+    assert number_of_hooks(model) == 0
+
+
+def test_what_is_cut_off_between_two_checks_is_named_at_the_next():
+    model = torch.nn.Sequential(_Beside())
+    watch = AdapterWatch(model)
+    for tokens in (1, 1, 2):
+        model[0].connected = tokens == 1
+        model(torch.randn(tokens, 4, requires_grad=True))[0].sum().backward()
+        watch.after_step()
+    model[0].connected = True
+    model(torch.randn(1, 4))[0].sum().backward()
+    with pytest.raises(AdapterError, match=r"^no gradient reached 0\.adapter\.B\[1\], although"):
+        watch.after_step()
+
+
 def test_an_adapter_without_probes_cannot_be_watched():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     model[0].adapter = torch.nn.Linear(2, 2)
