@@ -23,7 +23,7 @@ from torch import Tensor
 from lora.tenant_watch import TenantWatch
 from moe.context import BatchContext, Slots, batch_context
 from trainer import data as data_module
-from trainer.batches import Batch, labels_of_step, make_batch, training_rows
+from trainer.batches import Batch, labels_of_step, make_batch, sent, training_rows
 from trainer.chat_data import ChatDataset
 from trainer.data import DataBundle
 from trainer.engine import GroupClip
@@ -151,7 +151,7 @@ class Tenants:
         ids = [batch.inputs["input_ids"] for batch in there]
         length, device = ids[0].shape[1], ids[0].device
         rows = tuple(share.sequences * length for share in shares)
-        slot_T = torch.arange(len(rows)).repeat_interleave(torch.tensor(rows)).to(device)
+        slot_T = sent(torch.arange(len(rows)).repeat_interleave(torch.tensor(rows), output_size=sum(rows)), device)
         names = [name for name in there[0].facts if name != "shape"]
         facts = {name: torch.cat([batch.facts[name] for batch in there]) for name in names}
         return BatchContext(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from moe.context import BatchContext, batch_context
@@ -121,6 +122,53 @@ def test_masks_are_block_diagonal_and_no_row_of_them_is_empty():
     blocks = torch.block_diag(*(torch.ones(n, n) for n in (3, 4, 1))).tril().bool()
     assert torch.equal(mask_B1SS[0, 0], blocks)
     assert torch.equal(mask_B1SS[1, 0], torch.ones(8, 8).tril().bool())
+
+
+class _Copies(TorchDispatchMode):
+    """Counts the tensors that are copied from one device to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        if op is torch.ops.aten._to_copy.default and out.device != args[0].device:
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
+@pytest.mark.parametrize(("tasks", "fields"), [([1, 0], 6), (None, 5)])
+def test_a_batch_is_copied_to_its_device_at_once(tasks, fields):
+    rows = [row_of(some_samples((3, 4)), 8, tasks), row_of(some_samples((6, 2)), 8, tasks)]
+    with _Copies() as copies:
+        batch = make_batch(rows, torch.device("meta"), 1.0)
+    assert copies.shapes == [(fields, 2, 8)]
+    here = make_batch(rows, CPU, 1.0)
+    for got, want in zip(
+        [*batch.inputs.values(), *batch.facts.values()], [*here.inputs.values(), *here.facts.values()], strict=True
+    ):
+        if isinstance(want, torch.Tensor):
+            assert (got.dtype, got.shape) == (want.dtype, want.shape)
+    assert [here.facts[f"{name}_T"].dtype for name in ("mask", "segment")] == [torch.bool, torch.int64]
+    assert batch.consumed == here.consumed
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_batch_goes_to_a_gpu_without_a_wait_and_whole():
+    rows = [row_of(some_samples((3, 4)), 8, [1, 0]), row_of(some_samples((6, 2)), 8, [0, 1])]
+    here = make_batch(rows, CPU, 1.0)
+    torch.ones(1, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        there = make_batch(rows, torch.device("cuda"), 1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name in ("input_ids", "labels", "position_ids"):
+        assert torch.equal(there.inputs[name].cpu(), here.inputs[name])
+    for name in ("mask_T", "segment_T", "task_T"):
+        assert torch.equal(there.facts[name].cpu(), here.facts[name])
 
 
 @pytest.mark.gpu
