@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lora.config import BankAt
 from lora.errors import AdapterError
@@ -168,16 +169,18 @@ def localized_cv2(
 def _run_sums(z_BSX: Tensor, segment_BS: Tensor) -> tuple[Tensor, Tensor]:
     """For every position, flattened, the sum over its run of equal segments up to it, and [Q,1] whether it ends there.
 
-    Differences of running sums: how many samples there are need not be known, which a GPU would have to be asked.
+    Sums over 1, 2, 4, ... positions back: how many samples there are need not be known, which a GPU would have to be
+    asked; torch's running sums it refuses in deterministic mode. A row's runs have different segments.
     """
-    length = segment_BS.shape[1]
-    place_S = torch.arange(length, device=segment_BS.device)
     change_BS = segment_BS[:, 1:] != segment_BS[:, :-1]
     edge_B1 = torch.ones_like(segment_BS[:, :1], dtype=torch.bool)
-    begin_BS = torch.where(torch.cat([edge_B1, change_BS], 1), place_S, 0).cummax(1).values
-    sum_BSX = z_BSX.cumsum(1)
-    before_BSX = (sum_BSX - z_BSX).gather(1, begin_BS[..., None].expand_as(sum_BSX))
-    return (sum_BSX - before_BSX).flatten(0, 1), torch.cat([change_BS, edge_B1], 1).view(-1, 1)
+    sum_BSX, back = z_BSX, 1
+    while back < segment_BS.shape[1]:
+        same_BS1 = (segment_BS[:, back:] == segment_BS[:, :-back]).unsqueeze(-1)
+        earlier_BSX = sum_BSX[:, :-back].masked_fill(~same_BS1, 0.0)
+        sum_BSX = sum_BSX + F.pad(earlier_BSX, (0, 0, back, 0))
+        back *= 2
+    return sum_BSX.flatten(0, 1), torch.cat([change_BS, edge_B1], 1).view(-1, 1)
 
 
 def contrastive_loss(

@@ -188,7 +188,9 @@ def _weights(logits_TE: Tensor, probs_TE: Tensor, chosen_TE: Tensor, renormalise
 def _nucleus(probs_TE: Tensor, share: float) -> Tensor:
     """Whether each expert is among the fewest of the most probable that have ``share`` together."""
     sorted_TE, order_TE = torch.sort(probs_TE.detach(), dim=-1, descending=True, stable=True)
-    before_TE = sorted_TE.cumsum(-1) - sorted_TE
+    # A product: torch refuses running sums of fractions on a GPU in deterministic mode.
+    rank_E = torch.arange(sorted_TE.shape[1], device=sorted_TE.device)
+    before_TE = sorted_TE @ (rank_E[:, None] < rank_E).to(sorted_TE.dtype)
     kept_TE = before_TE < share
     kept_TE[:, :1] = True
     return torch.zeros_like(kept_TE).scatter(1, order_TE, kept_TE)

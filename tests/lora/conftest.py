@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import os
 from contextlib import contextmanager
 
 import pytest
@@ -14,6 +15,22 @@ from lora.owners import owners_of
 from lora.presets import expand
 from moe.convert import convert
 from moe.kernels.grouped import Backend, grouped_linear
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on a GPU
+
+
+@pytest.fixture(autouse=True)
+def as_training_has_it(request):
+    """On a GPU runs train in deterministic mode, in which torch refuses some operations and runs others otherwise."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 @pytest.fixture(scope="session")

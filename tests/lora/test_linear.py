@@ -31,8 +31,13 @@ def randomized(linear: RoutedLinear) -> RoutedLinear:
     return linear
 
 
-def context(tokens: int, device: str = "cpu") -> BatchContext:
-    return BatchContext(shape=(1, tokens), task_T=torch.zeros(tokens, dtype=torch.int64, device=device))
+def context(tokens: int, device: str = "cpu", packed: bool = False) -> BatchContext:
+    """One row, or two of three samples and padding each."""
+    if not packed:
+        return BatchContext(shape=(1, tokens), task_T=torch.zeros(tokens, dtype=torch.int64, device=device))
+    place_T = torch.arange(tokens, device=device) % (tokens // 2)
+    segment_T = sum((place_T >= tokens * share // 16).long() for share in (1, 3, 7))
+    return BatchContext(shape=(2, tokens // 2), task_T=segment_T % 3, segment_T=segment_T, mask_T=segment_T < 3)
 
 
 def test_keeps_the_parameters_and_the_outputs_of_the_linear_it_takes_over():
@@ -162,15 +167,15 @@ def test_a_frozen_factor_and_an_input_without_gradient_are_left_alone():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_on_cuda_nothing_waits_for_the_device_and_values_are_the_cpus(method):
+def test_on_cuda_nothing_waits_for_the_device_and_values_are_the_cpus(method, packed):
     bank = BankConfig(**{**vars(METHODS[method]), "router_init": 1.0})
     found = []
-    torch.use_deterministic_algorithms(True)
     for device in ("cpu", "cuda"):
         linear = randomized(made(bank, 64, 96)).to(device)
         x = torch.randn(128, 64, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
-        with batch_context(context(128, device)):
+        with batch_context(context(128, device, packed)):
             linear(x).sin().sum().backward()  # the first call may load libraries
             linear.zero_grad()
             x.grad = None
@@ -182,6 +187,5 @@ def test_on_cuda_nothing_waits_for_the_device_and_values_are_the_cpus(method):
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         found.append([y, x.grad, *(p.grad for p in linear.adapter.parameters())])
-    torch.use_deterministic_algorithms(False)
     for want, got in zip(*found, strict=True):
         assert (got.cpu() - want).norm() <= 1e-4 * want.norm()
