@@ -24,7 +24,10 @@ CASES: dict[str, dict[str, BankConfig]] = {
     "experts, shared": {"e": BankConfig("expert-lora-shared", r=3, alpha=8.0)},
     "experts, shared outer": {"e": BankConfig("expert-lora-shared-outer", r=3, alpha=8.0)},
     # Experts that are spread over the ranks and frozen: DeepSpeed must not take them for ones that train.
-    "attention only": {"lora": BankConfig("lora", r=2)},
+    "attention only": {
+        "lora": BankConfig("lora", targets=("q_proj",), r=2),
+        "mola": BankConfig("mola", targets=("v_proj",), r=2, alpha=4.0),
+    },
     "linear, one expert or all": {
         "lora": BankConfig("lora", targets=("q_proj",), r=2),
         "rslora": BankConfig("rslora", targets=("k_proj",), r=2),
@@ -66,10 +69,18 @@ CASES: dict[str, dict[str, BankConfig]] = {
     "dense, mixlora-switch": {"mixlora-switch": BankConfig("mixlora-switch", jitter=0.0, **_MIXED)},
 }
 
+# Losses of a batch's routing depend on how it is shared out, so these cases have none.
+_ON_FOUR = (
+    "experts",
+    "experts, shared",
+    "experts, shared outer",
+    "attention only",
+    "beside MoE blocks, following their router",
+)
 # By number of ranks: what is trained there, and over how many ranks the experts are spread.
 PLANS: dict[int, list[tuple[str, int]]] = {
     2: [(case, 2) for case in CASES],
-    4: [(case, ep) for case in ("experts", "experts, shared", "experts, shared outer") for ep in (4, 2)],
+    4: [(case, ep) for case in _ON_FOUR for ep in (4, 2)],
 }
 
 
