@@ -11,6 +11,7 @@ from typing import Any
 from lora.tenant_rules import refused
 from trainer.bank_rules import expanded
 from trainer.recipe_view import Finding, Unknown, View
+from trainer.routing_rules import LOSSES
 from trainer.schema import DataSection, Recipe, TenantData, TenantSection
 
 # Keys that a tenant takes from ``train`` unless it has its own.
@@ -137,8 +138,7 @@ _BALANCED = "moves tokens by what all tenants' tokens do, and their common base 
 _SHARED = {
     "model.attention_dropout": "draws from one stream for all tenants, so that none would train as it does alone",
     "model.router_aux_loss_coef": _BALANCED,
-    "balance.aux_loss_coef": _BALANCED,
-    "balance.z_loss_coef": _BALANCED,
+    **{f"balance.{name}": _BALANCED for name in LOSSES},
     "routing.capacity_factor": "lets one tenant's tokens push out another's",
     "routing.jitter": "draws from one stream for all tenants, so that none would train as it does alone",
     "train.replay_trace": "is of a run with other batches",

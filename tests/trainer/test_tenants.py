@@ -79,6 +79,7 @@ def test_what_changes_a_tenants_bits_changes_the_fingerprint(path):
         ("parallel={workers: 2, ep: 2}", "with tenants write ep: 1"),
         ("model.attention_dropout=0.1", "draws from one stream for all tenants"),
         ("balance={aux_loss: micro_batch, aux_loss_coef: 0.1}", "their common base is frozen"),
+        ("model.soft={kind: soft_moe, force: true}", "remove 'adapter' or model.soft"),
         ("checkpoint.mode=pec", "write wal or dense"),
         ("tenants.own.steps=21", "is more than train.steps=20"),
         ("tenants={a: {steps: 7}, b: {steps: 9}}", "train.steps=20, and every tenant has finished after 9"),
