@@ -103,13 +103,19 @@ def _trainable_experts(view: View) -> Iterator[Finding]:
 
 def _adapted_backend(view: View) -> Iterator[Finding]:
     banks, backend = view.values.get("adapter"), view("model.experts_backend")
-    if not isinstance(banks, dict) or backend in ("auto", "grouped_mm", "minimal"):
+    # Only grouped_mm computes experts in pieces, as the adapters of several tenants need.
+    whose, able = (
+        ("the adapters of tenants", ("auto", "grouped_mm"))
+        if view.values.get("tenants")
+        else ("an adapter", ("auto", "minimal", "grouped_mm"))
+    )
+    if not isinstance(banks, dict) or backend in able:
         return
     if any(expanded(view, f"adapter.{name}").site == "experts" for name in banks):
+        choices = f"{', '.join(able[:-1])} or {able[-1]}"
         yield (
             "model.experts_backend",
-            f"model.experts_backend={backend} has no room for an adapter on the experts; choose auto, minimal or "
-            "grouped_mm",
+            f"model.experts_backend={backend} has no room for {whose} on the experts; choose {choices}",
         )
 
 

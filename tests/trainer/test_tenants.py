@@ -80,6 +80,9 @@ def test_what_changes_a_tenants_bits_changes_the_fingerprint(path):
         ("model.attention_dropout=0.1", "draws from one stream for all tenants"),
         ("balance={aux_loss: micro_batch, aux_loss_coef: 0.1}", "their common base is frozen"),
         ("model.soft={kind: soft_moe, force: true}", "remove 'adapter' or model.soft"),
+        ("model.experts_backend=minimal", "no room for the adapters of tenants on the experts; choose auto or grouped"),
+        ("model.experts_backend=triton", "no room for the adapters of tenants on the experts; choose auto or grouped"),
+        ("model.experts_backend=reference", "no room for the adapters of tenants on the experts; choose auto or"),
         ("checkpoint.mode=pec", "write wal or dense"),
         ("tenants.own.steps=21", "is more than train.steps=20"),
         ("tenants={a: {steps: 7}, b: {steps: 9}}", "train.steps=20, and every tenant has finished after 9"),
@@ -97,6 +100,11 @@ def test_what_changes_a_tenants_bits_changes_the_fingerprint(path):
 )
 def test_mistakes_are_named(path, override, words):
     assert words in problems(path, override)
+
+
+def test_without_adapters_on_experts_tenants_have_any_backend(path):
+    adapter = "adapter={attention: {preset: lora, r: 2}}"
+    assert load_recipe(path, [adapter, "model.experts_backend=minimal"]).model.experts_backend == "minimal"
 
 
 def test_a_misplaced_key_is_not_taken_for_a_tenants(path):
