@@ -6,6 +6,7 @@ tokens in every layer, and some expert took them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ class _Seen:
 
 
 class TenantWatch:
-    """Raises if a tenant's B got no gradient in the first step; after that its hooks are gone."""
+    """Raises if a tenant's B got no gradient on any rank in the first step; after that its hooks are gone."""
 
     def __init__(self, model: nn.Module, tenants: list[str]) -> None:
         self._seen, self._hooks = [], []
@@ -37,11 +38,19 @@ class TenantWatch:
                     self._seen.append(seen)
                     self._hooks.append(parameter.register_hook(seen.record))
 
-    def check(self, present: set[str]) -> None:
-        """After the backward passes of a step in which the tenants ``present`` took part. Raises AdapterError."""
+    def check(self, present: set[str], reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """After the backward passes of a step in which the tenants ``present`` took part. Collective.
+
+        Args:
+            reduce: returns the sum of a tensor over all ranks of the job, of which each has a share of every tenant's
+                tokens; None on a single rank.
+
+        Raises AdapterError, on every rank alike.
+        """
         if not self._seen:
             return
-        moved = torch.stack([seen.moved for seen in self._seen]).tolist()
+        flags = torch.stack([seen.moved for seen in self._seen]).float()
+        moved = ((reduce(flags) if reduce else flags) > 0).tolist()
         dead = [s for s, did in zip(self._seen, moved, strict=True) if s.tenant in present and not did]
         for hook in self._hooks:
             hook.remove()

@@ -159,13 +159,7 @@ def _check_finite(run: Run, step: int, what: str, value: float) -> None:
 
 def _check_adapters(run: Run, watch: AdapterWatch, last: bool) -> None:
     """Fail loudly if an adapter whose site saw tokens has no gradient."""
-
-    def total(tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.to(run.process.device)
-        dist.all_reduce(tensor)
-        return tensor
-
-    line = watch.after_step(total, last)
+    line = watch.after_step(run.process.total, last)
     if run.process.rank == 0 and line:
         print(line, flush=True)
 

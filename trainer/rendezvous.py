@@ -41,6 +41,12 @@ class Process:
         """Logical name of this worker's share of the state; all parallelism here is data x expert, ordered by rank."""
         return f"dp{self.rank:04d}"
 
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of ``tensor`` over all workers. A collective; may overwrite its argument."""
+        tensor = tensor.to(self.device)
+        dist.all_reduce(tensor)
+        return tensor
+
 
 def die_with_launcher() -> None:
     """Have the kernel kill this worker when the process that started it dies, so that no worker outlives its job."""

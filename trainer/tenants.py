@@ -103,7 +103,8 @@ class Tenants:
                 run.phases.enter("optimizer", step)
             engine.step()
         run.progress.step = step
-        self.watch.check({m.name for m, present in zip(self.members, self.takes_part(step), strict=True) if present})
+        there = {m.name for m, present in zip(self.members, self.takes_part(step), strict=True) if present}
+        self.watch.check(there, run.process.total)
         present = zip(self.last.losses_A, self.takes_part(step), strict=True)
         trained = [loss for loss, part in present if part and math.isfinite(loss)]
         return sum(trained) / max(1, len(trained))

@@ -187,6 +187,19 @@ def test_the_watch_names_a_tenant_whose_adapter_is_cut_off(tiny_moe):
         watch.check({"x", "y", "z"})
 
 
+def test_the_watch_asks_all_ranks_before_it_says_so(tiny_moe):
+    """A rank whose share of a tenant gives no gradient is no reason to stop while another's does."""
+    ids, watches = tokens(), []
+    for rows in (ids["y"][:0], ids["y"]):
+        model = built(tiny_moe)
+        watches.append(TenantWatch(model, [tenant.name for tenant in TENANTS]))
+        with batch_context(context([ids["x"], rows, ids["z"]])):
+            model(input_ids=torch.cat([ids["x"], rows, ids["z"]]), use_cache=False).logits.sum().backward()
+    found = []
+    watches[1].check({"x", "y", "z"}, lambda flags: found.append(flags) or flags)
+    watches[0].check({"x", "y", "z"}, lambda flags: flags + found[0])
+
+
 @given(st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=1, max_size=4), st.integers(0, 99))
 def test_products_by_group_are_those_of_one_row_at_a_time(counts_LA, seed):
     generator = torch.Generator().manual_seed(seed)
