@@ -2,8 +2,10 @@
 
 A micro-batch is the tenants' sequences one after another. What a tenant computes depends on its own rows only, and its
 gradients lie in a parameter group of its own, so that each trains as it would alone. A tenant whose loss or gradient is
-no number takes no step, and after ``max_bad_steps`` such steps in a row never again; its rows stay in the batch, so
-that the others' products keep their shapes. Those of a tenant that has finished its own steps leave it.
+no number keeps its weights in that step: the optimizer goes on with a gradient of zero and a rate of 0, so that its
+moments decay and its count of steps grows. After ``max_bad_steps`` such steps in a row it keeps them for good; its rows
+stay in the batch, so that the others' products keep their shapes. Those of a tenant that has finished its own steps
+leave it.
 
 Shapes: A tenants, T tokens of all of them.
 """
@@ -81,7 +83,7 @@ class Tenants:
     def train_step(self, run: Run, step: int) -> float:
         """Forward and backward over all tenants' shares of the batch, then one optimizer step.
 
-        Returns the mean of the training tenants' losses. Raises TenantError if all of them have stopped.
+        Returns :meth:`mean_loss`. Raises TenantError if all of them have stopped.
         """
         engine, accumulation = run.engine, self.recipe.accumulation
         self._set_rates(run, step)
@@ -105,9 +107,16 @@ class Tenants:
         run.progress.step = step
         there = {m.name for m, present in zip(self.members, self.takes_part(step), strict=True) if present}
         self.watch.check(there, run.process.total)
-        present = zip(self.last.losses_A, self.takes_part(step), strict=True)
-        trained = [loss for loss, part in present if part and math.isfinite(loss)]
-        return sum(trained) / max(1, len(trained))
+        return self.mean_loss(run, step)
+
+    def mean_loss(self, run: Run, step: int) -> float:
+        """Of the tenants that train in ``step``, which is just done, and have a loss; no number if none has."""
+        trained = [
+            loss
+            for loss, member, present in zip(self.last.losses_A, self.members, self.takes_part(step), strict=True)
+            if present and not self._state(run, member)["stopped"] and math.isfinite(loss)
+        ]
+        return sum(trained) / len(trained) if trained else math.nan
 
     def takes_part(self, step: int) -> list[bool]:
         """Whose rows are in the batch of ``step``: a matter of the recipe alone, never of what went wrong."""
@@ -229,7 +238,7 @@ class Tenants:
         then = (
             f"that was {state['bad_in_row']} in a row, so it stops; lower tenants.{member.name}.lr"
             if state["stopped"]
-            else "it takes no step"
+            else "its weights stay as they are"
         )
         print(f"step {step}: tenant {member.name}: loss {loss}, grad norm {norm}: {then}", flush=True)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from math import isnan
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +16,10 @@ from moe.context import BatchContext, Slots, batch_context
 from moe.convert import convert
 from trainer.admission import Admission, AdmissionError, Need, admit, kept_by_layer
 from trainer.model_shapes import model_shapes
+from trainer.progress import Progress
 from trainer.recipe import RecipeError, load_recipe, recipe_fingerprint, recipe_to_yaml
-from trainer.tenant_recipe import batch_sizes, data_of
+from trainer.tenant_recipe import alone, batch_sizes, data_of
+from trainer.tenants import Member, Tenants, Verdict
 
 RECIPE = """\
 model: {path: base}
@@ -122,6 +126,20 @@ def test_the_message_says_which_tenants_would_fit():
         Admission(50, needs, 349).check()
     with pytest.raises(AdmissionError, match="none of them would fit"):
         Admission(50, needs, 55).check()
+
+
+def test_the_mean_loss_is_that_of_the_tenants_that_train(path):
+    """Neither of one that has stopped, whose rows are still in the batch, nor of one that has finished."""
+    recipe = load_recipe(path)
+    members = [Member(name, alone(recipe, name), None, 3) for name in recipe.tenants]
+    tenants = Tenants(recipe, members, None, None)
+    run = SimpleNamespace(progress=Progress())
+    tenants.last = Verdict([1.0, 4.0, 10.0], [1.0] * 3)
+    assert (tenants.mean_loss(run, 10), tenants.mean_loss(run, 11)) == (5.0, 5.5)
+    run.progress.tenants["filed"] = {"bad": 3, "bad_in_row": 3, "stopped": 7}
+    assert (tenants.mean_loss(run, 10), tenants.mean_loss(run, 11)) == (2.5, 1.0)
+    tenants.last = Verdict([float("nan"), 4.0, 10.0], [1.0] * 3)
+    assert isnan(tenants.mean_loss(run, 11))
 
 
 CONFIG = Qwen3MoeConfig(
