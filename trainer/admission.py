@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from checkpointing.cost import size
 from lora.cost import parameters
@@ -92,6 +93,11 @@ class Admission:
             f"{size(self.free)} are free; {would}, or lower micro_batch_size, data.sequence_length or r; "
             "parallel.memory_gib says how much a worker may take"
         )
+
+
+def admitted(events: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether a start of the run that wrote these events found room for its tenants, so that none is asked again."""
+    return any(row["kind"] == "admitted" for row in events)
 
 
 def admit(recipe: Recipe, shapes: Shapes, active: int, width: int, free: int | None) -> Admission:

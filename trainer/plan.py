@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,7 +22,7 @@ from lora.errors import AdapterError
 from lora.presets import expansions
 from moe.family_table import BUFFERS, DENSE, FAMILIES, known_families
 from trainer import tenant_recipe
-from trainer.admission import Admission, admit
+from trainer.admission import Admission, admit, admitted
 from trainer.dense_rules import dense_problem, is_dense
 from trainer.esft_file import SelectionError, read_selection
 from trainer.family_shapes import family_shapes
@@ -303,7 +303,7 @@ def card(
     num_files: int,
     num_bytes: int,
     available: int | None = None,
-    events: Iterable[Mapping[str, Any]] = (),
+    events: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The plan as text for a person. Raises PlanError.
 
@@ -340,7 +340,7 @@ def card(
             (f"{every}, {kept}" if mode == "dense" else f"{every}, mode {mode}") if memory.enabled else without,
         ),
         ("disk tier", _disk_tier(disk)),
-        *_tenants(recipe, available),
+        *_tenants(recipe, available, events),
         *([("begins with", recipe.checkpoint.load_from)] if recipe.checkpoint.load_from else []),
         *(_modes(recipe, plan, available, events) if memory.enabled else []),
     ]
@@ -361,14 +361,15 @@ def _disk_tier(disk: DiskSection) -> str:
     return f"every {disk.every} steps, the last {disk.keep_last}{always}{where}"
 
 
-def _tenants(recipe: Recipe, available: int | None) -> list[tuple[str, str]]:
-    """Raises AdmissionError. Of a GPU's memory nothing is known here."""
+def _tenants(recipe: Recipe, available: int | None, events: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Raises AdmissionError, unless the run has begun. Of a GPU's memory nothing is known here."""
     on_gpu = recipe.parallel.device == "cuda"
     free = None if available is None or on_gpu else available // recipe.parallel.workers
     found = admission(recipe, free)
     if found is None:
         return []
-    found.check()
+    if not admitted(events):
+        found.check()
     return list(found.rows())
 
 

@@ -23,6 +23,7 @@ from lora.tenant_watch import TenantWatch
 from lora.watch import AdapterWatch
 from moe.stats import RoutingMeter
 from trainer import data as data_module
+from trainer.admission import admitted
 from trainer.build import build_model, training_dtype
 from trainer.engine import GroupClip, create_engine, prepare_deepspeed
 from trainer.events import EventLog, read_events
@@ -138,7 +139,7 @@ def prepare(
     """Data, model, engine and checkpoints of this worker, everything but the state."""
     _make_deterministic(process)
     prepare_deepspeed()
-    _admit(recipe, process)
+    _admit(recipe, process, events)
     members = load_members(recipe, process)
     data = members[0].data if members else data_module.load(recipe, rank=process.rank)
     if process.rank == 0 and data.chat:
@@ -168,15 +169,28 @@ def prepare(
     return run
 
 
-def _admit(recipe: Recipe, process: Process) -> None:
-    """Before anything is loaded. Raises AdmissionError if the tenants do not fit into what is free here."""
+def _admit(recipe: Recipe, process: Process, events: EventLog) -> None:
+    """Before anything is loaded: whether the tenants fit into what is free here. Raises AdmissionError.
+
+    Asked until all workers of some start have had room, never again: later the keeper holds captures of the run, and
+    workers that are still dying their weights, and a recovery must not be refused for them.
+    """
+    if not recipe.tenants:
+        return
+    before = [process.rank == 0 and admitted(read_events(events.path.parent))]
+    dist.broadcast_object_list(before, src=0)
+    if before[0]:
+        return
     if process.device.type == "cuda":
         free = torch.cuda.mem_get_info(process.device)[0]
     else:
         free = available_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", process.world))
     found = admission(recipe, free)
-    if found is not None:
-        found.check()
+    assert found is not None
+    found.check()
+    dist.barrier()  # nobody takes memory before everybody has looked
+    if process.rank == 0:
+        events.write("admitted", needed=found.total, free=found.free)
 
 
 def _make_deterministic(process: Process) -> None:

@@ -14,8 +14,10 @@ from inference.engine import LLM
 from lora.format import apply_adapter, load_adapter
 from lora.tenant_rules import alone
 from trainer import export
+from trainer.admission import AdmissionError
 from trainer.drill import judge
 from trainer.faults import KillSpec
+from trainer.plan import admission, card
 
 pytestmark = [pytest.mark.drill, pytest.mark.slow]
 RECIPE = Path(__file__).parent / "tenants.yaml"
@@ -153,6 +155,25 @@ def test_a_killed_run_ends_with_the_bits_of_the_undisturbed_one(begin, together,
     verdict = judge(job.recipe, kill, rows, job.finish())
     assert verdict.passed, (verdict.problems, job.output.read_text()[-3000:])
     assert verdict.tier == "memory"
+
+
+def test_a_recovery_is_not_refused_for_memory_that_was_free_at_the_start(begin, together):
+    """The limit stands for what is free, of which the keeper has taken some meanwhile."""
+    needed = admission(together[0].recipe, None).total / (1 << 30)
+    least, less = f"parallel.memory_gib={needed}", f"parallel.memory_gib={needed * 0.999}"
+    refused = begin("too-large", less)
+    assert refused.wait() == 2
+    assert "would fit: take out the others" in refused.output.read_text()
+    kill = KillSpec(1, 5, "optimizer")
+    assert begin("closely", least, "parallel.restarts=0", kill=str(kill)).wait() != 0
+    again = begin("closely", less)
+    rows = again.finish()
+    verdict = judge(again.recipe, kill, together[1], rows)
+    assert verdict.passed, (verdict.problems, again.output.read_text()[-3000:])
+    assert verdict.tier == "memory"
+    assert "tenants" in card(again.recipe, num_files=1, num_bytes=1, events=rows)
+    with pytest.raises(AdmissionError):
+        card(again.recipe, num_files=1, num_bytes=1)
 
 
 def test_every_tenants_adapter_is_exported_and_loads(together, base, folder):
