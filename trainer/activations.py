@@ -20,6 +20,7 @@ from lora.fold import kept_rows
 from lora.methods import EXPERT_TENSORS, FFN
 from lora.targets import Placed
 from trainer.model_shapes import ModelShapes
+from trainer.schema import Recipe
 
 Resolved = tuple[Placed, BankAt, Size]
 BASE = "the frozen model"
@@ -36,6 +37,8 @@ class Batch:
         heads: of the attention.
         vocabulary: logits of a token.
         ep: workers that share the experts.
+        tenants: whether adapters are several tenants', whose experts are computed in pieces that each keep what they
+            need (:class:`lora.tenants.TenantExperts`), and whose dropout keeps its mask.
     """
 
     tokens: int
@@ -44,6 +47,15 @@ class Batch:
     heads: int
     vocabulary: int
     ep: int = 1
+    tenants: bool = False
+
+
+def micro_batches(recipe: Recipe, width: int, heads: int, vocabulary: int) -> list[Batch]:
+    """Each tenant's part of a worker's micro-batch, in their order; without tenants the whole."""
+    length = recipe.data.sequence_length
+    sizes = [tenant.micro_batch_size or 0 for tenant in recipe.tenants.values()] or [recipe.train.micro_batch_size]
+    common = (length, width, heads, vocabulary, recipe.parallel.ep, bool(recipe.tenants))
+    return [Batch(size * length, *common) for size in sizes]
 
 
 def saved_bytes(model: ModelShapes, placed: Sequence[Resolved], batch: Batch) -> dict[str, int]:
@@ -63,9 +75,13 @@ def saved_bytes(model: ModelShapes, placed: Sequence[Resolved], batch: Batch) ->
 
 def working_bytes(placed: Iterable[Resolved], batch: Batch) -> int:
     """What backward needs beside what was kept, when it begins: two gradients of the logits, in fp32, and the training
-    dtype's where that is another; and for a contrastive loss three of the similarities of one place."""
+    dtype's where that is another; and for a contrastive loss three of the similarities of one place. Or, where that is
+    more, what it holds at one layer's experts of tenants: gradients of what goes in and comes out, before and after."""
+    placed = list(placed)
     logits = batch.tokens * batch.vocabulary * (8 + (batch.width if batch.width != 4 else 0))
-    return logits + 12 * max((_pairs(bank, batch.tokens) ** 2 for _, bank, _ in placed), default=0)
+    start = logits + 12 * max((_pairs(bank, batch.tokens) ** 2 for _, bank, _ in placed), default=0)
+    pieces = (size.active * 2 * (size.ins + size.outs) for one, _, size in placed if one.site == "experts")
+    return max(start, batch.tokens * batch.width * max(pieces, default=0) * batch.tenants)
 
 
 def _pairs(bank: BankAt, tokens: int) -> int:
@@ -95,13 +111,17 @@ class _Layer:
         self.kept: set[str] = set()
         self.adapted = {placed.path.removeprefix(self.prefix).partition(".")[0] for placed, _, _ in here}
         self.after = live or "self_attn" in self.adapted
+        inside = (p.path for p, _, _ in here if ".self_attn." in p.path and not p.path.endswith("o_proj"))
+        self.attends = live or any(inside)
 
     def count(self, found: Counter[str]) -> None:
         hidden = _hidden(self.model)
         if self.live:
             found[BASE] += _norm(hidden, self.tokens)
+        if self.attends:
+            found[BASE] += self._attention()
         if self.after:
-            found[BASE] += self._attention() + _norm(hidden, self.tokens)
+            found[BASE] += _norm(hidden, self.tokens)
         for placed, bank, size in self.here:
             found[placed.bank] += self._bank(placed, bank, size)
         found[BASE] += self._block()
@@ -125,6 +145,8 @@ class _Layer:
         queries = out[1]
         keys = sum(linear[f"{at}{name}"][0] for name in _QKV[1:] if f"{at}{name}" in linear) or 2 * queries
         kept = self._numbers(2 * queries + keys) + self.tokens * self.batch.heads * 4
+        if at.rstrip(".") in self.model.norms:  # sinks, for which probabilities are computed and kept
+            kept += self._numbers(self.batch.heads * (self.batch.sequence + 1))
         inner = {placed.path for placed, _, _ in self.here}
         for name in ("q_norm", "k_norm"):
             head, projection = self.model.norms.get(f"{at}{name}"), f"{at}{name[0]}_proj"
@@ -171,7 +193,7 @@ class _Layer:
             return self._adapted_experts(placed, bank, size)
         if site == "ffn":
             return self._mixed(bank, size)
-        kept = self._input(placed, size)
+        kept = self._input(placed, size, full.dropout or 0.0)
         if full.router == "base":
             return kept + self.tokens * size.active * (self.width + 1)
         live = self.live if "self_attn" in placed.path else self.after
@@ -187,18 +209,36 @@ class _Layer:
         mine = [(one, here.r) for one, here, _ in self.here if one.path.rpartition(".")[0] == experts]
         pairs = self.tokens * size.active
         kept = self._numbers(size.active * bank.r)
+        if self.batch.tenants:
+            dropped = size.ins * (self.after or placed.path.endswith("down_proj")) if bank.config.dropout else 0
+            kept += pairs * (size.ins + dropped) * self.width
         if mine[0][0] is not placed:
             return kept
         hidden, inner = (self.model.experts[f"{experts}.{name}"][2] for name in EXPERT_TENSORS)
+        if self.batch.tenants:
+            return kept + self._in_pieces(pairs, hidden, inner, {one.path.rpartition(".")[2] for one, _ in mine})
         local = size.count // self.batch.ep
         rows = kept_rows(pairs, self._rows(), local, hidden, inner, sum(r for _, r in mine))
         return kept + self._experts(hidden) + rows * 2 * inner * self.width
 
-    def _input(self, placed: Placed, size: Size) -> int:
+    def _in_pieces(self, pairs: int, hidden: int, inner: int, adapted: set[str]) -> int:
+        """What the pieces keep beside the adapters: pre-activations and what the activation makes of them, and for the
+        gradients of routing weights the output; where each pair goes, and its weight."""
+        numbers = 1
+        if self.after or EXPERT_TENSORS[0] in adapted:
+            numbers += (6 if self.model.clamped else 3) * inner
+        numbers += hidden * self.after
+        return pairs * (numbers * self.width + 8 + (16 + 4 * (self.width != 4)) * self.after)
+
+    def _input(self, placed: Placed, size: Size, dropout: float) -> int:
         """The adapted layer's input, which neighbours may share, or attention keep anyway."""
         name = placed.path.removeprefix(self.prefix)
+        if self.batch.tenants and dropout:
+            live = self.live if "self_attn" in name else self.after
+            live = self.attends if name == "self_attn.o_proj" else live
+            return self._numbers(size.ins * (1 + live))
         needs_none = placed.site == "linear" and _scales_without_router(self.here, placed)
-        if name == "self_attn.o_proj" or needs_none:
+        if (name == "self_attn.o_proj" and self.attends) or needs_none:
             return 0
         shared = {"self_attn": "into the attention", "mlp": "into the block"}.get(name.partition(".")[0], name)
         own = name.endswith(("down_proj", "_b_proj"))

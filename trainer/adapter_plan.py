@@ -6,12 +6,11 @@ forward, and again for the gradient of its input; a full fine-tuning costs half 
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import getdoc
 from math import prod
-from pathlib import Path
 
 from checkpointing.cost import size
 from lora.config import BankConfig
@@ -20,9 +19,9 @@ from lora.errors import AdapterError
 from lora.exactness import obstacles
 from lora.methods import METHODS
 from lora.presets import expand, expansion
-from trainer.activations import BASE, Batch, saved_bytes, working_bytes
+from trainer.activations import BASE, micro_batches, saved_bytes, working_bytes
 from trainer.model_shapes import ModelShapes, Shapes, model_shapes
-from trainer.plan import Plan, PlanError, base_of, number_width, plan_run
+from trainer.plan import Plan, PlanError, base_of, heads_of, number_width, plan_run
 from trainer.schema import Recipe
 
 
@@ -32,7 +31,7 @@ class BankPlan:
 
     Attributes:
         places: how many it is put on; ``layers`` of the model have one.
-        trainable: numbers, all experts counted.
+        trainable: numbers, all experts and all tenants' copies counted.
         floor, added: operations a token of the frozen places themselves and of the bank, forward and backward.
         saved: bytes of a micro-batch that the bank keeps for backward.
     """
@@ -57,6 +56,7 @@ class AdapterPlan:
         working: bytes that backward needs beside what was kept.
         peak: of a worker in backward: weights, gradients, optimizer, what is kept, and the former, all at once.
         exports: by form, why it is not exact, or nothing if it is.
+        tenants: how many copies of the banks there are, if they are tenants'.
     """
 
     banks: tuple[BankPlan, ...]
@@ -67,6 +67,7 @@ class AdapterPlan:
     peak: int
     run: Plan
     exports: dict[str, str]
+    tenants: int = 0
 
     @property
     def trainable(self) -> int:
@@ -89,10 +90,11 @@ def plan_adapters(recipe: Recipe) -> AdapterPlan:
     except AdapterError as error:
         raise PlanError(str(error)) from None
     width, vocabulary = number_width(recipe), _rows(shapes, "embed_tokens.weight")
-    sequence = recipe.data.sequence_length
-    tokens = recipe.train.micro_batch_size * sequence
-    batch = Batch(tokens, sequence, width, _heads(recipe), vocabulary, recipe.parallel.ep)
-    saved, working = saved_bytes(model, placed, batch), working_bytes(placed, batch)
+    saved: Counter[str] = Counter()
+    working, copies = 0, max(1, len(recipe.tenants))
+    for batch in micro_batches(recipe, width, heads_of(recipe), vocabulary):
+        saved.update(saved_bytes(model, placed, batch))
+        working += working_bytes(placed, batch)
     banks = []
     for name, bank in recipe.adapter.items():
         mine = [(one, here, where) for one, here, where in placed if one.bank == name]
@@ -102,7 +104,7 @@ def plan_adapters(recipe: Recipe) -> AdapterPlan:
                 expansion(bank),
                 len(mine),
                 len({one.layer for one, _, _ in mine}),
-                sum(parameters(here, where, one.path.rpartition(".")[2]).total for one, here, where in mine),
+                copies * sum(parameters(here, where, one.path.rpartition(".")[2]).total for one, here, where in mine),
                 sum(floor(here, where) for _, here, where in mine),
                 sum(added(here, where) for _, here, where in mine),
                 saved[name],
@@ -110,19 +112,13 @@ def plan_adapters(recipe: Recipe) -> AdapterPlan:
         )
     peak = run.weight_bytes + run.gradient_bytes + run.optimizer_bytes + sum(saved.values()) + working
     whole, exports = sum(run.total.values()), obstacles(recipe.adapter)
-    return AdapterPlan(tuple(banks), whole, _floor(model, shapes), saved[BASE], working, peak, run, exports)
+    return AdapterPlan(
+        tuple(banks), whole, _floor(model, shapes), saved[BASE], working, peak, run, exports, len(recipe.tenants)
+    )
 
 
 def _rows(shapes: Shapes, name: str) -> int:
     return next((shape[0] for path, shape in shapes.items() if path.endswith(name)), 0)
-
-
-def _heads(recipe: Recipe) -> int:
-    if recipe.model.path is None:
-        return recipe.model.num_attention_heads
-    config = json.loads((Path(recipe.model.path) / "config.json").read_text())
-    heads = config.get("text_config", config).get("num_attention_heads")
-    return heads if isinstance(heads, int) and heads else 1
 
 
 def _floor(model: ModelShapes, shapes: Shapes) -> int:
@@ -156,6 +152,8 @@ def _lines(plan: AdapterPlan) -> Iterator[str]:
         yield f"{name:<14}" + "".join(f" {text:>12}" for text in columns)
     yield "operations: added to a token's forward and backward; of floor: with them, times the frozen places' own (in"
     yield f"all: the whole frozen model's {plan.floor:,}); kept: for the backward of a micro-batch"
+    if plan.tenants:
+        yield f"trainable, kept, memory: of all {plan.tenants} tenants; operations: a token meets one tenant's copy"
     yield ""
     run = plan.run
     yield (

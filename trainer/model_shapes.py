@@ -31,6 +31,7 @@ class ModelShapes:
     linear: (out, in) of each linear layer by path; ``experts``: (E, out, in) of each stacked tensor.
     norms: width of each vector by path, such as norms' weights.
     places: where banks may go.
+    clamped: whether experts clamp their pre-activations, as those with biases do.
     """
 
     layers: int
@@ -39,6 +40,7 @@ class ModelShapes:
     experts: Mapping[str, tuple[int, int, int]]
     norms: Mapping[str, int]
     places: Places
+    clamped: bool = False
 
     def size(self, placed: Placed) -> Size:
         """Of one place that :func:`lora.targets.resolve` found."""
@@ -85,7 +87,8 @@ def model_shapes(shapes: Shapes, active: int) -> ModelShapes:
     layers = [int(match[1]) for name in shapes if (match := re.search(r"layers\.(\d+)\.", name))]
     places = Places(tuple(linear), tuple(stacked), ffn, tuple(blocks), refused)
     norms = {name.rpartition(".")[0]: shape[0] for name, shape in shapes.items() if len(shape) == 1}
-    return ModelShapes(max(layers, default=-1) + 1, active, linear, stacked, norms, places)
+    clamped = any(f"{name}_bias" in shapes for name in stacked)
+    return ModelShapes(max(layers, default=-1) + 1, active, linear, stacked, norms, places, clamped)
 
 
 def _stacked(shapes: Shapes) -> dict[str, tuple[int, int, int]]:

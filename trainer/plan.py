@@ -286,6 +286,15 @@ def base_of(recipe: Recipe) -> tuple[Shapes, int, int]:
     return folder_shapes(folder), experts, number("num_experts_per_tok", "moe_topk", "top_k")
 
 
+def heads_of(recipe: Recipe) -> int:
+    """Of the base's attention."""
+    if recipe.model.path is None:
+        return recipe.model.num_attention_heads
+    config = json.loads((Path(recipe.model.path) / "config.json").read_text())
+    heads = config.get("text_config", config).get("num_attention_heads")
+    return heads if isinstance(heads, int) and heads else 1
+
+
 def admission(recipe: Recipe, free: int | None) -> Admission | None:
     """What the recipe's tenants take in each worker, of which ``free`` bytes may be taken; None without tenants.
 
@@ -294,7 +303,7 @@ def admission(recipe: Recipe, free: int | None) -> Admission | None:
     if not recipe.tenants:
         return None
     shapes, _, active = base_of(recipe)
-    return admit(recipe, shapes, active, number_width(recipe), free)
+    return admit(recipe, shapes, active, number_width(recipe), heads_of(recipe), free)
 
 
 def card(

@@ -8,14 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig, Qwen3MoeConfig
 
 from lora.config import BankConfig
 from lora.tenants import Tenant, attach_tenants
 from moe.context import BatchContext, Slots, batch_context
 from moe.convert import convert
-from trainer.admission import Admission, AdmissionError, Need, admit, kept_by_layer
+from trainer.activations import micro_batches, saved_bytes, working_bytes
+from trainer.adapter_plan import plan_adapters, table
+from trainer.admission import Admission, AdmissionError, Need, admit
 from trainer.model_shapes import model_shapes
+from trainer.plan import admission as admitted_of
 from trainer.progress import Progress
 from trainer.recipe import RecipeError, load_recipe, recipe_fingerprint, recipe_to_yaml
 from trainer.tenant_recipe import alone, batch_sizes, data_of
@@ -148,29 +151,98 @@ CONFIG = Qwen3MoeConfig(
 )  # fmt: skip
 
 
-def test_the_estimate_covers_what_a_pass_keeps_and_little_more(path):
-    torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(CONFIG)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    recipe = load_recipe(path)
-    attach_tenants(model, recipe.adapter, [Tenant("a", 0), Tenant("b", 1)], convert(model))
-    kept, known = kept_bytes(model), {p.untyped_storage().data_ptr() for p in model.parameters()}
-    ids = torch.randint(300, (6, 32))
-    rows = (4 * 32, 2 * 32)
-    slot_T = torch.arange(2).repeat_interleave(torch.tensor(rows))
-    with kept, batch_context(BatchContext(slot_T=slot_T, slots=Slots(rows, ("", "")))):
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+BOTH = {"experts": BankConfig("expert-lora", r=4), "attention": BankConfig("lora", r=2)}
+CLAMPED = GptOssConfig(
+    vocab_size=300, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    num_local_experts=8, num_experts_per_tok=2, intermediate_size=32,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("banks", "config", "more"),
+    [
+        (BOTH, CONFIG, 1.005),
+        ({"up": BankConfig("expert-lora", targets=("gate_up_proj",))}, CONFIG, 1.005),
+        ({"down": BankConfig("expert-lora", targets=("down_proj",))}, CONFIG, 1.005),
+        ({"out": BankConfig("lora", targets=("o_proj",), dropout=0.1)}, CONFIG, 1.005),
+        ({name: dataclasses.replace(bank, dropout=0.1) for name, bank in BOTH.items()}, CONFIG, 1.005),
+        (BOTH, CLAMPED, 1.1),  # its attention keeps in another way
+    ],
+    ids=["both", "up", "down", "out", "dropout", "clamped"],
+)
+def test_the_estimate_covers_what_a_pass_keeps_and_hardly_more(path, banks, config, more, dtype):
+    model, shapes = tenants_model(config, banks, dtype)
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = kept_bytes(model)
+    with kept:
+        losses_of(model, ROWS)
     measured = sum(n for at, n in kept.found.items() if at not in known)
-    layers = kept_by_layer(model_shapes(shapes, 2), shapes, recipe)
-    counted = ids.numel() * (4 * sum(layers.values()) + 4 * CONFIG.vocab_size)
-    assert measured <= counted <= 1.3 * measured, (measured, counted)
-    assert loss.isfinite()
-    admission = admit(recipe, shapes, 2, 4, None)
-    assert admission.base == 4 * sum(p.numel() for name, p in model.named_parameters() if ".adapter." not in name)
+    recipe = dataclasses.replace(load_recipe(path, SIZES), adapter=banks)
+    found = model_shapes(shapes, 2)
+    placed, batches = found.resolve(banks), micro_batches(recipe, dtype.itemsize, 4, config.vocab_size)
+    counted = sum(sum(saved_bytes(found, placed, batch).values()) for batch in batches[:2])
+    assert measured <= counted <= more * measured, counted / measured
+    admission = admit(recipe, shapes, 2, dtype.itemsize, 4, None)
+    assert admission.base == dtype.itemsize * sum(
+        p.numel() for name, p in model.named_parameters() if ".adapter." not in name
+    )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) // 2
     assert [need.parameters for need in admission.needs] == [trained] * 3
-    assert [need.state for need in admission.needs] == [trained * (4 + 4 + 12 + 4)] * 3
-    assert admission.needs[0].activations == 2 * admission.needs[1].activations > 64 * sum(layers.values()) * 4
+    assert [need.state for need in admission.needs] == [trained * (2 * dtype.itemsize + 12 + 4)] * 3
+    working = [working_bytes(placed, batch) for batch in batches]
+    assert sum(need.activations for need in admission.needs[:2]) == counted + sum(working[:2])
+
+
+@pytest.mark.parametrize("vocabulary", [64, 2048])
+def test_the_estimate_covers_the_allocators_peak(path, vocabulary):
+    config = Qwen3MoeConfig(**{**CONFIG.to_dict(), "vocab_size": vocabulary, "moe_intermediate_size": 96})
+    model, shapes = tenants_model(config, BOTH, torch.float32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        torch.stack(losses_of(model, ROWS)).sum().backward()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    admission = admit(dataclasses.replace(load_recipe(path, SIZES), adapter=BOTH), shapes, 2, 4, 4, None)
+    gradients = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    counted = sum(need.activations for need in admission.needs[:2]) + gradients
+    assert peak <= counted <= 1.3 * peak, counted / peak
+
+
+def test_the_plan_of_banks_counts_every_tenants_copy(path):
+    AutoModelForCausalLM.from_config(CONFIG).save_pretrained(path.parent / "base")
+    recipe = load_recipe(path, [f"model.path={path.parent / 'base'}"])
+    plan, one = plan_adapters(recipe), plan_adapters(dataclasses.replace(recipe, tenants={}))
+    admission = admitted_of(recipe, None)
+    assert plan.trainable == sum(plan.run.trained.values()) == 3 * one.trainable
+    assert plan.kept + plan.working == sum(need.activations for need in admission.needs)
+    assert [bank.added for bank in plan.banks] == [bank.added for bank in one.banks]
+    assert "trainable, kept, memory: of all 3 tenants; operations: a token meets one tenant's copy" in table(plan)
+    assert "tenants" not in table(one)
+
+
+ROWS = (128, 64)
+SIZES = ("train.micro_batch_size=4", "tenants.own.micro_batch_size=2")
+
+
+def tenants_model(config, banks, dtype):
+    """A model with the banks of two tenants, and the shapes of its base."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    attach_tenants(model, banks, [Tenant("a", 0), Tenant("b", 1)], convert(model))
+    return model, shapes
+
+
+def losses_of(model, rows):
+    """Of sequences of 32 tokens, which are the recipe's."""
+    ids, slot_T = torch.arange(sum(rows)).view(-1, 32) * 7 % 64, torch.arange(2).repeat_interleave(torch.tensor(rows))
+    with batch_context(BatchContext(slot_T=slot_T, slots=Slots(rows, ("", "")))):
+        logits = model(input_ids=ids, use_cache=False).logits
+    parts = zip(logits.split([n // 32 for n in rows]), ids.split([n // 32 for n in rows]), strict=True)
+    return [model.loss_function(part, labels=own, vocab_size=model.config.vocab_size).float() for part, own in parts]
 
 
 class kept_bytes(torch.autograd.graph.saved_tensors_hooks):
