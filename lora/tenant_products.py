@@ -15,12 +15,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lora.factors import factored_delta
 from moe.kernels.grouped import choose_backend, grouped_linear
-
-_ALIGNED = 8  # ranks are padded to multiples of this for the grouped product
 
 
 @dataclass(frozen=True)
@@ -136,13 +133,14 @@ def add_deltas(y_NO: Tensor, x_NM: Tensor, tenants: Sequence[Factors], counts_LA
 
 
 def _stacked_deltas(x_NM: Tensor, tenants: Sequence[Factors], counts_LA: Tensor) -> Tensor:
-    """One grouped product over virtual experts (e, a); ranks are padded with zeros, scales go into B."""
-    most = max(tenant.a_LRM.shape[1] for tenant in tenants)
-    most = -(-most // _ALIGNED) * _ALIGNED
-    wide = [(t, most - t.a_LRM.shape[1]) for t in tenants]
-    a_VRM = torch.stack([F.pad(t.a_LRM, (0, 0, 0, more)) for t, more in wide], 1).flatten(0, 1)
-    b_VOR = torch.stack([F.pad(t.b_LOR * t.scale, (0, more)) for t, more in wide], 1).flatten(0, 1)
-    return factored_delta(x_NM, a_VRM, b_VOR, counts_LA.flatten(), 1.0)
+    """One grouped product over virtual experts (e, a), scaled where a single adapter is: after A, not in B's digits.
+
+    All tenants have the same banks, so ranks and scales are the same.
+    """
+    (scale,) = {tenant.scale for tenant in tenants}
+    a_VRM = torch.stack([tenant.a_LRM for tenant in tenants], 1).flatten(0, 1)
+    b_VOR = torch.stack([tenant.b_LOR for tenant in tenants], 1).flatten(0, 1)
+    return factored_delta(x_NM, a_VRM, b_VOR, counts_LA.flatten(), scale)
 
 
 def frozen_products(x_NM: Tensor, weight_LOM: Tensor, counts_LA: Tensor, groups: Sequence[Group]) -> Tensor:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from lora.attach import attach
 from lora.config import BankConfig
 from lora.errors import AdapterError
-from lora.tenant_products import Factors, add_deltas, frozen_products, groups_of
+from lora.factors import factored_delta
+from lora.tenant_products import Factors, _stacked_deltas, add_deltas, frozen_products, groups_of
 from lora.tenant_watch import TenantWatch
 from lora.tenants import Tenant, attach_tenants, parameters_of
 from moe.context import BatchContext, Slots, batch_context
@@ -228,6 +229,23 @@ def test_products_by_group_are_those_of_one_row_at_a_time(counts_LA, seed):
     theirs = torch.autograd.grad((want_NO * out).sum(), leaves, allow_unused=True) if want else [None] * len(leaves)
     for a, b, leaf in zip(mine, theirs, leaves, strict=True):
         torch.testing.assert_close(a, torch.zeros_like(leaf) if b is None else b)
+
+
+def test_a_grouped_product_over_tenants_rounds_as_that_of_one_adapter():
+    """In bf16, whatever computes it: here on a CPU, where the same product goes expert by expert."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    counts_LA, scale = torch.tensor([[5, 8], [4, 0], [6, 7]]), 1.7
+    tenants = [Factors(draw(3, 4, 16), draw(3, 24, 4), scale) for _ in range(2)]
+    x_NM = draw(int(counts_LA.sum()), 16)
+    slot_N = torch.tensor([0, 1]).repeat(3).repeat_interleave(counts_LA.flatten())
+    together = _stacked_deltas(x_NM, tenants, counts_LA)
+    for slot, own in enumerate(tenants):
+        alone = factored_delta(x_NM[slot_N == slot], own.a_LRM, own.b_LOR, counts_LA[:, slot], scale)
+        assert torch.equal(together[slot_N == slot], alone)
 
 
 @pytest.mark.gpu
