@@ -17,7 +17,10 @@ def refuse(message: str) -> None:
     """Say it, and leave it for the launcher and for the workers it restarts."""
     path = os.environ.get(VARIABLE)
     if path:
-        Path(path).write_text(message)
+        # Several workers may refuse at once, while the launcher reads what the first one wrote.
+        written = Path(f"{path}.{os.getpid()}")
+        written.write_text(message)
+        written.replace(path)
     else:
         print(message, file=sys.stderr)
 
