@@ -24,7 +24,7 @@ from lora.cost import Size
 from lora.cost import parameters as count_parameters
 from lora.errors import AdapterError
 from lora.factors import stacked_init
-from lora.presets import bank_at, expand, layer_of, matches, targets_of
+from lora.presets import bank_at, expand, layer_of, matches
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN = ("gate_proj", "up_proj", "down_proj")
@@ -146,7 +146,7 @@ def _sizes_of(model: LlamaForCausalLM, arm: Arm, size: int) -> dict[str, list[in
 
 
 def _places(model: LlamaForCausalLM, bank: BankConfig) -> list[tuple[str, nn.Module]]:
-    targets = targets_of(bank)
+    targets = expand(bank).targets
     return [(path, m) for path, m in model.named_modules() if any(matches(target, path) for target in targets)]
 
 
