@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ import yaml
 from checkpointing.state.extras import seed_streams
 from moe.stats import RoutingMeter
 from trainer.build import build_model, training_dtype
+from trainer.data import PackedDataset
 from trainer.engine import create_engine, prepare_deepspeed
 from trainer.events import EventLog
 from trainer.failpoints import Failpoints
@@ -124,20 +124,10 @@ def recipe_of(config: Config, name: str, folder: Path, process: Process, checkpo
     return load_recipe(path)
 
 
-class RandomTokens:
-    """Packed samples [S] of uniformly random tokens; the same for the same index."""
-
-    def __init__(self, vocab: int, sequence: int) -> None:
-        self._rows = np.random.default_rng(7).integers(0, vocab, (_SAMPLES, sequence), dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self._rows[index]
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return iter(self._rows)
+def random_tokens(vocab: int, sequence: int) -> PackedDataset:
+    """Packed samples [S] of uniformly random tokens, always the same."""
+    tokens = np.random.default_rng(7).integers(0, vocab, _SAMPLES * sequence, dtype=np.int64)
+    return PackedDataset(tokens, sequence)
 
 
 @dataclass(frozen=True)
@@ -183,7 +173,7 @@ def build_job(config: Config, process: Process, folder: Path) -> Job:
     run_dir = folder / recipe.log.run
     events = EventLog(run_dir, process.rank, 0)
     failpoints = Failpoints((), rank=process.rank, run_dir=run_dir, events=events)
-    data = SimpleNamespace(train=RandomTokens(config.vocab, config.sequence))
+    data = SimpleNamespace(train=random_tokens(config.vocab, config.sequence))
     origin = Origin.of(recipe, process, "random", engine.optimizer.optimizer)
     off = open_snapshots(recipe, process, run_dir, engine.optimizer, events, failpoints, origin)
     seed_streams(recipe.train.seed, "train", process.rank)
