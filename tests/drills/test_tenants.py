@@ -113,7 +113,7 @@ def test_chat_tenants_train_as_runs_without_tenants_do(begin, folder):
 
 
 def test_a_tenant_that_diverges_stops_and_changes_no_bit_of_the_others(begin, together):
-    job = begin("diverged", "tenants.two.lr=1e30", "tenants.two.warmup_steps=0")
+    job = begin("tenant-diverged", "tenants.two.lr=1e30", "tenants.two.warmup_steps=0")
     rows = job.finish()
     bad = [r for r in rows if r["kind"] == "tenant_bad_step"]
     assert [(r["step"], r["tenant"], r["bad_in_row"], r["stopped"]) for r in bad] == [
