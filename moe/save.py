@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -49,4 +50,7 @@ def whole_model(
 def write_folder(model: PreTrainedModel, out: str | Path) -> None:
     """With transformers' own ``save_pretrained``, which knows each family's files."""
     disable_progress_bar()
+    # transformers imports DeepSpeed on the way, which otherwise goes looking for accelerators and says so.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     model.save_pretrained(out)
