@@ -15,14 +15,13 @@ import importlib
 import random
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.lora_case import Arm, Case, Claim
-from benchmarks.machine import describe_machine, result_path, save, say
+from benchmarks.machine import describe_machine, result_path, save, say, timed
 
 CASES = ("experts", "routed", "ffn", "concurrent")
 CONFIGS = ("cpu", "qwen3", "tiny")
@@ -107,18 +106,6 @@ def peak_bytes(arm: Arm, device: torch.device) -> int | None:
     arm.step(False)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cpu":
-        started = time.process_time()  # others may use the cores
-        work()
-        return time.process_time() - started
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def judged(claim: Claim, rows: dict[str, Any]) -> dict[str, Any]:

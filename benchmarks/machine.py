@@ -1,4 +1,4 @@
-"""What a figure depends on besides the code: the hardware, the versions, the commit. And where results go."""
+"""What a figure depends on besides the code: hardware, clock, versions, commit. And where results go."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import os
 import platform
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +76,16 @@ def save(path: Path, result: dict[str, Any]) -> None:
 
 def say(text: str) -> None:
     print(text, flush=True)
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that ``work`` takes: of this process on a CPU, of the clock on a GPU, with everything queued done."""
+    if device.type == "cpu":
+        started = time.process_time()  # others may use the cores
+        work()
+        return time.process_time() - started
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started

@@ -32,7 +32,7 @@ from benchmarks.layer_arms import (
     transformers_layer,
 )
 from benchmarks.layer_report import table
-from benchmarks.machine import describe_machine, result_path, save, say
+from benchmarks.machine import describe_machine, result_path, save, say, timed
 
 CONFIGS = {
     "qwen3": [Shape(16384, 2048, 768, 128, 8)],
@@ -104,7 +104,8 @@ class Bench:
             for arm in self.arms:
                 if arm.name in rows:
                     arm.prepare(routed)
-                    rows[arm.name]["times_s"].append(self._time(lambda arm=arm: self._step(arm, routed, upstream_TH)))
+                    seconds = timed(lambda arm=arm: self._step(arm, routed, upstream_TH), self.device)
+                    rows[arm.name]["times_s"].append(seconds)
             if time.monotonic() > until:
                 break
         for row in rows.values():
@@ -149,23 +150,12 @@ class Bench:
             peak = torch.cuda.max_memory_allocated() - before
         return {"saved_bytes": sum(kept.values()), "peak_bytes": peak}
 
-    def _time(self, work: Callable[[], object]) -> float:
-        if self.device.type == "cpu":
-            started = time.process_time()  # others may use the cores
-            work()
-            return time.process_time() - started
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        return time.perf_counter() - started
-
     def ceiling(self) -> float:
         """FLOP/s of one large product: 8192^3 in bf16, on a CPU 1024^3 in fp32 on one thread."""
         n = 8192 if self.device.type == "cuda" else 1024
         left, right = (torch.randn(n, n, device=self.device, dtype=self.dtype) for _ in range(2))
-        self._time(lambda: left @ right)
-        return 2 * n**3 / statistics.median(self._time(lambda: left @ right) for _ in range(9))
+        timed(lambda: left @ right, self.device)
+        return 2 * n**3 / statistics.median(timed(lambda: left @ right, self.device) for _ in range(9))
 
 
 def _error(got: Tensor, want: Tensor) -> float:

@@ -75,7 +75,8 @@ def problem(case: Case, step: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def fast(experts: Experts, case: Case, step: int = 0) -> dict[str, Tensor]:
-    x, index, weights, upstream = problem(case, step)
+    """What the experts, wherever they are, make of the problem; on the CPU."""
+    x, index, weights, upstream = (t.to(experts.down_proj.device) for t in problem(case, step))
     x, weights, upstream = (t.to(case.dtype) for t in (x, weights, upstream))
     x.requires_grad_()
     weights.requires_grad_()
@@ -83,7 +84,7 @@ def fast(experts: Experts, case: Case, step: int = 0) -> dict[str, Tensor]:
     out = experts(x, index, weights)
     out.backward(upstream)
     found = {"out": out.detach(), "x": x.grad, "weights": weights.grad}
-    return found | {name: p.grad for name, p in experts.adapter.named_parameters()}
+    return {k: t.cpu() for k, t in (found | {n: p.grad for n, p in experts.adapter.named_parameters()}).items()}
 
 
 def slow(experts: Experts, case: Case, step: int = 0, dropped=None) -> dict[str, Tensor]:

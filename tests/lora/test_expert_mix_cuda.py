@@ -10,25 +10,12 @@ from torch import Tensor
 
 from lora import fold
 from moe.assignment import assign
-from moe.experts import Experts
 from moe.form import PLAIN
-from tests.lora.test_expert_mix import GPT_OSS, PRESETS, Case, assert_equal, built, problem, slow
+from tests.lora.test_expert_mix import GPT_OSS, PRESETS, Case, assert_equal, built, fast, problem, slow
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 CASE = Case(routing="skewed", dtype=torch.bfloat16)
-
-
-def on_gpu(experts: Experts, case: Case) -> dict[str, Tensor]:
-    x, index, weights, upstream = (t.cuda() for t in problem(case))
-    x, weights, upstream = (t.to(case.dtype) for t in (x, weights, upstream))
-    x.requires_grad_()
-    weights.requires_grad_()
-    experts.zero_grad()
-    out = experts(x, index, weights)
-    out.backward(upstream)
-    found = {"out": out.detach(), "x": x.grad, "weights": weights.grad}
-    return {k: v.cpu() for k, v in (found | {n: p.grad for n, p in experts.adapter.named_parameters()}).items()}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -40,9 +27,9 @@ def test_it_is_near_the_formula_in_fp64_and_the_same_twice(monkeypatch, preset, 
     case = dataclasses.replace(CASE, preset=preset, form=form, way=way)
     want = slow(built(case), case)
     experts = built(case).cuda()
-    got = on_gpu(experts, case)
+    got = fast(experts, case)
     assert_equal(got, want, 0.03)
-    again = on_gpu(experts, case)
+    again = fast(experts, case)
     assert all(torch.equal(got[name], again[name]) for name in got)
 
 
@@ -51,7 +38,7 @@ def test_it_is_near_the_formula_in_fp64_and_the_same_twice(monkeypatch, preset, 
 def test_nothing_is_read_back(dropout, way):
     case = dataclasses.replace(CASE, dropout=dropout, way=way)
     experts = built(case).cuda()
-    on_gpu(experts, case)
+    fast(experts, case)
     x, index, weights, _ = (t.cuda() for t in problem(case))
     x, weights = x.to(case.dtype).requires_grad_(), weights.to(case.dtype).requires_grad_()
     torch.cuda.synchronize()
