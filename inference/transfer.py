@@ -1,12 +1,12 @@
 """Copies of experts over the link: what goes first, in which pieces, and what it costs.
 
 Nothing here has a thread. Demanded experts are handed to the link at once and whole. Prefetches wait in a queue, the
-nearer layer first, and are handed over in pieces of some MB whenever the runtime calls, only so many bytes at a time; so
-a demand waits for no more than those. A prefetch that turns out to be wanted is promoted, one that has not begun can be
-cancelled. Waiting is left to the device: what is computed later runs after the copy, while the host goes on.
+nearer layer first, and are handed over in pieces of some MB whenever the runtime calls, only so many bytes at a time;
+so a demand waits for no more than those. A prefetch that turns out to be wanted is promoted, one that has not begun
+can be cancelled. Waiting is left to the device: what is computed later runs after the copy, while the host goes on.
 
-Two links stand behind one protocol: a CUDA stream, and one with a simulated clock, which moves the bytes only when their
-time has come; so tests on a CPU see what is read too early.
+Two links stand behind one protocol: a CUDA stream, and one with a simulated clock, which moves the bytes only when
+their time has come; so tests on a CPU see what is read too early.
 
 Shapes: B elements of a block.
 """
