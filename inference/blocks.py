@@ -110,7 +110,7 @@ class BlockPool:
         return True
 
     def learn(self, table: Table, tokens: Sequence[int], computed: int) -> None:
-        """The first ``computed`` of ``tokens`` are in the table's blocks now; full blocks may be shared from here on."""
+        """The first ``computed`` of ``tokens`` are in the table's blocks now; full ones may be shared from here on."""
         if not self.reuse:
             return
         while table.known < computed // self.block_size:

@@ -95,9 +95,9 @@ class Scheduler:
                 left -= chunks[-1].rows
         crowded = len(self.waiting) > waiting_before  # what was just given up must not be taken at once
         while left and self.waiting and not crowded and len(self.running) < self.max_sequences:
-            if (sequence := self._admit()) is None:
+            if (joined := self._admit()) is None:
                 break
-            chunks.append(self._chunk(sequence, min(len(sequence.tokens) - sequence.computed, left)))
+            chunks.append(self._chunk(joined, min(len(joined.tokens) - joined.computed, left)))
             left -= chunks[-1].rows
         return chunks
 
