@@ -73,14 +73,14 @@ class BlockPool:
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
-    def begin(self, adapter: str | None, tokens: Sequence[int], *, spare: int = 0) -> Table | None:
-        """A table with room for all ``tokens``, sharing as many full blocks as are known.
+    def begin(self, adapter: str | None, tokens: Sequence[int], *, spare: int = 0, share: bool = True) -> Table | None:
+        """A table with room for all ``tokens``, sharing as many full blocks as are known, if it may.
 
         None if fewer than ``spare`` blocks would be left. The last token is never shared: it has to be computed, for
         what comes after it.
         """
         table = Table(node=self._root(adapter))
-        shareable = (len(tokens) - 1) // self.block_size if self.reuse else 0
+        shareable = (len(tokens) - 1) // self.block_size if self.reuse and share else 0
         for index in range(shareable):
             block = self._found.get((table.node, self._slice(tokens, index)))
             if block is None:

@@ -183,11 +183,3 @@ def _logprobs(logits_RV: Tensor, tokens: Sequence[int], choosers: Sequence[Token
         row: TokenLogprobs(tokens[row], mine, tuple(zip(ids, values, strict=True))[: asked[row]])
         for row, mine, (ids, values) in zip(rows, own, pairs, strict=True)
     }
-
-
-def next_token(logits_V: Tensor, temperature: float, generator: torch.Generator | None) -> int:
-    """One row, until the engine chooses for all."""
-    if temperature == 0:
-        return int(logits_V.argmax())
-    probabilities_V = torch.softmax(logits_V.float().cpu() / temperature, dim=-1)
-    return int(torch.multinomial(probabilities_V, 1, generator=generator))
