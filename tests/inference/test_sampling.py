@@ -77,7 +77,11 @@ TOKENS = st.lists(st.integers(0, V - 1), max_size=6)
 
 
 @settings(max_examples=200)
-@given(st.lists(st.tuples(PARAMS, TOKENS, TOKENS), min_size=1, max_size=5), st.integers(0, 10**6), st.integers(1, V))
+@given(
+    st.lists(st.tuples(PARAMS, TOKENS, TOKENS), min_size=1, max_size=5),
+    st.integers(0, 10**6),
+    st.sampled_from([(), (1,), (2,), (1, 2)]),
+)
 def test_every_row_gets_the_naive_samplers_token(rows, logits_seed, candidates):
     logits = torch.randn(len(rows), V, generator=torch.Generator().manual_seed(logits_seed)) * 3
     choosers, expected = [], []
