@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inference.errors import InferenceError
 from inference.requests import SamplingParams, TokenLogprobs
 
 # A nucleus is looked for among so many of the largest logits first; sorting a large vocabulary takes far longer.
@@ -81,20 +80,16 @@ class Chosen:
     logprobs: TokenLogprobs | None
 
 
-def choose(logits_RV: Tensor, choosers: Sequence[TokenChooser]) -> list[Chosen]:
-    """The next token of every row, noted in its chooser.
+def choose(logits_RV: Tensor, choosers: Sequence[TokenChooser]) -> list[Chosen | None]:
+    """The next token of every row, noted in its chooser; None for a row whose largest logit is not finite.
 
     Args:
         logits_RV: raw scores, on any device and in any float type. They are not changed.
         choosers: one for each row.
-
-    Raises InferenceError if a row's logits hold NaN or infinity where its largest should be.
     """
     best_R, token_R = logits_RV.max(dim=-1)  # of equal ones the first
-    if not bool(best_R.isfinite().all()):
-        raise InferenceError("the model's logits are not finite; its weights or its precision are damaged")
-    tokens = token_R.tolist()
-    drawn = [row for row, chooser in enumerate(choosers) if not chooser.plain]
+    finite, tokens = best_R.isfinite().tolist(), token_R.tolist()
+    drawn = [row for row, chooser in enumerate(choosers) if finite[row] and not chooser.plain]
     if drawn:
         copy_RV = logits_RV[drawn].to("cpu", torch.float32)  # taking rows by number copies them
         chosen = _draw(copy_RV, [choosers[row] for row in drawn])
@@ -103,7 +98,7 @@ def choose(logits_RV: Tensor, choosers: Sequence[TokenChooser]) -> list[Chosen]:
     logprobs = _logprobs(logits_RV, tokens, choosers)
     for token, chooser in zip(tokens, choosers, strict=True):
         chooser.note(token)
-    return [Chosen(token, logprobs.get(row)) for row, token in enumerate(tokens)]
+    return [Chosen(tokens[row], logprobs.get(row)) if good else None for row, good in enumerate(finite)]
 
 
 def _draw(logits_RV: Tensor, choosers: Sequence[TokenChooser]) -> list[int]:

@@ -179,13 +179,32 @@ def test_a_failing_pass_ends_its_own_requests_only(model_folder, prompts, caplog
     llm.engine.submit(Request("a", tuple(prompts[0])))
     (output,) = llm.engine.step()
     assert (output.finish, output.error) == ("error", "MemoryError: no room for a tensor")
-    assert "a forward pass failed" in caplog.text
+    assert "1 requests end: no room for a tensor" in caplog.text
     with pytest.raises(RuntimeError, match="no room for a tensor") as caught:
         llm.generate([prompts[0], prompts[1]], 4)
     assert isinstance(caught.value.__cause__, MemoryError)
     llm.engine.watch = None
     assert llm.generate([prompts[1]], 4) == expected
     assert llm.engine.pool.free == llm.engine.pool.num_blocks
+
+
+def test_what_is_not_finite_reaches_nobody_else(model_folder, prompts, caplog):
+    llm = LLM(model_folder, device="cpu", kv_tokens=96)
+    engine, spoilt, sound = llm.engine, tuple(prompts[15] * 2), tuple(prompts[14])
+    expected = llm.generate([sound, sound], 12)
+    engine.submit(Request("spoilt", spoilt, max_new_tokens=40))
+    engine.submit(Request("sound", sound, max_new_tokens=12))
+    outputs = engine.step()
+    engine._kv.pool_LNSCD[:, engine._answers["spoilt"].sequence.table.blocks[1]] = float("nan")
+    while engine.has_work():
+        outputs += engine.step()
+    ends = {output.id: (output.finish, output.error) for output in outputs if output.finish}
+    assert ends["sound"] == ("length", None)
+    assert ends["spoilt"][0] == "error"
+    assert "logits are not finite" in ends["spoilt"][1]
+    assert tuple(tokens([o for o in outputs if o.id == "sound"])) == expected[0].token_ids
+    assert llm.generate([spoilt], 40) == LLM(model_folder, device="cpu").generate([spoilt], 40)
+    assert llm.generate([sound, sound], 12) == expected
 
 
 def test_the_watch_sees_every_token_once(llm, prompts):
