@@ -15,6 +15,7 @@ from inference.batching import MAX_ROWS, MAX_SEQUENCES, Engine
 from inference.cache import CacheCounts
 from inference.errors import InferenceError
 from inference.model import Model
+from inference.offload import Crossing
 from inference.opening import MakePolicy, adapt, attach_all, end_tokens, open_base, open_kv, open_tokenizer
 from inference.requests import Output, Request, SamplingParams
 from inference.stats import Generation, Stats
@@ -43,6 +44,7 @@ class LLM:
             model. All share its weights, its resident experts and its key-value cache.
         kv_tokens: tokens whose keys and values are kept, of all requests together; by default 32768, or what a quarter
             of the device's free memory holds if that is less.
+        crossing: how experts reach a GPU: what predicts and prefetches them, and whether all are page-locked.
         max_rows, max_sequences, reuse: see :class:`~inference.batching.Engine`.
 
     Raises:
@@ -62,6 +64,7 @@ class LLM:
         *,
         adapters: Mapping[str, str | Path] | None = None,
         kv_tokens: int | None = None,
+        crossing: Crossing | None = None,
         max_rows: int = MAX_ROWS,
         max_sequences: int = MAX_SEQUENCES,
         reuse: bool = True,
@@ -70,8 +73,8 @@ class LLM:
             raise InferenceError("adapter and adapters are both given; name all of them in adapters")
         self.path = Path(path)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        base = open_base(self.path, expert_budget, self.device, dtype, poison, policy)
-        self.model, self.cache = base.module, base.cache
+        base = open_base(self.path, expert_budget, self.device, dtype, poison, policy, crossing)
+        self.model, self.cache, self.executor = base.module, base.cache, base.executor
         if adapter is not None:
             attach_all(base, {"adapter": base.module}, {"adapter": adapter})
         kv = open_kv(base, kv_tokens)
@@ -85,7 +88,7 @@ class LLM:
             max_rows=max_rows,
             max_sequences=max_sequences,
             reuse=reuse,
-            joined=None if base.cache is None else base.cache.policy.begin,
+            joined=base.begin,
         )
         self._numbers = count()
 
