@@ -1,0 +1,171 @@
+"""Experts computed by the CPU, straight from the weights in host memory, beside whatever the GPU does.
+
+A call's work is a list of (expert, rows). Long lists are dealt to the workers expert by expert, short ones in parts:
+each part takes some of an expert's intermediate columns through gate, up and down, and the parts' sums are added in
+order. Every worker computes on one thread of its own, so it neither waits for torch's pool nor holds up the thread
+that launches the GPU's work; torch drops the interpreter's lock in every product.
+
+Which kernel is fastest depends on the processor, the precision and the rows; so it is measured
+(:mod:`inference.calibrate`) and looked up (:class:`inference.costmodel.KernelTable`).
+
+Shapes: N rows of all experts of a call, R rows of one expert, H hidden, I intermediate or a part of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from inference.costmodel import KernelTable
+
+Product = Callable[[Tensor, Tensor], Tensor]
+Gated = Callable[[Tensor, Tensor], Tensor]  # (gate, up), elementwise
+MIN_COLUMNS = 128  # of a part: below it, calling costs more than computing
+
+
+class HostWeights(Protocol):
+    """Where experts lie in host memory; :class:`inference.store.ExpertStore` is one."""
+
+    def views(self, layer: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        """gate [I,H], up [I,H] and down [H,I] of one expert."""
+        ...
+
+
+def product_linear(x_RH: Tensor, w_OH: Tensor) -> Tensor:
+    """One matrix product in the weights' precision: what processors with AMX or AVX512-BF16 are fast at."""
+    return torch.nn.functional.linear(x_RH, w_OH).float()
+
+
+def product_rows(x_RH: Tensor, w_OH: Tensor) -> Tensor:
+    """A matrix-vector product for each row, which reads the weights once per row, but at full memory speed."""
+    return torch.stack([torch.mv(w_OH, x_H) for x_H in x_RH]).float()
+
+
+def product_upcast(x_RH: Tensor, w_OH: Tensor) -> Tensor:
+    """Weights are widened to float32 a piece at a time, small enough to stay in the cache, and multiplied there."""
+    x_RH = x_RH.float()
+    if w_OH.dtype == torch.float32:
+        return torch.nn.functional.linear(x_RH, w_OH)
+    pieces = w_OH.split(max(_PIECE // w_OH.shape[1], 1))
+    return torch.cat([torch.nn.functional.linear(x_RH, piece.float()) for piece in pieces], dim=1)
+
+
+_PIECE = 1 << 17  # weights widened at once: 512 KiB
+KERNELS: dict[str, Product] = {"linear": product_linear, "rows": product_rows, "upcast": product_upcast}
+
+
+def kernels_for(dtype: torch.dtype) -> tuple[str, ...]:
+    """The kernels worth measuring. In float32 there is nothing to widen, and a product of one row is a vector's."""
+    return ("linear",) if dtype == torch.float32 else tuple(KERNELS)
+
+
+def expert_rows(
+    product: Product, gated: Gated, weights: tuple[Tensor, Tensor, Tensor], x_RH: Tensor, columns: slice
+) -> Tensor:
+    """Rows through some intermediate columns of one expert: a float32 share [R,H] of the result.
+
+    As in transformers, what stands between two products has the weights' precision.
+    """
+    gate_IH, up_IH, down_HI = weights
+    x_RH = x_RH.to(gate_IH.dtype)
+    gate_RI, up_RI = product(x_RH, gate_IH[columns]), product(x_RH, up_IH[columns])
+    a_RI = gated(gate_RI.to(x_RH.dtype), up_RI.to(x_RH.dtype))
+    return product(a_RI, down_HI[:, columns])
+
+
+class Pending:
+    """Work that was submitted."""
+
+    def __init__(self, parts: Sequence[tuple[slice, Future[Tensor]]], out_NH: Tensor) -> None:
+        self._parts, self._out_NH = parts, out_NH
+
+    def result(self) -> Tensor:
+        """Waits; float32 [N,H], rows as they were given, unweighted. An error of a worker is raised here."""
+        for rows, part in self._parts:
+            self._out_NH[rows] += part.result()
+        self._parts = ()
+        return self._out_NH
+
+
+class CpuExperts:
+    """Computes missing experts on threads of its own.
+
+    Args:
+        weights: where experts lie.
+        gated: activation of (gate, up), elementwise.
+        table: measured times, which say what kernel to use.
+        threads: workers.
+    """
+
+    def __init__(self, weights: HostWeights, gated: Gated, table: KernelTable, threads: int) -> None:
+        assert threads >= 1, threads
+        self.weights, self.gated, self.table, self.threads = weights, gated, table, threads
+        self._pool = _single_threaded_workers(threads)
+
+    def submit(
+        self, layer: int, work: Sequence[tuple[int, int]], x_NH: Tensor, out_NH: Tensor | None = None
+    ) -> Pending:
+        """Start computing; returns at once.
+
+        Args:
+            work: (expert, number of its rows), in the order of the rows of ``x_NH``.
+            x_NH: inputs in host memory; must not change until the result is taken.
+            out_NH: float32, for the result; a new one by default.
+        """
+        assert sum(rows for _, rows in work) == x_NH.shape[0], (work, x_NH.shape)
+        out_NH = torch.empty(x_NH.shape, dtype=torch.float32) if out_NH is None else out_NH
+        out_NH.zero_()
+        parts, start = [], 0
+        for expert, count in work:
+            rows = slice(start, start + count)
+            start += count
+            views = self.weights.views(layer, expert)
+            product = KERNELS[self.table.best(count, self.threads).kernel]
+            for columns in self._columns(views[0].shape[0], len(work)):
+                task = (product, self.gated, views, x_NH[rows], columns)
+                parts.append((rows, self._pool.submit(_compute, *task)))
+        return Pending(parts, out_NH)
+
+    def _columns(self, intermediate: int, experts: int) -> list[slice]:
+        """Into how many parts an expert is cut: so many that no worker is idle."""
+        parts = max(min(-(-self.threads // experts), intermediate // MIN_COLUMNS), 1)
+        ends = [intermediate * part // parts for part in range(parts + 1)]
+        return [slice(a, b) for a, b in itertools.pairwise(ends)]
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _single_threaded_workers(count: int) -> ThreadPoolExecutor:
+    """Workers whose products start no threads of their own.
+
+    torch keeps that count for each thread, but threads that start later inherit the one set last: so all workers start
+    here, and the caller's count is set again behind them.
+    """
+    mine = torch.get_num_threads()
+    started = threading.Barrier(count + 1)
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # the first question settles a thread's count; before the caller's is set again
+        started.wait()
+
+    pool = ThreadPoolExecutor(count, "cpu-expert", initializer=begin)
+    for _ in range(count):
+        pool.submit(int)  # a worker starts when there is work and no idle one: none is idle before the barrier
+    started.wait()
+    torch.set_num_threads(mine)
+    return pool
+
+
+@torch.inference_mode()
+def _compute(
+    product: Product, gated: Gated, weights: tuple[Tensor, Tensor, Tensor], x: Tensor, columns: slice
+) -> Tensor:
+    return expert_rows(product, gated, weights, x, columns)

@@ -1,0 +1,235 @@
+"""Which missing experts of a layer call are fetched, and which the CPU computes where they lie. No torch here.
+
+Three lanes work at once: the link brings experts one after the other; the GPU computes resident ones, then what the
+link has brought; the CPU computes others from host memory. A plan is the choice that ends soonest by the machine's
+measured costs. (Fiddler, ICLR 2025, chooses for each expert alone; HybriMoE fills the three timelines greedily;
+FlexInfer, MLSys 2025, chooses one way for a whole phase.) Here the choice is exact, and all three fall out of it:
+
+* A fetch costs the same whatever the rows, the CPU's time grows with them. So of any two missing experts the one with
+  more rows is the better one to fetch, and the best plan is a cut of the experts in order of rows. All cuts are tried.
+* Experts arrive at even intervals and the GPU's times fall along the order, so the GPU ends either just behind the
+  last arrival or with everything queued behind the first: no timeline has to be simulated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from inference.costmodel import ExpertCosts, overlap, total
+
+Missing = tuple[int, int]  # expert, rows
+HIT, FETCH, CPU, SPLIT, STREAM = "resident", "fetch", "cpu", "split", "stream"
+
+
+class PlanError(ValueError):
+    """Work that this machine can do in no way."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The plan of one layer call.
+
+    Attributes:
+        fetch: experts in the order in which the link brings them.
+        cpu: experts that the CPU computes, those with most rows first.
+        seconds: until the slowest lane ends, predicted.
+        bound: that lane: ``link``, ``cpu`` or ``gpu``.
+        fetch_only_s, cpu_only_s: what fetching all, or computing all on the CPU, would take; infinite where impossible.
+        link_rate, cpu_rate: bytes/s that the lanes were reckoned with.
+    """
+
+    fetch: tuple[int, ...]
+    cpu: tuple[int, ...]
+    seconds: float
+    bound: str
+    fetch_only_s: float
+    cpu_only_s: float
+    link_rate: float
+    cpu_rate: float
+
+    @property
+    def mode(self) -> str:
+        if self.fetch and self.cpu:
+            return SPLIT
+        return FETCH if self.fetch else CPU if self.cpu else HIT
+
+    def reason(self) -> str:
+        """Why, in a sentence."""
+        misses = len(self.fetch) + len(self.cpu)
+        link, cpu = f"link {self.link_rate / 1e9:.3g} GB/s", f"CPU {self.cpu_rate / 1e9:.3g} GB/s"
+        if self.mode == HIT:
+            return f"resident: nothing is missing; bound by {self.bound}"
+        if self.mode == SPLIT:
+            carried = f"{link} and {cpu} carry {len(self.fetch)} and {len(self.cpu)} of {misses} misses"
+            return (
+                f"split: {carried}; bound by {self.bound}; {_against(self.fetch_only_s, self.cpu_only_s, self.seconds)}"
+            )
+        if self.mode == FETCH:
+            why = "the CPU computes nothing here" if math.isinf(self.cpu_only_s) else f"{cpu} would not help"
+            return f"fetch: {link} brings all {misses} misses, {why}; bound by {self.bound}"
+        why = "there is no link" if math.isinf(self.fetch_only_s) else f"{link} would not help"
+        return f"cpu: {cpu} computes all {misses} misses where they lie, {why}; bound by {self.bound}"
+
+
+def _against(fetch_s: float, cpu_s: float, chosen_s: float) -> str:
+    return f"{1e3 * chosen_s:.3g} ms against {1e3 * fetch_s:.3g} by link alone, {1e3 * cpu_s:.3g} by CPU alone"
+
+
+def plan_call(
+    costs: ExpertCosts,
+    missing: Sequence[Missing],
+    *,
+    resident_rows: Sequence[int] = (),
+    worth: Mapping[int, float] | None = None,
+    link_busy_s: float = 0.0,
+    max_fetch: int | None = None,
+) -> Split:
+    """The best cut for one call of one layer. Deterministic: the same arguments give the same plan.
+
+    Args:
+        missing: (expert, rows), each expert once.
+        resident_rows: rows of each resident expert that the call uses: the GPU's work meanwhile.
+        worth: how much each expert is worth keeping, as policies score it. Among experts with equally many rows the
+            worthiest are fetched, since fetching is what makes them resident; then those with the lowest number.
+        link_busy_s: until the link is free for this call.
+        max_fetch: at most so many may be fetched, where slots are few; the rest must be computed.
+
+    Raises PlanError if some expert can neither be fetched nor computed.
+    """
+    worth = worth or {}
+    order = sorted(missing, key=lambda item: (-item[1], -worth.get(item[0], 0.0), item[0]))
+    lanes = _Lanes(costs, [rows for _, rows in order], total(map(costs.gpu_s, resident_rows)), link_busy_s)
+    most = len(order) if max_fetch is None else min(max_fetch, len(order))
+    ends = [lanes.ends(count) for count in range(most + 1)]
+    best = min(range(most + 1), key=lambda count: (max(ends[count]), count))
+    seconds = max(ends[best])
+    if math.isinf(seconds):
+        raise PlanError(f"{len(order)} experts are missing, {most} may be fetched and the CPU may compute none")
+    link_end, cpu_end, gpu_end = ends[best]
+    bound = "cpu" if cpu_end == seconds else "link" if best and link_end + lanes.last_gpu(best) >= gpu_end else "gpu"
+    split = 0 < best < len(order)
+    return Split(
+        fetch=tuple(expert for expert, _ in order[:best]),
+        cpu=tuple(expert for expert, _ in order[best:]),
+        seconds=seconds,
+        bound=bound,
+        fetch_only_s=max(ends[-1]) if most == len(order) else math.inf,
+        cpu_only_s=max(ends[0]),
+        link_rate=costs.expert_bytes / (costs.link_overlapped_s if split else costs.link_s),
+        cpu_rate=_cpu_rate(costs, [rows for _, rows in order[best:]] or [rows for _, rows in order], split),
+    )
+
+
+def _cpu_rate(costs: ExpertCosts, rows: Sequence[int], overlapped: bool) -> float:
+    seconds = total(map(costs.cpu_overlapped_s if overlapped else costs.cpu_s, rows))
+    return len(rows) * costs.expert_bytes / seconds if seconds else 0.0
+
+
+class _Lanes:
+    """When each lane ends if the first ``count`` experts of the order are fetched."""
+
+    def __init__(self, costs: ExpertCosts, rows: Sequence[int], gpu_busy_s: float, link_busy_s: float) -> None:
+        self.costs, self.gpu_busy_s, self.link_busy_s = costs, gpu_busy_s, link_busy_s
+        self.gpu = [costs.gpu_s(n) for n in rows]
+        self.gpu_before = _running(self.gpu)
+        self.cpu_behind = _running([costs.cpu_s(n) for n in reversed(rows)])[::-1]
+        self.cpu_overlapped_behind = _running([costs.cpu_overlapped_s(n) for n in reversed(rows)])[::-1]
+
+    def last_gpu(self, count: int) -> float:
+        return self.gpu[count - 1]
+
+    def ends(self, count: int) -> tuple[float, float, float]:
+        """(link, cpu, gpu); infinite for what the machine cannot do."""
+        costs, rest = self.costs, len(self.gpu) - count
+        if (count and not costs.has_link) or (rest and not costs.threads):
+            return math.inf, math.inf, math.inf
+        busy = self.link_busy_s
+        link = (busy + count * costs.link_s, busy + count * costs.link_overlapped_s) if count else (0.0, 0.0)
+        handed = costs.handover_s if rest else 0.0
+        cpu = (handed + self.cpu_behind[count], handed + self.cpu_overlapped_behind[count])
+        link_end, cpu_end = overlap(link, cpu)
+        if not count:
+            return 0.0, cpu_end, self.gpu_busy_s
+        queued = self.gpu_before[count]
+        interval = (link_end - busy) / count if link_end > busy else 0.0
+        gpu_end = max(self.gpu_busy_s + queued, busy + interval + queued, link_end + self.gpu[count - 1])
+        return link_end, cpu_end, gpu_end
+
+
+def _running(values: Sequence[float]) -> list[float]:
+    """Sums of the first 0, 1, ... values."""
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    return sums
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One way for all layers of a phase, prefill or decode.
+
+    Attributes:
+        mode: ``fetch`` (decode: when needed), ``stream`` (prefill: the next layer's experts behind this layer's work),
+            ``cpu``, ``split``, or ``resident``.
+        seconds: of one pass through the model.
+        bound: what that time is made of, mostly.
+        alternatives: seconds of each way that the machine can go.
+    """
+
+    phase: str
+    mode: str
+    seconds: float
+    bound: str
+    alternatives: Mapping[str, float]
+
+    def reason(self) -> str:
+        others = {mode: s for mode, s in self.alternatives.items() if mode != self.mode}
+        compared = ", ".join(f"{mode} {_ms(s)}" for mode, s in sorted(others.items(), key=lambda item: item[1]))
+        why = f"against {compared}" if compared else "the only way here"
+        return f"{self.phase}: {self.mode} takes {_ms(self.seconds)}, {why}; bound by {self.bound}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms"
+
+
+def plan_phase(
+    phase: str,
+    costs: ExpertCosts,
+    *,
+    layers: int,
+    missing_rows: Sequence[int],
+    resident_rows: Sequence[int],
+    dense_s: float,
+) -> PhasePlan:
+    """Compare the ways for ``layers`` like calls, each behind ``dense_s`` of attention and the like on the GPU.
+
+    Prefill knows that it will use almost every expert, so it may fetch the next layer while this one is computed:
+    the link and the GPU then work side by side over the whole pass, behind the first layer's fetch. Decode cannot, its
+    experts are known when the layer is reached. Of equally fast ways the simplest wins: cpu, stream or fetch, split.
+    """
+    missing = list(enumerate(missing_rows))
+    best = plan_call(costs, missing, resident_rows=resident_rows)
+    lanes = _Lanes(costs, sorted(missing_rows, reverse=True), total(map(costs.gpu_s, resident_rows)), 0.0)
+    every = len(missing)
+    dense = layers * dense_s
+    ways: dict[str, tuple[float, str]] = {}
+    if not missing:
+        ways[HIT] = (dense + layers * best.seconds, "gpu")
+    elif costs.threads:
+        ways[CPU] = (dense + layers * max(lanes.ends(0)), "cpu")
+    if missing and costs.has_link:
+        if phase == "prefill":
+            link, gpu = every * costs.link_s, dense_s + lanes.gpu_busy_s + lanes.gpu_before[every]
+            ways[STREAM] = (link + (layers - 1) * max(link, gpu) + gpu, "link" if link >= gpu else "gpu")
+        else:
+            ways[FETCH] = (dense + layers * max(lanes.ends(every)), "link")
+        if best.mode == SPLIT:
+            ways[SPLIT] = (dense + layers * best.seconds, best.bound)
+    mode = min(ways, key=lambda way: ways[way][0])
+    seconds, bound = ways[mode]
+    if dense > seconds / 2:
+        bound = "the dense part"
+    return PhasePlan(phase, mode, seconds, bound, {way: s for way, (s, _) in ways.items()})
