@@ -17,24 +17,52 @@ import itertools
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from inference.costmodel import KernelTable
+from moe.form import ExpertForm
 
 Product = Callable[[Tensor, Tensor], Tensor]
 Gated = Callable[[Tensor, Tensor], Tensor]  # (gate, up), elementwise
+HostWeights = Callable[[int, int], "HostExpert"]  # (layer, expert)
 MIN_COLUMNS = 128  # of a part: below it, calling costs more than computing
 
 
-class HostWeights(Protocol):
-    """Where experts lie in host memory; :class:`inference.store.ExpertStore` is one."""
+@dataclass(frozen=True)
+class HostExpert:
+    """One expert in host memory, as views in any strides.
 
-    def views(self, layer: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
-        """gate [I,H], up [I,H] and down [H,I] of one expert."""
-        ...
+    Attributes:
+        gate_IH, up_IH: None where ``gate_up_2IH`` has the rows of both in turn, gate first (gpt_oss).
+        gate_up_bias, down_bias: [2I] laid out as the rows are, [H]; None without.
+    """
+
+    gate_IH: Tensor | None
+    up_IH: Tensor | None
+    down_HI: Tensor
+    gate_up_2IH: Tensor | None = None
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+    @classmethod
+    def of_parts(cls, parts: Sequence[Tensor], form: ExpertForm) -> HostExpert:
+        """From ``gate_up_proj`` and ``down_proj`` of one expert as its family lays them out, and their biases."""
+        gate_up_2IH, down_HI = (part.t() if form.transposed else part for part in parts[:2])
+        biases = tuple(parts[2:]) or (None, None)
+        if form.interleaved:
+            return cls(None, None, down_HI, gate_up_2IH, *biases)
+        return cls(*gate_up_2IH.chunk(2), down_HI, None, *biases)
+
+    @property
+    def intermediate(self) -> int:
+        return self.down_HI.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.down_HI.dtype
 
 
 def product_linear(x_RH: Tensor, w_OH: Tensor) -> Tensor:
@@ -65,18 +93,35 @@ def kernels_for(dtype: torch.dtype) -> tuple[str, ...]:
     return ("linear",) if dtype == torch.float32 else tuple(KERNELS)
 
 
-def expert_rows(
-    product: Product, gated: Gated, weights: tuple[Tensor, Tensor, Tensor], x_RH: Tensor, columns: slice
-) -> Tensor:
+def expert_rows(product: Product, gated: Gated, expert: HostExpert, x_RH: Tensor, columns: slice) -> Tensor:
     """Rows through some intermediate columns of one expert: a float32 share [R,H] of the result.
 
-    As in transformers, what stands between two products has the weights' precision.
+    As in transformers, what stands between two products has the weights' precision. The share with the first column
+    has the last bias.
     """
-    gate_IH, up_IH, down_HI = weights
-    x_RH = x_RH.to(gate_IH.dtype)
-    gate_RI, up_RI = product(x_RH, gate_IH[columns]), product(x_RH, up_IH[columns])
-    a_RI = gated(gate_RI.to(x_RH.dtype), up_RI.to(x_RH.dtype))
-    return product(a_RI, down_HI[:, columns])
+    x_RH = x_RH.to(expert.dtype)
+    gate_RI, up_RI = _gate_and_up(product, expert, x_RH, columns)
+    y_RH = product(gated(gate_RI.to(expert.dtype), up_RI.to(expert.dtype)), expert.down_HI[:, columns])
+    if expert.down_bias is not None and columns.start == 0:
+        y_RH += expert.down_bias
+    return y_RH
+
+
+def _gate_and_up(product: Product, expert: HostExpert, x_RH: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    bias = expert.gate_up_bias
+    if expert.gate_up_2IH is not None:
+        both = slice(2 * columns.start, 2 * columns.stop)
+        both_R2I = product(x_RH, expert.gate_up_2IH[both])
+        if bias is not None:
+            both_R2I = both_R2I + bias[both]
+        return both_R2I[:, ::2], both_R2I[:, 1::2]
+    assert expert.gate_IH is not None
+    assert expert.up_IH is not None
+    gate_RI, up_RI = product(x_RH, expert.gate_IH[columns]), product(x_RH, expert.up_IH[columns])
+    if bias is not None:
+        gate_I, up_I = bias.chunk(2)
+        return gate_RI + gate_I[columns], up_RI + up_I[columns]
+    return gate_RI, up_RI
 
 
 class Pending:
@@ -97,7 +142,7 @@ class CpuExperts:
     """Computes missing experts on threads of its own.
 
     Args:
-        weights: where experts lie.
+        weights: (layer, expert) to where it lies.
         gated: activation of (gate, up), elementwise.
         table: measured times, which say what kernel to use.
         threads: workers.
@@ -125,10 +170,10 @@ class CpuExperts:
         for expert, count in work:
             rows = slice(start, start + count)
             start += count
-            views = self.weights.views(layer, expert)
+            weights = self.weights(layer, expert)
             product = KERNELS[self.table.best(count, self.threads).kernel]
-            for columns in self._columns(views[0].shape[0], len(work)):
-                task = (product, self.gated, views, x_NH[rows], columns)
+            for columns in self._columns(weights.intermediate, len(work)):
+                task = (product, self.gated, weights, x_NH[rows], columns)
                 parts.append((rows, self._pool.submit(_compute, *task)))
         return Pending(parts, out_NH)
 
@@ -165,7 +210,5 @@ def _single_threaded_workers(count: int) -> ThreadPoolExecutor:
 
 
 @torch.inference_mode()
-def _compute(
-    product: Product, gated: Gated, weights: tuple[Tensor, Tensor, Tensor], x: Tensor, columns: slice
-) -> Tensor:
-    return expert_rows(product, gated, weights, x, columns)
+def _compute(product: Product, gated: Gated, expert: HostExpert, x_RH: Tensor, columns: slice) -> Tensor:
+    return expert_rows(product, gated, expert, x_RH, columns)

@@ -10,7 +10,8 @@ import torch
 from torch.nn.functional import silu
 
 from inference.costmodel import KernelTable, Timing
-from inference.cpu_experts import KERNELS, CpuExperts, expert_rows, kernels_for
+from inference.cpu_experts import KERNELS, CpuExperts, HostExpert, expert_rows, kernels_for
+from moe.form import PLAIN, ExpertForm
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -20,7 +21,7 @@ def gated(gate, up):
 
 
 class Weights:
-    """Random experts; ``views`` as the store gives them, views of one larger tensor."""
+    """Random experts, as views of larger tensors."""
 
     def __init__(self, dtype, hidden, intermediate, experts=6):
         torch.manual_seed(hidden + intermediate)
@@ -28,12 +29,13 @@ class Weights:
         self.gate_up_E2IH = (torch.randn(experts, 2 * intermediate, hidden) * scale).to(dtype)
         self.down_EHI = (torch.randn(experts, hidden, intermediate) * intermediate**-0.5).to(dtype)
 
-    def views(self, layer, expert):
+    def __call__(self, layer, expert):
         assert layer == 3
-        return *self.gate_up_E2IH[expert].chunk(2), self.down_EHI[expert]
+        return HostExpert(*self.gate_up_E2IH[expert].chunk(2), self.down_EHI[expert])
 
     def exact(self, expert, x_RH):
-        gate_IH, up_IH, down_HI = (w.double() for w in self.views(3, expert))
+        gate_IH, up_IH = self.gate_up_E2IH[expert].double().chunk(2)
+        down_HI = self.down_EHI[expert].double()
         x_RH = x_RH.double()
         return gated(x_RH @ gate_IH.t(), x_RH @ up_IH.t()) @ down_HI.t()
 
@@ -67,8 +69,36 @@ def assert_close(y_RH, exact_RH, dtype):
 def test_every_kernel_is_close_to_float64(dtype, kernel, rows, hidden, intermediate):
     weights = Weights(dtype, hidden, intermediate)
     x_RH = torch.randn(rows, hidden).to(dtype)
-    y_RH = expert_rows(KERNELS[kernel], gated, weights.views(3, 1), x_RH, slice(0, intermediate))
+    y_RH = expert_rows(KERNELS[kernel], gated, weights(3, 1), x_RH, slice(0, intermediate))
     assert_close(y_RH, weights.exact(1, x_RH), dtype)
+
+
+@pytest.mark.parametrize(
+    "form", [PLAIN, ExpertForm(transposed=True, interleaved=True, limit=7.0)], ids=["plain", "gpt_oss"]
+)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_layout_gives_the_same_expert(opened, form, biased, kernel):
+    weights = Weights(torch.float32, 40, 300)
+    gate_up_2IH, down_HI = weights.gate_up_E2IH[2], weights.down_EHI[2]
+    biases = (torch.randn(600), torch.randn(40)) if biased else ()
+    parts = (gate_up_2IH, down_HI, *biases)
+    if form.interleaved:
+        order = torch.arange(600).view(2, 300).t().reshape(-1)
+        parts = (
+            gate_up_2IH[order].t().contiguous(),
+            down_HI.t().contiguous(),
+            *(b[order] for b in biases[:1]),
+            *biases[1:],
+        )
+    x_RH = torch.randn(3, 40)
+    h_R2I, down_bias = x_RH.double() @ gate_up_2IH.double().t(), 0
+    if biased:
+        h_R2I, down_bias = h_R2I + biases[0], biases[1]
+    exact_RH = gated(*h_R2I.chunk(2, -1)) @ down_HI.double().t() + down_bias
+    cpu = opened(lambda layer, expert: HostExpert.of_parts(parts, form), gated, table(kernel), 2)
+    assert len(cpu._columns(300, 1)) == 2
+    assert_close(cpu.submit(3, [(2, 3)], x_RH).result(), exact_RH, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
