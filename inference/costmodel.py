@@ -232,6 +232,26 @@ class ExpertCosts:
         return self._gpu.best(rows, 1).seconds * self.expert_bytes / timed
 
 
+def describe(profile: MachineProfile) -> list[str]:
+    """The figures, a line each."""
+    lines = [f"machine: {profile.hardware} ({profile.source})"]
+    if profile.link is not None:
+        lines.append(f"link: {_gb(profile.link.alone)} alone, {_gb(profile.link.overlapped)} beside the cores")
+    lines.append(f"host memory: {_gb(profile.dram.alone)} alone, {_gb(profile.dram.overlapped)} beside the link")
+    table = KernelTable(profile.cpu)
+    best = table.best(1, profile.threads)
+    rate = profile.expert_bytes / best.seconds
+    lines.append(
+        f"CPU experts: {_gb(rate)} of weights at one row ({best.kernel}, {best.threads} threads), "
+        f"{_gb(profile.cpu_overlapped)} beside the link"
+    )
+    return lines
+
+
+def _gb(rate: float) -> str:
+    return f"{rate / 1e9:.3g} GB/s"
+
+
 def fetch_share(link: float, cpu: float) -> float:
     """Which part of the misses the link carries when both lanes end together, from their overlapped rates."""
     return link / (link + cpu)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -127,14 +127,18 @@ def _gate_and_up(product: Product, expert: HostExpert, x_RH: Tensor, columns: sl
 class Pending:
     """Work that was submitted."""
 
-    def __init__(self, parts: Sequence[tuple[slice, Future[Tensor]]], out_NH: Tensor) -> None:
-        self._parts, self._out_NH = parts, out_NH
+    def __init__(
+        self, rows: Sequence[slice], shares: Sequence[Tensor], workers: Sequence[Future[None]], out_NH: Tensor
+    ):
+        self._rows, self._shares, self._workers, self._out_NH = rows, shares, workers, out_NH
 
     def result(self) -> Tensor:
         """Waits; float32 [N,H], rows as they were given, unweighted. An error of a worker is raised here."""
-        for rows, part in self._parts:
-            self._out_NH[rows] += part.result()
-        self._parts = ()
+        for worker in self._workers:
+            worker.result()
+        for rows, share_RH in zip(self._rows, self._shares, strict=True):
+            self._out_NH[rows] += share_RH
+        self._rows = self._shares = ()
         return self._out_NH
 
 
@@ -166,16 +170,22 @@ class CpuExperts:
         assert sum(rows for _, rows in work) == x_NH.shape[0], (work, x_NH.shape)
         out_NH = torch.empty(x_NH.shape, dtype=torch.float32) if out_NH is None else out_NH
         out_NH.zero_()
-        parts, start = [], 0
+        tasks: list[tuple[Product, HostExpert, Tensor, slice]] = []
+        where, start = [], 0
         for expert, count in work:
             rows = slice(start, start + count)
             start += count
             weights = self.weights(layer, expert)
             product = KERNELS[self.table.best(count, self.threads).kernel]
             for columns in self._columns(weights.intermediate, len(work)):
-                task = (product, self.gated, weights, x_NH[rows], columns)
-                parts.append((rows, self._pool.submit(_compute, *task)))
-        return Pending(parts, out_NH)
+                tasks.append((product, weights, x_NH[rows], columns))
+                where.append(rows)
+        shares: list[Tensor] = [out_NH] * len(tasks)
+        turns = iter(range(len(tasks)))  # workers take the next one from here: the interpreter's lock keeps it whole
+        workers = [
+            self._pool.submit(_work, turns, tasks, self.gated, shares) for _ in range(min(self.threads, len(tasks)))
+        ]
+        return Pending(where, shares, workers, out_NH)
 
     def _columns(self, intermediate: int, experts: int) -> list[slice]:
         """Into how many parts an expert is cut: so many that no worker is idle."""
@@ -183,8 +193,18 @@ class CpuExperts:
         ends = [intermediate * part // parts for part in range(parts + 1)]
         return [slice(a, b) for a, b in itertools.pairwise(ends)]
 
+    def hand_over(self) -> None:
+        """Give the workers nothing to do, and wait for it: what it costs to use them at all."""
+        self._pool.submit(int).result()
+
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> CpuExperts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _single_threaded_workers(count: int) -> ThreadPoolExecutor:
@@ -210,5 +230,12 @@ def _single_threaded_workers(count: int) -> ThreadPoolExecutor:
 
 
 @torch.inference_mode()
-def _compute(product: Product, gated: Gated, expert: HostExpert, x_RH: Tensor, columns: slice) -> Tensor:
-    return expert_rows(product, gated, expert, x_RH, columns)
+def _work(
+    turns: Iterator[int],
+    tasks: Sequence[tuple[Product, HostExpert, Tensor, slice]],
+    gated: Gated,
+    shares: list[Tensor],
+) -> None:
+    for turn in turns:
+        product, expert, x_RH, columns = tasks[turn]
+        shares[turn] = expert_rows(product, gated, expert, x_RH, columns)

@@ -16,6 +16,7 @@ from trainer.adapter_cli import add_adapter_verbs
 from trainer.checkpoint_cli import add_verbs
 from trainer.faults import POINTS
 from trainer.model_cli import add_model_verbs
+from trainer.plan_inference_cli import add_budget_options, add_plan_inference_verb
 from trainer.refusal import is_users_mistake, refused
 from trainer.simulate_cli import add_simulate_verb
 
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_matrix_options(matrix)
     add_model_verbs(verb)
     add_simulate_verb(verb)
+    add_plan_inference_verb(verb, _fraction, _count)
     _add_doctor_options(verb("doctor", _doctor, "compare a model with transformers, and look for what would not train"))
 
     _add_export_options(verb("export", _export, "write a run's model as a Hugging Face folder"))
@@ -108,13 +110,7 @@ def _add_generate_options(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("--adapter", metavar="DIR", help="adapter folder")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--max-new-tokens", type=_count, default=64, metavar="N")
-    generate.add_argument(
-        "--expert-budget",
-        type=_fraction,
-        default=1.0,
-        metavar="F",
-        help="part of the experts that may be resident, 0 to 1",
-    )
+    add_budget_options(generate, _fraction)
 
 
 def _add_export_options(export: argparse.ArgumentParser) -> None:
