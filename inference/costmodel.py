@@ -14,11 +14,13 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from inference.errors import InferenceError
+
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROFILES = Path(__file__).parent / "profiles"
 
 
-class ProfileError(ValueError):
+class ProfileError(InferenceError):
     """A machine profile that cannot be read, or does not exist: what, where, and what to do."""
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.costmodel import BYTES
+from inference.errors import InferenceError
 from moe.family_table import FAMILIES, known_families
 
 WORKSPACE = 512 << 20  # of a GPU: CUDA's own context, activations and buffers
@@ -21,7 +22,7 @@ _UNITS = {"B": 1} | {f"{letter}{kind}": base**power
           for kind, base in (("iB", 1024), ("B", 1000)) for power, letter in enumerate("KMGT", 1)}  # fmt: skip
 
 
-class PlacementError(ValueError):
+class PlacementError(InferenceError):
     """A folder that is no mixture of experts, or a budget that it does not fit: what, and what would fit."""
 
 

@@ -18,12 +18,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from inference.costmodel import ExpertCosts, overlap, total
+from inference.errors import InferenceError
 
 Missing = tuple[int, int]  # expert, rows
 HIT, FETCH, CPU, SPLIT, STREAM = "resident", "fetch", "cpu", "split", "stream"
 
 
-class PlanError(ValueError):
+class PlanError(InferenceError):
     """Work that this machine can do in no way."""
 
 
