@@ -45,6 +45,12 @@ class ExpertKind:
         return 3 * self.hidden * self.intermediate * BYTES[self.dtype_name]
 
 
+def this_machine(hidden: int, intermediate: int, dtype: str, *, recalibrate: bool = False) -> MachineProfile:
+    """:func:`machine_profile` of the device that the runtime would choose, for callers without torch."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return machine_profile(ExpertKind(hidden, intermediate, getattr(torch, dtype)), device, recalibrate=recalibrate)
+
+
 def machine_profile(kind: ExpertKind, device: torch.device, *, recalibrate: bool = False) -> MachineProfile:
     """This machine's profile: the kept one, or a new one, which is kept. A damaged file is measured again."""
     file = profile_file(kind, device)

@@ -236,18 +236,20 @@ class ExpertCosts:
 
 def describe(profile: MachineProfile) -> list[str]:
     """The figures, a line each."""
-    lines = [f"machine: {profile.hardware} ({profile.source})"]
-    if profile.link is not None:
-        lines.append(f"link: {_gb(profile.link.alone)} alone, {_gb(profile.link.overlapped)} beside the cores")
-    lines.append(f"host memory: {_gb(profile.dram.alone)} alone, {_gb(profile.dram.overlapped)} beside the link")
     table = KernelTable(profile.cpu)
     best = table.best(1, profile.threads)
-    rate = profile.expert_bytes / best.seconds
-    lines.append(
-        f"CPU experts: {_gb(rate)} of weights at one row ({best.kernel}, {best.threads} threads), "
-        f"{_gb(profile.cpu_overlapped)} beside the link"
-    )
-    return lines
+    memory = f"host memory: {_gb(profile.dram.alone)} alone"
+    experts = f"CPU experts: {_gb(profile.expert_bytes / best.seconds)} of weights at one row"
+    experts += f" ({best.kernel}, {best.threads} threads)"
+    lines = [f"machine: {profile.hardware}", f"figures: {profile.source}"]
+    if profile.link is None:
+        return [*lines, memory, experts]
+    return [
+        *lines,
+        f"link: {_gb(profile.link.alone)} alone, {_gb(profile.link.overlapped)} beside the cores",
+        f"{memory}, {_gb(profile.dram.overlapped)} beside the link",
+        f"{experts}, {_gb(profile.cpu_overlapped)} beside the link",
+    ]
 
 
 def _gb(rate: float) -> str:

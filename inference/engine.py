@@ -15,7 +15,7 @@ from inference.batching import MAX_ROWS, MAX_SEQUENCES, Engine
 from inference.cache import CacheCounts
 from inference.errors import InferenceError
 from inference.model import Model
-from inference.opening import MakePolicy, adapt, attach_all, end_tokens, open_base, open_kv, open_tokenizer
+from inference.opening import MakePolicy, adapt, attach_all, end_tokens, open_base, open_kv, open_tokenizer, place_in
 from inference.requests import Output, Request, SamplingParams
 from inference.stats import Generation, Stats
 
@@ -43,6 +43,8 @@ class LLM:
             model. All share its weights, its resident experts and its key-value cache.
         kv_tokens: tokens whose keys and values are kept, of all requests together; by default 32768, or what a quarter
             of the device's free memory holds if that is less.
+        vram: in place of ``expert_budget``, memory for all of the model: bytes, or text as ``8GiB``. What the dense
+            part, the keys and values and half a gibibyte for CUDA leave is given to experts.
         max_rows, max_sequences, reuse: see :class:`~inference.batching.Engine`.
 
     Raises:
@@ -62,6 +64,7 @@ class LLM:
         *,
         adapters: Mapping[str, str | Path] | None = None,
         kv_tokens: int | None = None,
+        vram: int | str | None = None,
         max_rows: int = MAX_ROWS,
         max_sequences: int = MAX_SEQUENCES,
         reuse: bool = True,
@@ -70,6 +73,11 @@ class LLM:
             raise InferenceError("adapter and adapters are both given; name all of them in adapters")
         self.path = Path(path)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if vram is not None:
+            if expert_budget != 1:
+                raise InferenceError("vram and expert_budget both say how many experts are resident; give one of them")
+            placed = place_in(self.path, vram, kv_tokens, self.device, dtype)
+            expert_budget, kv_tokens = placed.share, placed.kv_tokens
         base = open_base(self.path, expert_budget, self.device, dtype, poison, policy)
         self.model, self.cache = base.module, base.cache
         if adapter is not None:

@@ -155,14 +155,16 @@ def placement_table(placement: Placement, profile: MachineProfile) -> list[str]:
     return [f"{what:<34}{where:<14}{show_size(nbytes):>10}" for what, where, nbytes in rows]
 
 
-def forecast_table(found: Sequence[Forecast]) -> list[str]:
-    """Predicted rates, the way that was chosen, and what every way would take."""
+def forecast_table(found: Sequence[Forecast], profile: MachineProfile) -> list[str]:
+    """Predicted rates, the way that was chosen, and what every way would take. Without a GPU there are no hits."""
+    no_gpu = profile.link is None
     ways = list(dict.fromkeys(way for one in found for way in one.plan.alternatives))
     head = f"{'pass':<24}{'tokens/s':>10}{'ms':>10}{'experts':>9}{'hits':>7}  {'way':<10}{'bound by':<16}"
     lines = [head + "".join(f"{way + ' ms':>12}" for way in ways)]
     for one in found:
         line = f"{one.label:<24}{one.tokens_per_second:>10.1f}{1e3 * one.plan.seconds:>10.2f}{one.use.distinct:>9.1f}"
-        line += f"{one.use.hits:>7.0%}  {one.plan.mode:<10}{one.plan.bound:<16}"
+        hits = "-" if no_gpu else f"{one.use.hits:.0%}"
+        line += f"{hits:>7}  {one.plan.mode:<10}{one.plan.bound:<16}"
         times = (one.plan.alternatives.get(way) for way in ways)
         lines.append(line + "".join(f"{'-' if s is None else f'{1e3 * s:.2f}':>12}" for s in times))
     return lines

@@ -18,6 +18,8 @@ from inference.errors import InferenceError
 from moe.family_table import FAMILIES, known_families
 
 WORKSPACE = 512 << 20  # of a GPU: CUDA's own context, activations and buffers
+# Room for keys and values where none is asked for: so many tokens, or as many as this share of the memory holds.
+KV_TOKENS, KV_SHARE = 32768, 0.25
 _UNITS = {"B": 1} | {f"{letter}{kind}": base**power
           for kind, base in (("iB", 1024), ("B", 1000)) for power, letter in enumerate("KMGT", 1)}  # fmt: skip
 
@@ -221,13 +223,23 @@ class Placement:
 
 
 def place(
-    sizes: ModelSizes, *, kv_tokens: int, workspace: int, vram: int | None = None, expert_budget: float | None = None
+    sizes: ModelSizes,
+    *,
+    kv_tokens: int | None,
+    workspace: int,
+    vram: int | None = None,
+    expert_budget: float | None = None,
 ) -> Placement:
     """From a size or a share of experts: one of them, or neither for all experts.
+
+    Args:
+        kv_tokens: None for :data:`KV_TOKENS`, or what :data:`KV_SHARE` of ``vram`` holds if that is less.
 
     Raises PlacementError if ``vram`` does not even hold the dense part, the keys and values and one expert.
     """
     assert vram is None or expert_budget is None
+    if kv_tokens is None:
+        kv_tokens = KV_TOKENS if vram is None else min(KV_TOKENS, int(KV_SHARE * vram) // sizes.kv_bytes)
     if vram is None:
         share = 1.0 if expert_budget is None else expert_budget
         slots = max(round(share * sizes.total_experts), 1) if share else 0
@@ -239,7 +251,6 @@ def place(
         raise PlacementError(
             f"{show_size(vram)} do not hold this model: its dense part takes {show_size(sizes.dense_bytes)}, keys and "
             f"values of {kv_tokens} tokens {show_size(kv)}, workspace {show_size(workspace)}, and one expert "
-            f"{show_size(sizes.expert_bytes)}; give at least {math.ceil(needs / 1e6)}MB"
-            + (", or fewer tokens" if kv > sizes.expert_bytes else "")
+            f"{show_size(sizes.expert_bytes)}; give at least {math.ceil(needs / 1e6)}MB, or fewer kv_tokens"
         )
     return Placement(sizes, min(left // sizes.expert_bytes, sizes.total_experts), kv_tokens, workspace, vram)

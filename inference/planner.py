@@ -108,14 +108,12 @@ def plan_call(
     seconds = max(ends[best])
     if math.isinf(seconds):
         raise PlanError(f"{len(order)} experts are missing, {most} may be fetched and the CPU may compute none")
-    link_end, cpu_end, gpu_end = ends[best]
-    bound = "cpu" if cpu_end == seconds else "link" if best and link_end + lanes.last_gpu(best) >= gpu_end else "gpu"
     split = 0 < best < len(order)
     return Split(
         fetch=tuple(expert for expert, _ in order[:best]),
         cpu=tuple(expert for expert, _ in order[best:]),
         seconds=seconds,
-        bound=bound,
+        bound=lanes.bound(best),
         fetch_only_s=max(ends[-1]) if most == len(order) else math.inf,
         cpu_only_s=max(ends[0]),
         link_rate=costs.expert_bytes / (costs.link_overlapped_s if split else costs.link_s),
@@ -138,8 +136,12 @@ class _Lanes:
         self.cpu_behind = _running([costs.cpu_s(n) for n in reversed(rows)])[::-1]
         self.cpu_overlapped_behind = _running([costs.cpu_overlapped_s(n) for n in reversed(rows)])[::-1]
 
-    def last_gpu(self, count: int) -> float:
-        return self.gpu[count - 1]
+    def bound(self, count: int) -> str:
+        """The lane that ends last; one that only waits for the link is the link's."""
+        link_end, cpu_end, gpu_end = self.ends(count)
+        if cpu_end >= max(link_end, gpu_end) and count < len(self.gpu):
+            return "cpu"
+        return "link" if count and link_end + self.gpu[count - 1] >= gpu_end else "gpu"
 
     def ends(self, count: int) -> tuple[float, float, float]:
         """(link, cpu, gpu); infinite for what the machine cannot do."""
@@ -189,11 +191,17 @@ class PhasePlan:
         others = {mode: s for mode, s in self.alternatives.items() if mode != self.mode}
         compared = ", ".join(f"{mode} {_ms(s)}" for mode, s in sorted(others.items(), key=lambda item: item[1]))
         why = f"against {compared}" if compared else "the only way here"
-        return f"{self.phase}: {self.mode} takes {_ms(self.seconds)}, {why}; bound by {self.bound}"
+        return f"{self.mode} takes {_ms(self.seconds)}, {why}; bound by {self.bound}"
 
 
 def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"
+    return (
+        f"{seconds:.1f} s"
+        if seconds >= 10
+        else f"{1e3 * seconds:.0f} ms"
+        if seconds >= 0.1
+        else f"{1e3 * seconds:.3g} ms"
+    )
 
 
 def plan_phase(
@@ -210,25 +218,27 @@ def plan_phase(
     Prefill knows that it will use almost every expert, so it may fetch the next layer while this one is computed:
     the link and the GPU then work side by side over the whole pass, behind the first layer's fetch. Decode cannot, its
     experts are known when the layer is reached. Of equally fast ways the simplest wins: cpu, stream or fetch, split.
+    Raises PlanError if the machine has none.
     """
-    missing = list(enumerate(missing_rows))
-    best = plan_call(costs, missing, resident_rows=resident_rows)
     lanes = _Lanes(costs, sorted(missing_rows, reverse=True), total(map(costs.gpu_s, resident_rows)), 0.0)
-    every = len(missing)
+    every = len(missing_rows)
     dense = layers * dense_s
     ways: dict[str, tuple[float, str]] = {}
-    if not missing:
-        ways[HIT] = (dense + layers * best.seconds, "gpu")
+    if not every:
+        ways[HIT] = (dense + layers * lanes.gpu_busy_s, "gpu")
     elif costs.threads:
         ways[CPU] = (dense + layers * max(lanes.ends(0)), "cpu")
-    if missing and costs.has_link:
+    if every and costs.has_link:
         if phase == "prefill":
             link, gpu = every * costs.link_s, dense_s + lanes.gpu_busy_s + lanes.gpu_before[every]
             ways[STREAM] = (link + (layers - 1) * max(link, gpu) + gpu, "link" if link >= gpu else "gpu")
         else:
             ways[FETCH] = (dense + layers * max(lanes.ends(every)), "link")
-        if best.mode == SPLIT:
-            ways[SPLIT] = (dense + layers * best.seconds, best.bound)
+        if costs.threads and every > 1:
+            apart = min(range(1, every), key=lambda count: max(lanes.ends(count)))
+            ways[SPLIT] = (dense + layers * max(lanes.ends(apart)), lanes.bound(apart))
+    if not ways:
+        raise PlanError(f"{phase}: {every} experts of a layer are missing, without a link and without CPU threads")
     mode = min(ways, key=lambda way: ways[way][0])
     seconds, bound = ways[mode]
     if dense > seconds / 2:

@@ -309,4 +309,5 @@ def _generate(arguments: argparse.Namespace) -> int:
         arguments.adapter,
         arguments.max_new_tokens,
         arguments.expert_budget,
+        arguments.vram,
     )

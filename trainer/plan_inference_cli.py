@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from inference.costmodel import MachineProfile
+    from inference.placement import ModelSizes
 
 
 def add_plan_inference_verb(
@@ -18,11 +22,11 @@ def add_plan_inference_verb(
     plan.add_argument("model_dir", metavar="DIR", help="Hugging Face folder of a mixture of experts")
     add_budget_options(plan, fraction)
     plan.add_argument(
-        "--tokens",
+        "--kv-tokens",
         type=count,
-        default=4096,
         metavar="N",
-        help="keys and values to have room for, all sequences together",
+        help="tokens whose keys and values have room, all sequences together; default 32768, or what a quarter of "
+        "--vram holds",
     )
     plan.add_argument(
         "--profile", metavar="NAME", help="of a machine: h200, or a JSON file; default: this machine, measured once"
@@ -42,7 +46,10 @@ def add_budget_options(parser: argparse.ArgumentParser, fraction: Callable[[str]
         help="part of the experts that may be resident, 0 to 1; default 1",
     )
     budget.add_argument(
-        "--vram", type=_size, metavar="SIZE", help="memory for all of the model, as 8GiB: what is left holds experts"
+        "--vram",
+        type=_size,
+        metavar="SIZE",
+        help="memory for the model, as 8GiB: what the dense part and the keys and values leave holds experts",
     )
 
 
@@ -62,6 +69,7 @@ def _threads(text: str) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    from inference.costmodel import describe
     from inference.forecast import forecast, forecast_table, placement_table
     from inference.placement import WORKSPACE, model_sizes, place, show_size
     from inference.simulate import read_routing
@@ -71,12 +79,11 @@ def _plan(arguments: argparse.Namespace) -> int:
         print("--recalibrate measures this machine, --profile names another: give one of them", file=sys.stderr)
         return 2
     sizes = model_sizes(arguments.model_dir)
-    profile, lines = _profile(arguments, sizes)
-    workspace = WORKSPACE if profile.link is not None else 0
+    profile = _profile(arguments, sizes)
     placement = place(
         sizes,
-        kv_tokens=arguments.tokens,
-        workspace=workspace,
+        kv_tokens=arguments.kv_tokens,
+        workspace=WORKSPACE if profile.link is not None else 0,
         vram=arguments.vram,
         expert_budget=arguments.expert_budget,
     )
@@ -90,26 +97,22 @@ def _plan(arguments: argparse.Namespace) -> int:
         f"{arguments.model_dir}: {sizes.family} in {sizes.dtype}, {sizes.moe_layers} layers of {sizes.experts} experts "
         f"of {show_size(sizes.expert_bytes)}, {sizes.top_k} for a token"
     )
-    print("\n".join([*lines, "", *placement_table(placement, profile), "", *forecast_table(found), ""]))
-    for source in dict.fromkeys(f"hits of {one.phase}: {one.use.source}" for one in found):
-        print(source)
+    print(
+        *describe(profile), "", *placement_table(placement, profile), "", *forecast_table(found, profile), "", sep="\n"
+    )
     for one in found:
-        print(f"{one.label}: {one.plan.reason().partition(': ')[2]}")
+        print(f"{one.label}: {one.plan.reason()}")
+    sources = found if profile.link is not None else []
+    for source in dict.fromkeys(f"experts and hits of {one.phase}: {one.use.source}" for one in sources):
+        print(source)
     return 0
 
 
-def _profile(arguments: argparse.Namespace, sizes: Any) -> tuple[Any, list[str]]:
-    """The machine and its figures in words. Only measuring needs torch."""
-    from inference.costmodel import describe, named_profile
-
+def _profile(arguments: argparse.Namespace, sizes: ModelSizes) -> MachineProfile:
     if arguments.profile is not None:
-        profile = named_profile(arguments.profile)
-    else:
-        import torch
+        from inference.costmodel import named_profile
 
-        from inference.calibrate import ExpertKind, machine_profile
+        return named_profile(arguments.profile)
+    from inference.calibrate import this_machine  # torch: only measuring needs it
 
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        kind = ExpertKind(sizes.hidden, sizes.intermediate, getattr(torch, sizes.dtype))
-        profile = machine_profile(kind, device, recalibrate=arguments.recalibrate)
-    return profile, describe(profile)
+    return this_machine(sizes.hidden, sizes.intermediate, sizes.dtype, recalibrate=arguments.recalibrate)
