@@ -171,7 +171,7 @@ class _Bank:
 
     def __init__(self, kind: ExpertKind) -> None:
         self.kind = kind
-        self.count = min(max(_BANK_BYTES // kind.nbytes, _WHOLE_CALL), 256)
+        self.count = max(_BANK_BYTES // kind.nbytes, _WHOLE_CALL)
         each = 3 * kind.hidden * kind.intermediate
         self.weights_N = torch.empty(self.count * each, dtype=kind.dtype)
         # Small and unequal, and quick to make: products of zeros or denormal numbers are no measure.

@@ -300,30 +300,47 @@ class Floor:
     host_s: float
     link_s: float
     gpu_s: float
+    products_s: float
 
     @property
     def seconds(self) -> float:
-        return max(self.host_s, self.link_s, self.gpu_s)
+        return max(self.host_s, self.link_s, self.gpu_s, self.products_s)
 
     @property
     def bound(self) -> str:
-        lanes = {"host memory": self.host_s, "link": self.link_s, "GPU memory": self.gpu_s}
+        """The slowest lane."""
+        lanes = {
+            "host memory": self.host_s,
+            "the link": self.link_s,
+            "GPU memory": self.gpu_s,
+            "matrix products": self.products_s,
+        }
         return max(lanes, key=lanes.__getitem__)
 
 
-def physical_floor(profile: MachineProfile, missed_bytes: float, fetched_bytes: float, gpu_bytes: float) -> Floor:
+def physical_floor(
+    profile: MachineProfile, *, missed_bytes: float, fetched_bytes: float, device_bytes: float, flops: float = 0.0
+) -> Floor:
     """Of a token or any stretch of work.
 
     Args:
         missed_bytes: of experts that were not resident, fetched or computed by the CPU.
         fetched_bytes: those that crossed the link.
-        gpu_bytes: that the GPU reads: the dense part, resident experts used, fetched ones. Without a GPU, the cores
-            read all of it from host memory.
+        device_bytes: that the GPU reads: the dense part, resident experts used, fetched ones. Without a GPU, all that
+            the cores read.
+        flops: of all matrix products.
     """
     if profile.link is None:
-        return Floor((missed_bytes + gpu_bytes) / profile.dram.alone, 0.0, 0.0)
+        return Floor((missed_bytes + device_bytes) / profile.dram.alone, 0.0, 0.0, flops / cpu_flops(profile))
     host = profile.link.overlapped + profile.dram.overlapped
-    return Floor(missed_bytes / host, fetched_bytes / profile.link.alone, gpu_bytes / profile.gpu_memory)
+    device = device_bytes / profile.gpu_memory
+    return Floor(missed_bytes / host, fetched_bytes / profile.link.alone, device, flops / profile.gpu_flops)
+
+
+def cpu_flops(profile: MachineProfile) -> float:
+    """FLOP/s of the best timed expert."""
+    best = max(profile.cpu, key=lambda timing: timing.rows / timing.seconds)
+    return 6 * profile.hidden * profile.intermediate * best.rows / best.seconds
 
 
 def total(values: Iterable[float]) -> float:

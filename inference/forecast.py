@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from inference.costmodel import ExpertCosts, KernelTable, MachineProfile, distinct_experts
+from inference.costmodel import ExpertCosts, MachineProfile, cpu_flops, distinct_experts
 from inference.placement import ModelSizes, Placement, PlacementError, show_size
 from inference.planner import PhasePlan, plan_phase
 from inference.simulate import HEDGE, Routing, replay
 
 DECODE, PREFILL = "decode", "prefill"
 PASSES = ((DECODE, 1), (DECODE, 16), (PREFILL, 1024), (PREFILL, 4096))
+CONTEXT = 1024
 # Operations of a layer that are issued one by one: all of them on a CPU; on a GPU the dense ones are one graph.
 CPU_OPERATIONS, GPU_LAUNCHES = 40, 8
 
@@ -111,24 +112,17 @@ def _plan(costs: ExpertCosts, placement: Placement, phase: str, tokens: int, use
 def dense_seconds(costs: ExpertCosts, placement: Placement, phase: str, tokens: int) -> float:
     """Of everything but the routed experts in one pass: bytes read, products made, operations issued.
 
-    Decoding reads the keys and values of half the tokens that there is room for.
+    Each sequence that decodes is taken to have :data:`CONTEXT` tokens behind it, if there is room for them.
     """
     profile, sizes = costs.profile, placement.sizes
-    kv = placement.kv_tokens * sizes.kv_bytes / 2 if phase == DECODE else tokens * sizes.kv_bytes
-    nbytes = sizes.dense_bytes - sizes.table_bytes + kv
+    context = min(tokens * CONTEXT, placement.kv_tokens) if phase == DECODE else tokens
+    nbytes = sizes.dense_bytes - sizes.table_bytes + context * sizes.kv_bytes
     products = 2 * sizes.dense_elements * tokens
     if profile.link is not None:
         issued = GPU_LAUNCHES * profile.launch_s + profile.sync_s
         return max(nbytes / profile.gpu_memory, products / profile.gpu_flops) + sizes.layers * issued
     issued = CPU_OPERATIONS * profile.launch_s
     return max(nbytes / profile.dram.alone, products / cpu_flops(profile)) + sizes.layers * issued
-
-
-def cpu_flops(profile: MachineProfile) -> float:
-    """FLOP/s of the best timed expert."""
-    work = 6 * profile.hidden * profile.intermediate
-    best = max(KernelTable(profile.cpu).timings, key=lambda timing: timing.rows / timing.seconds)
-    return work * best.rows / best.seconds
 
 
 def placement_table(placement: Placement, profile: MachineProfile) -> list[str]:

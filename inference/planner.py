@@ -29,26 +29,33 @@ class PlanError(InferenceError):
 
 
 @dataclass(frozen=True)
-class Split:
-    """The plan of one layer call.
+class Cut:
+    """Where the order is cut, and what that takes.
 
     Attributes:
-        fetch: experts in the order in which the link brings them.
-        cpu: experts that the CPU computes, those with most rows first.
+        fetched: so many from the front are fetched.
         seconds: until the slowest lane ends, predicted.
         bound: that lane: ``link``, ``cpu`` or ``gpu``.
         fetch_only_s, cpu_only_s: what fetching all, or computing all on the CPU, would take; infinite where impossible.
         link_rate, cpu_rate: bytes/s that the lanes were reckoned with.
     """
 
-    fetch: tuple[int, ...]
-    cpu: tuple[int, ...]
+    fetched: int
     seconds: float
     bound: str
     fetch_only_s: float
     cpu_only_s: float
     link_rate: float
     cpu_rate: float
+
+
+@dataclass(frozen=True)
+class Split:
+    """The plan of one layer call: ``fetch`` in the order in which the link brings them, the rest by the CPU."""
+
+    fetch: tuple[int, ...]
+    cpu: tuple[int, ...]
+    cut: Cut
 
     @property
     def mode(self) -> str:
@@ -58,24 +65,19 @@ class Split:
 
     def reason(self) -> str:
         """Why, in a sentence."""
-        misses = len(self.fetch) + len(self.cpu)
-        link, cpu = f"link {self.link_rate / 1e9:.3g} GB/s", f"CPU {self.cpu_rate / 1e9:.3g} GB/s"
+        cut, misses = self.cut, len(self.fetch) + len(self.cpu)
+        link, cpu = f"link {cut.link_rate / 1e9:.3g} GB/s", f"CPU {cut.cpu_rate / 1e9:.3g} GB/s"
         if self.mode == HIT:
-            return f"resident: nothing is missing; bound by {self.bound}"
+            return f"resident: nothing is missing; bound by {cut.bound}"
         if self.mode == SPLIT:
             carried = f"{link} and {cpu} carry {len(self.fetch)} and {len(self.cpu)} of {misses} misses"
-            return (
-                f"split: {carried}; bound by {self.bound}; {_against(self.fetch_only_s, self.cpu_only_s, self.seconds)}"
-            )
+            against = f"{_ms(cut.fetch_only_s)} by link alone, {_ms(cut.cpu_only_s)} by CPU alone"
+            return f"split: {carried}; bound by {cut.bound}; {_ms(cut.seconds)} against {against}"
         if self.mode == FETCH:
-            why = "the CPU computes nothing here" if math.isinf(self.cpu_only_s) else f"{cpu} would not help"
-            return f"fetch: {link} brings all {misses} misses, {why}; bound by {self.bound}"
-        why = "there is no link" if math.isinf(self.fetch_only_s) else f"{link} would not help"
-        return f"cpu: {cpu} computes all {misses} misses where they lie, {why}; bound by {self.bound}"
-
-
-def _against(fetch_s: float, cpu_s: float, chosen_s: float) -> str:
-    return f"{1e3 * chosen_s:.3g} ms against {1e3 * fetch_s:.3g} by link alone, {1e3 * cpu_s:.3g} by CPU alone"
+            why = "the CPU computes nothing here" if math.isinf(cut.cpu_only_s) else f"{cpu} would not help"
+            return f"fetch: {link} brings all {misses} misses, {why}; bound by {cut.bound}"
+        why = "there is no link" if math.isinf(cut.fetch_only_s) else f"{link} would not help"
+        return f"cpu: {cpu} computes all {misses} misses where they lie, {why}; bound by {cut.bound}"
 
 
 def plan_call(
@@ -99,25 +101,43 @@ def plan_call(
 
     Raises PlanError if some expert can neither be fetched nor computed.
     """
-    worth = worth or {}
-    order = sorted(missing, key=lambda item: (-item[1], -worth.get(item[0], 0.0), item[0]))
-    lanes = _Lanes(costs, [rows for _, rows in order], total(map(costs.gpu_s, resident_rows)), link_busy_s)
-    most = len(order) if max_fetch is None else min(max_fetch, len(order))
-    ends = [lanes.ends(count) for count in range(most + 1)]
-    best = min(range(most + 1), key=lambda count: (max(ends[count]), count))
-    seconds = max(ends[best])
-    if math.isinf(seconds):
-        raise PlanError(f"{len(order)} experts are missing, {most} may be fetched and the CPU may compute none")
-    split = 0 < best < len(order)
+    order = in_order(missing, worth)
+    cut = best_cut(costs, [rows for _, rows in order], resident_rows, link_busy_s, max_fetch)
     return Split(
-        fetch=tuple(expert for expert, _ in order[:best]),
-        cpu=tuple(expert for expert, _ in order[best:]),
-        seconds=seconds,
+        fetch=tuple(e for e, _ in order[: cut.fetched]), cpu=tuple(e for e, _ in order[cut.fetched :]), cut=cut
+    )
+
+
+def in_order(missing: Sequence[Missing], worth: Mapping[int, float] | None = None) -> list[Missing]:
+    """Most rows first; of equally many the worthiest, then the lowest number."""
+    if worth is None:
+        return sorted(missing, key=lambda item: (-item[1], item[0]))
+    return sorted(missing, key=lambda item: (-item[1], -worth.get(item[0], 0.0), item[0]))
+
+
+def best_cut(
+    costs: ExpertCosts,
+    rows: Sequence[int],
+    resident_rows: Sequence[int] = (),
+    link_busy_s: float = 0.0,
+    max_fetch: int | None = None,
+) -> Cut:
+    """How many of the missing, given by their rows in falling order, to fetch; see :func:`plan_call`."""
+    lanes = _Lanes(costs, rows, total(map(costs.gpu_s, resident_rows)), link_busy_s)
+    most = len(rows) if max_fetch is None else min(max_fetch, len(rows))
+    ends = [max(lanes.ends(count)) for count in range(most + 1)]
+    best = min(range(most + 1), key=lambda count: (ends[count], count))
+    if math.isinf(ends[best]):
+        raise PlanError(f"{len(rows)} experts are missing, {most} may be fetched and the CPU may compute none")
+    split = 0 < best < len(rows)
+    return Cut(
+        fetched=best,
+        seconds=ends[best],
         bound=lanes.bound(best),
-        fetch_only_s=max(ends[-1]) if most == len(order) else math.inf,
-        cpu_only_s=max(ends[0]),
+        fetch_only_s=ends[-1] if most == len(rows) else math.inf,
+        cpu_only_s=ends[0],
         link_rate=costs.expert_bytes / (costs.link_overlapped_s if split else costs.link_s),
-        cpu_rate=_cpu_rate(costs, [rows for _, rows in order[best:]] or [rows for _, rows in order], split),
+        cpu_rate=_cpu_rate(costs, rows[best:] or rows, split),
     )
 
 
@@ -167,6 +187,45 @@ def _running(values: Sequence[float]) -> list[float]:
     for value in values:
         sums.append(sums[-1] + value)
     return sums
+
+
+class CallPlanner:
+    """Plans call after call of one model, and counts what it chose.
+
+    Calls of the same rows have the same cut, and decoding makes few kinds of them, so cuts are remembered: planning
+    must not take longer than it saves.
+
+    Attributes:
+        modes: how many calls went which way.
+        newest: the last plan that had anything missing.
+    """
+
+    def __init__(self, costs: ExpertCosts) -> None:
+        self.costs = costs
+        self.modes: dict[str, int] = {}
+        self.newest: Split | None = None
+        self._cuts: dict[tuple[tuple[int, ...], tuple[int, ...]], Cut] = {}
+
+    def __call__(
+        self, missing: Sequence[Missing], resident_rows: Sequence[int], worth: Mapping[int, float] | None = None
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(experts to fetch, experts for the CPU); see :func:`plan_call`."""
+        order = in_order(missing, worth)
+        key = tuple(rows for _, rows in order), tuple(sorted(resident_rows))
+        cut = self._cuts.get(key)
+        if cut is None:
+            if len(self._cuts) >= _REMEMBERED:
+                self._cuts.clear()
+            cut = self._cuts[key] = best_cut(self.costs, *key)
+        experts = tuple(expert for expert, _ in order)
+        plan = Split(experts[: cut.fetched], experts[cut.fetched :], cut)
+        self.modes[plan.mode] = self.modes.get(plan.mode, 0) + 1
+        if experts:
+            self.newest = plan
+        return plan.fetch, plan.cpu
+
+
+_REMEMBERED = 4096
 
 
 @dataclass(frozen=True)

@@ -128,11 +128,15 @@ def test_distinct_experts_of_a_batch():
 
 
 def test_the_floor_is_that_of_the_slowest_lane():
-    floor = physical_floor(MACHINE, missed_bytes=70e6, fetched_bytes=10e6, gpu_bytes=100e6)
-    assert (floor.host_s, floor.link_s, floor.gpu_s) == pytest.approx((1e-3, 2e-4, 1e-4))
+    floor = physical_floor(MACHINE, missed_bytes=70e6, fetched_bytes=10e6, device_bytes=100e6, flops=5e10)
+    assert dataclasses.astuple(floor) == pytest.approx((1e-3, 2e-4, 1e-4, 5e-4))
     assert floor.bound == "host memory"
-    alone = physical_floor(dataclasses.replace(MACHINE, link=None), 70e6, 0, 10e6)
+    laptop = dataclasses.replace(MACHINE, link=None)
+    alone = physical_floor(laptop, missed_bytes=70e6, fetched_bytes=0, device_bytes=10e6)
     assert alone.seconds == pytest.approx(80e6 / 40e9)
+    many = physical_floor(laptop, missed_bytes=0, fetched_bytes=0, device_bytes=1, flops=1e12)
+    assert many.bound == "matrix products"
+    assert many.seconds == pytest.approx(1e12 / (6e6 * 8 / 6e-4)), "the best kernel at its best count of rows"
 
 
 def test_a_profile_comes_back_from_disk_as_it_was(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference.costmodel import ExpertCosts, MachineProfile, Rates, Timing, balanced_fetch, overlap
-from inference.planner import PlanError, plan_call, plan_phase
+from inference.planner import CallPlanner, PlanError, plan_call, plan_phase
 
 
 def machine(link=50.0, beside=1.0, cpu_us=(200.0, 500.0), gpu_us=(5.0, 20.0), handover_us=0.0, has_link=True):
@@ -73,7 +73,7 @@ def test_no_plan_is_better_in_all_subsets_and_orders_of_arrival(costs, missing, 
     assert sorted(plan.fetch + plan.cpu) == sorted(rows)
     taken = [rows[e] for e in plan.fetch]
     own = simulated(costs, taken, [rows[e] for e in plan.cpu], resident_rows, busy)
-    assert plan.seconds == pytest.approx(own, rel=1e-9)
+    assert plan.cut.seconds == pytest.approx(own, rel=1e-9)
     best = math.inf
     for chosen in itertools.product((True, False), repeat=len(missing)):
         fetched = sorted((n for (_, n), yes in zip(missing, chosen, strict=True) if yes), reverse=True)
@@ -81,7 +81,7 @@ def test_no_plan_is_better_in_all_subsets_and_orders_of_arrival(costs, missing, 
         best = min(best, simulated(costs, fetched, computed, resident_rows, busy))
     # A cut in order of rows is the best plan for the link and the CPU; the GPU, where it is the slowest of all, may
     # gain what one expert takes.
-    assert plan.seconds <= best + costs.gpu_s(64) + 1e-12
+    assert plan.cut.seconds <= best + costs.gpu_s(64) + 1e-12
 
 
 @settings(max_examples=60, deadline=None)
@@ -96,7 +96,7 @@ def test_the_order_of_arrival_is_the_best_of_all(costs, missing):
 @given(machines, missing, resident)
 def test_a_plan_is_never_slower_than_one_lane_alone(costs, missing, resident_rows):
     plan = plan_call(costs, missing, resident_rows=resident_rows)
-    assert plan.seconds <= min(plan.fetch_only_s, plan.cpu_only_s)
+    assert plan.cut.seconds <= min(plan.cut.fetch_only_s, plan.cut.cpu_only_s)
 
 
 @settings(max_examples=100, deadline=None)
@@ -120,8 +120,8 @@ def test_faster_lanes_never_make_a_call_slower(missing, link, faster, cpu_us, be
     slow = plan_call(costs_of(link=link, beside=beside, cpu_us=(cpu_us, 2 * cpu_us)), missing)
     quick_link = plan_call(costs_of(link=link * faster, beside=beside, cpu_us=(cpu_us, 2 * cpu_us)), missing)
     quick_cpu = plan_call(costs_of(link=link, beside=beside, cpu_us=(cpu_us / faster, 2 * cpu_us / faster)), missing)
-    assert quick_link.seconds <= slow.seconds * (1 + 1e-12)
-    assert quick_cpu.seconds <= slow.seconds * (1 + 1e-12)
+    assert quick_link.cut.seconds <= slow.cut.seconds * (1 + 1e-12)
+    assert quick_cpu.cut.seconds <= slow.cut.seconds * (1 + 1e-12)
 
 
 def test_where_lanes_only_take_from_each_other_one_works_alone():
@@ -150,10 +150,10 @@ def test_of_equal_experts_the_worthiest_are_fetched_then_the_lowest():
 def test_a_cpu_only_machine_computes_and_a_machine_without_spare_cores_fetches():
     call = [(0, 1), (1, 3)]
     alone = plan_call(costs_of(has_link=False), call)
-    assert (alone.mode, alone.bound, alone.fetch_only_s) == ("cpu", "cpu", math.inf)
+    assert (alone.mode, alone.cut.bound, alone.cut.fetch_only_s) == ("cpu", "cpu", math.inf)
     assert "there is no link" in alone.reason()
     fetching = plan_call(costs_of(threads=0), call)
-    assert (fetching.mode, fetching.bound, fetching.cpu_only_s) == ("fetch", "link", math.inf)
+    assert (fetching.mode, fetching.cut.bound, fetching.cut.cpu_only_s) == ("fetch", "link", math.inf)
     with pytest.raises(PlanError, match="the CPU may compute none"):
         plan_call(costs_of(has_link=False, threads=0), call)
 
@@ -162,7 +162,7 @@ def test_fetches_are_bounded_by_slots():
     plan = plan_call(costs_of(cpu_us=(900, 900)), [(e, 1) for e in range(6)], max_fetch=2)
     assert len(plan.fetch) == 2
     assert plan_call(costs_of(), [(0, 1)], max_fetch=0).mode == "cpu"
-    assert plan_call(costs_of(), [(0, 1)], max_fetch=0).fetch_only_s == math.inf
+    assert plan_call(costs_of(), [(0, 1)], max_fetch=0).cut.fetch_only_s == math.inf
 
 
 def test_a_busy_link_leaves_more_to_the_cores():
@@ -173,7 +173,7 @@ def test_a_busy_link_leaves_more_to_the_cores():
 
 def test_a_call_without_misses_waits_for_the_gpu_only():
     plan = plan_call(costs_of(), [], resident_rows=[1, 1])
-    assert (plan.mode, plan.bound, plan.seconds) == ("resident", "gpu", pytest.approx(1e-5))
+    assert (plan.mode, plan.cut.bound, plan.cut.seconds) == ("resident", "gpu", pytest.approx(1e-5))
 
 
 def test_the_reason_names_rates_and_shares():
@@ -208,7 +208,20 @@ def test_all_resident_and_all_on_the_cpu_are_phases_too():
     assert "the only way here" in alone.reason()
 
 
+def test_remembered_cuts_are_the_planned_ones():
+    costs, calls = costs_of(), []
+    planner = CallPlanner(costs)
+    for rows in ([1] * 5, [3, 1, 1], [1] * 5, []):
+        missing = list(enumerate(rows, 7))
+        fetch, cpu = planner(missing, [1, 2])
+        calls.append(plan_call(costs, missing, resident_rows=[2, 1]))
+        assert (fetch, cpu) == (calls[-1].fetch, calls[-1].cpu)
+    assert planner.modes == {"split": 3, "resident": 1}
+    assert planner.newest == calls[2]
+    assert planner([(9, 1), (4, 1), (5, 1), (6, 1), (8, 1)], [1, 2], {9: 1.0})[0][0] == 9
+
+
 def test_plans_are_values():
     plan = plan_call(costs_of(), [(0, 1), (1, 1)])
     with pytest.raises(dataclasses.FrozenInstanceError):
-        plan.seconds = 0.0
+        plan.fetch = ()
