@@ -13,9 +13,13 @@ from torch import Tensor
 
 from inference.batching import MAX_ROWS, MAX_SEQUENCES, Engine
 from inference.cache import CacheCounts
+from inference.calibrate import ExpertKind, machine_profile
+from inference.costmodel import MachineProfile
 from inference.errors import InferenceError
 from inference.model import Model
 from inference.opening import MakePolicy, adapt, attach_all, end_tokens, open_base, open_kv, open_tokenizer, place_in
+from inference.placement import model_sizes
+from inference.report import Measured, Report
 from inference.requests import Output, Request, SamplingParams
 from inference.stats import Generation, Stats
 
@@ -79,7 +83,7 @@ class LLM:
             placed = place_in(self.path, vram, kv_tokens, self.device, dtype)
             expert_budget, kv_tokens = placed.share, placed.kv_tokens
         base = open_base(self.path, expert_budget, self.device, dtype, poison, policy)
-        self.model, self.cache = base.module, base.cache
+        self.model, self.cache, self.dtype = base.module, base.cache, base.dtype
         if adapter is not None:
             attach_all(base, {"adapter": base.module}, {"adapter": adapter})
         kv = open_kv(base, kv_tokens)
@@ -161,6 +165,33 @@ class LLM:
             total_experts=0 if cache is None else cache.store.total,
             new_tokens=counts.new_tokens,
             seconds=counts.seconds,
+        )
+
+    def report(self, profile: MachineProfile | None = None) -> Report:
+        """Hits, bytes and waits since the model was opened, how near they come to the floor, and what to change.
+
+        ``profile`` is this machine's by default, which is measured in two seconds unless it is known already. Raises
+        InferenceError for a dense model, of which :meth:`stats` says all there is.
+        """
+        if self.cache is None:
+            raise InferenceError(f"{self.path} is a dense model, all of it resident: see stats()")
+        sizes = model_sizes(self.path, str(self.dtype).removeprefix("torch."))
+        if profile is None:
+            profile = machine_profile(ExpertKind(sizes.hidden, sizes.intermediate, self.dtype), self.device)
+        return Report.of(self._measured(), sizes, profile)
+
+    def _measured(self) -> Measured:
+        assert self.cache is not None
+        counts, experts = self.engine.counts, self.cache.counts
+        return Measured(
+            seconds=counts.seconds,
+            new_tokens=counts.new_tokens,
+            rows=counts.rows,
+            passes=counts.passes,
+            slots=self.cache.slots,
+            hits=experts.hits,
+            misses=experts.misses,
+            fetched_bytes=experts.bytes_fetched,
         )
 
     def logits(self, token_ids: Sequence[int], adapter: str | None = None) -> Tensor:

@@ -111,6 +111,7 @@ def _add_generate_options(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--max-new-tokens", type=_count, default=64, metavar="N")
     add_budget_options(generate, _fraction)
+    generate.add_argument("--report", action="store_true", help="say what bound it, and what to change")
 
 
 def _add_export_options(export: argparse.ArgumentParser) -> None:
@@ -310,4 +311,5 @@ def _generate(arguments: argparse.Namespace) -> int:
         arguments.max_new_tokens,
         arguments.expert_budget,
         arguments.vram,
+        arguments.report,
     )

@@ -16,6 +16,7 @@ def main(
     max_new_tokens: int,
     expert_budget: float | None,
     vram: int | None = None,
+    report: bool = False,
 ) -> int:
     """Prints the prompt's continuation, then one line of figures. Returns 0, or 2 for a user's mistake."""
     try:
@@ -26,4 +27,6 @@ def main(
         return 2
     print(generation.text)
     print(llm.stats())
+    if report:
+        print(llm.report())
     return 0
