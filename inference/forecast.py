@@ -21,7 +21,7 @@ DECODE, PREFILL = "decode", "prefill"
 PASSES = ((DECODE, 1), (DECODE, 16), (PREFILL, 1024), (PREFILL, 4096))
 CONTEXT = 1024
 # Operations of a layer that are issued one by one: all of them on a CPU; on a GPU the dense ones are one graph.
-CPU_OPERATIONS, GPU_LAUNCHES = 40, 8
+CPU_OPERATIONS, GPU_LAUNCHES = 80, 8
 
 
 @dataclass(frozen=True)
