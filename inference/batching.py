@@ -32,6 +32,7 @@ MAX_ROWS = 512
 MAX_SEQUENCES = 64
 
 _log = logging.getLogger(__name__)
+_NOT_FINITE = "the model's logits are not finite; its weights are damaged, or its precision is too low for this prompt"
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Engine:
             )
         model = next(iter(models.values()))
         config, kv = model.config, model.kv
+        self._kv = kv
         self.models, self.eos = dict(models), eos
         self.pool = BlockPool(kv.num_blocks, kv.block_size, reuse=reuse)
         positions = getattr(config, "max_position_embeddings", None)
@@ -140,7 +142,7 @@ class Engine:
             except Exception as error:  # whatever it is, it must not end the requests of others
                 outputs += self._fail(chunks, error)
             else:
-                outputs += [output for each in chunks if (output := self._advance(each, chosen)) is not None]
+                outputs += self._advance(chunks, chosen)
         self._forget(output.id for output in outputs if output.finish is not None)
         self.counts.steps += 1
         self.counts.seconds += time.perf_counter() - started
@@ -176,7 +178,7 @@ class Engine:
                 self._joined()
         return [self._remove(name).output(finish="cancelled") for name in sorted(cancelled)]
 
-    def _choose(self, adapter: str | None, chunks: Sequence[Chunk]) -> dict[str, Chosen]:
+    def _choose(self, adapter: str | None, chunks: Sequence[Chunk]) -> dict[str, Chosen | None]:
         """One forward pass; the next token of each sequence that has all of its tokens computed, by id."""
         if self.watch is not None:
             self.watch(Pass(adapter, tuple(chunks)))
@@ -201,19 +203,24 @@ class Engine:
         choosers = [self._answers[name].chooser for name in last]
         return dict(zip(last, choose(logits_LV, choosers), strict=True))
 
-    def _advance(self, chunk: Chunk, chosen: Mapping[str, Chosen]) -> Output | None:
-        """Notes that a chunk was computed, and what it adds to its answer."""
-        self._scheduler.computed(chunk)
-        sequence = chunk.sequence
-        if not chunk.last:
-            return None
-        if len(sequence.tokens) == sequence.prompt:
-            self.counts.reused += sequence.reused
-        self.counts.new_tokens += 1
-        output = self._answers[sequence.id].add(chosen[sequence.id], self.eos)
-        if output.finish is not None:
-            self._remove(sequence.id)
-        return output
+    def _advance(self, chunks: Sequence[Chunk], chosen: Mapping[str, Chosen | None]) -> list[Output]:
+        """Notes what was computed, and what it adds to the answers."""
+        outputs, damaged = [], []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if not chunk.last:
+                self._scheduler.computed(chunk)
+            elif (new := chosen[sequence.id]) is None:
+                damaged.append(chunk)
+            else:
+                self._scheduler.computed(chunk)
+                if len(sequence.tokens) == sequence.prompt:
+                    self.counts.reused += sequence.reused
+                self.counts.new_tokens += 1
+                outputs.append(self._answers[sequence.id].add(new, self.eos))
+                if outputs[-1].finish is not None:
+                    self._remove(sequence.id)
+        return outputs + self._fail(damaged, InferenceError(_NOT_FINITE)) if damaged else outputs
 
     def _remove(self, name: str) -> Answer:
         answer = self._answers.pop(name)
@@ -221,11 +228,18 @@ class Engine:
         return answer
 
     def _fail(self, chunks: Sequence[Chunk], error: Exception) -> list[Output]:
-        """Ends the sequences of a pass that could not be computed."""
-        _log.exception("a forward pass failed; its %d requests end", len(chunks))
+        """Ends sequences that could not be computed."""
+        _log.error("%d requests end: %s", len(chunks), error, exc_info=error)
         self.failure = error
         reason = f"{type(error).__name__}: {error}"
-        return [self._remove(chunk.sequence.id).output(finish="error", error=reason) for chunk in chunks]
+        outputs = []
+        for chunk in chunks:
+            answer = self._answers.pop(chunk.sequence.id)
+            freed = self._scheduler.remove(answer.sequence, forget=True)
+            # Places that are masked out are multiplied by 0 all the same, so what is not finite must not stay.
+            self._kv.pool_LNSCD[:, freed] = 0
+            outputs.append(answer.output(finish="error", error=reason))
+        return outputs
 
     def _forget(self, ended: Iterable[str]) -> None:
         with self._lock:

@@ -124,18 +124,26 @@ class BlockPool:
             table.node = self._places[self._found[key]].node
             table.known += 1
 
-    def end(self, table: Table) -> None:
-        """Gives a table's blocks back. The table is empty afterwards."""
+    def end(self, table: Table, *, forget: bool = False) -> list[int]:
+        """Gives a table's blocks back; those that are free now are returned. The table is empty afterwards.
+
+        ``forget``: what they hold is damaged, so none of the free ones may be shared any more.
+        """
+        freed = []
         # The last goes first, so that a block is never forgotten before those that can only be found through it.
         for block in reversed(table.blocks):
             self._users[block] -= 1
             assert self._users[block] >= 0, f"block {block} was given back twice"
             if self._users[block] == 0:
+                freed.append(block)
                 self._free[block] = None
+                if forget:
+                    self._forget(block)
                 if block not in self._places:
                     self._free.move_to_end(block, last=False)
         table.blocks.clear()
         table.known = table.node = 0
+        return freed
 
     def _root(self, adapter: str | None) -> int:
         if adapter not in self._roots:

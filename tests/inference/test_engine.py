@@ -16,7 +16,7 @@ from transformers import (
 
 from inference.engine import LLM
 from inference.store import InferenceError
-from trainer import generate
+from trainer import cli, generate
 
 BUDGETS = [0.0, 0.1, 1.0]
 TOTAL = 64  # 4 layers of 16 experts
@@ -148,6 +148,7 @@ FAMILIES = {
         "v_head_dim": 8,
         "n_shared_experts": 1,
     },
+    GptOssConfig: {"intermediate_size": 16, "num_local_experts": 8, "head_dim": 16},
 }
 
 
@@ -168,12 +169,6 @@ def test_other_families(family, tmp_path, huggingface_tokens):
     assert [g.token_ids for g in llm.generate(prompts, 24, ignore_eos=True)] == huggingface_tokens(model, prompts, 24)
     with pytest.raises(InferenceError, match="has no tokenizer"):
         llm.generate(["text"], 4)
-
-
-def test_biased_and_transposed_experts_are_refused(tmp_path):
-    tiny(GptOssConfig, intermediate_size=16, num_local_experts=4, head_dim=16).save_pretrained(tmp_path)
-    with pytest.raises(InferenceError, match=r"GptOssExperts.*transposed, biased"):
-        LLM(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +204,30 @@ def test_the_command_prints_text_and_figures(model_folder, capsys):
     assert "/64 resident; 8 tokens in" in line
     assert generate.main(str(model_folder / "nowhere"), "The gate", None, 8, 0.25) == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_the_command_samples_as_it_is_told(model_folder, capsys):
+    def run(*options):
+        arguments = ["generate", str(model_folder), "--prompt", "The gate", "--max-new-tokens", "8", *options]
+        status = cli.main(arguments)
+        printed = capsys.readouterr()
+        return status, printed.out.rpartition("experts: ")[0].removesuffix("\n"), printed.err
+
+    drawn = ("--temperature", "1.5", "--top-k", "40", "--top-p", "0.95", "--min-p", "0.01", "--seed", "4")
+    settings = {"temperature": 1.5, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "seed": 4}
+    (expected,) = LLM(model_folder).generate(["The gate"], 8, **settings)
+    assert run(*drawn)[:2] == (0, expected.text)
+    assert run()[1] != expected.text
+    stop = expected.text[3:5]
+    assert run(*drawn, "--stop", stop, "--kv-tokens", "64")[1] == expected.text[: expected.text.index(stop)]
+    assert run("--top-p", "0.5")[::2] == (
+        2, "planaria generate: top_p changes nothing at temperature 0; give a temperature above 0, as 0.8\n"
+    )  # fmt: skip
+    assert "top_p=1.5 is out of range" in run("--temperature", "1", "--top-p", "1.5")[2]
+    assert (
+        "can never fit the key-value cache, which holds 16 tokens"
+        in run("--kv-tokens", "8", "--max-new-tokens", "30")[2]
+    )
 
 
 @pytest.mark.gpu
