@@ -26,7 +26,8 @@ def main(
 ) -> int:
     """Prints the prompt's continuation, then one line of figures. Returns 0, or 2 for a user's mistake.
 
-    One of ``expert_budget`` and ``vram`` (bytes) at most; ``report`` prints what bound it. ``settings`` are those of :class:`inference.requests.SamplingParams`.
+    One of ``expert_budget`` and ``vram`` (bytes) at most; ``report`` prints what bound it. ``settings`` are those of
+    :class:`inference.requests.SamplingParams`.
     """
     try:
         if (idle := [name for name in _OF_DRAWS if name in settings]) and not settings.get("temperature"):
