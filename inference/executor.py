@@ -108,7 +108,8 @@ class Executor:
             groups = self.stream.groups(module.layer, call, last)
             return module.compute(call, x_TH, weights_TK, groups)
         wanted = self.cache.use(module.layer, call.experts)
-        fetch, on_cpu = self._split(wanted, call)
+        # An adapter's deltas belong between an expert's products: those experts are computed where the adapter is.
+        fetch, on_cpu = (wanted.missing, []) if module.adapter is not None else self._split(wanted, call)
         pending = self._start_cpu(module.layer, on_cpu, call, x_TH)
         groups = self._groups(row, module.layer, wanted, fetch, read)
         return module.compute(call, x_TH, weights_TK, groups, pending)

@@ -88,7 +88,9 @@ class Arithmetic:
             out.add_(loan.parts[3])
 
     def between(self, h: Tensor) -> Tensor:
-        gate, up = split(h, self.form)
+        return self.gated(*split(h, self.form))
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         if self.form.limit is None:
             return self.act(gate) * up
         gate = gate.clamp(max=self.form.limit)
