@@ -17,10 +17,7 @@ from inference.calibrate import ExpertKind, machine_profile
 from inference.costmodel import MachineProfile
 from inference.errors import InferenceError
 from inference.model import Model
-<<<<<<< HEAD
 from inference.offload import Crossing
-from inference.opening import MakePolicy, adapt, attach_all, end_tokens, open_base, open_kv, open_tokenizer
-=======
 from inference.opening import MakePolicy, adapt, attach_all, end_tokens, open_base, open_kv, open_tokenizer, place_in
 from inference.placement import model_sizes
 from inference.report import Measured, Report
