@@ -17,6 +17,10 @@ from inference.calibrate import ExpertKind, machine_profile
 from inference.costmodel import MachineProfile
 from inference.errors import InferenceError
 from inference.model import Model
+<<<<<<< HEAD
+from inference.offload import Crossing
+from inference.opening import MakePolicy, adapt, attach_all, end_tokens, open_base, open_kv, open_tokenizer
+=======
 from inference.opening import MakePolicy, adapt, attach_all, end_tokens, open_base, open_kv, open_tokenizer, place_in
 from inference.placement import model_sizes
 from inference.report import Measured, Report
@@ -47,6 +51,7 @@ class LLM:
             model. All share its weights, its resident experts and its key-value cache.
         kv_tokens: tokens whose keys and values are kept, of all requests together; by default 32768, or what a quarter
             of the device's free memory holds if that is less.
+        crossing: how experts reach a GPU: what predicts and prefetches them, and whether all are page-locked.
         vram: in place of ``expert_budget``, memory for all of the model: bytes, or text as ``8GiB``. What the dense
             part, the keys and values and half a gibibyte for CUDA leave is given to experts.
         max_rows, max_sequences, reuse: see :class:`~inference.batching.Engine`.
@@ -68,6 +73,7 @@ class LLM:
         *,
         adapters: Mapping[str, str | Path] | None = None,
         kv_tokens: int | None = None,
+        crossing: Crossing | None = None,
         vram: int | str | None = None,
         max_rows: int = MAX_ROWS,
         max_sequences: int = MAX_SEQUENCES,
@@ -82,8 +88,8 @@ class LLM:
                 raise InferenceError("vram and expert_budget both say how many experts are resident; give one of them")
             placed = place_in(self.path, vram, kv_tokens, self.device, dtype)
             expert_budget, kv_tokens = placed.share, placed.kv_tokens
-        base = open_base(self.path, expert_budget, self.device, dtype, poison, policy)
-        self.model, self.cache, self.dtype = base.module, base.cache, base.dtype
+        base = open_base(self.path, expert_budget, self.device, dtype, poison, policy, crossing)
+        self.model, self.cache, self.dtype, self.executor = base.module, base.cache, base.dtype, base.executor
         if adapter is not None:
             attach_all(base, {"adapter": base.module}, {"adapter": adapter})
         kv = open_kv(base, kv_tokens)
@@ -97,7 +103,7 @@ class LLM:
             max_rows=max_rows,
             max_sequences=max_sequences,
             reuse=reuse,
-            joined=None if base.cache is None else base.cache.policy.begin,
+            joined=base.begin,
         )
         self._numbers = count()
 

@@ -14,7 +14,9 @@ from transformers import AutoTokenizer
 
 from inference.cache import ExpertCache
 from inference.errors import InferenceError
+from inference.executor import Executor
 from inference.kv import BLOCK_SIZE, KVShape, PagedKV
+from inference.offload import Crossing, open_executor
 from inference.placement import KV_SHARE, KV_TOKENS, WORKSPACE, Placement, model_sizes, parse_size, place
 from inference.policies import LRU, Policy
 from inference.shadow import Hedge
@@ -29,13 +31,21 @@ MakePolicy = Callable[[int, int, int], Policy]  # (layers, experts, slots)
 
 @dataclass(frozen=True)
 class Base:
-    """A model without adapters. ``cache`` is None for a dense model."""
+    """A model without adapters. ``cache`` is None for a dense model, ``executor`` where no link is to be crossed."""
 
     path: Path
     module: nn.Module
     cache: ExpertCache | None
     dtype: torch.dtype
     device: torch.device
+    executor: Executor | None = None
+
+    def begin(self) -> None:
+        """A request is taken in: policies and predictors that follow sequences are told."""
+        if self.executor is not None:
+            self.executor.begin()
+        elif self.cache is not None:
+            self.cache.policy.begin()
 
 
 def open_base(
@@ -45,23 +55,26 @@ def open_base(
     dtype: torch.dtype | None,
     poison: bool,
     policy: MakePolicy | None,
+    crossing: Crossing | None = None,
 ) -> Base:
     """Raises InferenceError if the folder is damaged or of no known kind, or the budget is out of range."""
     if not 0 <= expert_budget <= 1:
         raise InferenceError(f"expert budget {expert_budget} is out of range; give a share from 0 to 1, as 0.25")
     files = TensorFiles(path)
     module, blocks = build_skeleton(path, dtype)
-    cache = None
+    cache = executor = None
     if blocks:
         cache = _expert_cache(path, files, blocks, expert_budget, device, poison, policy)
-        offload_experts(blocks, cache)
+        gates = [block.gate for block in blocks]
+        executor = open_executor(cache, gates, module.config.num_experts_per_tok, crossing or Crossing())
+        offload_experts(blocks, cache, executor)
     elif expert_budget != 1:
         raise InferenceError(
             f"{path} is a dense model: it has no experts to leave in the files, so an expert budget of "
             f"{expert_budget} means nothing; leave it out (1: all of the model is resident)"
         )
     load_dense(module, files, device)
-    return Base(path, module, cache, module.get_input_embeddings().weight.dtype, device)
+    return Base(path, module, cache, module.get_input_embeddings().weight.dtype, device, executor)
 
 
 def _expert_cache(
@@ -97,7 +110,7 @@ def adapt(base: Base, folders: Mapping[str, str | Path]) -> dict[str, nn.Module]
     for name in folders:
         module, blocks = build_skeleton(base.path, base.dtype)
         if base.cache is not None:
-            offload_experts(blocks, base.cache)
+            offload_experts(blocks, base.cache, base.executor)
         share_dense(module, base.module)
         module.to(base.device)
         trees[name] = module

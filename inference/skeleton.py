@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from inference.cache import ExpertCache
+from inference.executor import Executor
 from inference.experts import OffloadedExperts
 from inference.store import ExpertShape, InferenceError, TensorFiles, stored_names
 from moe.convert import form_of
@@ -62,11 +63,11 @@ def expert_shape(folder: Path, blocks: list[MoEBlock]) -> ExpertShape:
     return shapes.pop()
 
 
-def offload_experts(blocks: list[MoEBlock], cache: ExpertCache) -> None:
-    """Puts experts that borrow from ``cache`` in place of the skeleton's own."""
+def offload_experts(blocks: list[MoEBlock], cache: ExpertCache, executor: Executor | None = None) -> None:
+    """Puts experts that borrow from ``cache`` in place of the skeleton's own; ``executor`` brings them over a link."""
     for block in blocks:
         act = getattr(block.experts, "act_fn", nn.functional.silu)
-        block.module.experts = OffloadedExperts(cache, block.layer, act)
+        block.module.experts = OffloadedExperts(cache, block.layer, act, executor)
 
 
 def load_dense(model: nn.Module, files: TensorFiles, device: torch.device) -> None:
