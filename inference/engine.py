@@ -194,8 +194,25 @@ class LLM:
             slots=self.cache.slots,
             hits=experts.hits,
             misses=experts.misses,
-            fetched_bytes=experts.bytes_fetched,
+            **({"fetched_bytes": experts.bytes_fetched} | self._crossed()),
         )
+
+    def _crossed(self) -> dict[str, Any]:
+        """What the link and the CPU beside it did."""
+        executor = self.executor
+        if executor is None or self.cache is None:
+            return {}
+        moved, experts, plan = executor.transfers.counts, self.cache.counts, executor.plan
+        newest = None if plan is None else plan.newest
+        return {
+            "fetched_bytes": moved.demanded_bytes + moved.prefetched_bytes,
+            "cpu_experts": executor.cpu_computed,
+            "prefetched": experts.useful + experts.wasted,
+            "wasted": experts.wasted,
+            "stall_s": executor.transfers.link.stall_s,
+            "ways": {} if plan is None else dict(plan.modes),
+            "newest_plan": "" if newest is None else newest.reason(),
+        }
 
     def logits(self, token_ids: Sequence[int], adapter: str | None = None) -> Tensor:
         """Scores [S, V] of every position of one sequence."""

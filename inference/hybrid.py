@@ -33,10 +33,12 @@ def open_cpu_lane(
     banks: ExpertBanks, arithmetic: Arithmetic, profile: MachineProfile, threads: int | None = None
 ) -> CpuLane:
     """``threads`` for experts, at least 1; by default as many as were fastest when the machine was measured."""
-    threads = profile.threads if threads is None else threads
+    if threads is None:
+        threads = profile.threads
+    team = min(profile.team, threads)
     shape = banks.store.shape
     costs = ExpertCosts.of(profile, shape.hidden, shape.intermediate, banks.layout.dtype.itemsize, threads)
-    experts = CpuExperts(host_weights(banks), arithmetic.gated, KernelTable(profile.cpu), threads)
+    experts = CpuExperts(host_weights(banks), arithmetic.gated, KernelTable(profile.cpu), threads, team)
     return CpuLane(experts, CallPlanner(costs))
 
 
@@ -48,7 +50,8 @@ def host_weights(banks: ExpertBanks) -> HostWeights:
     def weights(layer: int, expert: int) -> HostExpert:
         block_B = banks.block(ExpertRef(layer, expert))
         if block_B is None and plain:
-            return HostExpert(*store.views(layer, expert))
+            gate_IH, up_IH, down_HI = store.views(layer, expert)
+            return HostExpert((gate_IH, up_IH), down_HI)
         if block_B is None:
             block_B = torch.empty(layout.elements, dtype=layout.dtype)
             store.read(layer, expert, layout, block_B)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn.functional import silu
@@ -122,7 +124,7 @@ def test_all_layouts_are_computed_on_the_cpu(tmp_path):
     scores = torch.ones(3, 1)
     for banks in (True, False):
         linked = Linked(llm.cache.store, 2, banks=banks)
-        profile = EVEN.__class__(**{**vars(EVEN), "hidden": 32, "intermediate": 24})
+        profile = dataclasses.replace(EVEN, hidden=32, intermediate=24)
         lane = open_cpu_lane(linked.banks, module.arithmetic, profile)
         y_RH = lane.experts.submit(1, [(4, 3)], x_RH).result()
         lane.close()
@@ -133,9 +135,9 @@ def test_weights_come_from_the_bank_once_it_is_there(store):
     linked = Linked(store, 1, banks=True)
     expert = host_weights(linked.banks)(2, 5)
     block_B = linked.banks.block(ExpertRef(2, 5))
-    assert expert.gate_IH.data_ptr() == block_B.data_ptr(), "a view, no copy"
+    assert expert.gate_up.data_ptr() == block_B.data_ptr(), "a view, no copy"
     mapped = host_weights(Linked(store, 1, banks=False).banks)(2, 5)
-    assert torch.equal(mapped.gate_IH, expert.gate_IH)
+    assert torch.equal(torch.cat(mapped.halves), expert.gate_up)
     assert torch.equal(mapped.down_HI, expert.down_HI)
 
 
