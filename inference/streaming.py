@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from inference.cache import ExpertCache, Loan
+from inference.expert_block import BlockViews
 from inference.experts import Call
 from inference.transfer import Transfer, TransferEngine, Urgency
 from moe.refs import ExpertRef
@@ -27,7 +28,7 @@ class _Buffer:
     """One layer's experts on the device; ``coming`` have been asked for."""
 
     blocks_EB: Tensor
-    parts: list[tuple[Tensor, ...]]
+    views: list[BlockViews]
     row: int = -1
     coming: dict[int, Transfer] = field(default_factory=dict)
 
@@ -67,7 +68,7 @@ class LayerStream:
         for expert in sorted(missing, key=lambda expert: coming[expert].order):
             self.transfers.wait([coming[expert]])
             cache.count_miss()
-            yield [Loan(expert, -1, buffer.parts[expert])]
+            yield [Loan(expert, -1, buffer.views[expert])]
         self._keep(layer, call, last, buffer)
 
     def _turn(self, row: int) -> _Buffer:
@@ -87,7 +88,7 @@ class LayerStream:
     def _allocate(self) -> _Buffer:
         like = self.cache.blocks_CB
         blocks_EB = torch.empty(self._experts, like.shape[1], dtype=like.dtype, device=like.device)
-        return _Buffer(blocks_EB, [self.cache.layout.split(block_B) for block_B in blocks_EB])
+        return _Buffer(blocks_EB, [self.cache.layout.views(block_B) for block_B in blocks_EB])
 
     def _demand(self, buffer: _Buffer, layer: int, expert: int) -> Transfer:
         transfer = buffer.coming.get(expert)
