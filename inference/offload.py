@@ -8,12 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from inference.banks import CudaRegistrar, ExpertBanks, NoRegistrar
 from inference.cache import ExpertCache
+from inference.calibrate import ExpertKind, machine_profile
+from inference.costmodel import MachineProfile
 from inference.errors import InferenceError
 from inference.executor import Executor
+from inference.experts import Arithmetic
+from inference.hybrid import CpuLane, open_cpu_lane
 from inference.lookahead import next_gates
 from inference.predictors import PREDICTORS, Lookahead, Predictor
 from inference.prefetch import Prefetcher
@@ -32,12 +37,16 @@ class Crossing:
         prefetch: what predicts the next layers' experts, one of :data:`PREFETCH`.
         lead: for how many layers ahead.
         pin: keep all experts in page-locked memory; otherwise each is read from its file when it is wanted.
+        cpu: have the CPU compute missing experts beside the link, as far as that is faster by ``profile``, which is
+            measured if it is not given. Results are then close to, not equal to, those of the link alone.
         link: None: a CUDA stream on a GPU, and nothing on a CPU. A SimulatedLink shows there what would travel when.
     """
 
     prefetch: str = "none"
     lead: int = 1
     pin: bool = True
+    cpu: bool = False
+    profile: MachineProfile | None = None
     link: Link | None = None
 
     def __post_init__(self) -> None:
@@ -48,12 +57,18 @@ class Crossing:
 
 
 def open_executor(
-    cache: ExpertCache, gates: Sequence[nn.Module], top_k: int, crossing: Crossing, predictor: Predictor | None = None
+    cache: ExpertCache,
+    gates: Sequence[nn.Module],
+    top_k: int,
+    arithmetic: Arithmetic,
+    crossing: Crossing,
+    predictor: Predictor | None = None,
 ) -> Executor | None:
     """What carries out the calls of a model whose slots lie behind a link; None where there is none.
 
     Args:
         gates: the model's own, by row.
+        arithmetic: of its experts.
         predictor: in place of the one that ``crossing`` names: trained heads, for one.
 
     Raises InferenceError if the banks do not fit into memory, or a setting asks for a link that is not there.
@@ -63,20 +78,37 @@ def open_executor(
     if link is None and device.type == "cuda":
         link = CudaLink(device)
     if link is None:
-        if crossing.prefetch != "none" or predictor is not None:
+        if crossing.prefetch != "none" or crossing.cpu or predictor is not None:
+            wanted = "cpu=True" if crossing.cpu else f"prefetch={crossing.prefetch}"
             raise InferenceError(
-                f"prefetch={crossing.prefetch} has nothing to bring forward on {device}: experts are computed where "
-                "they are mapped; leave it out, or compute on a GPU"
+                f"{wanted} has nothing to save on {device}, where experts are computed where they are mapped; leave it "
+                "out, or compute on a GPU"
             )
         return None
     registrar = CudaRegistrar(device) if device.type == "cuda" else NoRegistrar()
-    transfers = TransferEngine(link, ExpertBanks(cache.store, cache.layout, registrar, start=crossing.pin))
+    banks = ExpertBanks(cache.store, cache.layout, registrar, start=crossing.pin)
+    transfers = TransferEngine(link, banks)
+    if cache.slots == cache.store.total:  # nothing is ever evicted, so nothing is fetched twice
+        return Executor(cache, transfers)
     predictor = predictor or _predictor(cache, gates, top_k, crossing)
     prefetcher = None
-    if predictor is not None and 0 < cache.slots < cache.store.total:
+    if predictor is not None and cache.slots:
         prefetcher = Prefetcher(predictor, cache, transfers, WINDOW_BYTES / cache.layout.nbytes)
-    stream = LayerStream(cache, transfers) if cache.slots < cache.store.total else None
-    return Executor(cache, transfers, prefetcher=prefetcher, stream=stream)
+    lane = _cpu_lane(banks, arithmetic, device, crossing) if crossing.cpu else None
+    return Executor(
+        cache,
+        transfers,
+        prefetcher=prefetcher,
+        cpu=lane and lane.experts,
+        plan=lane and lane.plan,
+        stream=LayerStream(cache, transfers),
+    )
+
+
+def _cpu_lane(banks: ExpertBanks, arithmetic: Arithmetic, device: torch.device, crossing: Crossing) -> CpuLane:
+    shape = banks.store.shape
+    kind = ExpertKind(shape.hidden, shape.intermediate, banks.layout.dtype)
+    return open_cpu_lane(banks, arithmetic, crossing.profile or machine_profile(kind, device))
 
 
 def _predictor(cache: ExpertCache, gates: Sequence[nn.Module], top_k: int, crossing: Crossing) -> Predictor | None:

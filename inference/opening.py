@@ -15,12 +15,13 @@ from transformers import AutoTokenizer
 from inference.cache import ExpertCache
 from inference.errors import InferenceError
 from inference.executor import Executor
+from inference.experts import Arithmetic
 from inference.kv import BLOCK_SIZE, KVShape, PagedKV
 from inference.offload import Crossing, open_executor
 from inference.placement import KV_SHARE, KV_TOKENS, Placement, model_sizes, parse_size, place
 from inference.policies import LRU, Policy
 from inference.shadow import Hedge
-from inference.skeleton import build_skeleton, expert_shape, load_dense, offload_experts, share_dense
+from inference.skeleton import activation, build_skeleton, expert_shape, load_dense, offload_experts, share_dense
 from inference.store import ExpertStore, TensorFiles
 from lora.format import apply_adapter, load_adapter
 from moe.families import MoEBlock
@@ -65,8 +66,10 @@ def open_base(
     cache = executor = None
     if blocks:
         cache = _expert_cache(path, files, blocks, expert_budget, device, poison, policy)
+        shape, top_k = cache.store.shape, module.config.num_experts_per_tok
+        arithmetic = Arithmetic(shape.form, activation(blocks[0]), shape.biased)
         gates = [block.gate for block in blocks]
-        executor = open_executor(cache, gates, module.config.num_experts_per_tok, crossing or Crossing())
+        executor = open_executor(cache, gates, top_k, arithmetic, crossing or Crossing())
         offload_experts(blocks, cache, executor)
     elif expert_budget != 1:
         raise InferenceError(

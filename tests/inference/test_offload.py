@@ -10,6 +10,7 @@ from inference.errors import InferenceError
 from inference.offload import PREFETCH, Crossing
 from inference.transfer import SimulatedLink
 from tests.inference.test_engine import FAMILIES, tiny
+from tests.inference.test_hybrid import EVEN
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
@@ -45,5 +46,18 @@ def test_settings_that_mean_nothing_are_refused(model_folder):
         Crossing("psychic")
     with pytest.raises(InferenceError, match="at least 1"):
         Crossing("next_gate", lead=0)
-    with pytest.raises(InferenceError, match="nothing to bring forward on cpu"):
+    with pytest.raises(InferenceError, match="prefetch=next_gate has nothing to save on cpu"):
         LLM(model_folder, 0.5, device="cpu", crossing=Crossing("next_gate"))
+    with pytest.raises(InferenceError, match="cpu=True has nothing to save on cpu"):
+        LLM(model_folder, 0.5, device="cpu", crossing=Crossing(cpu=True))
+
+
+def test_the_cpu_lane_leaves_texts_as_they_are_and_spares_the_link(model_folder, prompts):
+    plain = LLM(model_folder, 0.1, device="cpu")
+    crossing = Crossing(cpu=True, profile=EVEN, link=SimulatedLink(rate=5e7))
+    llm = LLM(model_folder, 0.1, device="cpu", poison=True, crossing=crossing)
+    torch.testing.assert_close(llm.logits(prompts[4]), plain.logits(prompts[4]), rtol=1e-4, atol=1e-4)
+    alone = plain.generate(prompts[:2], 16)
+    assert [g.token_ids for g in llm.generate(prompts[:2], 16)] == [g.token_ids for g in alone]
+    assert llm.executor.cpu_computed > 50
+    assert llm.executor.transfers.counts.demanded_bytes < plain.cache.counts.bytes_fetched
