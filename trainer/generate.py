@@ -7,6 +7,7 @@ from typing import Any
 
 from inference.engine import LLM
 from inference.errors import InferenceError
+from inference.offload import Crossing
 from lora.errors import AdapterError
 
 _OF_DRAWS = ("top_k", "top_p", "min_p", "seed")
@@ -21,19 +22,20 @@ def main(
     *,
     vram: int | None = None,
     report: bool = False,
+    cpu_experts: bool = False,
     kv_tokens: int | None = None,
     **settings: Any,
 ) -> int:
     """Prints the prompt's continuation, then one line of figures. Returns 0, or 2 for a user's mistake.
 
-    One of ``expert_budget`` and ``vram`` (bytes) at most; ``report`` prints what bound it. ``settings`` are those of
-    :class:`inference.requests.SamplingParams`.
+    One of ``expert_budget`` and ``vram`` (bytes) at most; ``report`` prints what bound it, ``cpu_experts`` has the CPU
+    compute beside a GPU. ``settings`` are those of :class:`inference.requests.SamplingParams`.
     """
     try:
         if (idle := [name for name in _OF_DRAWS if name in settings]) and not settings.get("temperature"):
             raise InferenceError(f"{idle[0]} changes nothing at temperature 0; give a temperature above 0, as 0.8")
         share = 1.0 if expert_budget is None else expert_budget
-        llm = LLM(model_dir, share, adapter, kv_tokens=kv_tokens, vram=vram)
+        llm = LLM(model_dir, share, adapter, kv_tokens=kv_tokens, vram=vram, crossing=Crossing(cpu=cpu_experts))
         (generation,) = llm.generate([prompt], max_new_tokens, **settings)
     except (InferenceError, AdapterError) as error:
         print(f"planaria generate: {error}", file=sys.stderr)

@@ -33,6 +33,11 @@ def add_generate_verb(
     for name, kind, metavar, text in _SAMPLING:
         generate.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
     generate.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    generate.add_argument(
+        "--cpu-experts",
+        action="store_true",
+        help="have the CPU compute missing experts beside a GPU where that is faster; results are close, not equal",
+    )
     generate.add_argument("--report", action="store_true", help="say what bound it, and what to change")
 
 
@@ -53,5 +58,6 @@ def _generate(arguments: argparse.Namespace) -> int:
         kv_tokens=arguments.kv_tokens,
         vram=arguments.vram,
         report=arguments.report,
+        cpu_experts=arguments.cpu_experts,
         **settings,
     )
