@@ -18,7 +18,7 @@ from inference.executor import Executor
 from inference.experts import Arithmetic
 from inference.kv import BLOCK_SIZE, KVShape, PagedKV
 from inference.offload import Crossing, open_executor
-from inference.placement import KV_SHARE, KV_TOKENS, WORKSPACE, Placement, model_sizes, parse_size, place
+from inference.placement import KV_SHARE, KV_TOKENS, Placement, model_sizes, parse_size, place
 from inference.policies import LRU, Policy
 from inference.shadow import Hedge
 from inference.skeleton import activation, build_skeleton, expert_shape, load_dense, offload_experts, share_dense
@@ -144,8 +144,7 @@ def place_in(
     """
     nbytes = parse_size(vram) if isinstance(vram, str) else vram
     sizes = model_sizes(path, None if dtype is None else str(dtype).removeprefix("torch."))
-    workspace = WORKSPACE if device.type == "cuda" else 0
-    return place(sizes, kv_tokens=kv_tokens, workspace=workspace, vram=nbytes)
+    return place(sizes, gpu=device.type == "cuda", kv_tokens=kv_tokens, vram=nbytes)
 
 
 def open_kv(base: Base, kv_tokens: int | None, block_size: int = BLOCK_SIZE) -> PagedKV:

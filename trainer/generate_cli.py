@@ -37,12 +37,14 @@ def add_generate_verb(
         help="on a GPU: what predicts the experts that are fetched ahead: none (the default), same_as_last, next_gate, "
         "trace_match, map_match, or heads",
     )
-    generate.add_argument(
-        "--cpu-experts", action="store_true", help="on a GPU: let the CPU compute some missing experts"
-    )
     for name, kind, metavar, text in _SAMPLING:
         generate.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
     generate.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    generate.add_argument(
+        "--cpu-experts",
+        action="store_true",
+        help="have the CPU compute missing experts beside a GPU where that is faster; results are close, not equal",
+    )
     generate.add_argument("--report", action="store_true", help="say what bound it, and what to change")
 
 
