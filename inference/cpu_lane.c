@@ -6,7 +6,7 @@ one order, in fp32, so that neither the threads nor their number can reach the b
 
 Threads look for work without sleeping for a while after a call, since the next layer's comes within a millisecond.
 
-A block: gate [I,H], up [I,H], down [H,I], row after row, bf16 or fp32. x [T,H], y [P,H] and scores [P] are fp32. */
+A block: gate [I,H], up [I,H] and, from element down_start on, down [H,I], row after row, bf16 or fp32. x [T,H], y [P,H] and scores [P] are fp32. */
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -26,6 +26,7 @@ typedef uint32_t words __attribute__((vector_size(64), may_alias));
 
 typedef struct {
     int hidden, inner, is_bf16, threads;
+    long down_start;
     pthread_t *thread;
     pthread_mutex_t lock;
     pthread_cond_t wake;
@@ -110,7 +111,7 @@ static void up_unit(lane_t *lane, int expert, int part) {
 
 static void down_unit(lane_t *lane, int expert, int part) {
     int H = lane->hidden, I = lane->inner, end = (part + 1) * DOWN_ROWS;
-    const char *down = lane->block[expert] + 2L * I * H * (lane->is_bf16 ? 2 : 4);
+    const char *down = lane->block[expert] + lane->down_start * (lane->is_bf16 ? 2 : 4);
     if (end > H) end = H;
     while (atomic_load_explicit(&lane->up_done[expert], memory_order_acquire) < lane->up_units) pause_cpu();
     for (int h = part * DOWN_ROWS; h < end; h++)
@@ -152,10 +153,10 @@ static void *run(void *argument) {
     }
 }
 
-lane_t *lane_open(int threads, int hidden, int inner, int is_bf16) {
+lane_t *lane_open(int threads, int hidden, int inner, long down_start, int is_bf16) {
     lane_t *lane = calloc(1, sizeof(lane_t));
     if (!lane) return NULL;
-    lane->hidden = hidden; lane->inner = inner; lane->is_bf16 = is_bf16;
+    lane->hidden = hidden; lane->inner = inner; lane->down_start = down_start; lane->is_bf16 = is_bf16;
     lane->up_units = (inner + UP_COLUMNS - 1) / UP_COLUMNS;
     lane->down_units = (hidden + DOWN_ROWS - 1) / DOWN_ROWS;
     pthread_mutex_init(&lane->lock, NULL);

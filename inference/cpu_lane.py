@@ -60,7 +60,7 @@ def _processor() -> str:
 
 
 def _typed(lib: ctypes.CDLL) -> ctypes.CDLL:
-    lib.lane_open.argtypes, lib.lane_open.restype = [ctypes.c_int] * 4, _POINTER
+    lib.lane_open.argtypes, lib.lane_open.restype = [*[ctypes.c_int] * 3, ctypes.c_long, ctypes.c_int], _POINTER
     lib.lane_submit.argtypes, lib.lane_submit.restype = [_POINTER, ctypes.c_int, *[_POINTER] * 7], ctypes.c_int
     lib.lane_wait.argtypes, lib.lane_wait.restype = [_POINTER], None
     lib.lane_close.argtypes, lib.lane_close.restype = [_POINTER], None
@@ -74,16 +74,19 @@ class CpuLane:
         threads: besides the caller's, which helps while it waits. They look for work for about a millisecond after
             a call before they sleep.
         dtype: of the blocks; bf16 or fp32.
+        down_start: the element of a block at which down begins; right behind up by default.
 
     Raises LaneError.
     """
 
-    def __init__(self, threads: int, hidden: int, inner: int, dtype: torch.dtype) -> None:
+    def __init__(self, threads: int, hidden: int, inner: int, dtype: torch.dtype, down_start: int = 0) -> None:
         self._lane = None
         if dtype not in (torch.bfloat16, torch.float32):
             raise LaneError(f"experts in {dtype} cannot be computed by the CPU lane; it knows bfloat16 and float32")
         self._library = library()
-        self._lane = self._library.lane_open(threads, hidden, inner, dtype == torch.bfloat16)
+        self._lane = self._library.lane_open(
+            threads, hidden, inner, down_start or 2 * inner * hidden, dtype == torch.bfloat16
+        )
         if self._lane is None:
             raise LaneError("no memory for the CPU lane")
         self._held: tuple[object, ...] = ()
@@ -101,7 +104,7 @@ class CpuLane:
         """Begins; an earlier call is waited for.
 
         Args:
-            blocks: address of each expert's block: gate [I,H], up [I,H], down [H,I], nothing between them.
+            blocks: address of each expert's block: gate [I,H], up [I,H], then down [H,I].
             first: int32; pairs ``first[e]`` to ``first[e + 1]`` are of expert ``e``.
             row_P, pair_P: int32; pair p multiplies row ``row_P[p]`` of x, by ``score_P[p]``, into row ``pair_P[p]`` of y.
             x_TH, score_P, y_PH: fp32, contiguous. No other row of y is touched.

@@ -89,6 +89,26 @@ def _combine(y, other, expert_P, elsewhere_E, out, hidden: tl.constexpr, SPLIT: 
     tl.store(out + row * hidden + column, total.to(out.dtype.element_ty), mask=here)
 
 
+@triton.jit
+def _publish(x, expert_P, score_P, x_out, expert_out, score_out, numbers, pairs, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x_out + at, tl.load(x + at, mask=at < numbers, other=0.0).to(tl.float32), mask=at < numbers)
+    tl.store(expert_out + at, tl.load(expert_P + at, mask=at < pairs, other=0).to(tl.int32), mask=at < pairs)
+    tl.store(score_out + at, tl.load(score_P + at, mask=at < pairs, other=0.0).to(tl.float32), mask=at < pairs)
+
+
+def publish(
+    x_TH: Tensor, expert_TK: Tensor, score_TK: Tensor, x_out_TH: Tensor, expert_out_TK: Tensor, score_out_TK: Tensor
+) -> None:
+    """What the host must know of a call, in one launch: fp32 and int32 copies, into pinned host memory."""
+    assert x_out_TH.dtype == score_out_TK.dtype == torch.float32 and expert_out_TK.dtype == torch.int32
+    assert x_TH.is_contiguous() and expert_TK.is_contiguous() and score_TK.is_contiguous()
+    numbers, pairs = x_TH.numel(), expert_TK.numel()
+    _publish[(triton.cdiv(max(numbers, pairs), 1024),)](
+        x_TH, expert_TK, score_TK, x_out_TH, expert_out_TK, score_out_TK, numbers, pairs, BLOCK=1024
+    )
+
+
 def compute(
     x_TH: Tensor,
     expert_TK: Tensor,

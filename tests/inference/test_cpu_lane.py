@@ -88,6 +88,15 @@ def test_threads_and_company_do_not_reach_the_bits():
         lane.close()
 
 
+def test_down_may_begin_behind_a_gap():
+    expert_TK, block_EN, x_TH, score_P = _case(2, 2, 3, 10, 6, torch.bfloat16, 0)
+    gap_EN = torch.cat([block_EN[:, :120], torch.full((3, 8), torch.nan).bfloat16(), block_EN[:, 120:]], dim=1)
+    lane = CpuLane(1, 10, 6, torch.bfloat16, down_start=128)
+    y_PH = _computed(lane, expert_TK, gap_EN.contiguous(), x_TH, score_P, [0, 1, 2])
+    lane.close()
+    assert torch.allclose(y_PH.double(), _wanted(expert_TK, block_EN, x_TH, score_P, 6), rtol=1e-4, atol=1e-4)
+
+
 def test_nothing_to_do():
     lane = CpuLane(1, 8, 8, torch.float32)
     case = _case(1, 1, 1, 8, 8, torch.float32, 0)
