@@ -53,14 +53,15 @@ def joined(modules: Sequence[nn.Module]) -> Function:
     if not all(is_plain(module) for module in modules):
         return _Apart(tuple(modules))
     weight_OM = torch.cat([module.weight.detach() for module in modules])
-    biased = [module.bias is not None for module in modules]
-    assert all(biased) or not any(biased), "layers that are joined have biases, or have none"
-    bias_O = torch.cat([module.bias.detach() for module in modules]) if all(biased) else None
+    bias_O = None
+    if any(module.bias is not None for module in modules):
+        parts = [weight_OM.new_zeros(m.out_features) if m.bias is None else m.bias.detach() for m in modules]
+        bias_O = torch.cat(parts)
     start = 0
     for module in modules:
         end = start + module.out_features
         module.weight = nn.Parameter(weight_OM[start:end], requires_grad=False)
-        if bias_O is not None:
+        if module.bias is not None:
             module.bias = nn.Parameter(bias_O[start:end], requires_grad=False)
         start = end
     return Linear(weight_OM, bias_O)

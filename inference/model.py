@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from inference.attention import GroupedAttention, Step
 from inference.dense import Function, Norm, feed_forward, linear
 from inference.kv import PagedKV
+from inference.latent_attention import LatentAttention, interleaved
 from inference.rope import RopeTable
 from inference.rows import Group, Rows, Span, groups, written
 from inference.store import InferenceError
@@ -22,15 +23,19 @@ __all__ = ["Model", "Rows", "Segment", "Span"]
 
 Segment = Callable[[Tensor, Tensor | None, Step], tuple[Tensor, Tensor]]
 
-GROUPED = (
-    "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe"
-)  # fmt: skip
+Attention = GroupedAttention | LatentAttention
+
+FAMILIES: dict[str, type[GroupedAttention] | type[LatentAttention]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), GroupedAttention),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"), GroupedAttention),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), LatentAttention),
+}
 
 
 class DenseSegment:
     """Everything between two feed-forward blocks: the sum with the last one's output, attention, both norms."""
 
-    def __init__(self, layer: nn.Module, attention: GroupedAttention, dtype: torch.dtype) -> None:
+    def __init__(self, layer: nn.Module, attention: Attention, dtype: torch.dtype) -> None:
         self.attention = attention
         self._before = Norm.of(layer.input_layernorm, dtype)
         self._after = Norm.of(layer.post_attention_layernorm, dtype)
@@ -62,13 +67,19 @@ class Model:
     def __init__(self, module: nn.Module, kv: PagedKV) -> None:
         self.config, self.kv = module.config, kv
         kind = self.config.model_type
-        if kind not in GROUPED:
-            raise InferenceError(f"models of type {kind!r} are not served; served are {', '.join(GROUPED)}")
+        if kind not in FAMILIES:
+            raise InferenceError(f"models of type {kind!r} are not served; served are {', '.join(FAMILIES)}")
         base = module.model
-        self._rope = RopeTable(base.rotary_emb, kv.shape.width, kv.device, kv.dtype)
+        self._rope = RopeTable(
+            base.rotary_emb,
+            getattr(self.config, "qk_rope_head_dim", None) or kv.shape.width,
+            interleaved=interleaved(self.config),
+            device=kv.device,
+            dtype=kv.dtype,
+        )
         self._embedding_VH = base.embed_tokens.weight
         attentions = [
-            GroupedAttention(layer.self_attn, self.config, number, kv) for number, layer in enumerate(base.layers)
+            FAMILIES[kind](layer.self_attn, self.config, number, kv) for number, layer in enumerate(base.layers)
         ]
         self.segments: list[Segment] = [
             DenseSegment(layer, attention, kv.dtype) for layer, attention in zip(base.layers, attentions, strict=True)

@@ -13,15 +13,12 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from inference.errors import InferenceError
 from moe.refs import ExpertRef
 
 # How families call (gate, up, down) when every expert has its own tensors.
 SPLIT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 FLOAT_DTYPES = {"F32": 4, "BF16": 2, "F16": 2}
-
-
-class InferenceError(ValueError):
-    """A model folder, prompt or setting that the runtime cannot serve: what, where, and what to do."""
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,27 @@ FAMILIES = {
     "qwen3_moe": MOE | {"head_dim": 16, "mlp_only_layers": [1], "norm_topk_prob": True},
     "olmoe": {"num_experts": 6, "num_experts_per_tok": 2, "clip_qkv": 1.5, "num_key_value_heads": 4},
 }  # fmt: skip
+LATENT = {
+    "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 10, "num_key_value_heads": 4,
+    "n_routed_experts": 8, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "n_shared_experts": 1,
+    "first_k_dense_replace": 1, "attention_bias": True,
+}  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.7, "beta_fast": 32.0,
+    "beta_slow": 1.0, "original_max_position_embeddings": 16,
+}  # fmt: skip
+FAMILIES |= {
+    "deepseek_v2": LATENT | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "greedy"},
+    "deepseek_v3": LATENT | {"q_lora_rank": 24, "n_group": 2, "topk_group": 1},
+    "deepseek_v3-halves": LATENT | {
+        "model_type": "deepseek_v3", "q_lora_rank": None, "n_group": 2, "topk_group": 1, "rope_interleave": False,
+        "rope_parameters": YARN, "v_head_dim": 24,
+    },
+    "gpt_oss": {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 6, "rope_parameters": YARN,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+}  # fmt: skip
 LENGTHS = (19, 1, 33, 8)
 
 
@@ -55,7 +76,7 @@ def tiny(family, dtype=torch.float32, **more):
     module = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            if "norm" in name or name.endswith("bias"):
+            if "norm" in name or name.endswith(("bias", "sinks")):
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return module
 
@@ -198,6 +219,9 @@ def test_joined_weights_are_held_once():
     [
         ("llama", {"all": BankConfig("lora", targets=("q_proj", "o_proj", "up_proj", "down_proj"), r=2)}),
         ("qwen3", {"ffn": BankConfig("mixlora", num_experts=4, r=2), "attention": BankConfig("lora", r=2)}),
+        ("deepseek_v3", {"latent": BankConfig("lora", targets=("kv_b_proj", "q_a_proj", "o_proj"), r=2)}),
+        ("deepseek_v2", {"query": BankConfig("lora", targets=("q_proj", "down_proj"), r=2)}),
+        ("gpt_oss", {"attention": BankConfig("mola", targets=("q_proj", "v_proj"), r=2, num_experts=4, top_k=2)}),
         ("qwen2_moe", {"shared": BankConfig("lora", targets=("shared_expert.up_proj", "k_proj", "v_proj"), r=2)}),
     ],
 )
@@ -213,6 +237,18 @@ def test_adapters_on_attention_dense_blocks_and_shared_experts_count(family, ban
     assert not torch.allclose(plain, expected[0], atol=1e-2)
     for got, want in zip(run(Model(module, kv), texts(), tables, CHUNKS["chunked"]), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_absorbed_attention_is_the_same_function(family):
+    """In fp64 and without mixtures (whose gates round to fp32): made keys in chunks against absorbed ones."""
+    module = tiny(family, torch.float64, first_k_dense_replace=3)
+    made, absorbed = (
+        run(Model(module, paged(module, torch.float64)[0]), texts(), paged(module)[1], CHUNKS[how])
+        for how in ("whole", "decoding")
+    )
+    for one, other in zip(made, absorbed, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
 def test_families_that_are_not_served_are_named():
