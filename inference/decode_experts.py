@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,33 +25,14 @@ from torch import Tensor
 
 from inference.cache import ExpertCache
 from inference.cpu_lane import CpuLane
+from inference.errors import InferenceError
+from inference.experts import OffloadedExperts
+from inference.graphs import StepGraph, Uncaptured
 from inference.slot_kernels import combine, compute, publish
-from inference.store import InferenceError
+from inference.transfer import Transfer, TransferEngine
 from moe.refs import ExpertRef
 
 Split = Callable[[int], int]  # misses of a call -> how many of them to fetch
-
-
-class Cuts(Protocol):
-    """Where the step that contains the calls is cut; :class:`inference.graphs.SegmentedGraph` is one."""
-
-    def cut(self, host: Callable[[], None]) -> None: ...
-
-
-class Link(Protocol):
-    """Brings experts into slots beside what the GPU computes."""
-
-    def bring(self, ref: ExpertRef, block_B: Tensor) -> None: ...
-
-    def join(self) -> None:
-        """What the GPU is given from here on finds everything brought so far."""
-
-
-class AtOnce:
-    """Calls the host's part where it stands: a step without graphs."""
-
-    def cut(self, host: Callable[[], None]) -> None:
-        host()
 
 
 @dataclass
@@ -75,6 +55,7 @@ class DecodeExperts:
 
     Args:
         cache: holds the slots.
+        graph: the step that the calls are part of.
         host: address of an expert's block in host memory, for the CPU lane.
         rows, choices: T and K of every call.
         split: how many of a call's misses the link brings; the lane computes the others. All, without a lane.
@@ -85,17 +66,17 @@ class DecodeExperts:
     def __init__(
         self,
         cache: ExpertCache,
-        link: Link,
+        transfer: TransferEngine,
         rows: int,
         choices: int,
         *,
-        cuts: Cuts | None = None,
+        graph: StepGraph | None = None,
         lane: CpuLane | None = None,
         host: Callable[[ExpertRef], int] | None = None,
         split: Split | None = None,
     ) -> None:
         assert lane is None or host is not None
-        self.cache, self.link, self.cuts, self.lane = cache, link, cuts or AtOnce(), lane
+        self.cache, self.transfer, self.graph, self.lane = cache, transfer, graph or Uncaptured(), lane
         self.counts = DecodeCounts()
         self._host, self._split = host, split
         self._layers = cache.store.layers
@@ -124,21 +105,24 @@ class DecodeExperts:
         self._np = tuple(t.numpy() for t in (self._x_TH, self._score_TK, self._expert_TK, self._cpu_y_PH))
         self._new = self._new_L3E.numpy()
         self._used_LE = np.zeros((layers, experts), dtype=np.int64)  # the call in which each was used last
-        self._pending: tuple[list[int], list[int]] = ([], [])
+        self._experts: list[int] = []  # of the call that is under way
+        self._coming: list[Transfer] = []
 
     def fill(self) -> None:
         """Brings every expert, where all are to be resident, and tells the device where they are."""
         assert self.all_resident
         for row, layer in enumerate(self._layers):
             missing = [e for e in range(self._table_L3E.shape[2]) if self.cache.slot_LE[row, e] < 0]
-            for expert in self.cache.reserve(layer, missing):
-                self.link.bring(ExpertRef(layer, expert), self.cache.block(ExpertRef(layer, expert)))
-                self.cache.commit(ExpertRef(layer, expert))
-        self.link.join()
+            refs = [ExpertRef(layer, expert) for expert in self.cache.reserve(layer, missing)]
+            self.transfer.wait([self.transfer.demand(ref, self.cache.block(ref)) for ref in refs])
+            for ref in refs:
+                self.cache.commit(ref)
         self._table_L3E[:, 0] = torch.from_numpy(self.cache.slot_LE).to(self._table_L3E.device)
 
-    def __call__(self, layer: int, x_TH: Tensor, expert_TK: Tensor, score_TK: Tensor) -> Tensor:
+    def run(self, module: OffloadedExperts, x_TH: Tensor, expert_TK: Tensor, score_TK: Tensor) -> Tensor:
+        """A call of ``module``, as its executor."""
         assert expert_TK.shape == self._shape, (expert_TK.shape, self._shape)
+        layer = module.layer
         row, weights = self.cache.row(layer), (self.cache.gate_up_C2IH, self.cache.down_CHI)
         out_TH = torch.empty_like(x_TH)
         table_3E = self._table_L3E[row]
@@ -148,10 +132,10 @@ class DecodeExperts:
             combine(self._y_PH, expert_TK, out_TH)
             return out_TH
         publish(*call, self._x_TH, self._expert_TK, self._score_TK)
-        self.cuts.cut(partial(self._give_out, row))
+        self.graph.cut(partial(self._give_out, row))
         table_3E.copy_(self._new_L3E[row], non_blocking=True)
         compute(*call, table_3E[0], *weights, self._a_PI, self._y_PH)
-        self.cuts.cut(partial(self._take_in, row))
+        self.graph.cut(partial(self._take_in, row))
         compute(*call, table_3E[1], *weights, self._a_PI, self._y_PH)
         combine(self._y_PH, expert_TK, out_TH, table_3E[2], self._cpu_y_PH)
         return out_TH
@@ -176,11 +160,14 @@ class DecodeExperts:
         for expert in self.cache.reserve(layer, fetch):
             ref = ExpertRef(layer, expert)
             table_3E[1, expert] = slots_E[expert]
-            self.link.bring(ref, self.cache.block(ref))
-        self._pending = experts, fetch
+            self._coming.append(self.transfer.demand(ref, self.cache.block(ref)))
+        self._experts = experts
         counts = self.counts
         counts.calls += 1
         counts.resident += len(experts) - len(missing)
+        self.cache.counts.hits += len(experts) - len(missing)
+        self.cache.counts.misses += len(missing)
+        self.cache.counts.bytes_fetched += len(fetch) * self.cache.store.bytes_per_expert
         counts.fetched += len(fetch)
         counts.computed += len(away)
         counts.asked_s += asked - began
@@ -212,17 +199,15 @@ class DecodeExperts:
     def _take_in(self, row: int) -> None:
         """Books while the lanes work, then the ends of the lanes."""
         began = time.perf_counter()
-        experts, fetched = self._pending
-        layer = self._layers[row]
-        for expert in fetched:
-            self.cache.commit(ExpertRef(layer, expert))
-        self.cache.note(layer, experts)
-        self._used_LE[row, experts] = self.counts.calls
+        for transfer in self._coming:
+            self.cache.commit(transfer.ref)
+        self.cache.note(self._layers[row], self._experts)
+        self._used_LE[row, self._experts] = self.counts.calls
         self.cache.make_room(self._spare)
         booked = time.perf_counter()
         if self.lane is not None:
             self.lane.wait()
-        if fetched:
-            self.link.join()
+        self.transfer.wait(self._coming)
+        self._coming.clear()
         self.counts.books_s += booked - began
         self.counts.lane_s += time.perf_counter() - booked

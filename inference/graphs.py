@@ -10,76 +10,91 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 
 Step = Callable[[], None]
 
 
-class SegmentedGraph:
-    """Captures a function once, cut where it says so, and replays it with the host's part of each cut in its place.
+class StepGraph(Protocol):
+    """A function that is run again and again, parts of it on the host."""
 
-    The function must read its inputs from tensors that stay where they are and leave its results in such: tensors made
-    during the capture belong to the graphs' own memory pool, live as long as this object and hold the newest replay's
-    values. It must not read from the device outside of cuts.
+    def capture(self, function: Step) -> None:
+        """Take the function. It reads its inputs from, and leaves its results in, tensors that stay where they are."""
+
+    def cut(self, host: Step) -> None:
+        """Called by the function: here the host has its turn in every run."""
+
+    def replay(self) -> None:
+        """Run it. Returns when all is queued, not when it is done."""
+
+
+class Uncaptured:
+    """Runs the function as it is."""
+
+    def __init__(self) -> None:
+        self._function: Step | None = None
+
+    def capture(self, function: Step) -> None:
+        self._function = function
+
+    def cut(self, host: Step) -> None:
+        host()
+
+    def replay(self) -> None:
+        assert self._function is not None
+        self._function()
+
+
+class SegmentedGraph:
+    """Captures the function once, in as many CUDA graphs as it has parts between cuts, and replays them.
+
+    Tensors made during the capture belong to the graphs' own pool of memory and live as long as this object. The
+    function must not read from the device outside of cuts.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, warmups: int = 2) -> None:
         self.stream = torch.cuda.Stream(device)
+        self.segments = 0
+        self._warmups = warmups
         self._pool = torch.cuda.graph_pool_handle()
         self._steps: list[Step] = []
         self._open: torch.cuda.CUDAGraph | None = None
 
-    @property
-    def capturing(self) -> bool:
-        return self._open is not None
-
-    @property
-    def segments(self) -> int:
-        """Graphs of one step."""
-        return sum(getattr(step, "__self__", None).__class__ is torch.cuda.CUDAGraph for step in self._steps)
-
-    def capture[R](self, function: Callable[[], R], warmups: int = 2) -> R:
-        """Returns what ``function`` returned while it was captured: tensors that every replay fills anew.
-
-        It is run ``warmups`` times before, so that kernels are compiled and libraries have made their work spaces.
-        """
+    def capture(self, function: Step) -> None:
+        """Runs the function ``warmups`` times before, so that kernels are compiled and libraries have their memory."""
         assert not self._steps, "captured already"
         torch.cuda.synchronize()
-        with self.on_stream():
-            for _ in range(warmups):
+        with torch.cuda.stream(self.stream):
+            for _ in range(self._warmups):
                 function()
             torch.cuda.synchronize()
             gc.collect()
-            torch.cuda.empty_cache()
             self._begin()
             try:
-                result = function()
+                function()
             finally:
                 self._end()
         torch.cuda.synchronize()
-        return result
 
     def cut(self, host: Step) -> None:
-        """Ends a graph here, so that a replay calls ``host`` before it goes on with the next.
-
-        While nothing is captured, as in warming up, ``host`` is called at once.
-        """
-        if not self.capturing:
-            return host()
+        """Ends a graph here, so that a replay calls ``host`` before the next; in a warm-up just calls it."""
+        if self._open is None:
+            host()
+            return
         self._end()
         self._steps.append(host)
         self._begin()
 
     def replay(self) -> None:
-        """Runs the step on :attr:`stream`. Returns when all is queued, not when it is done."""
-        with self.on_stream():
+        """On :attr:`stream`, behind what the caller's stream was given; that goes on behind it."""
+        caller = torch.cuda.current_stream()
+        self.stream.wait_stream(caller)
+        with torch.cuda.stream(self.stream):
             for step in self._steps:
                 step()
-
-    def on_stream(self) -> AbstractContextManager[None]:
-        return torch.cuda.stream(self.stream)
+        caller.wait_stream(self.stream)
 
     def _begin(self) -> None:
         graph = torch.cuda.CUDAGraph()
@@ -92,3 +107,4 @@ class SegmentedGraph:
         if graph is not None:
             graph.capture_end()
             self._steps.append(graph.replay)
+            self.segments += 1

@@ -131,6 +131,10 @@ class Model:
             seen[window] = (Group(rows, len(position_R), 1, table_RM, keys, mask_RL[:, None, None]),)
         return Step(cos_R1D, sin_R1D, block_R * size + position_R % size, seen)
 
+    def rotations(self, blocks: int) -> tuple[Tensor, Tensor]:
+        """The tables that :meth:`decoding_step` takes its rotations from, long enough for so many blocks."""
+        return self._rope.tables(blocks * self.kv.block_size)
+
     def _step(self, rows: Rows, device: torch.device) -> Step:
         size = self.kv.block_size
         longest = max(span.length for span in rows.spans)
