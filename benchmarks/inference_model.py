@@ -109,15 +109,15 @@ def write_model(folder: Path, shape: Shape, device: torch.device) -> None:
 
 
 def _layer(shape: Shape, prefix: str, drawn: Any, ones: Tensor) -> dict[str, Tensor]:
-    H, I, D = shape.hidden, shape.intermediate, shape.head_dim
+    H, inner, D = shape.hidden, shape.intermediate, shape.head_dim
     made = {f"{prefix}{name}.weight": ones.clone() for name in ("input_layernorm", "post_attention_layernorm")}
     made |= {f"{prefix}self_attn.{name}.weight": torch.ones(D, dtype=shape.dtype) for name in ("q_norm", "k_norm")}
     for name, heads in (("q_proj", shape.heads), ("k_proj", shape.kv_heads), ("v_proj", shape.kv_heads)):
         made[f"{prefix}self_attn.{name}.weight"] = drawn(heads * D, H)
     made[f"{prefix}self_attn.o_proj.weight"] = drawn(H, shape.heads * D)
     made[f"{prefix}mlp.gate.weight"] = drawn(shape.experts, H)
-    parts = {"gate_proj": drawn(shape.experts, I, H), "up_proj": drawn(shape.experts, I, H)}
-    parts["down_proj"] = drawn(shape.experts, H, I)
+    parts = {"gate_proj": drawn(shape.experts, inner, H), "up_proj": drawn(shape.experts, inner, H)}
+    parts["down_proj"] = drawn(shape.experts, H, inner)
     for expert in range(shape.experts):
         made |= {f"{prefix}mlp.experts.{expert}.{name}.weight": part[expert].clone() for name, part in parts.items()}
     return made

@@ -28,11 +28,10 @@ class HostBanks:
     """
 
     def __init__(self, store: ExpertStore, layout: ExpertBlock, *, pin: bool) -> None:
+        self._layout = layout
         experts = store.shape.num_experts
         self._locked: list[Tensor] = []
-        self._banks = {
-            layer: torch.empty(experts, layout.elements, dtype=layout.dtype) for layer in store.layers
-        }
+        self._banks = {layer: torch.empty(experts, layout.elements, dtype=layout.dtype) for layer in store.layers}
         refs = [ExpertRef(layer, expert) for layer in store.layers for expert in range(experts)]
         with ThreadPoolExecutor(_READERS) as pool:
             list(pool.map(lambda ref: store.read(ref.layer, ref.expert, layout, self.block(ref)), refs))
@@ -51,6 +50,10 @@ class HostBanks:
 
     def block(self, ref: ExpertRef) -> Tensor:
         return self._banks[ref.layer][ref.expert]
+
+    def stacked(self, layer: int) -> tuple[Tensor, ...]:
+        """Each part of all blocks of a layer, as views [E, *shape]."""
+        return self._layout.stacked(self._banks[layer])
 
     def address(self, ref: ExpertRef) -> int:
         """Where the block begins."""

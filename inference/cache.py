@@ -159,6 +159,19 @@ class ExpertCache:
             if gone is not None and self.policy.round - gone <= 1:
                 self.counts.regretted += 1
 
+    def note(self, layer: int, experts: Sequence[int]) -> None:
+        """:meth:`use` for a caller that knows already how the experts are."""
+        row = self._row[layer]
+        self.policy.use(row, experts)
+        self._lent = (row, list(experts))
+
+    def make_room(self, count: int) -> None:
+        """Has the policy give up slots ahead of need until ``count`` are free, so that no demand waits for it."""
+        if (needed := count - len(self._free)) > 0:
+            evictable_LE = self.evictable()
+            for flat in self.policy.victims(evictable_LE, min(needed, int(evictable_LE.sum()))):
+                self._evict(*divmod(int(flat), self.policy.experts))
+
     def evictable(self) -> np.ndarray:
         """Which experts [L,E] may be evicted now."""
         evictable_LE = self._resident_LE.copy()

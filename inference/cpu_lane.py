@@ -1,8 +1,8 @@
 """The CPU lane: missing experts of a decode step computed in host memory while the link brings others.
 
-The work is a small C file, compiled by the machine's own compiler when first used (Triton needs one too) and kept in the
-user's cache; there is nothing to build at installation. It has threads of its own, and no call holds the interpreter's
-lock, so the thread that feeds the GPU goes on meanwhile.
+The work is a small C file, compiled by the machine's own compiler when first used (Triton needs one too) and kept in
+the user's cache; there is nothing to build at installation. It has threads of its own, and no call holds the
+interpreter's lock, so the thread that feeds the GPU goes on meanwhile.
 
 Shapes: T rows, P pairs of a row and one of its experts, H hidden, I intermediate.
 """
@@ -106,7 +106,7 @@ class CpuLane:
         Args:
             blocks: address of each expert's block: gate [I,H], up [I,H], then down [H,I].
             first: int32; pairs ``first[e]`` to ``first[e + 1]`` are of expert ``e``.
-            row_P, pair_P: int32; pair p multiplies row ``row_P[p]`` of x, by ``score_P[p]``, into row ``pair_P[p]`` of y.
+            row_P, pair_P: int32; pair p takes row ``row_P[p]`` of x, times ``score_P[p]``, to row ``pair_P[p]`` of y.
             x_TH, score_P, y_PH: fp32, contiguous. No other row of y is touched.
         """
         addresses = (_POINTER * max(len(blocks), 1))(*blocks)

@@ -1,4 +1,4 @@
-"""The decode step: one new token of each of R sequences, on tensors that stay where they are, so that it can be captured.
+"""The decode step: one new token of each of R sequences, on tensors that stay where they are: it can be captured.
 
 Shapes: R rows, M blocks of each sequence, V vocabulary.
 """

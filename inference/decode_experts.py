@@ -9,7 +9,8 @@ apart until they are added in ascending order of expert, so with the link alone 
 When the host has read a call's experts, everything the GPU was given before is done. So a slot that was given up in an
 earlier call is read by nobody, and the link may write to it without waiting.
 
-Shapes: T rows, K choices of each, P = T*K pairs, L MoE layers counted from 0 by row, E experts, H hidden, I intermediate.
+Shapes: T rows, K choices of each, P = T*K pairs, L MoE layers counted from 0 by row, E experts, H hidden, I
+intermediate.
 """
 
 from __future__ import annotations
@@ -186,7 +187,8 @@ class DecodeExperts:
         return missing[:count], missing[count:]
 
     def _submit(self, row: int, experts: Sequence[int]) -> None:
-        assert self.lane is not None and self._host is not None
+        assert self.lane is not None
+        assert self._host is not None
         x_TH, score_TK, chosen_TK, y_PH = self._np
         pairs = [np.flatnonzero(chosen_TK.reshape(-1) == expert) for expert in experts]
         first = np.cumsum([0, *map(len, pairs)], dtype=np.int32)

@@ -101,8 +101,9 @@ def publish(
     x_TH: Tensor, expert_TK: Tensor, score_TK: Tensor, x_out_TH: Tensor, expert_out_TK: Tensor, score_out_TK: Tensor
 ) -> None:
     """What the host must know of a call, in one launch: fp32 and int32 copies, into pinned host memory."""
-    assert x_out_TH.dtype == score_out_TK.dtype == torch.float32 and expert_out_TK.dtype == torch.int32
-    assert x_TH.is_contiguous() and expert_TK.is_contiguous() and score_TK.is_contiguous()
+    assert x_out_TH.dtype == score_out_TK.dtype == torch.float32
+    assert expert_out_TK.dtype == torch.int32
+    assert all(t.is_contiguous() for t in (x_TH, expert_TK, score_TK))
     numbers, pairs = x_TH.numel(), expert_TK.numel()
     _publish[(triton.cdiv(max(numbers, pairs), 1024),)](
         x_TH, expert_TK, score_TK, x_out_TH, expert_out_TK, score_out_TK, numbers, pairs, BLOCK=1024
@@ -129,9 +130,9 @@ def compute(
     Reads nothing back, allocates nothing: fit for capture in a CUDA graph.
     """
     (rows, choices), hidden, inner = expert_TK.shape, x_TH.shape[1], down_CHI.shape[2]
-    assert x_TH.is_contiguous() and expert_TK.is_contiguous() and score_TK.is_contiguous()
-    assert gate_up_C2IH.stride()[1:] == (hidden, 1) and down_CHI.stride()[1:] == (inner, 1)
-    assert a_PI.is_contiguous() and a_PI.dtype == torch.float32 and y_PH.is_contiguous() and y_PH.dtype == torch.float32
+    assert all(t.is_contiguous() for t in (x_TH, expert_TK, score_TK, a_PI, y_PH))
+    assert all(t.dtype == torch.float32 for t in (a_PI, y_PH))
+    assert (gate_up_C2IH.stride()[1:], down_CHI.stride()[1:]) == ((hidden, 1), (inner, 1))
     pairs = rows * choices
     _up[(pairs, triton.cdiv(inner, _UP_ROWS))](
         x_TH, expert_TK, slot_E, gate_up_C2IH, a_PI, gate_up_C2IH.stride(0), hidden, inner, choices,

@@ -80,7 +80,7 @@ def resident(model_folder):
 
 
 def test_as_the_model_computes_rows(resident, model_folder):
-    served, logits, tokens = resident
+    _, logits, tokens = resident
     other = Served(model_folder, 64)
     fed = [[5, 60, 200, *tokens[2:7, 0].tolist()], [17, 9, 300, *tokens[2:7, 1].tolist()]]
     spans = [Span(tuple(table), 0, 8) for table in TABLES]
@@ -97,9 +97,11 @@ def test_the_budget_does_not_reach_the_bits(resident, model_folder, slots):
     _, logits, tokens = resident
     served = Served(model_folder, slots)
     fetched, chosen = served.tokens(8)
-    assert torch.equal(fetched, logits) and torch.equal(chosen, tokens)
+    assert torch.equal(fetched, logits)
+    assert torch.equal(chosen, tokens)
     counts = served.experts.counts
-    assert counts.computed == 0 and counts.fetched > 0 and counts.resident > 0
+    assert counts.computed == 0
+    assert min(counts.fetched, counts.resident) > 0
     assert served.cache.counts.misses == counts.fetched
     assert served.cache.counts.bytes_fetched == counts.fetched * served.cache.store.bytes_per_expert
 
@@ -109,7 +111,8 @@ def test_the_cpu_lane_is_close(resident, model_folder, share):
     _, logits, tokens = resident
     served = Served(model_folder, 16, share)
     shared, chosen = served.tokens(8)
-    assert torch.allclose(shared, logits, rtol=1e-4, atol=1e-4) and torch.equal(chosen, tokens)
+    assert torch.allclose(shared, logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(chosen, tokens)
     assert served.experts.counts.computed > 0
     assert (served.experts.counts.fetched > 0) == (share > 0)
 
