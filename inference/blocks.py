@@ -73,14 +73,14 @@ class BlockPool:
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
-    def begin(self, adapter: str | None, tokens: Sequence[int], *, spare: int = 0) -> Table | None:
-        """A table with room for all ``tokens``, sharing as many full blocks as are known.
+    def begin(self, adapter: str | None, tokens: Sequence[int], *, spare: int = 0, share: bool = True) -> Table | None:
+        """A table with room for all ``tokens``, sharing as many full blocks as are known, if it may.
 
         None if fewer than ``spare`` blocks would be left. The last token is never shared: it has to be computed, for
         what comes after it.
         """
         table = Table(node=self._root(adapter))
-        shareable = (len(tokens) - 1) // self.block_size if self.reuse else 0
+        shareable = (len(tokens) - 1) // self.block_size if self.reuse and share else 0
         for index in range(shareable):
             block = self._found.get((table.node, self._slice(tokens, index)))
             if block is None:
@@ -124,18 +124,26 @@ class BlockPool:
             table.node = self._places[self._found[key]].node
             table.known += 1
 
-    def end(self, table: Table) -> None:
-        """Gives a table's blocks back. The table is empty afterwards."""
+    def end(self, table: Table, *, forget: bool = False) -> list[int]:
+        """Gives a table's blocks back; those that are free now are returned. The table is empty afterwards.
+
+        ``forget``: what they hold is damaged, so none of the free ones may be shared any more.
+        """
+        freed = []
         # The last goes first, so that a block is never forgotten before those that can only be found through it.
         for block in reversed(table.blocks):
             self._users[block] -= 1
             assert self._users[block] >= 0, f"block {block} was given back twice"
             if self._users[block] == 0:
+                freed.append(block)
                 self._free[block] = None
+                if forget:
+                    self._forget(block)
                 if block not in self._places:
                     self._free.move_to_end(block, last=False)
         table.blocks.clear()
         table.known = table.node = 0
+        return freed
 
     def _root(self, adapter: str | None) -> int:
         if adapter not in self._roots:

@@ -95,7 +95,7 @@ class Model:
         device = self.kv.device
         x_RH = self.layers(rows.token_R.to(device), self._step(rows, device))
         if rows.logit_rows != tuple(range(len(x_RH))):
-            x_RH = x_RH[torch.tensor(rows.logit_rows, device=device)]
+            x_RH = x_RH[torch.tensor(rows.logit_rows, dtype=torch.int64, device=device)]
         return self.scores(x_RH)
 
     def layers(self, token_R: Tensor, step: Step) -> Tensor:

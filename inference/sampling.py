@@ -12,14 +12,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from inference.errors import InferenceError
 from inference.requests import SamplingParams, TokenLogprobs
 
-# A nucleus is looked for among so many of the largest logits first; sorting a whole vocabulary takes far longer.
-NUCLEUS_CANDIDATES = 1024
+# A nucleus is looked for among so many of the largest logits first; sorting a large vocabulary takes far longer.
+NUCLEUS_CANDIDATES = (64, 1024)
 _OFF = float("-inf")
 
 
@@ -80,28 +80,25 @@ class Chosen:
     logprobs: TokenLogprobs | None
 
 
-def choose(logits_RV: Tensor, choosers: Sequence[TokenChooser]) -> list[Chosen]:
-    """The next token of every row, noted in its chooser.
+def choose(logits_RV: Tensor, choosers: Sequence[TokenChooser]) -> list[Chosen | None]:
+    """The next token of every row, noted in its chooser; None for a row whose largest logit is not finite.
 
     Args:
         logits_RV: raw scores, on any device and in any float type. They are not changed.
         choosers: one for each row.
-
-    Raises InferenceError if a row's logits hold NaN or infinity where its largest should be.
     """
     best_R, token_R = logits_RV.max(dim=-1)  # of equal ones the first
-    if not bool(best_R.isfinite().all()):
-        raise InferenceError("the model's logits are not finite; its weights or its precision are damaged")
-    tokens = token_R.tolist()
-    drawn = [row for row, chooser in enumerate(choosers) if not chooser.plain]
+    finite, tokens = best_R.isfinite().tolist(), token_R.tolist()
+    drawn = [row for row, chooser in enumerate(choosers) if finite[row] and not chooser.plain]
     if drawn:
-        chosen = _draw(logits_RV[drawn].to("cpu", torch.float32, copy=True), [choosers[row] for row in drawn])
+        copy_RV = logits_RV[drawn].to("cpu", torch.float32)  # taking rows by number copies them
+        chosen = _draw(copy_RV, [choosers[row] for row in drawn])
         for row, token in zip(drawn, chosen, strict=True):
             tokens[row] = token
     logprobs = _logprobs(logits_RV, tokens, choosers)
     for token, chooser in zip(tokens, choosers, strict=True):
         chooser.note(token)
-    return [Chosen(token, logprobs.get(row)) for row, token in enumerate(tokens)]
+    return [Chosen(tokens[row], logprobs.get(row)) if good else None for row, good in enumerate(finite)]
 
 
 def _draw(logits_RV: Tensor, choosers: Sequence[TokenChooser]) -> list[int]:
@@ -109,19 +106,24 @@ def _draw(logits_RV: Tensor, choosers: Sequence[TokenChooser]) -> list[int]:
     for logits_V, chooser in zip(logits_RV, choosers, strict=True):
         if chooser.adjusts:
             chooser.adjust(logits_V)
-    tokens: list[int] = logits_RV.argmax(dim=-1).tolist()
+    tokens = [0] * len(choosers)
+    cold = [row for row, chooser in enumerate(choosers) if chooser.params.temperature == 0]
     warm = [row for row, chooser in enumerate(choosers) if chooser.params.temperature > 0]
+    for row in cold:
+        tokens[row] = int(logits_RV[row].argmax())
     if not warm:
         return tokens
     params = [choosers[row].params for row in warm]
-    scaled_RV = logits_RV[warm] / torch.tensor([p.temperature for p in params])[:, None]
+    scaled_RV = logits_RV if not cold else logits_RV[warm]
+    scaled_RV /= torch.tensor([p.temperature for p in params])[:, None]
     keep_top_k(scaled_RV, [p.top_k for p in params])
     keep_top_p(scaled_RV, [p.top_p for p in params])
     keep_min_p(scaled_RV, [p.min_p for p in params])
     uniform_R = torch.cat([torch.rand(1, generator=choosers[row].generator, dtype=torch.float64) for row in warm])
-    cumulated_RV = torch.softmax(scaled_RV, dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    # torch adds up in fp64 here and rounds each sum.
+    cumulated_RV = torch.softmax(scaled_RV, dim=-1).cumsum(dim=-1)
     total_R = cumulated_RV[:, -1]
-    target_R = torch.minimum(uniform_R * total_R, torch.nextafter(total_R, torch.zeros(())))
+    target_R = torch.minimum((uniform_R * total_R).float(), torch.nextafter(total_R, torch.zeros(())))
     drawn_R = torch.searchsorted(cumulated_RV, target_R[:, None], right=True)[:, 0]
     for row, token in zip(warm, drawn_R.tolist(), strict=True):
         tokens[row] = token
@@ -141,18 +143,27 @@ def keep_top_k(logits_RV: Tensor, top_k: Sequence[int]) -> None:
 def keep_top_p(logits_RV: Tensor, top_p: Sequence[float]) -> None:
     """Puts minus infinity for all outside of each row's nucleus; 1 keeps all."""
     rows = [row for row, p in enumerate(top_p) if p < 1]
-    candidates = min(NUCLEUS_CANDIDATES, logits_RV.shape[1])
-    while rows:
+    vocabulary = logits_RV.shape[1]
+    for candidates in (*(n for n in NUCLEUS_CANDIDATES if 8 * n < vocabulary), vocabulary):
+        if not rows:
+            return
         within_RV = logits_RV[rows]
-        largest_RC = within_RV.topk(candidates, dim=-1, sorted=True).values
-        cumulated_RC = (largest_RC - within_RV.logsumexp(dim=-1, keepdim=True)).exp().cumsum(-1, dtype=torch.float64)
-        wanted_R = torch.tensor([top_p[row] for row in rows], dtype=torch.float64)
-        place_R = torch.searchsorted(cumulated_RC, wanted_R[:, None]).clamp_(max=candidates - 1)
-        found_R = (cumulated_RC[:, -1] >= wanted_R) | (candidates == logits_RV.shape[1])
-        ready = [i for i, found in enumerate(found_R.tolist()) if found]
-        _keep_from(logits_RV, [rows[i] for i in ready], largest_RC.gather(1, place_R)[ready])
-        rows = [row for i, row in enumerate(rows) if i not in ready]
-        candidates = logits_RV.shape[1]
+        largest_RC = _largest(within_RV, candidates)
+        cumulated_RC = (largest_RC - within_RV.logsumexp(dim=-1, keepdim=True)).exp_().cumsum(-1)
+        wanted_R1 = torch.tensor([top_p[row] for row in rows])[:, None]
+        place_R1 = torch.searchsorted(cumulated_RC, wanted_R1).clamp_(max=candidates - 1)
+        found = (cumulated_RC[:, -1:] >= wanted_R1)[:, 0].tolist() if candidates < vocabulary else [True] * len(rows)
+        ready = [i for i, whole in enumerate(found) if whole]
+        _keep_from(logits_RV, [rows[i] for i in ready], largest_RC.gather(1, place_R1)[ready])
+        rows = [row for row, whole in zip(rows, found, strict=True) if not whole]
+
+
+def _largest(logits_RV: Tensor, count: int) -> Tensor:
+    """The ``count`` largest of each row, largest first."""
+    if count < logits_RV.shape[1]:
+        return logits_RV.topk(count, dim=-1).values
+    # torch sorts places along with values, and takes five times as long.
+    return torch.from_numpy(-np.sort(-logits_RV.numpy(), axis=-1))
 
 
 def keep_min_p(logits_RV: Tensor, min_p: Sequence[float]) -> None:
@@ -165,8 +176,11 @@ def keep_min_p(logits_RV: Tensor, min_p: Sequence[float]) -> None:
 
 def _keep_from(logits_RV: Tensor, rows: Sequence[int], least_R1: Tensor) -> None:
     if rows:
-        within_RV = logits_RV[rows]
-        logits_RV[rows] = within_RV.masked_fill(within_RV < least_R1, _OFF)
+        if len(rows) == len(logits_RV):
+            logits_RV.masked_fill_(logits_RV < least_R1, _OFF)
+        else:
+            within_RV = logits_RV[rows]
+            logits_RV[rows] = within_RV.masked_fill_(within_RV < least_R1, _OFF)
 
 
 def _logprobs(logits_RV: Tensor, tokens: Sequence[int], choosers: Sequence[TokenChooser]) -> dict[int, TokenLogprobs]:
@@ -183,11 +197,3 @@ def _logprobs(logits_RV: Tensor, tokens: Sequence[int], choosers: Sequence[Token
         row: TokenLogprobs(tokens[row], mine, tuple(zip(ids, values, strict=True))[: asked[row]])
         for row, mine, (ids, values) in zip(rows, own, pairs, strict=True)
     }
-
-
-def next_token(logits_V: Tensor, temperature: float, generator: torch.Generator | None) -> int:
-    """One row, until the engine chooses for all."""
-    if temperature == 0:
-        return int(logits_V.argmax())
-    probabilities_V = torch.softmax(logits_V.float().cpu() / temperature, dim=-1)
-    return int(torch.multinomial(probabilities_V, 1, generator=generator))

@@ -76,13 +76,13 @@ class Scheduler:
         """The caller has made sure that its tokens, with all that may be generated, fit the pool."""
         self.waiting.append(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
-        """It ended or is not wanted any more, whether it waits or runs."""
+    def remove(self, sequence: Sequence, *, forget: bool = False) -> list[int]:
+        """It ended or is not wanted any more, whether it waits or runs; see :meth:`BlockPool.end`."""
         if sequence.table is None:
             self.waiting.remove(sequence)
-        else:
-            self.running.remove(sequence)
-            self._release(sequence)
+            return []
+        self.running.remove(sequence)
+        return self._release(sequence, forget=forget)
 
     def schedule(self) -> list[Chunk]:
         """The next step. Every sequence has blocks for what is computed; those that generate come first."""
@@ -143,10 +143,11 @@ class Scheduler:
             sequence.reused = table.reused
         return sequence
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence, *, forget: bool = False) -> list[int]:
         assert sequence.table is not None
-        self.pool.end(sequence.table)
+        freed = self.pool.end(sequence.table, forget=forget)
         sequence.table, sequence.computed = None, 0
+        return freed
 
     @staticmethod
     def _chunk(sequence: Sequence, rows: int) -> Chunk:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference import sampling
-from inference.errors import InferenceError, RequestError
+from inference.errors import RequestError
 from inference.requests import Request, SamplingParams
 from inference.sampling import TokenChooser, choose
 
@@ -77,7 +77,11 @@ TOKENS = st.lists(st.integers(0, V - 1), max_size=6)
 
 
 @settings(max_examples=200)
-@given(st.lists(st.tuples(PARAMS, TOKENS, TOKENS), min_size=1, max_size=5), st.integers(0, 10**6), st.integers(1, V))
+@given(
+    st.lists(st.tuples(PARAMS, TOKENS, TOKENS), min_size=1, max_size=5),
+    st.integers(0, 10**6),
+    st.sampled_from([(), (1,), (2,), (1, 2)]),
+)
 def test_every_row_gets_the_naive_samplers_token(rows, logits_seed, candidates):
     logits = torch.randn(len(rows), V, generator=torch.Generator().manual_seed(logits_seed)) * 3
     choosers, expected = [], []
@@ -152,11 +156,14 @@ def test_logprobs_are_of_the_raw_logits():
     assert choose(logits[:1], [TokenChooser(SamplingParams(), [])])[0].logprobs is None
 
 
-def test_damaged_logits_are_no_token():
-    logits = torch.zeros(2, V)
-    logits[1, 4] = float("nan")
-    with pytest.raises(InferenceError, match="not finite"):
-        choose(logits, [TokenChooser(SamplingParams(), []), TokenChooser(SamplingParams(), [])])
+@pytest.mark.parametrize("damage", [float("nan"), float("inf")])
+def test_damaged_logits_are_no_token_and_other_rows_go_on(damage):
+    logits = torch.zeros(3, V)
+    logits[1, 4] = damage
+    logits[2, 7] = 1
+    params = SamplingParams(), SamplingParams(temperature=1.0, seed=0, top_p=0.5), SamplingParams()
+    first, second, third = choose(logits, [TokenChooser(each, []) for each in params])
+    assert (first.token, second, third.token) == (0, None, 7)
 
 
 @pytest.mark.parametrize(
