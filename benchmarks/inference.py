@@ -23,13 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.inference_arms import Arm, Ours, Transformers
+from benchmarks.inference_arms import Arm, Ours, Transformers, open_banks
 from benchmarks.inference_freetoken import FreeToken
 from benchmarks.inference_model import Shape, described, draw_trace, locality, write_model
 from benchmarks.inference_rates import measure
 from benchmarks.inference_report import ALL, summarise, tables
 from benchmarks.machine import describe_machine, result_path, save, say
-from inference.banks import HostBanks
 from inference.cpu_lane import CpuLane
 from inference.expert_block import ExpertBlock
 from inference.policies import LRU, Policy
@@ -67,7 +66,7 @@ class Bench:
         shape = config.shape
         self.trace_NLK = draw_trace(shape, config.warm + config.tokens * config.rounds + 64)
         store, layout = _store(folder)
-        self.banks = HostBanks(store, layout, pin=self.device.type == "cuda")
+        self.banks = open_banks(store, layout, self.device)
         threads = max(len(os.sched_getaffinity(0)) - 2, 1)
         self.lane = CpuLane(threads, shape.hidden, shape.intermediate, shape.dtype, layout.parts[1].start)
         self.rates = measure(shape, self.banks, self.lane, store.layers, self.device)

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from benchmarks.inference_model import ForcedRouting
-from inference.banks import HostBanks
+from inference.banks import CudaRegistrar, ExpertBanks
 from inference.cache import ExpertCache
 from inference.cpu_lane import CpuLane
 from inference.decode import DecodeStep
 from inference.decode_experts import DecodeCounts, DecodeExperts, Split
+from inference.expert_block import ExpertBlock
 from inference.graphs import SegmentedGraph, Uncaptured
 from inference.kv import KVShape, PagedKV
 from inference.model import Model
@@ -32,6 +33,23 @@ from inference.transfer import CudaLink, SimulatedLink, TransferEngine
 
 CONTEXT = 256  # positions; an arm that reaches the end goes back to the prompt's
 PROMPT = 32
+
+
+class Unlocked:
+    """For machines without a GPU: nothing needs its memory page-locked."""
+
+    def register(self, address: int, nbytes: int) -> None:
+        pass
+
+    def unregister(self, address: int) -> None:
+        pass
+
+
+def open_banks(store: ExpertStore, layout: ExpertBlock, device: torch.device) -> ExpertBanks:
+    """All experts in host memory, page-locked where there is a GPU."""
+    banks = ExpertBanks(store, layout, CudaRegistrar(device) if device.type == "cuda" else Unlocked())
+    banks.join()
+    return banks
 
 
 class Arm(Protocol):
@@ -89,7 +107,7 @@ class Ours(_Decoding):
         name: str,
         folder: Path,
         trace_NLK: np.ndarray,
-        banks: HostBanks,
+        banks: ExpertBanks,
         device: torch.device,
         slots: int,
         policy: Callable[[int, int, int], Policy],
@@ -153,7 +171,7 @@ class Transformers(_Decoding):
         name: str,
         folder: Path,
         trace_NLK: np.ndarray,
-        banks: HostBanks,
+        banks: ExpertBanks,
         device: torch.device,
         experts: str,
         *,
@@ -194,7 +212,7 @@ class Transformers(_Decoding):
         return torch.cat(found).float().cpu()
 
 
-def _fill_experts(experts: nn.Module, banks: HostBanks, layer: int, device: torch.device) -> None:
+def _fill_experts(experts: nn.Module, banks: ExpertBanks, layer: int, device: torch.device) -> None:
     """The layer's stacked parameters from the banks."""
     for name, part_E in zip(("gate_up_proj", "down_proj"), banks.stacked(layer)[:2], strict=True):
         made = torch.empty(part_E.shape, dtype=part_E.dtype, device=device)

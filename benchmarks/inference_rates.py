@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.inference_model import Shape
-from inference.banks import HostBanks
+from inference.banks import ExpertBanks
 from inference.cpu_lane import CpuLane
 from moe.refs import ExpertRef
 
@@ -56,7 +56,7 @@ class Rates:
         return [min(range(m + 1), key=lambda f: (max(f * link_s + call_s, lane_s[m - f]), f)) for m in range(most + 1)]
 
 
-def measure(shape: Shape, banks: HostBanks, lane: CpuLane, layers: Sequence[int], device: torch.device) -> Rates:
+def measure(shape: Shape, banks: ExpertBanks, lane: CpuLane, layers: Sequence[int], device: torch.device) -> Rates:
     """On a CPU the link and the GPU's memory are what copying takes there: only the code is exercised."""
     probe = _Probe(shape, banks, lane, layers, device)
     link, _ = probe.link(64, None)
@@ -68,12 +68,12 @@ def measure(shape: Shape, banks: HostBanks, lane: CpuLane, layers: Sequence[int]
 
 class _Probe:
     def __init__(
-        self, shape: Shape, banks: HostBanks, lane: CpuLane, layers: Sequence[int], device: torch.device
+        self, shape: Shape, banks: ExpertBanks, lane: CpuLane, layers: Sequence[int], device: torch.device
     ) -> None:
         self.shape, self.banks, self.cpu, self.device = shape, banks, lane, device
         self.refs = [ExpertRef(layer, e) for e in range(shape.experts) for layer in layers]
         self._at = 0
-        self.targets = torch.empty(4, *banks.block(self.refs[0]).shape, dtype=shape.dtype, device=device)
+        self.targets = torch.empty(4, banks.layout.elements, dtype=shape.dtype, device=device)
         self.x = np.random.default_rng(0).standard_normal((1, shape.hidden), dtype=np.float32)
         self.y = np.empty((max(shape.choices, _MANY), shape.hidden), dtype=np.float32)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None

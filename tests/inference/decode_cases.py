@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from inference.banks import HostBanks
+from benchmarks.inference_arms import open_banks
 from inference.cache import ExpertCache
 from inference.cpu_lane import CpuLane
 from inference.decode import DecodeStep
@@ -22,6 +22,7 @@ from inference.transfer import CudaLink, SimulatedLink, TransferEngine
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TABLES = [[3, 1, 4, 6], [5, 2, 7, 8]]
 CHOICES = 4
+STEPS = 5
 
 
 class Served:
@@ -39,7 +40,7 @@ class Served:
         kv = PagedKV(KVShape.of(module.config), 10, 4, device=DEVICE)
         kv.pool_LNSCD[:, 0, 0] = 7.0
         self.model = Model(module, kv)
-        banks = HostBanks(store, self.cache.layout, pin=DEVICE.type == "cuda")
+        banks = open_banks(store, self.cache.layout, DEVICE)
         link = CudaLink(DEVICE) if DEVICE.type == "cuda" else SimulatedLink()
         graph = SegmentedGraph(DEVICE) if DEVICE.type == "cuda" else Uncaptured()
         lane = None
@@ -76,27 +77,27 @@ class Served:
 @pytest.fixture(scope="module")
 def resident(model_folder):
     served = Served(model_folder, 64)
-    return served, *served.tokens(8)
+    return served, *served.tokens(STEPS)
 
 
 def test_as_the_model_computes_rows(resident, model_folder):
     _, logits, tokens = resident
     other = Served(model_folder, 64)
-    fed = [[5, 60, 200, *tokens[2:7, 0].tolist()], [17, 9, 300, *tokens[2:7, 1].tolist()]]
-    spans = [Span(tuple(table), 0, 8) for table in TABLES]
+    fed = [[5, 60, 200, *tokens[2:-1, 0].tolist()], [17, 9, 300, *tokens[2:-1, 1].tolist()]]
+    spans = [Span(tuple(table), 0, STEPS) for table in TABLES]
     for module in other.step._modules:
         assert module.executor is None, "the step's executor is gone when it is not running"
     if DEVICE.type == "cpu":
-        every = other.model.forward(Rows.of(zip(fed, spans, strict=True), every=True)).view(2, 8, -1).cpu()
+        every = other.model.forward(Rows.of(zip(fed, spans, strict=True), every=True)).view(2, STEPS, -1).cpu()
         assert torch.allclose(logits.transpose(0, 1), every, rtol=1e-3, atol=1e-3)
         assert torch.equal(every.argmax(-1)[:, 2:], tokens.T[:, 2:])
 
 
-@pytest.mark.parametrize("slots", [16, 24])
+@pytest.mark.parametrize("slots", [16])
 def test_the_budget_does_not_reach_the_bits(resident, model_folder, slots):
     _, logits, tokens = resident
     served = Served(model_folder, slots)
-    fetched, chosen = served.tokens(8)
+    fetched, chosen = served.tokens(STEPS)
     assert torch.equal(fetched, logits)
     assert torch.equal(chosen, tokens)
     counts = served.experts.counts
@@ -106,11 +107,11 @@ def test_the_budget_does_not_reach_the_bits(resident, model_folder, slots):
     assert served.cache.counts.bytes_fetched == counts.fetched * served.cache.store.bytes_per_expert
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("share", [0.5])
 def test_the_cpu_lane_is_close(resident, model_folder, share):
     _, logits, tokens = resident
     served = Served(model_folder, 16, share)
-    shared, chosen = served.tokens(8)
+    shared, chosen = served.tokens(STEPS)
     assert torch.allclose(shared, logits, rtol=1e-4, atol=1e-4)
     assert torch.equal(chosen, tokens)
     assert served.experts.counts.computed > 0
