@@ -49,8 +49,12 @@ class Crossing:
 
     @property
     def asks(self) -> str:
-        """What of this needs a link, as a setting; empty if nothing does."""
-        return "cpu=True" if self.cpu else f"prefetch={self.prefetch}" if self.prefetch != "none" else ""
+        """What of this means nothing without a link, as a setting; empty if nothing was asked for."""
+        if self.cpu:
+            return "cpu=True"
+        if self.prefetch != "none":
+            return f"prefetch={self.prefetch}"
+        return "" if self.pin else "pin=False"
 
     def __post_init__(self) -> None:
         if self.prefetch not in PREDICTORS:
