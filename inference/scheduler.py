@@ -86,15 +86,13 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """The next step. Every sequence has blocks for what is computed; those that generate come first."""
-        waiting_before = len(self.waiting)
         chunks = [self._chunk(sequence, 1) for sequence in self._generating()]
         left = self.max_rows - len(chunks)
         for sequence in self.running:
             if left and (missing := len(sequence.tokens) - sequence.computed) > 1:
                 chunks.append(self._chunk(sequence, min(missing, left)))
                 left -= chunks[-1].rows
-        crowded = len(self.waiting) > waiting_before  # what was just given up must not be taken at once
-        while left and self.waiting and not crowded and len(self.running) < self.max_sequences:
+        while left and self.waiting and len(self.running) < self.max_sequences:
             if (joined := self._admit()) is None:
                 break
             chunks.append(self._chunk(joined, min(len(joined.tokens) - joined.computed, left)))

@@ -202,6 +202,7 @@ def test_what_is_not_finite_reaches_nobody_else(model_folder, prompts, caplog):
     assert ends["sound"] == ("length", None)
     assert ends["spoilt"][0] == "error"
     assert "logits are not finite" in ends["spoilt"][1]
+    assert engine._kv.pool_LNSCD.isfinite().all()
     assert tuple(tokens([o for o in outputs if o.id == "sound"])) == expected[0].token_ids
     assert llm.generate([spoilt], 40) == LLM(model_folder, device="cpu").generate([spoilt], 40)
     assert llm.generate([sound, sound], 12) == expected

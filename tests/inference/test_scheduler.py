@@ -198,6 +198,35 @@ def test_the_youngest_gives_up_and_computes_again():
     assert old.new_tokens == alone([0, 1], None, 9)
 
 
+def test_who_gave_up_goes_on_before_later_arrivals():
+    machine = Machine(num_blocks=7, block_size=2, max_rows=32, max_sequences=2, reuse=False)
+    machine.add("old", [0, 1], None, 11)
+    young, late = machine.add("young", [1, 0] * 3, None, 6), machine.add("late", [1, 1], None, 1)
+    while "young" not in machine.done:
+        machine.step()
+        assert late.id not in machine.done or young.table is not None or young.id in machine.done
+    assert machine.scheduler.preemptions > 0
+
+
+def test_nobody_is_admitted_who_would_give_up_at_once():
+    machine = Machine(num_blocks=2, block_size=2, max_rows=8, max_sequences=2)
+    machine.add("old", [0, 1], None, 2)
+    machine.add("young", [1, 0], None, 2)
+    run(machine)
+    assert machine.scheduler.preemptions == 0
+
+
+def test_a_prompt_is_forgotten_from_its_end():
+    machine = Machine(num_blocks=4, block_size=2, max_rows=32, max_sequences=1)
+    machine.add("long", [0, 1, 2, 3, 4, 0, 1], None, 1)
+    run(machine)
+    machine.add("other", [1, 1, 1], None, 1)
+    run(machine)
+    again = machine.add("again", [0, 1, 2, 3, 4, 0, 1], None, 1)
+    run(machine)
+    assert again.reused == 4, "one block without contents, and the last of the three others, were taken"
+
+
 def test_room_is_taken_from_the_prompts_unused_for_longest():
     machine = Machine(num_blocks=4, block_size=2, max_rows=32, max_sequences=1)
     for name, prompt in (("a", [0, 0, 4]), ("b", [1, 1, 4]), ("c", [2, 2, 4]), ("d", [3, 3, 4, 4, 4])):
