@@ -65,14 +65,14 @@ class GroupedAttention:
 
     def _set_norms(self, module: nn.Module, dtype: torch.dtype) -> None:
         """Over each head (Qwen3), where one product serves queries and keys, or over all heads at once (OLMoE)."""
-        self._head_norm: tuple[Tensor, float] | None = None
+        self._head_norm: Norm | None = None
         self._row_norms: tuple[Norm, Norm] | None = None
         if getattr(module, "q_norm", None) is None:
             return
         q, k = Norm.of(module.q_norm, dtype), Norm.of(module.k_norm, dtype)
         if q.weight_H.numel() == self._width and q.eps == k.eps:
             scales = q.weight_H.expand(self._heads, -1), k.weight_H.expand(self._kv_heads, -1)
-            self._head_norm = torch.cat(scales), q.eps
+            self._head_norm = Norm(torch.cat(scales), q.eps)
         else:
             self._row_norms = q, k
 
@@ -81,8 +81,7 @@ class GroupedAttention:
         qkv_RXD = self._projected(x_RH).unflatten(-1, (-1, self._width))
         qk_RXD = qkv_RXD[:, :turned]
         if self._head_norm is not None:
-            weight_XD, eps = self._head_norm
-            qk_RXD = F.rms_norm(qk_RXD, (self._width,), None, eps) * weight_XD
+            qk_RXD = self._head_norm(qk_RXD)
         qkv_RXD[:, :turned] = rotated(qk_RXD, step.cos_R1D, step.sin_R1D)
         self._kv.positions_PCD[self._layer].index_copy_(0, step.slot_R, qkv_RXD[:, self._heads :])
         return self._out(self._mixed(qkv_RXD[:, : self._heads], step.groups[self.window]))
