@@ -95,9 +95,9 @@ class GroupedAttention:
         return qkv if self._clip is None else qkv.clamp(-self._clip, self._clip)
 
     def _mixed(self, q_RHD: Tensor, groups: tuple[Group, ...]) -> Tensor:
-        if len(groups) == 1 and groups[0].sequences * groups[0].queries == len(q_RHD):
+        if len(groups) == 1 and groups[0].sequences * groups[0].queries == q_RHD.shape[0]:
             return self._attended(q_RHD, groups[0])
-        out_RX = q_RHD.new_empty(len(q_RHD), self._heads * self._width)
+        out_RX = q_RHD.new_empty(q_RHD.shape[0], self._heads * self._width)
         for group in groups:
             out_RX[group.rows] = self._attended(q_RHD[group.rows], group)
         return out_RX
@@ -106,7 +106,7 @@ class GroupedAttention:
         """[R, H*D] of a group's rows."""
         cached_BLCD = gathered(self._kv.layers_NSCD[self._layer], group)
         k_BKLD, v_BKLD = cached_BLCD.transpose(1, 2).split(self._kv_heads, dim=1)
-        rows = len(q_RHD)
+        rows = q_RHD.shape[0]
         if group.queries == 1:  # the heads that share a key are the rows of one product
             q_BKGD = q_RHD.view(rows, self._kv_heads, -1, self._width)
             if self._sinks_KG is None:
