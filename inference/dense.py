@@ -52,11 +52,11 @@ def joined(modules: Sequence[nn.Module]) -> Function:
     """
     if not all(is_plain(module) for module in modules):
         return _Apart(tuple(modules))
-    weight_OM = torch.cat([module.weight.detach() for module in modules])
+    weight_OM = _beside([module.weight.detach() for module in modules])
     bias_O = None
     if any(module.bias is not None for module in modules):
         parts = [weight_OM.new_zeros(m.out_features) if m.bias is None else m.bias.detach() for m in modules]
-        bias_O = torch.cat(parts)
+        bias_O = _beside(parts)
     start = 0
     for module in modules:
         end = start + module.out_features
@@ -65,6 +65,17 @@ def joined(modules: Sequence[nn.Module]) -> Function:
             module.bias = nn.Parameter(bias_O[start:end], requires_grad=False)
         start = end
     return Linear(weight_OM, bias_O)
+
+
+def _beside(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors joined along their first dimension; without a copy where another model over the same weights did it."""
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or part.data_ptr() != end or not part.is_contiguous():
+            return torch.cat(list(parts))
+        end += part.nbytes
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
 
 
 class Norm:

@@ -1,7 +1,7 @@
 """One expert as one contiguous block: what the parts of it are, and where each begins.
 
-A block is what travels: a slot holds one, a host bank holds one for each expert, and a transfer is one copy. Parts begin
-on 64-byte boundaries, since products of operands aligned otherwise may round differently (MKL) or be slower.
+A block is what travels: a slot holds one, a host bank holds one for each expert, and a transfer is one copy. Parts
+begin on 64-byte boundaries, since products of operands aligned otherwise may round differently (MKL) or be slower.
 
 Shapes: C blocks, B elements of one block, I intermediate, H hidden.
 """
@@ -47,6 +47,12 @@ class ExpertShape:
     intermediate: int
     form: ExpertForm = PLAIN
     biased: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Gate rows, then up rows; no biases; an activation of the gate times up."""
+        form = self.form
+        return not (form.transposed or form.interleaved or form.limit is not None or self.biased)
 
     @property
     def elements(self) -> int:

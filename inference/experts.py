@@ -144,12 +144,24 @@ class OffloadedExperts(nn.Module):
             out_1H += y_1H
         return out_1H
 
-    def compute(self, call: Call, x_TH: Tensor, weights_TK: Tensor, groups: Iterable[Sequence[Loan]]) -> Tensor:
-        """The call, its experts lent in ``groups``, each valid until the next is asked for."""
+    def compute(
+        self,
+        call: Call,
+        x_TH: Tensor,
+        weights_TK: Tensor,
+        groups: Iterable[Sequence[Loan]],
+        elsewhere: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """The call, its experts lent in ``groups``, each valid until the next is asked for.
+
+        ``elsewhere`` fills the rows [N,H] of experts that are in no group.
+        """
         if call.tokens == 1:
             y_NH = self._unweighted(call, x_TH.expand(call.choices, -1), groups)
         else:
             y_NH = self._unweighted(call, x_TH.index_select(0, _on(call.token_N, x_TH)), groups)
+        if elsewhere is not None:
+            elsewhere(y_NH)
         score_N = weights_TK.t().reshape(-1).index_select(0, _on(call.order_N, x_TH))
         y_NH = (y_NH * score_N[:, None]).to(x_TH.dtype)
         return add_up(call, y_NH)

@@ -100,7 +100,7 @@ class Model:
             added_RH = block(h_RH)
         x_RH = x_RH + added_RH
         if rows.logit_rows != tuple(range(len(x_RH))):
-            x_RH = x_RH[torch.tensor(rows.logit_rows, device=device)]
+            x_RH = x_RH[torch.tensor(rows.logit_rows, dtype=torch.int64, device=device)]
         return self._head(self._norm(x_RH))
 
     def _step(self, rows: Rows, device: torch.device) -> Step:

@@ -1,7 +1,7 @@
 """Expert weights where they lie: in the safetensors files of a model folder.
 
-Nothing is read until an expert is asked for, and then only its own bytes. They are read, not mapped, into the block that
-was asked to hold them: of a file that is cut short meanwhile, a read says so, where a mapping would kill the process.
+Nothing is read until an expert is asked for, and then only its own bytes. They are read, not mapped, into the block
+that is to hold them: of a file that is cut short meanwhile, a read says so, where a mapping would kill the process.
 
 Shapes: E experts, B elements of a block, I intermediate, H hidden.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from inference.errors import InferenceError
-from inference.expert_block import ExpertBlock, ExpertShape, Part
+from inference.expert_block import ExpertBlock, ExpertShape
 from moe.refs import ExpertRef
 
 # How families call (gate, up, down) when every expert has its own tensors.
 SPLIT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+Span = tuple[int, int]
 FLOAT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -97,23 +98,24 @@ class TensorFiles:
             view = self._views[name] = self._handles[self._home[name]].get_tensor(name)
         return view
 
+    def place(self, name: str, start: int = 0) -> tuple[int, int]:
+        """The file descriptor, and where byte ``start`` of the tensor is in that file."""
+        file, header, data = self._raw[self._home[name]]
+        return file.fileno(), data + header[name]["data_offsets"][0] + start
+
     def read(self, name: str, start: int, out: Tensor) -> None:
         """Fill the contiguous CPU tensor ``out`` with the tensor's bytes from byte ``start`` on.
 
         Raises InferenceError if the file does not give them all.
         """
-        file, header, data = self._raw[self._home[name]]
-        begin, end = header[name]["data_offsets"]
-        assert start + out.nbytes <= end - begin, (name, start, out.nbytes, end - begin)
+        file, at = self.place(name, start)
         left = memoryview(out.view(torch.uint8).numpy())
-        at = data + begin + start
         while len(left):
             try:
-                count = os.preadv(file.fileno(), [left], at)
+                count = os.preadv(file, [left], at)
             except OSError as error:
-                raise InferenceError(
-                    f"{self.file(name)}: {error.strerror}; restore the file and start again"
-                ) from error
+                where = self.file(name)
+                raise InferenceError(f"{where}: {error.strerror}; restore the file and start again") from error
             if not count:
                 raise InferenceError(
                     f"{self.file(name)}: ends before byte {at + len(left)}: it was cut short after it was opened; "
@@ -134,6 +136,17 @@ class _Layer:
 
     prefix: str
     names: tuple[str, str, str] | None
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A stretch of a tensor in the files, from element ``first``, that goes to element ``start`` of a block."""
+
+    part: str
+    name: str
+    first: int
+    start: int
+    elements: int
 
 
 class ExpertStore:
@@ -161,6 +174,7 @@ class ExpertStore:
             raise InferenceError(f"{files.folder}: experts of different precision; save the model in one dtype")
         self.dtype = FLOAT_DTYPES[dtypes.pop()]
         self.bytes_per_expert = shape.elements * self.dtype.itemsize
+        self._runs: dict[tuple[int, int], list[tuple[int, int, list[Span], int]]] = {}
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -173,7 +187,7 @@ class ExpertStore:
 
     def views(self, layer: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """gate [I,H], up [I,H] and down [H,I] of one expert of the plain form, views of the mapped file."""
-        assert not (self.shape.form.transposed or self.shape.form.interleaved or self.shape.biased), self.shape
+        assert self.shape.plain, self.shape
         where = self._layers[layer]
         if where.names is None:
             gate_up_2IH = self.files.view(f"{where.prefix}.gate_up_proj")[expert]
@@ -189,34 +203,62 @@ class ExpertStore:
         holds then is of no use.
         """
         assert layout.shape == self.shape, (layout.shape, self.shape)
-        for part in layout.parts:
-            part_N = block_B[part.start : part.start + part.elements]
-            for name, first, into_N in self._pieces(layer, expert, part, part_N):
-                try:
-                    self._read_piece(name, first, into_N)
-                except InferenceError as error:
-                    raise InferenceError(f"{ExpertRef(layer, expert)}.{part.name}: tensor {name}: {error}") from error
+        if layout.dtype == self.dtype and self._read_runs(layer, expert, layout, block_B):
+            return self.bytes_per_expert
+        for piece in self._pieces(layer, expert, layout):
+            into_N = block_B[piece.start : piece.start + piece.elements]
+            stored_N = into_N if layout.dtype == self.dtype else torch.empty(piece.elements, dtype=self.dtype)
+            try:
+                self.files.read(piece.name, piece.first * self.dtype.itemsize, stored_N)
+            except InferenceError as error:
+                ref = ExpertRef(layer, expert)
+                raise InferenceError(f"{ref}.{piece.part}: tensor {piece.name}: {error}") from error
+            if stored_N is not into_N:
+                into_N.copy_(stored_N)
         return self.bytes_per_expert
 
-    def _read_piece(self, name: str, first: int, into_N: Tensor) -> None:
-        start = first * self.dtype.itemsize
-        if into_N.dtype == self.dtype:
-            self.files.read(name, start, into_N)
-        else:
-            stored_N = torch.empty(into_N.shape, dtype=self.dtype)
-            self.files.read(name, start, stored_N)
-            into_N.copy_(stored_N)
+    def _read_runs(self, layer: int, expert: int, layout: ExpertBlock, block_B: Tensor) -> bool:
+        """Read what lies end to end in a file at once; False if anything goes wrong, which the slow way will name."""
+        memory = memoryview(block_B.view(torch.uint8).numpy())
+        for file, at, spans, nbytes in self._runs_of(layer, expert, layout):
+            try:
+                if os.preadv(file, [memory[lo:hi] for lo, hi in spans], at) != nbytes:
+                    return False
+            except OSError:
+                return False
+        return True
 
-    def _pieces(self, layer: int, expert: int, part: Part, part_N: Tensor) -> list[tuple[str, int, Tensor]]:
-        """(tensor in the files, its first element, where it goes) of one part of a block."""
+    def _runs_of(self, layer: int, expert: int, layout: ExpertBlock) -> list[tuple[int, int, list[Span], int]]:
+        """Of each run of an expert's pieces: file, first byte, where they go in the block, and their bytes together."""
+        runs = self._runs.get((layer, expert))
+        if runs is None:
+            size, runs = self.dtype.itemsize, []
+            placed = [(*self.files.place(p.name, p.first * size), p) for p in self._pieces(layer, expert, layout)]
+            for file, at, piece in sorted(placed, key=lambda item: item[:2]):
+                span = (piece.start * size, (piece.start + piece.elements) * size)
+                if runs and runs[-1][0] == file and runs[-1][1] + runs[-1][3] == at:
+                    _, first, spans, nbytes = runs.pop()
+                    runs.append((file, first, [*spans, span], nbytes + span[1] - span[0]))
+                else:
+                    runs.append((file, at, [span], span[1] - span[0]))
+            self._runs[layer, expert] = runs
+        return runs
+
+    def _pieces(self, layer: int, expert: int, layout: ExpertBlock) -> Iterator[_Piece]:
         where = self._layers[layer]
-        if where.names is None:
-            return [(f"{where.prefix}.{part.name}", expert * part.elements, part_N)]
-        gate, up, down = (f"{where.prefix}.{expert}.{name}.weight" for name in where.names)
-        if part.name == "down_proj":
-            return [(down, 0, part_N)]
-        half = part.elements // 2
-        return [(gate, 0, part_N[:half]), (up, 0, part_N[half:])]
+        for part in layout.parts:
+            if where.names is None:
+                yield _Piece(
+                    part.name, f"{where.prefix}.{part.name}", expert * part.elements, part.start, part.elements
+                )
+                continue
+            gate, up, down = (f"{where.prefix}.{expert}.{name}.weight" for name in where.names)
+            if part.name == "down_proj":
+                yield _Piece(part.name, down, 0, part.start, part.elements)
+            else:
+                half = part.elements // 2
+                yield _Piece(part.name, gate, 0, part.start, half)
+                yield _Piece(part.name, up, 0, part.start + half, half)
 
     def _locate(self, layer: int, path: str) -> _Layer:
         for prefix in stored_names(path):

@@ -1,12 +1,12 @@
 """Copies of experts over the link: what goes first, in which pieces, and what it costs.
 
 Nothing here has a thread. Demanded experts are handed to the link at once and whole. Prefetches wait in a queue, the
-nearer layer first, and are handed over in pieces of some MB whenever the runtime calls, only so many bytes at a time; so
-a demand waits for no more than those. A prefetch that turns out to be wanted is promoted, one that has not begun can be
-cancelled. Waiting is left to the device: what is computed later runs after the copy, while the host goes on.
+nearer layer first, and are handed over in pieces of some MB whenever the runtime calls, only so many bytes at a time;
+so a demand waits for no more than those. A prefetch that turns out to be wanted is promoted, one that has not begun
+can be cancelled. Waiting is left to the device: what is computed later runs after the copy, while the host goes on.
 
-Two links stand behind one protocol: a CUDA stream, and one with a simulated clock, which moves the bytes only when their
-time has come; so tests on a CPU see what is read too early.
+Two links stand behind one protocol: a CUDA stream, and one with a simulated clock, which moves the bytes only when
+their time has come; so tests on a CPU see what is read too early.
 
 Shapes: B elements of a block.
 """
@@ -158,11 +158,11 @@ class TransferEngine:
         self.counts.cancelled += 1
         return True
 
-    def pump(self) -> None:
-        """Hand queued prefetches to the link as far as the window allows. Cheap; call it often."""
+    def pump(self, *, whole: bool = False) -> None:
+        """Hand queued prefetches to the link as far as the window allows, or the whole queue. Call it often."""
         while self._flying and self.link.done(self._flying[0][0]):
             self._flying_bytes -= self._flying.popleft()[1]
-        while self._queue and self._flying_bytes + self._chunk_bytes <= self._window_bytes:
+        while self._queue and (whole or self._flying_bytes + self._chunk_bytes <= self._window_bytes):
             transfer = self._queue[0][2]
             if transfer.cancelled or transfer.complete:
                 heapq.heappop(self._queue)
