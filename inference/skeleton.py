@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from inference.cache import ExpertCache
 from inference.experts import OffloadedExperts
 from inference.store import ExpertShape, InferenceError, TensorFiles, stored_names
+from moe.convert import form_of
 from moe.families import FamilyError, MoEBlock, find_moe_blocks
 from moe.family_table import DENSE
 
@@ -46,17 +47,14 @@ def expert_shape(folder: Path, blocks: list[MoEBlock]) -> ExpertShape:
     for block in blocks:
         experts = block.experts
         where = f"{folder}: {block.path}.experts ({type(experts).__name__})"
-        gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
-        if not isinstance(gate_up, nn.Parameter) or not isinstance(down, nn.Parameter) or gate_up.dim() != 3:
-            raise InferenceError(f"{where}: expected stacked gate_up_proj and down_proj; this family is not served yet")
-        gate = getattr(type(experts), "_apply_gate", None)
-        plain = gate is None or gate.__module__.startswith("transformers.integrations.")
-        if getattr(experts, "is_transposed", False) or getattr(experts, "has_bias", False) or not plain:
-            raise InferenceError(f"{where}: transposed, biased or specially gated experts are not served yet")
-        num_experts, hidden, intermediate = down.shape
-        if gate_up.shape != (num_experts, 2 * intermediate, hidden):
-            raise InferenceError(f"{where}: expected gate rows, then up rows, in gate_up_proj; found {gate_up.shape}")
-        shapes.add(ExpertShape(num_experts, hidden, intermediate))
+        try:
+            form = form_of(experts, where)
+        except FamilyError as error:
+            raise InferenceError(str(error)) from error
+        num_experts, *sizes = experts.down_proj.shape
+        hidden, intermediate = reversed(sizes) if form.transposed else sizes
+        biased = getattr(experts, "gate_up_proj_bias", None) is not None
+        shapes.add(ExpertShape(num_experts, hidden, intermediate, form, biased))
     if len(shapes) != 1:
         raise InferenceError(
             f"{folder}: layers with experts of different sizes are not served yet: {sorted(map(str, shapes))}"
