@@ -20,6 +20,7 @@ from lora.config import BankConfig
 from lora.cost import Parameters, parameters
 from lora.errors import AdapterError
 from lora.presets import expansions
+from moe.dispatch_choice import choose_dispatch
 from moe.family_table import BUFFERS, DENSE, FAMILIES, known_families
 from trainer import tenant_recipe
 from trainer.admission import Admission, admit, admitted
@@ -333,6 +334,7 @@ def card(
         ("model", recipe.model.path or f"new {recipe.model.family}"),
         ("layout", f"{parallel.workers} workers, ep {parallel.ep}, ZeRO-{parallel.zero}, {dtype}"),
         ("experts", _experts(plan)),
+        *_exchange(recipe, plan),
         ("text", f"{num_files} files, {size(num_bytes)}"),
         ("step", f"{plan.tokens_per_step:,} tokens; {recipe.train.steps:,} steps"),
         *_parameters("parameters", plan.total),
@@ -360,6 +362,15 @@ def _experts(plan: Plan) -> str:
     if not plan.experts_per_worker:
         return f"none in the base, which is dense, {plan.num_layers} layers"
     return f"{plan.experts_per_worker} a layer on each worker, {plan.num_layers} layers"
+
+
+def _exchange(recipe: Recipe, plan: Plan) -> list[tuple[str, str]]:
+    """How tokens reach experts on other workers, if any are there."""
+    parallel = recipe.parallel
+    if parallel.ep == 1 or not plan.experts_per_worker:
+        return []
+    chosen = choose_dispatch(parallel.dispatch, plan.share.top_k, parallel.ep)
+    return [("exchange", f"{chosen.name}: {chosen.reason}; overlap {parallel.overlap}")]
 
 
 def _disk_tier(disk: DiskSection) -> str:
