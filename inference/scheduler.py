@@ -130,6 +130,8 @@ class Scheduler:
 
     def _admit(self) -> Sequence | None:
         sequence = self.waiting[0]
+        if self.pool.reuse and any(self._worth_waiting_for(other, sequence) for other in self.running):
+            return None
         # Each that runs may need a block soon; without these to spare, one that joins would be the first to give up.
         table = self.pool.begin(sequence.adapter, sequence.tokens, spare=len(self.running))
         if table is None:
@@ -140,6 +142,16 @@ class Scheduler:
         if len(sequence.tokens) == sequence.prompt:
             sequence.reused = table.reused
         return sequence
+
+    def _worth_waiting_for(self, other: Sequence, sequence: Sequence) -> bool:
+        """Whether ``other`` is about to compute blocks of its prompt that ``sequence`` could share afterwards."""
+        size = self.pool.block_size
+        end = min(other.prompt, len(sequence.tokens) - 1) // size * size
+        begin = other.computed // size * size
+        if other.adapter != sequence.adapter or begin >= end:
+            return False
+        first = begin + size
+        return other.tokens[:first] == sequence.tokens[:first]
 
     def _release(self, sequence: Sequence, *, forget: bool = False) -> list[int]:
         assert sequence.table is not None

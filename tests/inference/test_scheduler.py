@@ -157,6 +157,16 @@ def test_a_prompt_that_begins_alike_is_computed_once():
     assert machine.rows == 16 + 4 + 2 + 16
 
 
+@pytest.mark.parametrize("max_rows", [64, 5])
+def test_prompts_that_arrive_together_are_computed_once_too(max_rows):
+    machine = Machine(num_blocks=64, block_size=4, max_rows=max_rows, max_sequences=5)
+    for name in ("first", "second", "third"):
+        machine.add(name, [*([0, 1, 2, 3] * 4), 4], None, 2)
+    machine.add("other", [0, 1, 2, 3, 0], "a", 1)
+    run(machine)
+    assert machine.rows == 17 + 1 + 1 + 5 + 3, "one prompt, two last tokens, another adapter's, three that follow"
+
+
 def test_what_was_generated_is_shared_too():
     machine = Machine(num_blocks=16, block_size=2, max_rows=64, max_sequences=4)
     first = machine.add("first", [0, 1, 2], None, 6)
