@@ -63,6 +63,16 @@ class CudaRegistrar:
             raise RuntimeError(f"{name} failed with CUDA error {int(status)}")
 
 
+class NoRegistrar:
+    """For memory that no device reads."""
+
+    def register(self, address: int, nbytes: int) -> None:
+        pass
+
+    def unregister(self, address: int) -> None:
+        pass
+
+
 @dataclass
 class _Shared:
     """What the filling thread has in common with the banks; it must not keep them alive."""

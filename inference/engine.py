@@ -13,9 +13,14 @@ from torch import Tensor
 
 from inference.batching import MAX_ROWS, MAX_SEQUENCES, Engine
 from inference.cache import CacheCounts
+from inference.calibrate import ExpertKind, machine_profile
+from inference.costmodel import MachineProfile
 from inference.errors import InferenceError
 from inference.model import Model
-from inference.opening import MakePolicy, adapt, attach_all, end_tokens, open_base, open_kv, open_tokenizer
+from inference.offload import Crossing
+from inference.opening import MakePolicy, adapt, attach_all, end_tokens, open_base, open_kv, open_tokenizer, place_in
+from inference.placement import model_sizes
+from inference.report import Measured, Report
 from inference.requests import Output, Request, SamplingParams
 from inference.stats import Generation, Stats
 
@@ -43,6 +48,9 @@ class LLM:
             model. All share its weights, its resident experts and its key-value cache.
         kv_tokens: tokens whose keys and values are kept, of all requests together; by default 32768, or what a quarter
             of the device's free memory holds if that is less.
+        crossing: how experts reach a GPU: what predicts and prefetches them, and whether all are page-locked.
+        vram: in place of ``expert_budget``, memory for all of the model: bytes, or text as ``8GiB``. What the dense
+            part, the keys and values and half a gibibyte for CUDA leave is given to experts.
         max_rows, max_sequences, reuse: see :class:`~inference.batching.Engine`.
 
     Raises:
@@ -62,6 +70,8 @@ class LLM:
         *,
         adapters: Mapping[str, str | Path] | None = None,
         kv_tokens: int | None = None,
+        crossing: Crossing | None = None,
+        vram: int | str | None = None,
         max_rows: int = MAX_ROWS,
         max_sequences: int = MAX_SEQUENCES,
         reuse: bool = True,
@@ -70,8 +80,13 @@ class LLM:
             raise InferenceError("adapter and adapters are both given; name all of them in adapters")
         self.path = Path(path)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        base = open_base(self.path, expert_budget, self.device, dtype, poison, policy)
-        self.model, self.cache = base.module, base.cache
+        if vram is not None:
+            if expert_budget != 1:
+                raise InferenceError("vram and expert_budget both say how many experts are resident; give one of them")
+            placed = place_in(self.path, vram, kv_tokens, self.device, dtype)
+            expert_budget, kv_tokens = placed.share, placed.kv_tokens
+        base = open_base(self.path, expert_budget, self.device, dtype, poison, policy, crossing)
+        self.model, self.cache, self.dtype, self.executor = base.module, base.cache, base.dtype, base.executor
         if adapter is not None:
             attach_all(base, {"adapter": base.module}, {"adapter": adapter})
         kv = open_kv(base, kv_tokens)
@@ -85,7 +100,7 @@ class LLM:
             max_rows=max_rows,
             max_sequences=max_sequences,
             reuse=reuse,
-            joined=None if base.cache is None else base.cache.policy.begin,
+            joined=base.begin,
         )
         self._numbers = count()
 
@@ -154,6 +169,50 @@ class LLM:
             new_tokens=counts.new_tokens,
             seconds=counts.seconds,
         )
+
+    def report(self, profile: MachineProfile | None = None) -> Report:
+        """Hits, bytes and waits since the model was opened, how near they come to the floor, and what to change.
+
+        ``profile`` is this machine's by default, which is measured in two seconds unless it is known already. Raises
+        InferenceError for a dense model, of which :meth:`stats` says all there is.
+        """
+        if self.cache is None:
+            raise InferenceError(f"{self.path} is a dense model, all of it resident: see stats()")
+        sizes = model_sizes(self.path, str(self.dtype).removeprefix("torch."))
+        if profile is None:
+            profile = machine_profile(ExpertKind(sizes.hidden, sizes.intermediate, self.dtype), self.device)
+        return Report.of(self._measured(), sizes, profile)
+
+    def _measured(self) -> Measured:
+        assert self.cache is not None
+        counts, experts = self.engine.counts, self.cache.counts
+        return Measured(
+            seconds=counts.seconds,
+            new_tokens=counts.new_tokens,
+            rows=counts.rows,
+            passes=counts.passes,
+            slots=self.cache.slots,
+            hits=experts.hits,
+            misses=experts.misses,
+            **({"fetched_bytes": experts.bytes_fetched} | self._crossed()),
+        )
+
+    def _crossed(self) -> dict[str, Any]:
+        """What the link and the CPU beside it did."""
+        executor = self.executor
+        if executor is None or self.cache is None:
+            return {}
+        moved, experts, plan = executor.transfers.counts, self.cache.counts, executor.plan
+        newest = None if plan is None else plan.newest
+        return {
+            "fetched_bytes": moved.demanded_bytes + moved.prefetched_bytes,
+            "cpu_experts": executor.cpu_computed,
+            "prefetched": experts.useful + experts.wasted,
+            "wasted": experts.wasted,
+            "stall_s": executor.transfers.link.stall_s,
+            "ways": {} if plan is None else dict(plan.modes),
+            "newest_plan": "" if newest is None else newest.reason(),
+        }
 
     def logits(self, token_ids: Sequence[int], adapter: str | None = None) -> Tensor:
         """Scores [S, V] of every position of one sequence."""

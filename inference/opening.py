@@ -14,10 +14,14 @@ from transformers import AutoTokenizer
 
 from inference.cache import ExpertCache
 from inference.errors import InferenceError
+from inference.executor import Executor
+from inference.experts import Arithmetic
 from inference.kv import BLOCK_SIZE, KVShape, PagedKV
+from inference.offload import Crossing, open_executor
+from inference.placement import KV_SHARE, KV_TOKENS, Placement, model_sizes, parse_size, place
 from inference.policies import LRU, Policy
 from inference.shadow import Hedge
-from inference.skeleton import build_skeleton, expert_shape, load_dense, offload_experts, share_dense
+from inference.skeleton import activation, build_skeleton, expert_shape, load_dense, offload_experts, share_dense
 from inference.store import ExpertStore, TensorFiles
 from lora.format import apply_adapter, load_adapter
 from moe.families import MoEBlock
@@ -25,20 +29,24 @@ from moe.fingerprint import fingerprint
 
 MakePolicy = Callable[[int, int, int], Policy]  # (layers, experts, slots)
 
-# Without a setting: tokens of the key-value cache, and the share of free memory that they may take at most.
-DEFAULT_KV_TOKENS = 32768
-DEFAULT_KV_SHARE = 0.25
-
 
 @dataclass(frozen=True)
 class Base:
-    """A model without adapters. ``cache`` is None for a dense model."""
+    """A model without adapters. ``cache`` is None for a dense model, ``executor`` where no link is to be crossed."""
 
     path: Path
     module: nn.Module
     cache: ExpertCache | None
     dtype: torch.dtype
     device: torch.device
+    executor: Executor | None = None
+
+    def begin(self) -> None:
+        """A request is taken in: policies and predictors that follow sequences are told."""
+        if self.executor is not None:
+            self.executor.begin()
+        elif self.cache is not None:
+            self.cache.policy.begin()
 
 
 def open_base(
@@ -48,23 +56,30 @@ def open_base(
     dtype: torch.dtype | None,
     poison: bool,
     policy: MakePolicy | None,
+    crossing: Crossing | None = None,
 ) -> Base:
     """Raises InferenceError if the folder is damaged or of no known kind, or the budget is out of range."""
     if not 0 <= expert_budget <= 1:
         raise InferenceError(f"expert budget {expert_budget} is out of range; give a share from 0 to 1, as 0.25")
     files = TensorFiles(path)
     module, blocks = build_skeleton(path, dtype)
-    cache = None
+    cache = executor = None
     if blocks:
         cache = _expert_cache(path, files, blocks, expert_budget, device, poison, policy)
-        offload_experts(blocks, cache)
+        shape, top_k = cache.store.shape, module.config.num_experts_per_tok
+        arithmetic = Arithmetic(shape.form, activation(blocks[0]), shape.biased)
+        gates = [block.gate for block in blocks]
+        executor = open_executor(cache, gates, top_k, arithmetic, crossing or Crossing())
+        offload_experts(blocks, cache, executor)
     elif expert_budget != 1:
         raise InferenceError(
             f"{path} is a dense model: it has no experts to leave in the files, so an expert budget of "
             f"{expert_budget} means nothing; leave it out (1: all of the model is resident)"
         )
+    elif crossing is not None and crossing.asks:
+        raise InferenceError(f"{path} is a dense model without experts: {crossing.asks} means nothing; leave it out")
     load_dense(module, files, device)
-    return Base(path, module, cache, module.get_input_embeddings().weight.dtype, device)
+    return Base(path, module, cache, module.get_input_embeddings().weight.dtype, device, executor)
 
 
 def _expert_cache(
@@ -100,7 +115,7 @@ def adapt(base: Base, folders: Mapping[str, str | Path]) -> dict[str, nn.Module]
     for name in folders:
         module, blocks = build_skeleton(base.path, base.dtype)
         if base.cache is not None:
-            offload_experts(blocks, base.cache)
+            offload_experts(blocks, base.cache, base.executor)
         share_dense(module, base.module)
         module.to(base.device)
         trees[name] = module
@@ -119,6 +134,19 @@ def attach_all(base: Base, trees: Mapping[str, nn.Module], folders: Mapping[str,
         trees[name].to(base.device)
 
 
+def place_in(
+    path: Path, vram: int | str, kv_tokens: int | None, device: torch.device, dtype: torch.dtype | None
+) -> Placement:
+    """What of ``vram`` bytes (or ``8GiB``) the dense part, keys and values and experts get.
+
+    On a CPU the sizes are the same, but nothing is kept free for CUDA. Raises InferenceError with figures if they do
+    not fit.
+    """
+    nbytes = parse_size(vram) if isinstance(vram, str) else vram
+    sizes = model_sizes(path, None if dtype is None else str(dtype).removeprefix("torch."))
+    return place(sizes, gpu=device.type == "cuda", kv_tokens=kv_tokens, vram=nbytes)
+
+
 def open_kv(base: Base, kv_tokens: int | None, block_size: int = BLOCK_SIZE) -> PagedKV:
     """Room for the keys and values of ``kv_tokens``, rounded up to whole blocks.
 
@@ -127,8 +155,8 @@ def open_kv(base: Base, kv_tokens: int | None, block_size: int = BLOCK_SIZE) -> 
     """
     per_block = PagedKV.bytes_per_block(base.module.config, base.dtype, block_size)
     if kv_tokens is None:
-        affordable = int(DEFAULT_KV_SHARE * _free_bytes(base.device)) // per_block
-        blocks = min(-(-DEFAULT_KV_TOKENS // block_size), affordable)
+        affordable = int(KV_SHARE * _free_bytes(base.device)) // per_block
+        blocks = min(-(-KV_TOKENS // block_size), affordable)
     else:
         blocks = -(-kv_tokens // block_size)
     if blocks < 1:
