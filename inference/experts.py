@@ -158,8 +158,30 @@ class OffloadedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if self.executor is not None:
             return self.executor.run(self, hidden_states, top_k_index, top_k_weights)
+        if len(top_k_index) == 1 and self.adapter is None:
+            return self._one(hidden_states, top_k_index, top_k_weights)
         call = Call.of(top_k_index.numpy(), self.num_experts)
         return self.compute(call, hidden_states, top_k_weights, self.cache.lend(self.layer, call.experts))
+
+    def _one(self, x_1H: Tensor, index_1K: Tensor, weights_1K: Tensor) -> Tensor:
+        """A single token, of which every expert has one row: :meth:`compute` without gathering, for the same bits."""
+        do, chosen = self.arithmetic, index_1K[0].tolist()
+        experts = sorted(chosen)
+        if experts[-1] >= self.num_experts:
+            raise InferenceError(f"a gate chose expert {experts[-1]} of {self.num_experts}: the model is damaged")
+        y_K1H = x_1H.new_empty(len(experts), *x_1H.shape)
+        y_1H = y_K1H.unbind()
+        for group in self.cache.lend(self.layer, experts):
+            a_G1I = do.between(torch.stack([do.up(x_1H, loan) for loan in group]))
+            for a_1I, loan in zip(a_G1I.unbind(), group, strict=True):
+                do.down(a_1I, loan, y_1H[experts.index(loan.expert)])
+        score_K = weights_1K[0].index_select(0, torch.tensor([chosen.index(expert) for expert in experts]))
+        y_K1H = (y_K1H * score_K.view(-1, 1, 1)).to(x_1H.dtype)
+        first, *others = y_K1H.unbind()
+        out_1H = first.clone()
+        for y_1H in others:
+            out_1H += y_1H
+        return out_1H
 
     def compute(
         self,
