@@ -28,7 +28,7 @@ from inference.cpu_lane import CpuLane, LaneCall
 from inference.errors import InferenceError
 from inference.experts import OffloadedExperts
 from inference.graphs import StepGraph, Uncaptured
-from inference.slot_kernels import combine, compute, publish
+from inference.slot_kernels import adopt, combine, compute, publish
 from inference.transfer import Transfer, TransferEngine
 from moe.refs import ExpertRef
 
@@ -145,7 +145,7 @@ class DecodeExperts:
             return out_TH
         publish(*call, self._x_TH, self._expert_TK, self._score_TK)
         self.graph.cut(partial(self._give_out, row))
-        table_3E.copy_(self._new_L3E[row], non_blocking=True)
+        adopt(self._new_L3E[row], table_3E)
         compute(*call, table_3E[0], *weights, self._a_PI, self._y_PH)
         self.graph.cut(partial(self._take_in, row))
         compute(*call, table_3E[1], *weights, self._a_PI, self._y_PH)
@@ -170,11 +170,11 @@ class DecodeExperts:
         if away:
             table_3E[2, away] = 1
         self._settle(self._behind)
-        if fetch:
-            self._coming += self._bring(row, fetch)
+        if fetch or behind:
+            brought = self._bring(row, fetch, behind)
+            self._coming += brought[: len(fetch)]
+            self._behind += brought[len(fetch) :]
             table_3E[1, fetch] = slots_E[fetch]
-        if behind:
-            self._behind += self._bring(row, behind)
         experts = self._experts = sorted(held)
         counts = self.counts
         counts.calls += 1
@@ -189,11 +189,13 @@ class DecodeExperts:
         counts.asked_s += asked - began
         counts.given_s += time.perf_counter() - asked
 
-    def _bring(self, row: int, experts: Sequence[int]) -> list[Transfer]:
-        got = self.cache.reserve(self._layers[row], experts)
-        assert len(got) == len(experts), (got, experts)
+    def _bring(self, row: int, fetch: list[int], behind: list[int]) -> list[Transfer]:
+        wanted = fetch + behind
+        got = self.cache.reserve(self._layers[row], wanted)
+        assert got == wanted, (got, wanted)
         refs, slots = self._refs[row], self.cache.slot_LE[row, got].tolist()
-        return self.transfer.demand_all([(refs[e], self._blocks[slot]) for e, slot in zip(got, slots, strict=True)])
+        pairs = [(refs[expert], self._blocks[slot]) for expert, slot in zip(got, slots, strict=True)]
+        return self.transfer.demand_all(pairs, [len(fetch)] if fetch and behind else [])
 
     def _settle(self, transfers: list[Transfer]) -> None:
         """What the GPU is given from here on finds these experts in their slots."""
