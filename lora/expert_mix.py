@@ -9,6 +9,7 @@ Shapes: R rows, K choices per row, L local experts, N sorted pairs, H hidden, I 
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -18,9 +19,10 @@ from torch import Tensor
 from lora import expert_grouped, expert_loops
 from lora.expert_pairs import Kept, PairFacts, PairGradients, Pairs
 from lora.fold import kept_rows
+from lora.fused import refuses_fused
 from moe.assignment import Assignment
 from moe.kernels.minimal import graph_is_kept
-from moe.kernels.probe import refuses_grouped
+from moe.kernels.probe import is_plain_silu, refuses_grouped
 from moe.kernels.stack import Gradients, Stack
 
 
@@ -36,13 +38,29 @@ def adapted_mix(x_RH: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assi
     ranks = sum(a_LRM.shape[1] for a_LRM in pairs.factors[::2])
     # Settled without gradients, too: it decides which experts share a pass, and so the last bits.
     keep = kept_rows(assignment.pair_N.numel(), x_RH.shape[0], experts, hidden, inner, ranks)
-    return _AdaptedMix.apply(_how(stack), keep, learns, stack, assignment, pairs.facts, *tensors).to(x_RH.dtype)
+    how = _how(stack)
+    if how is expert_grouped and not _refuses_fused(stack, pairs):
+        how = importlib.import_module("lora.expert_fused")
+    return _AdaptedMix.apply(how, keep, learns, stack, assignment, pairs.facts, *tensors).to(x_RH.dtype)
 
 
 def _how(stack: Stack) -> ModuleType:
     hidden, inner = stack.down_LHI.shape[1:]
     refused = refuses_grouped(stack.up_L.device, stack.up_L.dtype, hidden, inner, 2 * inner)
     return expert_loops if refused else expert_grouped
+
+
+def _refuses_fused(stack: Stack, pairs: Pairs) -> str | None:
+    """Why :mod:`lora.expert_fused` cannot run; None if it can."""
+    there = [pair for pair in (pairs.up, pairs.down) if pair is not None]
+    if pairs.way == "fold":
+        return "fold was asked for"
+    if any(pair.dropout for pair in there):
+        return "the fused kernels know no dropout of experts' inputs"
+    if not is_plain_silu(stack.form) or stack.up_bias_L2I is not None:
+        return "the fused kernels know plain silu experts without biases only"
+    rank = max(pair.a_LRM.shape[1] for pair in there)
+    return refuses_fused(stack.up_L.device, stack.up_L.dtype, rank)
 
 
 class _AdaptedMix(torch.autograd.Function):
@@ -66,7 +84,7 @@ class _AdaptedMix(torch.autograd.Function):
             else:
                 out_RH, kept = torch.zeros_like(x_RH), Kept(*(x_RH.new_empty(0),) * 3)
         if learns:
-            parts = (kept.h_P2I, kept.z_up_NQ, kept.z_down_NQ)
+            parts = (kept.h_P2I, kept.z_up_NQ, kept.z_down_NQ, kept.table_X)
             parts += (assignment.pair_N, assignment.slot_RK, assignment.counts_L)
             frozen = (stack.up_L, stack.down_L, stack.up_bias_L2I, stack.down_bias_LH)
             ctx.save_for_backward(x_RH, weights_RK, *parts, *frozen, *factors)
@@ -82,8 +100,8 @@ class _AdaptedMix(torch.autograd.Function):
             )
         how, keep, form, complete, facts = ctx.known
         x_RH, weights_RK, *rest = ctx.saved_tensors
-        kept, assignment = Kept(*rest[:3]), Assignment(*rest[3:6], complete)
-        stack, pairs = Stack(*rest[6:10], form), facts.pairs(rest[10:])
+        kept, assignment = Kept(*rest[:4]), Assignment(*rest[4:7], complete)
+        stack, pairs = Stack(*rest[7:11], form), facts.pairs(rest[11:])
         needs_x = ctx.needs_input_grad[6]
         with torch.autocast(x_RH.device.type, enabled=False):
             if assignment.pair_N.numel():

@@ -6,6 +6,7 @@ they share it), X = E*R.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -14,9 +15,10 @@ from torch.nn import functional as F
 
 from lora.config import BankAt
 from lora.factors import stacked_init
+from lora.fused import refuses_fused
 from lora.objectives import contrastive_loss, real_tokens
 from lora.output_scores import output_scores
-from lora.rank_space import RankSpace, ScaledOutput
+from lora.rank_space import LowRank, RankSpace, ScaledOutput
 from lora.routers import BankRouter, Decision
 from moe.balance import inject
 from moe.context import current
@@ -78,6 +80,15 @@ class LinearBank(nn.Module):
 
     def forward(self, x_TM: Tensor, y_TO: Tensor) -> Tensor:
         """``y_TO``, the frozen layer's output, plus the delta. It is changed in place: nobody else may hold it."""
+        if self._plain():
+            a_RM, b_OR = (t.to(x_TM.dtype)[0] for t in (self.A, self.B))
+            return LowRank.apply(y_TO, x_TM, a_RM, b_OR, self.here.scale, self._dropout())
+        if not self._refuses_fused(x_TM):
+            soft = importlib.import_module("lora.soft_fused").SoftSpace
+            y_TO, gate_TE = soft.apply(y_TO, x_TM, self.A, self.B, self.router.weight, self.here.scale)
+            if self.observe is not None:
+                self.observe(gate_TE)
+            return y_TO
         decision = self._decision(x_TM)
         gate_TE = None if decision is None else decision.gate_TE
         if self.observe is not None and gate_TE is not None:
@@ -89,6 +100,23 @@ class LinearBank(nn.Module):
         c_ERR = None if self.C is None else self.C.to(x_TM.dtype)
         y_TO = RankSpace.apply(y_TO, x_TM, a_FRM, c_ERR, b_EOR, gate_TE, self.here.scale, self._dropout())
         return y_TO if decision is None else self._contrasted(y_TO, x_TM, decision)
+
+    def _plain(self) -> bool:
+        return self.router is None and self.A is not None and self.C is None and self.B.shape[0] == 1
+
+    def _refuses_fused(self, x_TM: Tensor) -> str | None:
+        """Why :mod:`lora.soft_fused` cannot run for these tokens; None if it can."""
+        config = self.here.config
+        if config.router != "token" or config.combine != "soft" or config.score != "linear" or self.A is None:
+            return "the fused kernels know soft banks with a router of tokens only"
+        if self.C is not None or (self.training and (config.dropout or config.jitter)):
+            return "the fused kernels know no mixer, dropout or jitter"
+        if current().balance and (config.router_aux_loss_coef or config.z_loss_coef):
+            return "the router's gates have a loss of their own"
+        if not x_TM.numel() or any(t.dtype != x_TM.dtype for t in (self.A, self.B, self.router.weight)):
+            return "there is nothing to compute, or the bank has another dtype than its input"
+        width = self.B.shape[0] * self.B.shape[2]
+        return refuses_fused(x_TM.device, x_TM.dtype, self.B.shape[2], width)
 
     def _decision(self, x_TM: Tensor) -> Decision | None:
         if self.router is None:

@@ -71,6 +71,40 @@ class RankSpace(torch.autograd.Function):
         return dy_TO, dx_TM, da_FRM, dc_ERR, db_EOR, dgate_TE, None, None
 
 
+class LowRank(torch.autograd.Function):
+    """``y + s B A d(x)`` of one pair, added to y in place; d is dropout. Keeps x and ``A x``.
+
+    The scale multiplies inside the products, and nothing is copied: at usual sizes launches are what a pair costs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, y_TO: Tensor, x_TM: Tensor, a_RM: Tensor, b_OR: Tensor, scale: float, dropout: tuple[float, int] | None
+    ) -> Tensor:
+        z_TR = dropped(x_TM, dropout) @ a_RM.T
+        y_TO.addmm_(z_TR, b_OR.T, alpha=scale)
+        ctx.mark_dirty(y_TO)
+        ctx.save_for_backward(x_TM, a_RM, b_OR, z_TR)
+        ctx.scale, ctx.dropout = scale, dropout
+        return y_TO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_TO: Tensor):
+        x_TM, a_RM, b_OR, z_TR = ctx.saved_tensors
+        _, needs_x, needs_a, needs_b, _, _ = ctx.needs_input_grad
+        dz_TR, dx_TM, da_RM, db_OR = dy_TO @ b_OR, None, None, None
+        # With beta 0 the first tensor gives a shape, no values.
+        if needs_b:
+            db_OR = torch.addmm(b_OR, dy_TO.T, z_TR, beta=0, alpha=ctx.scale)
+        if needs_a:
+            da_RM = torch.addmm(a_RM, dz_TR.T, dropped(x_TM, ctx.dropout), beta=0, alpha=ctx.scale)
+        if needs_x:
+            dx_TM = torch.addmm(x_TM, dz_TR, a_RM, beta=0, alpha=ctx.scale)
+            dx_TM = dropped(dx_TM, ctx.dropout)
+        return dy_TO, dx_TM, da_RM, db_OR, None, None
+
+
 def _side_by_side(b_EOR: Tensor) -> Tensor:
     """[O, X]."""
     return b_EOR.transpose(0, 1).flatten(1)
