@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora.rank_kernels import added, part_buffer, rank_block, strides
-from lora.sorted_rows import SortedRows
+from lora.sorted_rows import SortedRows, blocks
 from moe.kernels.elementwise import silu_parts
 
 _COLUMNS = 64
@@ -145,7 +145,7 @@ def _activate(gate, up, row_step, pair, score, z, z_row, z_up, b_gate, b_up, b_e
 
 def activate(of: Between, by: SortedRows) -> tuple[Tensor, Tensor | None]:
     """(a [N,I], w [N,Q]; None without a pair on the down side)."""
-    parts = by.parts(triton.cdiv(of.inner, _COLUMNS))
+    parts = by.parts(blocks(of.inner, _COLUMNS))
     a_NI = of.gate.new_empty(by.pairs, of.inner)
     w = None if of.a_down is None else part_buffer(a_NI, parts, by.pairs, of.down_rank)
     _activate[(by.tiles, parts)](
@@ -256,7 +256,7 @@ def activate_backward(
         dh_N2I: receives the gradient of gate and up; may hold them, if they are not gathered.
         complete: whether every (row, choice) is one of the pairs.
     """
-    parts = by.parts(triton.cdiv(of.inner, _COLUMNS))
+    parts = by.parts(blocks(of.inner, _COLUMNS))
     a_NI = da.new_empty(by.pairs, of.inner) if of.gather else da
     ds = of.score.new_empty(parts, *of.score.shape, dtype=torch.float32)
     if not complete:
@@ -267,6 +267,5 @@ def activate_backward(
         *_read(of, by), da, da if dw_NQ is None else dw_NQ, dh_N2I, a_NI, ds, da if dz is None else dz, by.table_X,
         by.tiles, by.pairs, of.score.numel(), of.inner, of.rank, of.down_rank, of.scale, of.scale_down,
         *_flags(of, by), of.own, parts, by.rows, _COLUMNS, rank_block(of.rank), rank_block(of.down_rank),
-        num_warps=8 if by.rows >= 64 else 4,
     )  # fmt: skip
     return BetweenGradients(dh_N2I, a_NI, added(ds, of.score.dtype), None if dz is None else added(dz, a_NI.dtype))

@@ -1,7 +1,8 @@
 """A whole expert layer with low-rank pairs as one function that keeps little for its backward.
 
-As :mod:`moe.kernels.minimal`: kept are x, the routing and the pre-activations (LoRA's part in them included), of those
-as many as :func:`lora.fold.kept_rows` says, and ``A x``. The activation and the gathered rows are computed again.
+As :mod:`moe.kernels.minimal`: kept are x, the routing and the pre-activations (the fused pass keeps LoRA's part out of
+them), of those as many as :func:`lora.fold.kept_rows` says, and ``A x``. The activation and the gathered rows are
+computed again.
 The score multiplies before the down projection, and before its pair, which is linear, too.
 
 Shapes: R rows, K choices per row, L local experts, N sorted pairs, H hidden, I intermediate.
@@ -19,10 +20,10 @@ from torch import Tensor
 from lora import expert_grouped, expert_loops
 from lora.expert_pairs import Kept, PairFacts, PairGradients, Pairs
 from lora.fold import kept_rows
-from lora.fused import refuses_fused
+from lora.fused import refuses_fused_experts
 from moe.assignment import Assignment
 from moe.kernels.minimal import graph_is_kept
-from moe.kernels.probe import is_plain_silu, refuses_grouped
+from moe.kernels.probe import refuses_grouped
 from moe.kernels.stack import Gradients, Stack
 
 
@@ -51,16 +52,10 @@ def _how(stack: Stack) -> ModuleType:
 
 
 def _refuses_fused(stack: Stack, pairs: Pairs) -> str | None:
-    """Why :mod:`lora.expert_fused` cannot run; None if it can."""
     there = [pair for pair in (pairs.up, pairs.down) if pair is not None]
-    if pairs.way == "fold":
-        return "fold was asked for"
-    if any(pair.dropout for pair in there):
-        return "the fused kernels know no dropout of experts' inputs"
-    if not is_plain_silu(stack.form) or stack.up_bias_L2I is not None:
-        return "the fused kernels know plain silu experts without biases only"
-    rank = max(pair.a_LRM.shape[1] for pair in there)
-    return refuses_fused(stack.up_L.device, stack.up_L.dtype, rank)
+    dropout, rank = max(pair.dropout for pair in there), max(pair.a_LRM.shape[1] for pair in there)
+    weight, biased = stack.up_L, stack.up_bias_L2I is not None
+    return refuses_fused_experts(weight.device, weight.dtype, stack.form, biased, pairs.way, dropout, rank)
 
 
 class _AdaptedMix(torch.autograd.Function):

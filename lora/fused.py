@@ -6,7 +6,9 @@ import functools
 
 import torch
 
-from moe.kernels.probe import has_triton
+from lora.fold import Way
+from moe.form import ExpertForm
+from moe.kernels.probe import has_triton, is_plain_silu
 
 MAX_RANK = 64
 MAX_WIDTH = 256  # of all experts' ranks together, where one program has them all
@@ -28,3 +30,16 @@ def refuses_fused(device: torch.device, dtype: torch.dtype, rank: int, width: in
     if width > MAX_WIDTH:
         return f"the fused kernels take {MAX_WIDTH} ranks of a soft bank together, these are {width}"
     return None
+
+
+def refuses_fused_experts(
+    device: torch.device, dtype: torch.dtype, form: ExpertForm, biased: bool, way: Way, dropout: float, rank: int
+) -> str | None:
+    """Why :mod:`lora.expert_fused` cannot run a layer's experts; None if it can. ``dropout``: what is on, of a pair."""
+    if way == "fold":
+        return "fold was asked for"
+    if dropout:
+        return "the fused kernels know no dropout of experts' inputs"
+    if not is_plain_silu(form) or biased:
+        return "the fused kernels know plain silu experts without biases only"
+    return refuses_fused(device, dtype, rank)

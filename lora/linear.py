@@ -81,8 +81,8 @@ class LinearBank(nn.Module):
     def forward(self, x_TM: Tensor, y_TO: Tensor) -> Tensor:
         """``y_TO``, the frozen layer's output, plus the delta. It is changed in place: nobody else may hold it."""
         if self._plain():
-            a_RM, b_OR = (t.to(x_TM.dtype)[0] for t in (self.A, self.B))
-            return LowRank.apply(y_TO, x_TM, a_RM, b_OR, self.here.scale, self._dropout())
+            a_1RM, b_1OR = self.A.to(x_TM.dtype), self.B.to(x_TM.dtype)
+            return LowRank.apply(y_TO, x_TM, a_1RM, b_1OR, self.here.scale, self._dropout())
         if not self._refuses_fused(x_TM):
             soft = importlib.import_module("lora.soft_fused").SoftSpace
             y_TO, gate_TE = soft.apply(y_TO, x_TM, self.A, self.B, self.router.weight, self.here.scale)
@@ -107,16 +107,16 @@ class LinearBank(nn.Module):
     def _refuses_fused(self, x_TM: Tensor) -> str | None:
         """Why :mod:`lora.soft_fused` cannot run for these tokens; None if it can."""
         config = self.here.config
-        if config.router != "token" or config.combine != "soft" or config.score != "linear" or self.A is None:
+        if config.router != "token" or config.combine != "soft" or config.score != "linear" or config.kind == "scale":
             return "the fused kernels know soft banks with a router of tokens only"
-        if self.C is not None or (self.training and (config.dropout or config.jitter)):
+        if config.mixer or (self.training and (config.dropout or config.jitter)):
             return "the fused kernels know no mixer, dropout or jitter"
-        if current().balance and (config.router_aux_loss_coef or config.z_loss_coef):
+        if (config.router_aux_loss_coef or config.z_loss_coef) and current().balance:
             return "the router's gates have a loss of their own"
-        if not x_TM.numel() or any(t.dtype != x_TM.dtype for t in (self.A, self.B, self.router.weight)):
+        dtype = x_TM.dtype
+        if not x_TM.shape[0] or self.B.dtype != dtype or self.router.weight.dtype != dtype:
             return "there is nothing to compute, or the bank has another dtype than its input"
-        width = self.B.shape[0] * self.B.shape[2]
-        return refuses_fused(x_TM.device, x_TM.dtype, self.B.shape[2], width)
+        return refuses_fused(x_TM.device, dtype, self.here.r, self.here.num_experts * self.here.r)
 
     def _decision(self, x_TM: Tensor) -> Decision | None:
         if self.router is None:

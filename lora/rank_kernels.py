@@ -13,14 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora.sorted_rows import SortedRows
+from lora.sorted_rows import SortedRows, blocks, power_of_two
 
 _DEPTH = 128
 
 
 def rank_block(rank: int) -> int:
     """The rank as a matrix unit takes it."""
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, power_of_two(rank))
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def gather_to_rank(x_RM: Tensor, factor_LQM: Tensor, sorted_by: SortedRows) -> t
 
 def _down(x: Tensor, factor_LQM: Tensor, by: SortedRows, gather: bool, copy: bool) -> tuple[Tensor, Tensor]:
     rank, inputs = factor_LQM.shape[1:]
-    parts = by.parts(triton.cdiv(inputs, _DEPTH))
+    parts = by.parts(blocks(inputs, _DEPTH))
     z = part_buffer(x, parts, by.pairs, rank)
     x_NM = x.new_empty(by.pairs, inputs) if copy else x
     _to_rank[(by.tiles, parts)](
@@ -106,11 +106,10 @@ def from_rank(
     """``scale * z[n] @ factor[expert(n)]`` [N,O]; added to ``onto`` in place, if it is given."""
     rank, outputs = factor_LQO.shape[1:]
     y_NO = z_NQ.new_empty(sorted_by.pairs, outputs) if onto is None else onto
-    columns = min(256, max(16, triton.next_power_of_2(outputs)))
-    _from_rank[(sorted_by.tiles, triton.cdiv(outputs, columns))](
+    columns = min(128, max(16, power_of_two(outputs)))
+    _from_rank[(sorted_by.tiles, blocks(outputs, columns))](
         y_NO, z_NQ, factor_LQO, sorted_by.table_X, sorted_by.tiles, outputs, rank, z_NQ.stride(0),
         *strides(factor_LQO), scale, onto is not None, sorted_by.rows, columns, rank_block(rank),
-        num_warps=8 if sorted_by.rows * columns > 8192 else 4,
     )  # fmt: skip
     return y_NO
 
@@ -153,11 +152,11 @@ def factor_gradient(
     out = like.new_empty(experts, *like.shape[1:], dtype=torch.float32 if shared else like.dtype)
     to_expert, to_rank, to_width = out.stride() if rank_first else (out.stride(0), out.stride(2), out.stride(1))
     rank, width = z_NQ.shape[1], wide.shape[1]
-    columns = min(128, max(16, triton.next_power_of_2(width)))
-    _factor_gradient[(experts, triton.cdiv(width, columns))](
+    columns = min(128, max(16, power_of_two(width)))
+    _factor_gradient[(experts, blocks(width, columns))](
         wide, sorted_by.table_X if sorted_by.pair_N is None else sorted_by.pair_N, z_NQ, out, sorted_by.ends_L, width,
         rank, wide.stride(0), z_NQ.stride(0), to_expert, to_rank, to_width, scale,
-        sorted_by.choices if gather and sorted_by.pair_N is not None else 0, columns, 64, rank_block(rank),
+        sorted_by.choices if gather and sorted_by.pair_N is not None else 0, columns, 128, rank_block(rank),
     )  # fmt: skip
     return out.sum(0, keepdim=True).to(like.dtype) if shared else out
 
@@ -188,5 +187,5 @@ def added(parts_SXY: Tensor, dtype: torch.dtype) -> Tensor:
     if parts == 1:
         return parts_SXY[0] if parts_SXY.dtype == dtype else parts_SXY[0].to(dtype)
     out = parts_SXY.new_empty(parts_SXY.shape[1:], dtype=dtype)
-    _added[(triton.cdiv(out.numel(), 1024),)](parts_SXY, out, out.numel(), parts, 1024)
+    _added[(blocks(out.numel(), 1024),)](parts_SXY, out, out.numel(), parts, 1024)
     return out

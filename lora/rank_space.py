@@ -79,30 +79,31 @@ class LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, y_TO: Tensor, x_TM: Tensor, a_RM: Tensor, b_OR: Tensor, scale: float, dropout: tuple[float, int] | None
+        ctx, y_TO: Tensor, x_TM: Tensor, a_1RM: Tensor, b_1OR: Tensor, scale: float, dropout: tuple[float, int] | None
     ) -> Tensor:
-        z_TR = dropped(x_TM, dropout) @ a_RM.T
-        y_TO.addmm_(z_TR, b_OR.T, alpha=scale)
+        z_TR = dropped(x_TM, dropout) @ a_1RM[0].T
+        y_TO.addmm_(z_TR, b_1OR[0].T, alpha=scale)
         ctx.mark_dirty(y_TO)
-        ctx.save_for_backward(x_TM, a_RM, b_OR, z_TR)
+        ctx.save_for_backward(x_TM, a_1RM, b_1OR, z_TR)
         ctx.scale, ctx.dropout = scale, dropout
         return y_TO
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TO: Tensor):
-        x_TM, a_RM, b_OR, z_TR = ctx.saved_tensors
+        x_TM, a_1RM, b_1OR, z_TR = ctx.saved_tensors
         _, needs_x, needs_a, needs_b, _, _ = ctx.needs_input_grad
-        dz_TR, dx_TM, da_RM, db_OR = dy_TO @ b_OR, None, None, None
+        a_RM, b_OR = a_1RM[0], b_1OR[0]
+        dz_TR, dx_TM, da_1RM, db_1OR = dy_TO @ b_OR, None, None, None
         # With beta 0 the first tensor gives a shape, no values.
         if needs_b:
-            db_OR = torch.addmm(b_OR, dy_TO.T, z_TR, beta=0, alpha=ctx.scale)
+            db_1OR = torch.addmm(b_OR, dy_TO.T, z_TR, beta=0, alpha=ctx.scale)[None]
         if needs_a:
-            da_RM = torch.addmm(a_RM, dz_TR.T, dropped(x_TM, ctx.dropout), beta=0, alpha=ctx.scale)
+            da_1RM = torch.addmm(a_RM, dz_TR.T, dropped(x_TM, ctx.dropout), beta=0, alpha=ctx.scale)[None]
         if needs_x:
             dx_TM = torch.addmm(x_TM, dz_TR, a_RM, beta=0, alpha=ctx.scale)
             dx_TM = dropped(dx_TM, ctx.dropout)
-        return dy_TO, dx_TM, da_RM, db_OR, None, None
+        return dy_TO, dx_TM, da_1RM, db_1OR, None, None
 
 
 def _side_by_side(b_EOR: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ class SoftSpace(torch.autograd.Function):
         y_TO.addmm_(z_TY, _side_by_side(b_EOR).T)
         ctx.mark_dirty(y_TO)
         ctx.mark_non_differentiable(gate_TE)
+        ctx.set_materialize_grads(False)  # or zeros would be made for the gates
         ctx.save_for_backward(x_TM, a_FRM, b_EOR, w_EM, u, gate_TE)
         ctx.scale = scale
         return y_TO, gate_TE

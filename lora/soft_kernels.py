@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora.sorted_rows import blocks, power_of_two
+
 _ROWS, _DEPTH = 16, 128
 
 
@@ -19,7 +21,7 @@ def filled(width: int) -> int:
 
 
 def _block(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    return max(16, power_of_two(width))
 
 
 @triton.jit
@@ -59,7 +61,7 @@ def soft_forward(x_TM: Tensor, a_FRM: Tensor, w_EM: Tensor, scale: float) -> tup
     width = filled(experts * rank)
     u, gate = x_TM.new_empty(tokens, own * rank), x_TM.new_empty(tokens, experts, dtype=torch.float32)
     z = x_TM.new_empty(tokens, width)
-    _forward[(triton.cdiv(tokens, _ROWS),)](
+    _forward[(blocks(tokens, _ROWS),)](
         x_TM, a_FRM, w_EM, u, gate, z, tokens, inputs, experts, rank, own * rank, width, scale, _ROWS, _DEPTH,
         _block(width), _block(experts),
     )  # fmt: skip
@@ -116,7 +118,7 @@ def soft_backward(dz_TY: Tensor, u: Tensor, gate_TE: Tensor, rank: int, scale: f
     """
     (tokens, width), experts, rows_of_a = dz_TY.shape, gate_TE.shape[1], u.shape[1]
     z, d = torch.empty_like(dz_TY), dz_TY.new_empty(tokens, filled(rows_of_a + 2 * experts))
-    _backward[(triton.cdiv(tokens, _ROWS),)](
+    _backward[(blocks(tokens, _ROWS),)](
         dz_TY, u, gate_TE, z, d, tokens, experts, rank, rows_of_a, width, d.shape[1], scale,
         rows_of_a < experts * rank, _ROWS, _block(width), _block(experts), _block(rank),
     )  # fmt: skip

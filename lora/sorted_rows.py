@@ -9,6 +9,7 @@ Shapes: N sorted pairs, K choices per row, L local experts, P tiles.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,16 @@ from moe.assignment import Assignment
 _CELLS = 8192  # (tile, expert) comparisons of one program
 _PROGRAMS = 256  # fewer do not fill a large GPU, and a sum is split
 _STEPS = 4  # of a split sum, at least
+
+
+def blocks(size: int, block: int) -> int:
+    """How many cover ``size``. Triton's own function for it costs as much as a launch when the host calls it."""
+    return -(-size // block)
+
+
+def power_of_two(size: int) -> int:
+    """The least that is no smaller."""
+    return 1 << (size - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class SortedRows:
     rows: int
     tiles: int
 
-    @property
+    @functools.cached_property
     def ends_L(self) -> Tensor:
         """As torch's grouped product wants it."""
         return self.table_X[3 * self.tiles :]
@@ -91,9 +102,9 @@ def _cut(counts_L: Tensor, pairs: int, pair_N: Tensor | None, choices: int) -> S
     rows, tiles = _size(counts_L.numel(), pairs)
     experts = counts_L.numel()
     table_X = torch.empty(3 * tiles + experts, dtype=torch.int32, device=counts_L.device)
-    width = triton.next_power_of_2(experts)
+    width = power_of_two(experts)
     block = max(1, min(64, _CELLS // width))
-    _table[(triton.cdiv(tiles, block),)](counts_L.contiguous(), table_X, experts, tiles, rows, width, block)
+    _table[(blocks(tiles, block),)](counts_L.contiguous(), table_X, experts, tiles, rows, width, block)
     return SortedRows(table_X, pair_N, choices, pairs, experts, rows, tiles)
 
 

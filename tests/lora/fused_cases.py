@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lora import expert_grouped, expert_mix, factors, fold, linear, shared_ffn
+from lora import fused as fused_module
 from lora.config import BankConfig
 from lora.factored_fused import FusedDelta
 from lora.factors import FactoredDelta
@@ -46,7 +47,7 @@ def _scalars_of_new_numpy():
 @pytest.fixture(autouse=True)
 def fused(monkeypatch):
     """The probes allow bfloat16 on a GPU only; these comparisons are in fp32."""
-    for module in (expert_mix, factors, linear, shared_ffn):
+    for module in (factors, fused_module, linear, shared_ffn):
         monkeypatch.setattr(module, "refuses_fused", lambda device, dtype, rank, width=0: None)
     monkeypatch.setattr(expert_mix, "_how", lambda stack: expert_grouped)
 
