@@ -77,9 +77,10 @@ def backward(
     found = activate_backward(
         da_NI, dw_NQ, _between(h_N2I, weights_RK, z_up_NQ, pairs), by, dh_N2I, assignment.complete
     )
-    of_down = _gradients(down, found.a, dw_NQ, dy_NH, kept.z_down_NQ, by, False)
+    # Gathered anew where that can be: R rows are in the cache, N are not.
+    of_down = _gradients(down, (found.a, False), dw_NQ, (dout_RH, True), kept.z_down_NQ, by)
     del da_NI, dy_NH
-    of_up = _gradients(up, x_RH, found.dz, dh_N2I, z_up_NQ, by, True)
+    of_up = _gradients(up, (x_RH, True), found.dz, (dh_N2I, False), z_up_NQ, by)
     gradients = Gradients(weights=found.score)
     if needs_x:
         dx_NH = F.grouped_mm(dh_N2I, stack.up_L2IH, offs=by.ends_L)
@@ -100,13 +101,13 @@ def _all_h(h_P2I: Tensor, x_RH: Tensor, stack: Stack, assignment: Assignment, by
 
 
 def _gradients(
-    pair: Pair | None, into: Tensor, dz_NQ: Tensor | None, dy_NO: Tensor, z_NQ: Tensor | None, by: SortedRows,
-    gather: bool,
+    pair: Pair | None, into: tuple[Tensor, bool], dz_NQ: Tensor | None, back: tuple[Tensor, bool], z_NQ: Tensor | None,
+    by: SortedRows,
 ) -> PairGradients | None:  # fmt: skip
-    """``into``: the pair's input, [N,M], or with ``gather`` [R,M]."""
+    """``into``, ``back``: the pair's input and its output's gradient, each with N rows, or with R and True: gathered."""
     if pair is None or dz_NQ is None or z_NQ is None:
         return None
     return PairGradients(
-        factor_gradient(into, dz_NQ, pair.scale, by, pair.a_LRM, True, gather),
-        factor_gradient(dy_NO, z_NQ, pair.scale, by, pair.b_LOR, False, False),
+        factor_gradient(into[0], dz_NQ, pair.scale, by, pair.a_LRM, True, into[1]),
+        factor_gradient(back[0], z_NQ, pair.scale, by, pair.b_LOR, False, back[1]),
     )
