@@ -226,7 +226,7 @@ def _activate_backward(gate, up, row_step, pair, score, z, z_row, z_up, b_gate, 
                     to_up = _back_to_rank(d_up, bu, column, q, inner, rank, b_out, b_rank, to_up)
                 else:
                     to_gate = _back_to_rank(d_up, bu, column, q, inner, rank, b_out, b_rank, to_gate)
-        tl.store(ds + part.to(tl.int64) * slots + of, to_score, mask=here)
+        tl.store(ds + part.to(tl.int64) * slots + of, to_score.to(ds.dtype.element_ty), mask=here)
         if UP:
             at = dz + (part.to(tl.int64) * pairs + line)[:, None] * (2 * rank if OWN else rank) + q[None, :]
             inside = here[:, None] & (q < rank)[None, :]
@@ -258,7 +258,7 @@ def activate_backward(
     """
     parts = by.parts(blocks(of.inner, _COLUMNS))
     a_NI = da.new_empty(by.pairs, of.inner) if of.gather else da
-    ds = of.score.new_empty(parts, *of.score.shape, dtype=torch.float32)
+    ds = of.score.new_empty(parts, *of.score.shape, dtype=of.score.dtype if parts == 1 else torch.float32)
     if not complete:
         ds.zero_()
     width = of.rank * (2 if of.own else 1)

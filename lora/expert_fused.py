@@ -104,7 +104,7 @@ def _gradients(
     pair: Pair | None, into: tuple[Tensor, bool], dz_NQ: Tensor | None, back: tuple[Tensor, bool], z_NQ: Tensor | None,
     by: SortedRows,
 ) -> PairGradients | None:  # fmt: skip
-    """``into``, ``back``: the pair's input and its output's gradient, each with N rows, or with R and True: gathered."""
+    """``into``, ``back``: the pair's input and its output's gradient, each of N rows, or of R and gathered (True)."""
     if pair is None or dz_NQ is None or z_NQ is None:
         return None
     return PairGradients(

@@ -10,6 +10,7 @@ Shapes: R rows, K choices per row, L local experts, N sorted pairs, H hidden, I 
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 from typing import Any
@@ -46,9 +47,12 @@ def adapted_mix(x_RH: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assi
 
 
 def _how(stack: Stack) -> ModuleType:
-    hidden, inner = stack.down_LHI.shape[1:]
-    refused = refuses_grouped(stack.up_L.device, stack.up_L.dtype, hidden, inner, 2 * inner)
-    return expert_loops if refused else expert_grouped
+    return _products(stack.up_L.device, stack.up_L.dtype, *stack.down_LHI.shape[1:])
+
+
+@functools.cache
+def _products(device: torch.device, dtype: torch.dtype, hidden: int, inner: int) -> ModuleType:
+    return expert_loops if refuses_grouped(device, dtype, hidden, inner, 2 * inner) else expert_grouped
 
 
 def _refuses_fused(stack: Stack, pairs: Pairs) -> str | None:

@@ -18,7 +18,7 @@ from lora.factors import stacked_init
 from lora.fused import refuses_fused
 from lora.objectives import contrastive_loss, real_tokens
 from lora.output_scores import output_scores
-from lora.rank_space import LowRank, RankSpace, ScaledOutput
+from lora.rank_space import RankSpace, ScaledOutput, add_low_rank
 from lora.routers import BankRouter, Decision
 from moe.balance import inject
 from moe.context import current
@@ -67,6 +67,7 @@ class LinearBank(nn.Module):
         if config.router != "none":
             seen = experts * out_features if config.score == "outputs" else in_features
             self.router = BankRouter(f"{path}.router", seen, bank, seed=seed, **place)
+        self.plain = config.router == "none" and not scales and not config.mixer and experts == 1
         self.observe: Callable[[Tensor], None] | None = None
 
     def probes(self) -> list[tuple[str, nn.Parameter]]:
@@ -80,9 +81,8 @@ class LinearBank(nn.Module):
 
     def forward(self, x_TM: Tensor, y_TO: Tensor) -> Tensor:
         """``y_TO``, the frozen layer's output, plus the delta. It is changed in place: nobody else may hold it."""
-        if self._plain():
-            a_1RM, b_1OR = self.A.to(x_TM.dtype), self.B.to(x_TM.dtype)
-            return LowRank.apply(y_TO, x_TM, a_1RM, b_1OR, self.here.scale, self._dropout())
+        if self.plain and not (self.training and self.here.config.dropout):
+            return add_low_rank(y_TO, x_TM, self.A.to(x_TM.dtype), self.B.to(x_TM.dtype), self.here.scale)
         if not self._refuses_fused(x_TM):
             soft = importlib.import_module("lora.soft_fused").SoftSpace
             y_TO, gate_TE = soft.apply(y_TO, x_TM, self.A, self.B, self.router.weight, self.here.scale)
@@ -100,9 +100,6 @@ class LinearBank(nn.Module):
         c_ERR = None if self.C is None else self.C.to(x_TM.dtype)
         y_TO = RankSpace.apply(y_TO, x_TM, a_FRM, c_ERR, b_EOR, gate_TE, self.here.scale, self._dropout())
         return y_TO if decision is None else self._contrasted(y_TO, x_TM, decision)
-
-    def _plain(self) -> bool:
-        return self.router is None and self.A is not None and self.C is None and self.B.shape[0] == 1
 
     def _refuses_fused(self, x_TM: Tensor) -> str | None:
         """Why :mod:`lora.soft_fused` cannot run for these tokens; None if it can."""

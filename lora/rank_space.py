@@ -71,39 +71,13 @@ class RankSpace(torch.autograd.Function):
         return dy_TO, dx_TM, da_FRM, dc_ERR, db_EOR, dgate_TE, None, None
 
 
-class LowRank(torch.autograd.Function):
-    """``y + s B A d(x)`` of one pair, added to y in place; d is dropout. Keeps x and ``A x``.
+def add_low_rank(y_TO: Tensor, x_TM: Tensor, a_1RM: Tensor, b_1OR: Tensor, scale: float) -> Tensor:
+    """``y + s B A x`` of one pair without dropout, added to y in place; differentiable, and keeps x and ``A x``.
 
-    The scale multiplies inside the products, and nothing is copied: at usual sizes launches are what a pair costs.
+    Torch's own operations: a pair is so few of them that a function in Python costs a GPU's host more than they do.
     """
-
-    @staticmethod
-    def forward(
-        ctx, y_TO: Tensor, x_TM: Tensor, a_1RM: Tensor, b_1OR: Tensor, scale: float, dropout: tuple[float, int] | None
-    ) -> Tensor:
-        z_TR = dropped(x_TM, dropout) @ a_1RM[0].T
-        y_TO.addmm_(z_TR, b_1OR[0].T, alpha=scale)
-        ctx.mark_dirty(y_TO)
-        ctx.save_for_backward(x_TM, a_1RM, b_1OR, z_TR)
-        ctx.scale, ctx.dropout = scale, dropout
-        return y_TO
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy_TO: Tensor):
-        x_TM, a_1RM, b_1OR, z_TR = ctx.saved_tensors
-        _, needs_x, needs_a, needs_b, _, _ = ctx.needs_input_grad
-        a_RM, b_OR = a_1RM[0], b_1OR[0]
-        dz_TR, dx_TM, da_1RM, db_1OR = dy_TO @ b_OR, None, None, None
-        # With beta 0 the first tensor gives a shape, no values.
-        if needs_b:
-            db_1OR = torch.addmm(b_OR, dy_TO.T, z_TR, beta=0, alpha=ctx.scale)[None]
-        if needs_a:
-            da_1RM = torch.addmm(a_RM, dz_TR.T, dropped(x_TM, ctx.dropout), beta=0, alpha=ctx.scale)[None]
-        if needs_x:
-            dx_TM = torch.addmm(x_TM, dz_TR, a_RM, beta=0, alpha=ctx.scale)
-            dx_TM = dropped(dx_TM, ctx.dropout)
-        return dy_TO, dx_TM, da_1RM, db_1OR, None, None
+    z_TR = F.linear(x_TM, a_1RM.flatten(0, 1))
+    return y_TO.addmm_(z_TR, b_1OR.flatten(0, 1).T, alpha=scale)
 
 
 def _side_by_side(b_EOR: Tensor) -> Tensor:
