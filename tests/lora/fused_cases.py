@@ -104,6 +104,13 @@ def test_choices_elsewhere_add_nothing():
         torch.testing.assert_close(fused_one, grouped_one, rtol=2e-5, atol=2e-5)
 
 
+def test_a_run_says_which_kernels_its_pairs_take():
+    case = Case(dtype=torch.float32)
+    assert "Triton kernels" in built(case).backend.reason
+    for other in (dataclasses.replace(case, dropout=0.1), dataclasses.replace(case, way="fold")):
+        assert "Triton kernels" not in built(other).backend.reason
+
+
 def _block(tokens: int, hidden: int, inner: int, rank: int, experts: int) -> list[Tensor]:
     draw = torch.Generator().manual_seed(0)
 
