@@ -53,9 +53,14 @@ class ActivationMatrix(Policy):
             best_LE = self._known_MLE[self._likeness_M(_unit_rows(self._now_LE)).argmax()]
             self._match_LE = best_LE / np.maximum(best_LE.sum(1, keepdims=True), 1e-12)
 
-    def scores(self) -> Scores:
+    @property
+    def likely_LE(self) -> np.ndarray:
+        """Shares of their layer's uses in this sequence plus those in the matched one."""
         share_LE = self._now_LE / np.maximum(self._now_LE.sum(1, keepdims=True), 1)
-        return np.asarray((share_LE + self._match_LE + _EPSILON) * self._early_L1)
+        return np.asarray(share_LE + self._match_LE)
+
+    def scores(self) -> Scores:
+        return np.asarray((self.likely_LE + _EPSILON) * self._early_L1)
 
 
 class ExpertMap(Policy):
@@ -102,6 +107,11 @@ class ExpertMap(Policy):
         self._dots_M[:known] += self._maps_MLE[:known, row][:, experts_N].sum(1)
         self._ahead_LE[:] = self._maps_MLE[int(self._dots_M[:known].argmax())]
         self._ahead_LE[: row + 1] = 0
+
+    @property
+    def likely_LE(self) -> np.ndarray:
+        """What the matched map names for layers ahead, plus the shares of all uses."""
+        return self.scores()
 
     def scores(self) -> Scores:
         return np.asarray(self._ahead_LE + self._uses_LE / np.maximum(self._uses_LE.sum(1, keepdims=True), 1e-12))

@@ -1,6 +1,9 @@
-"""The resident experts: a fixed number of slots, filled from the store on demand.
+"""The resident experts: a fixed number of slots, each filled in two steps.
 
-Shapes: C slots, I intermediate, H hidden.
+A slot is *reserved* for an expert, something fills it, then it is *committed*: from there on it is lent. Until then it
+belongs to nobody: it is neither lent nor evicted, and *abandoned* if filling it fails. So nothing half-copied is lent.
+
+Shapes: C slots, B elements of a block, L MoE layers, counted from 0 by *row*; E experts of each.
 """
 
 from __future__ import annotations
@@ -12,30 +15,56 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inference.expert_block import BlockViews, ExpertBlock
 from inference.policies import LRU, Policy
 from inference.store import ExpertStore
 from moe.refs import ExpertRef
 
-# MKL may round differently for operands of another alignment, so every slot starts on a 64-byte boundary.
-_ALIGNMENT = 64
-
 
 @dataclass
 class CacheCounts:
-    """What the cache did so far. One hit or miss per distinct expert of a layer call; bytes as stored in the file."""
+    """What the cache did so far.
+
+    One hit or miss per distinct expert of a layer call; what the CPU computed is neither. An expert that a prefetch was
+    already bringing is a hit, and ``late``. Bytes of misses as stored in the files. Of the experts that were prefetched
+    some were ``useful``, used before they were evicted, others ``wasted``; ``displaced`` experts were evicted for a
+    prefetch, and ``regretted`` of them wanted again within a round.
+    """
 
     hits: int = 0
     misses: int = 0
     bytes_fetched: int = 0
+    late: int = 0
+    useful: int = 0
+    wasted: int = 0
+    displaced: int = 0
+    regretted: int = 0
 
 
 @dataclass(frozen=True)
 class Loan:
-    """An expert in its slot, valid until the next group is asked for."""
+    """An expert in its slot. Valid until the next group is asked for."""
 
     expert: int
-    gate_up_2IH: Tensor
-    down_HI: Tensor
+    slot: int
+    views: BlockViews
+
+    @property
+    def gate_up_2IH(self) -> Tensor:
+        return self.views.parts[0]
+
+    @property
+    def down_HI(self) -> Tensor:
+        return self.views.parts[1]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How the experts of one layer call are: in slots, on their way into one, or neither; each in the call's order."""
+
+    resident: list[int]
+    coming: list[int]
+    missing: list[int]
 
 
 class ExpertCache:
@@ -46,6 +75,9 @@ class ExpertCache:
         slots: resident experts. With 0, every expert passes through one staging slot and none stays.
         policy: who is evicted; made for this store's layers and experts. LRU by default.
         poison: fill slots with NaN when they are given up, so that a stale read cannot go unnoticed.
+
+    Attributes:
+        blocks_CB: the slots; ``gate_up_C2IH`` and ``down_CHI`` are views of them at the blocks' stride.
     """
 
     def __init__(
@@ -64,83 +96,234 @@ class ExpertCache:
         self.slots = slots
         self.poison = poison
         self.counts = CacheCounts()
+        self.layout = ExpertBlock(shape, dtype)
         self._row = {layer: row for row, layer in enumerate(store.layers)}
         self.policy: Policy = LRU(len(self._row), shape.num_experts) if policy is None else policy
         assert (self.policy.layers, self.policy.experts) == (len(self._row), shape.num_experts)
-        self._resident_LE = np.zeros((len(self._row), shape.num_experts), dtype=bool)
         allocated = max(slots, 1)
-        self.gate_up_C2IH = _allocate(allocated, 2 * shape.intermediate, shape.hidden, device, dtype)
-        self.down_CHI = _allocate(allocated, shape.hidden, shape.intermediate, device, dtype)
-        self._slot: dict[ExpertRef, int] = {}
+        self.blocks_CB = _allocate(allocated, self.layout, device)
+        self.gate_up_C2IH, self.down_CHI, *self.biases = self.layout.stacked(self.blocks_CB)
+        self._views = [self.layout.views(block_B) for block_B in self.blocks_CB]
+        self._loans: dict[tuple[int, int], Loan] = {}
+        # The slot of each expert, -1 for none; and whether it may be evicted: committed, and not of the current call.
+        self.slot_LE = np.full((len(self._row), shape.num_experts), -1, dtype=np.int32)
+        self._resident_LE = np.zeros((len(self._row), shape.num_experts), dtype=bool)
+        self._lent: tuple[int, list[int]] = (0, [])
+        self._untried: set[tuple[int, int]] = set()  # prefetched and not yet used
+        self._ghosts: dict[tuple[int, int], int] = {}  # evicted for a prefetch, and when
         self._free = list(reversed(range(allocated)))
         if poison:
-            self.gate_up_C2IH.fill_(float("nan"))
-            self.down_CHI.fill_(float("nan"))
+            self.blocks_CB.fill_(float("nan"))
 
     @property
     def resident(self) -> tuple[ExpertRef, ...]:
-        return tuple(sorted(self._slot))
+        layers = self.store.layers
+        return tuple(ExpertRef(layers[row], int(e)) for row, e in zip(*np.nonzero(self._resident_LE), strict=True))
 
     @property
     def resident_bytes(self) -> int:
         """Bytes allocated for experts, the staging slot included."""
-        return sum(t.untyped_storage().nbytes() for t in (self.gate_up_C2IH, self.down_CHI))
+        return self.blocks_CB.untyped_storage().nbytes()
+
+    def row(self, layer: int) -> int:
+        return self._row[layer]
+
+    def block(self, ref: ExpertRef) -> Tensor:
+        """The slot that is reserved for an expert, or holds it."""
+        slot = int(self.slot_LE[self._row[ref.layer], ref.expert])
+        assert slot >= 0, ref
+        return self.blocks_CB[slot]
+
+    def use(self, layer: int, experts: Sequence[int]) -> Wanted:
+        """One layer call wants these distinct experts: the policy sees them, and from now on none of them is evicted
+        until the next call. Counts nothing as hit or miss yet: see :meth:`take` and :meth:`commit`.
+        """
+        assert len(set(experts)) == len(experts), "experts must be distinct"
+        row = self._row[layer]
+        self.policy.use(row, experts)
+        self._lent = (row, list(experts))
+        if self._untried or self._ghosts:
+            self._judge(row, experts)
+        if all((row, expert) in self._loans for expert in experts):
+            return Wanted(list(experts), [], [])
+        slots, wanted = self.slot_LE[row], Wanted([], [], [])
+        for expert in experts:
+            held = wanted.resident if (row, expert) in self._loans else wanted.coming
+            (held if slots[expert] >= 0 else wanted.missing).append(expert)
+        return wanted
+
+    def _judge(self, row: int, experts: Sequence[int]) -> None:
+        """Count what prefetches turned out to be."""
+        for expert in experts:
+            if (row, expert) in self._untried:
+                self._untried.discard((row, expert))
+                self.counts.useful += 1
+            gone = self._ghosts.pop((row, expert), None)
+            if gone is not None and self.policy.round - gone <= 1:
+                self.counts.regretted += 1
+
+    def note(self, layer: int, experts: Sequence[int]) -> None:
+        """:meth:`use` for a caller that knows already how the experts are."""
+        row = self._row[layer]
+        self.policy.use(row, experts)
+        self._lent = (row, list(experts))
+
+    def make_room(self, count: int) -> None:
+        """Has the policy give up slots ahead of need until ``count`` are free, so that no demand waits for it."""
+        if (needed := count - len(self._free)) > 0:
+            evictable_LE = self.evictable()
+            for flat in self.policy.victims(evictable_LE, min(needed, int(evictable_LE.sum()))):
+                self._evict(*divmod(int(flat), self.policy.experts))
+
+    def evictable(self) -> np.ndarray:
+        """Which experts [L,E] may be evicted now."""
+        evictable_LE = self._resident_LE.copy()
+        row, experts = self._lent
+        evictable_LE[row, experts] = False
+        return evictable_LE
+
+    def reserve(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """Slots for experts that have none, as many of them as there can be, in order: free ones, then those that the
+        policy takes from others. Returns the experts that got one.
+        """
+        if (needed := len(experts) - len(self._free)) > 0:
+            evictable_LE = self.evictable()
+            if (count := min(needed, int(evictable_LE.sum()))) > 0:
+                for flat in self.policy.victims(evictable_LE, count):
+                    self._evict(*divmod(int(flat), self.policy.experts))
+        got = list(experts[: len(self._free)])
+        row = self._row[layer]
+        for expert in got:
+            assert self.slot_LE[row, expert] < 0, (layer, expert)
+            self.slot_LE[row, expert] = self._free.pop()
+        return got
+
+    def victims(self, count: int) -> list[tuple[int, int]]:
+        """(row, expert) of what would be evicted next, at most ``count`` of them, in that order."""
+        if count <= 0:
+            return []
+        evictable_LE = self.evictable()
+        flat = self.policy.victims(evictable_LE, min(count, int(evictable_LE.sum())))
+        return [divmod(int(one), self.policy.experts) for one in flat]
+
+    @property
+    def free(self) -> int:
+        """Slots that hold nothing and are reserved for nothing."""
+        return len(self._free)
+
+    def reserve_ahead(self, ref: ExpertRef, victim: tuple[int, int] | None) -> None:
+        """A slot for an expert that may be wanted: a free one, or that of ``victim``."""
+        if victim is not None:
+            self._ghosts[victim] = self.policy.round
+            self.counts.displaced += 1
+            self._evict(*victim)
+        (_,) = self.reserve(ref.layer, [ref.expert])
+        self._untried.add((self._row[ref.layer], ref.expert))
+
+    def commit(self, ref: ExpertRef) -> None:
+        """The expert is whole in its slot."""
+        row = self._row[ref.layer]
+        assert self.slot_LE[row, ref.expert] >= 0, ref
+        self._resident_LE[row, ref.expert] = True
+        slot = int(self.slot_LE[row, ref.expert])
+        self._loans[row, ref.expert] = Loan(ref.expert, slot, self._views[slot])
+
+    def abandon(self, ref: ExpertRef) -> None:
+        """The slot was not filled: nobody has it."""
+        row = self._row[ref.layer]
+        assert not self._resident_LE[row, ref.expert], ref
+        self._untried.discard((row, ref.expert))
+        self._give_up(row, ref.expert)
+
+    def loan(self, layer: int, expert: int) -> Loan:
+        """A committed expert."""
+        return self._loans[self._row[layer], expert]
 
     def lend(self, layer: int, experts: Sequence[int]) -> Iterator[list[Loan]]:
-        """Yields the distinct ``experts`` of one layer call in groups that fit the slots.
+        """Yields the distinct ``experts`` of one layer call in groups that fit the slots, each read when it is missing.
 
         Resident experts come first, so that fetching the others cannot push them out before they are used. While a
         group is lent none of it is evicted. The order of groups depends on residency: callers must not let it
         reach the result.
         """
-        assert len(set(experts)) == len(experts), "experts must be distinct"
-        self.policy.use(self._row[layer], experts)
-        wanted = [ExpertRef(layer, expert) for expert in experts]
-        ordered = [r for r in wanted if r in self._slot] + [r for r in wanted if r not in self._slot]
+        wanted = self.use(layer, experts)
+        ordered = wanted.resident + wanted.missing
         size = max(self.slots, 1)
         for start in range(0, len(ordered), size):
             group = ordered[start : start + size]
-            self._admit(group)
-            yield [self._loan(ref) for ref in group]
+            self.fill(layer, group)
+            yield [self.loan(layer, expert) for expert in group]
             if self.slots == 0:
-                self._evict(group[0])
+                self.release(layer)
 
-    def _admit(self, group: Sequence[ExpertRef]) -> None:
-        missing = [ref for ref in group if ref not in self._slot]
+    def fill(self, layer: int, group: list[int]) -> None:
+        """Have all of a group that fits the slots resident, reading what is missing."""
+        row = self._row[layer]
+        self._lent = (row, group)
+        missing = [expert for expert in group if (row, expert) not in self._loans]
         self.counts.hits += len(group) - len(missing)
-        if (needed := len(missing) - len(self._free)) > 0:
-            evictable_LE = self._resident_LE.copy()
-            evictable_LE[self._row[group[0].layer], [ref.expert for ref in group]] = False
-            for flat in self.policy.victims(evictable_LE, needed):
-                row, expert = divmod(int(flat), self.policy.experts)
-                self._evict(ExpertRef(self.store.layers[row], expert))
-        for ref in missing:
-            self._fetch(ref)
+        if not missing:
+            return
+        got = self.reserve(layer, missing)
+        assert got == missing, (layer, group, self.slots)
+        for done, expert in enumerate(missing):
+            ref = ExpertRef(layer, expert)
+            try:
+                self._read(ref)
+            except BaseException:
+                for left in missing[done:]:
+                    self.abandon(ExpertRef(layer, left))
+                raise
+            self.commit(ref)
 
-    def _fetch(self, ref: ExpertRef) -> None:
-        slot = self._free[-1]
-        read = self.store.copy_into(ref.layer, ref.expert, self.gate_up_C2IH[slot], self.down_CHI[slot])
-        # Only a complete copy is mapped: a failed read leaves the slot free.
-        self._slot[ref] = self._free.pop()
-        self._resident_LE[self._row[ref.layer], ref.expert] = True
+    def _read(self, ref: ExpertRef) -> None:
+        block_B = self.block(ref)
+        if block_B.device.type == "cpu":
+            self.store.read(ref.layer, ref.expert, self.layout, block_B)
+        else:
+            host_B = torch.empty(block_B.shape, dtype=block_B.dtype)
+            self.store.read(ref.layer, ref.expert, self.layout, host_B)
+            block_B.copy_(host_B)
+        self.count_miss()
+
+    def count_miss(self) -> None:
         self.counts.misses += 1
-        self.counts.bytes_fetched += read
+        self.counts.bytes_fetched += self.store.bytes_per_expert
 
-    def _evict(self, ref: ExpertRef) -> None:
-        slot = self._slot.pop(ref)
-        self._resident_LE[self._row[ref.layer], ref.expert] = False
+    def release(self, layer: int) -> None:
+        """What was lent of this call has been used: it may be evicted, and is where nothing is kept."""
+        row, experts = self._row[layer], self._lent[1]
+        self._lent = (row, [])
+        if self.slots == 0:
+            for expert in experts:
+                if self._resident_LE[row, expert]:
+                    self._evict(row, expert)
+
+    def holds(self, layer: int, expert: int) -> bool:
+        """Whether an expert is resident."""
+        return bool(self._resident_LE[self._row[layer], expert])
+
+    def held(self, layer: int) -> int:
+        """How many experts of a layer are resident."""
+        return int(self._resident_LE[self._row[layer]].sum())
+
+    def _evict(self, row: int, expert: int) -> None:
+        assert self._resident_LE[row, expert], (row, expert)
+        self._resident_LE[row, expert] = False
+        del self._loans[row, expert]
+        if (row, expert) in self._untried:
+            self._untried.discard((row, expert))
+            self.counts.wasted += 1
+        self._give_up(row, expert)
+
+    def _give_up(self, row: int, expert: int) -> None:
+        slot = int(self.slot_LE[row, expert])
+        self.slot_LE[row, expert] = -1
         if self.poison:
-            self.gate_up_C2IH[slot].fill_(float("nan"))
-            self.down_CHI[slot].fill_(float("nan"))
+            self.blocks_CB[slot].fill_(float("nan"))
         self._free.append(slot)
 
-    def _loan(self, ref: ExpertRef) -> Loan:
-        slot = self._slot[ref]
-        return Loan(ref.expert, self.gate_up_C2IH[slot], self.down_CHI[slot])
 
-
-def _allocate(slots: int, rows: int, columns: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    """[slots, rows, columns], one allocation, each slot contiguous and aligned."""
-    per_line = _ALIGNMENT // dtype.itemsize
-    stride = -(-rows * columns // per_line) * per_line
-    return torch.empty(slots, stride, device=device, dtype=dtype)[:, : rows * columns].view(slots, rows, columns)
+def _allocate(slots: int, layout: ExpertBlock, device: torch.device | str) -> Tensor:
+    """Uninitialised slots [C,B], each beginning on a boundary of 64 bytes."""
+    return torch.empty(slots, layout.elements, device=device, dtype=layout.dtype)

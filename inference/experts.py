@@ -5,12 +5,98 @@ Shapes: T tokens, K experts per token, E experts, N = T*K rows sorted by expert,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from operator import attrgetter
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from inference.cache import ExpertCache
+from inference.cache import ExpertCache, Loan
+from inference.errors import InferenceError
+from moe.form import ExpertForm
+from moe.kernels.activation import split
+
+FEW_ROWS = 256  # up to so many, the activations of all experts are computed in one operation
+
+
+@dataclass(frozen=True)
+class Call:
+    """Which rows of one layer call go to which expert.
+
+    Attributes:
+        order_N: rows (k * T + token) in the order (expert, k, token), in which transformers' eager loop gathers them.
+        experts: those that have rows, ascending.
+        counts: the number of rows of each of those.
+    """
+
+    tokens: int
+    choices: int
+    order_N: np.ndarray
+    experts: list[int]
+    counts: list[int]
+
+    @classmethod
+    def of(cls, index_TK: np.ndarray, num_experts: int) -> Call:
+        """Raises InferenceError for ids that are no experts."""
+        flat_N = index_TK.T.reshape(-1)
+        counts_E = np.bincount(flat_N, minlength=num_experts)
+        if len(counts_E) != num_experts:
+            raise InferenceError(f"a gate chose expert {len(counts_E) - 1} of {num_experts}: the model is damaged")
+        experts_N = np.flatnonzero(counts_E)
+        order_N = flat_N.argsort(kind="stable")
+        return cls(*index_TK.shape, order_N, experts_N.tolist(), counts_E[experts_N].tolist())
+
+    @cached_property
+    def rows(self) -> dict[int, slice]:
+        """Of each expert, among the N."""
+        ends = accumulate(self.counts)
+        return {e: slice(end - n, end) for e, n, end in zip(self.experts, self.counts, ends, strict=True)}
+
+    @cached_property
+    def token_N(self) -> np.ndarray:
+        return self.order_N % self.tokens
+
+    @cached_property
+    def turn_KT(self) -> np.ndarray:
+        """Row numbers of each token's results, in ascending order of expert."""
+        row_N = np.empty_like(self.order_N)
+        row_N[self.order_N] = np.arange(len(row_N))
+        return np.sort(row_N.reshape(self.choices, self.tokens), axis=0)
+
+
+class Arithmetic:
+    """An expert's products and activation, as transformers' eager loop computes them, whatever device they are on."""
+
+    def __init__(self, form: ExpertForm, act: Callable[[Tensor], Tensor], biased: bool) -> None:
+        self.form, self.act, self.biased = form, act, biased
+        # torch rounds silu of a row alike in whatever company; of gelu and sigmoid that is not so.
+        self.rows_apart = form.limit is None and form.act == "silu"
+
+    def up(self, x: Tensor, loan: Loan, out: Tensor | None = None) -> Tensor:
+        """Rows through the first projection: gate and up, [.,2I]."""
+        h = torch.mm(x, loan.views.up, out=out)
+        return h.add_(loan.views.parts[2]) if self.biased else h
+
+    def down(self, a: Tensor, loan: Loan, out: Tensor) -> None:
+        """Activations through the second projection, [.,H]."""
+        torch.mm(a, loan.views.down, out=out)
+        if self.biased:
+            out.add_(loan.views.parts[3])
+
+    def between(self, h: Tensor) -> Tensor:
+        return self.gated(*split(h, self.form))
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self.form.limit is None:
+            return self.act(gate) * up
+        gate = gate.clamp(max=self.form.limit)
+        up = up.clamp(min=-self.form.limit, max=self.form.limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * self.form.alpha))
 
 
 class OffloadedExperts(nn.Module):
@@ -18,61 +104,123 @@ class OffloadedExperts(nn.Module):
 
     The rows of each expert are multiplied as transformers' eager loop does it, and a token's partial results are
     added in ascending order of expert. Neither depends on what is resident, so the bits do not either.
-    It holds no weight of its own; ``adapter`` adds its scaled deltas to the frozen products.
+    It holds no weight of its own; ``adapter`` adds its scaled deltas to the frozen products. Where there is a link
+    between the experts and what computes, an ``executor`` takes the whole call.
     """
 
     first_expert = 0
     ep_size = 1
 
-    def __init__(self, cache: ExpertCache, layer: int, act: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, cache: ExpertCache, layer: int, act: Callable[[Tensor], Tensor], executor: Any = None) -> None:
         super().__init__()
-        self.cache = cache
-        self.layer = layer
-        self.num_experts = self.num_local_experts = cache.store.shape.num_experts
-        self.hidden_size = cache.store.shape.hidden
-        self.intermediate_size = cache.store.shape.intermediate
+        shape = cache.store.shape
+        self.cache, self.layer, self.executor = cache, layer, executor
+        self.num_experts = self.num_local_experts = shape.num_experts
+        self.hidden_size, self.intermediate_size = shape.hidden, shape.intermediate
         self.act_fn = act
+        self.arithmetic = Arithmetic(shape.form, act, shape.biased)
         self.adapter: nn.Module | None = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        T, K = top_k_index.shape
-        # Rows in the order (expert, k, token), the one in which the eager loop gathers them.
-        order_N = top_k_index.t().reshape(-1).argsort(stable=True)
-        counts_E = torch.bincount(top_k_index.reshape(-1), minlength=self.num_experts)
-        x_NH = hidden_states[order_N % T]
-        y_NH = self._rows(x_NH, counts_E)
-        y_NH = y_NH * top_k_weights.t().reshape(-1)[order_N, None]
-        y_NH = y_NH.to(hidden_states.dtype)
-        row_TK = torch.empty_like(order_N)
-        row_TK[order_N] = torch.arange(T * K, device=order_N.device)
-        row_TK = row_TK.view(K, T).t()
-        # Rows are sorted by expert, so a token's row numbers sorted are its experts in ascending order.
-        row_TK = row_TK.sort(dim=1).values
-        out_TH = torch.zeros_like(hidden_states)
-        for k in range(K):
-            out_TH += y_NH[row_TK[:, k]]
-        return out_TH
+        if self.executor is not None:
+            return self.executor.run(self, hidden_states, top_k_index, top_k_weights)
+        if len(top_k_index) == 1 and self.adapter is None:
+            return self._one(hidden_states, top_k_index, top_k_weights)
+        call = Call.of(top_k_index.numpy(), self.num_experts)
+        return self.compute(call, hidden_states, top_k_weights, self.cache.lend(self.layer, call.experts))
 
-    def _rows(self, x_NH: Tensor, counts_E: Tensor) -> Tensor:
-        """Every row through its expert, unweighted."""
-        counts = counts_E.tolist()
-        assert len(counts) == self.num_experts, f"layer {self.layer}: expert ids beyond {self.num_experts - 1}"
-        ends = torch.tensor(counts).cumsum(0).tolist()
-        a_NI = x_NH.new_empty(x_NH.shape[0], self.intermediate_size)
-        y_NH = torch.empty_like(x_NH)
-        delta_N2I = None if self.adapter is None else self.adapter.gate_up_delta(x_NH, counts_E)
-        for group in self.cache.lend(self.layer, [e for e, n in enumerate(counts) if n]):
+    def _one(self, x_1H: Tensor, index_1K: Tensor, weights_1K: Tensor) -> Tensor:
+        """A single token, of which every expert has one row: :meth:`compute` without gathering, for the same bits."""
+        do, chosen = self.arithmetic, index_1K[0].tolist()
+        experts = sorted(chosen)
+        if experts[-1] >= self.num_experts:
+            raise InferenceError(f"a gate chose expert {experts[-1]} of {self.num_experts}: the model is damaged")
+        y_K1H = x_1H.new_empty(len(experts), *x_1H.shape)
+        y_1H = y_K1H.unbind()
+        for group in self.cache.lend(self.layer, experts):
+            a_G1I = do.between(torch.stack([do.up(x_1H, loan) for loan in group]))
+            for a_1I, loan in zip(a_G1I.unbind(), group, strict=True):
+                do.down(a_1I, loan, y_1H[experts.index(loan.expert)])
+        score_K = weights_1K[0].index_select(0, torch.tensor([chosen.index(expert) for expert in experts]))
+        y_K1H = (y_K1H * score_K.view(-1, 1, 1)).to(x_1H.dtype)
+        first, *others = y_K1H.unbind()
+        out_1H = first.clone()
+        for y_1H in others:
+            out_1H += y_1H
+        return out_1H
+
+    def compute(
+        self,
+        call: Call,
+        x_TH: Tensor,
+        weights_TK: Tensor,
+        groups: Iterable[Sequence[Loan]],
+        elsewhere: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """The call, its experts lent in ``groups``, each valid until the next is asked for.
+
+        ``elsewhere`` fills the rows [N,H] of experts that are in no group.
+        """
+        if call.tokens == 1:
+            y_NH = self._unweighted(call, x_TH.expand(call.choices, -1), groups)
+        else:
+            y_NH = self._unweighted(call, x_TH.index_select(0, _on(call.token_N, x_TH)), groups)
+        if elsewhere is not None:
+            elsewhere(y_NH)
+        score_N = weights_TK.t().reshape(-1).index_select(0, _on(call.order_N, x_TH))
+        y_NH = (y_NH * score_N[:, None]).to(x_TH.dtype)
+        return add_up(call, y_NH)
+
+    def _unweighted(self, call: Call, x_NH: Tensor, groups: Iterable[Sequence[Loan]]) -> Tensor:
+        """Every row through its expert."""
+        do, adapter, rows = self.arithmetic, self.adapter, call.rows
+        y_NH = x_NH.new_empty(x_NH.shape)
+        if adapter is not None:
+            counts_E = torch.zeros(self.num_experts, dtype=torch.int64)
+            counts_E[call.experts] = torch.tensor(call.counts)
+            counts_E = counts_E.to(x_NH.device)
+            delta_N2I = adapter.gate_up_delta(x_NH, counts_E)
+        a_NI = None if adapter is None else x_NH.new_empty(x_NH.shape[0], self.intermediate_size)
+        for group in groups:
+            if do.rows_apart and adapter is None and len(group) == len(rows) and len(x_NH) <= FEW_ROWS:
+                self._few(call, x_NH, sorted(group, key=attrgetter("expert")), y_NH)
+                continue
             for loan in group:
-                rows = slice(ends[loan.expert] - counts[loan.expert], ends[loan.expert])
-                gate_up = nn.functional.linear(x_NH[rows], loan.gate_up_2IH)
-                if delta_N2I is not None:
-                    gate_up = gate_up + delta_N2I[rows]
-                gate, up = gate_up.chunk(2, dim=-1)
-                a_NI[rows] = self.act_fn(gate) * up
-                y_NH[rows] = nn.functional.linear(a_NI[rows], loan.down_HI)
-        if self.adapter is not None:
-            y_NH = y_NH + self.adapter.down_delta(a_NI, counts_E)
-        return y_NH
+                here = rows[loan.expert]
+                h = do.up(x_NH[here], loan)
+                a = do.between(h if adapter is None else h + delta_N2I[here])
+                do.down(a, loan, y_NH[here])
+                if a_NI is not None:
+                    a_NI[here] = a
+        return y_NH if adapter is None else y_NH + adapter.down_delta(a_NI, counts_E)
+
+    def _few(self, call: Call, x_NH: Tensor, loans: Sequence[Loan], y_NH: Tensor) -> None:
+        """All experts of a call at once: with few rows, operations cost more than what they compute."""
+        h_N2I = x_NH.new_empty(len(x_NH), 2 * self.intermediate_size)
+        for loan, x, h in zip(loans, x_NH.split(call.counts), h_N2I.split(call.counts), strict=True):
+            self.arithmetic.up(x, loan, h)
+        a_NI = self.arithmetic.between(h_N2I)
+        for loan, a, y in zip(loans, a_NI.split(call.counts), y_NH.split(call.counts), strict=True):
+            self.arithmetic.down(a, loan, y)
 
     def extra_repr(self) -> str:
         return f"layer={self.layer}, experts={self.num_experts}, slots={self.cache.slots}"
+
+
+def add_up(call: Call, y_NH: Tensor) -> Tensor:
+    """The weighted results of each token's experts, added in ascending order of expert: [T,H]."""
+    if call.tokens == 1:
+        first, *others = y_NH.split(1)
+        out_TH = first.clone()
+        for y_1H in others:
+            out_TH += y_1H
+        return out_TH
+    out_TH = y_NH.new_zeros(call.tokens, y_NH.shape[1])
+    for turn_T in _on(call.turn_KT, y_NH):
+        out_TH += y_NH.index_select(0, turn_T)
+    return out_TH
+
+
+def _on(array: np.ndarray, like: Tensor) -> Tensor:
+    """An index array as a tensor where ``like`` is."""
+    return torch.from_numpy(array).to(like.device)

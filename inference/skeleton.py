@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,8 +11,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from inference.cache import ExpertCache
+from inference.executor import Executor
 from inference.experts import OffloadedExperts
 from inference.store import ExpertShape, InferenceError, TensorFiles, stored_names
+from moe.convert import form_of
 from moe.families import FamilyError, MoEBlock, find_moe_blocks
 from moe.family_table import DENSE
 
@@ -46,17 +49,14 @@ def expert_shape(folder: Path, blocks: list[MoEBlock]) -> ExpertShape:
     for block in blocks:
         experts = block.experts
         where = f"{folder}: {block.path}.experts ({type(experts).__name__})"
-        gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
-        if not isinstance(gate_up, nn.Parameter) or not isinstance(down, nn.Parameter) or gate_up.dim() != 3:
-            raise InferenceError(f"{where}: expected stacked gate_up_proj and down_proj; this family is not served yet")
-        gate = getattr(type(experts), "_apply_gate", None)
-        plain = gate is None or gate.__module__.startswith("transformers.integrations.")
-        if getattr(experts, "is_transposed", False) or getattr(experts, "has_bias", False) or not plain:
-            raise InferenceError(f"{where}: transposed, biased or specially gated experts are not served yet")
-        num_experts, hidden, intermediate = down.shape
-        if gate_up.shape != (num_experts, 2 * intermediate, hidden):
-            raise InferenceError(f"{where}: expected gate rows, then up rows, in gate_up_proj; found {gate_up.shape}")
-        shapes.add(ExpertShape(num_experts, hidden, intermediate))
+        try:
+            form = form_of(experts, where)
+        except FamilyError as error:
+            raise InferenceError(str(error)) from error
+        num_experts, *sizes = experts.down_proj.shape
+        hidden, intermediate = reversed(sizes) if form.transposed else sizes
+        biased = getattr(experts, "gate_up_proj_bias", None) is not None
+        shapes.add(ExpertShape(num_experts, hidden, intermediate, form, biased))
     if len(shapes) != 1:
         raise InferenceError(
             f"{folder}: layers with experts of different sizes are not served yet: {sorted(map(str, shapes))}"
@@ -64,11 +64,15 @@ def expert_shape(folder: Path, blocks: list[MoEBlock]) -> ExpertShape:
     return shapes.pop()
 
 
-def offload_experts(blocks: list[MoEBlock], cache: ExpertCache) -> None:
-    """Puts experts that borrow from ``cache`` in place of the skeleton's own."""
+def offload_experts(blocks: list[MoEBlock], cache: ExpertCache, executor: Executor | None = None) -> None:
+    """Puts experts that borrow from ``cache`` in place of the skeleton's own; ``executor`` brings them over a link."""
     for block in blocks:
-        act = getattr(block.experts, "act_fn", nn.functional.silu)
-        block.module.experts = OffloadedExperts(cache, block.layer, act)
+        block.module.experts = OffloadedExperts(cache, block.layer, activation(block), executor)
+
+
+def activation(block: MoEBlock) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Of the gate, where the experts' form does not say more."""
+    return getattr(block.experts, "act_fn", nn.functional.silu)
 
 
 def load_dense(model: nn.Module, files: TensorFiles, device: torch.device) -> None:
@@ -100,6 +104,15 @@ def load_dense(model: nn.Module, files: TensorFiles, device: torch.device) -> No
             "incomplete (export it again), or this family's files name their tensors in a way not served yet"
         )
     model.to(device)
+
+
+def share_dense(model: nn.Module, loaded: nn.Module) -> None:
+    """Gives a second skeleton of the same folder the very tensors of the first, which :func:`load_dense` loaded."""
+    for name, tensor in loaded.state_dict(keep_vars=True).items():
+        _replace(model, name, tensor.detach())
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.tie_word_embeddings and head is not None:
+        head.weight = embeddings.weight
 
 
 def _replace(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

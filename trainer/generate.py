@@ -3,20 +3,48 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from inference.engine import LLM
-from inference.store import InferenceError
+from inference.errors import InferenceError
+from inference.offload import Crossing
 from lora.errors import AdapterError
 
+_OF_DRAWS = ("top_k", "top_p", "min_p", "seed")
 
-def main(model_dir: str, prompt: str, adapter: str | None, max_new_tokens: int, expert_budget: float) -> int:
-    """Prints the prompt's continuation, then one line of figures. Returns 0, or 2 for a user's mistake."""
+
+def main(
+    model_dir: str,
+    prompt: str,
+    adapter: str | None,
+    max_new_tokens: int,
+    expert_budget: float | None,
+    *,
+    vram: int | None = None,
+    report: bool = False,
+    kv_tokens: int | None = None,
+    prefetch: str = "none",
+    cpu_experts: bool = False,
+    **settings: Any,
+) -> int:
+    """Prints the prompt's continuation, then one line of figures. Returns 0, or 2 for a user's mistake.
+
+    One of ``expert_budget`` and ``vram`` (bytes) at most; ``report`` prints what bound it. ``prefetch`` and
+    ``cpu_experts``: see :class:`inference.offload.Crossing`. ``settings`` are those of
+    :class:`inference.requests.SamplingParams`.
+    """
     try:
-        llm = LLM(model_dir, expert_budget=expert_budget, adapter=adapter)
-        (generation,) = llm.generate([prompt], max_new_tokens)
+        if (idle := [name for name in _OF_DRAWS if name in settings]) and not settings.get("temperature"):
+            raise InferenceError(f"{idle[0]} changes nothing at temperature 0; give a temperature above 0, as 0.8")
+        share = 1.0 if expert_budget is None else expert_budget
+        crossing = Crossing(prefetch, cpu=cpu_experts)
+        llm = LLM(model_dir, share, adapter, kv_tokens=kv_tokens, vram=vram, crossing=crossing)
+        (generation,) = llm.generate([prompt], max_new_tokens, **settings)
     except (InferenceError, AdapterError) as error:
         print(f"planaria generate: {error}", file=sys.stderr)
         return 2
     print(generation.text)
     print(llm.stats())
+    if report:
+        print(llm.report())
     return 0

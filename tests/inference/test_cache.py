@@ -5,7 +5,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from inference.cache import ExpertCache
+from inference.cache import ExpertCache, _allocate
+from inference.expert_block import ExpertBlock
 from inference.policies import LRU
 from inference.store import ExpertShape, ExpertStore, TensorFiles
 from moe.refs import ExpertRef
@@ -103,12 +104,12 @@ def test_a_failed_read_leaves_no_half_filled_expert(store, monkeypatch):
     cache = ExpertCache(store, 2)
     list(cache.lend(0, [0, 1]))
 
-    def torn(layer, expert, gate_up_2IH, down_HI):
-        gate_up_2IH.zero_()
+    def torn(layer, expert, layout, block_B):
+        block_B[: layout.elements // 2].zero_()
         raise OSError("the disk went away")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "copy_into", torn)
+        patch.setattr(store, "read", torn)
         with pytest.raises(OSError, match="went away"):
             list(cache.lend(0, [2]))
     assert cache.resident == (ExpertRef(0, 1),)
@@ -116,12 +117,20 @@ def test_a_failed_read_leaves_no_half_filled_expert(store, monkeypatch):
     assert torch.equal(loan.down_HI, store.views(0, 2)[2])
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("hidden", [5, 64])
-def test_every_slot_is_aligned(store, hidden):
-    from inference.cache import _allocate
-
-    slots = _allocate(3, 7, hidden, "cpu", torch.float32)
-    assert slots.shape == (3, 7, hidden)
-    for slot in slots:
-        assert slot.is_contiguous()
-        assert slot.data_ptr() % 64 == 0
+def test_every_part_of_every_slot_is_aligned_and_its_own(hidden, dtype, biased):
+    layout = ExpertBlock(ExpertShape(4, hidden, 7, biased=biased), dtype)
+    blocks_CB = _allocate(3, layout, "cpu").zero_()
+    stacked = layout.stacked(blocks_CB)
+    assert [tuple(part.shape) for part in stacked] == [(3, *part.shape) for part in layout.parts]
+    assert len(stacked) == (4 if biased else 2)
+    for slot, block_B in enumerate(blocks_CB):
+        for stack, part in zip(stacked, layout.split(block_B), strict=True):
+            assert part.is_contiguous()
+            assert part.data_ptr() % 64 == 0
+            assert stack[slot].data_ptr() == part.data_ptr()
+            part += 1
+    assert blocks_CB.max() == 1, "parts do not overlap"
+    assert int(blocks_CB.float().sum()) == 3 * layout.shape.elements

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
 from inference.engine import LLM
+from inference.expert_block import ExpertBlock
 from inference.store import ExpertShape, ExpertStore, InferenceError, TensorFiles
 
 PATHS = {layer: f"model.layers.{layer}.mlp.experts" for layer in range(4)}
@@ -41,14 +44,49 @@ def refused(folder) -> str:
     return str(error.value)
 
 
-def test_copies_one_expert_into_a_slot(model_folder):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reads_one_expert_into_a_block(model_folder, dtype):
     store = ExpertStore(TensorFiles(model_folder), PATHS, SHAPE)
-    gate_up, down = torch.empty(64, 64), torch.empty(64, 32)
-    assert store.copy_into(3, 5, gate_up, down) == store.bytes_per_expert == 3 * 64 * 32 * 4
+    layout = ExpertBlock(SHAPE, dtype)
+    block_B = torch.full((layout.elements,), float("nan"), dtype=dtype)
+    assert store.read(3, 5, layout, block_B) == store.bytes_per_expert == 3 * 64 * 32 * 4
+    gate_up, down = layout.split(block_B)
     tensors = load_file(model_folder / "model.safetensors")
-    assert torch.equal(gate_up[:32], tensors[f"{EXPERT_5}.gate_proj.weight"])
-    assert torch.equal(gate_up[32:], tensors[f"{EXPERT_5}.up_proj.weight"])
-    assert torch.equal(down, tensors[f"{EXPERT_5}.down_proj.weight"])
+    assert torch.equal(gate_up[:32], tensors[f"{EXPERT_5}.gate_proj.weight"].to(dtype))
+    assert torch.equal(gate_up[32:], tensors[f"{EXPERT_5}.up_proj.weight"].to(dtype))
+    assert torch.equal(down, tensors[f"{EXPERT_5}.down_proj.weight"].to(dtype))
+
+
+def test_a_file_cut_short_while_it_is_served_is_named_with_layer_expert_and_tensor(copy):
+    store = ExpertStore(TensorFiles(copy), PATHS, SHAPE)
+    layout = ExpertBlock(SHAPE, torch.float32)
+    os.truncate(copy / "model.safetensors", 100_000)
+    with pytest.raises(InferenceError, match=r"L03\.E005\.gate_up_proj.*model\.safetensors: ends before byte"):
+        store.read(3, 5, layout, torch.empty(layout.elements))
+
+
+def test_a_file_that_the_system_can_no_longer_read_is_named_too(model_folder, monkeypatch):
+    store = ExpertStore(TensorFiles(model_folder), PATHS, SHAPE)
+    layout = ExpertBlock(SHAPE, torch.float32)
+
+    def stale(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "preadv", stale)
+    with pytest.raises(InferenceError, match=r"L01\.E002\.gate_up_proj.*Stale file handle"):
+        store.read(1, 2, layout, torch.empty(layout.elements))
+
+
+def test_a_read_that_the_system_cuts_into_pieces_is_whole(model_folder, monkeypatch):
+    store = ExpertStore(TensorFiles(model_folder), PATHS, SHAPE)
+    layout = ExpertBlock(SHAPE, torch.float32)
+    whole, pieces = torch.zeros(layout.elements), torch.zeros(layout.elements)
+    store.read(2, 9, layout, whole)
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, into, at: preadv(fd, [into[0][:1000]], at))
+    store.read(2, 9, layout, pieces)
+    assert torch.equal(whole, pieces)
+    assert whole.any()
 
 
 def test_views_lie_in_the_mapped_file(model_folder):
@@ -79,7 +117,10 @@ def test_fused_and_split_folders_hold_the_same_experts(model_folder, rewrite):
     for layer, expert in ((0, 0), (2, 9), (3, 15)):
         for a, b in zip(split.views(layer, expert), fused.views(layer, expert), strict=True):
             assert torch.equal(a, b)
-    assert fused.bytes_per_expert == split.bytes_per_expert
+    layout = ExpertBlock(SHAPE, torch.float32)
+    a_B, b_B = torch.zeros(layout.elements), torch.zeros(layout.elements)
+    assert fused.read(2, 9, layout, a_B) == split.read(2, 9, layout, b_B)
+    assert torch.equal(a_B, b_B)
 
 
 def test_a_missing_expert_tensor_is_named(rewrite):

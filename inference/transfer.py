@@ -1,0 +1,333 @@
+"""Copies of experts over the link: what goes first, in which pieces, and what it costs.
+
+Nothing here has a thread. Demanded experts are handed to the link at once and whole. Prefetches wait in a queue, the
+nearer layer first, and are handed over in pieces of some MB whenever the runtime calls, only so many bytes at a time;
+so a demand waits for no more than those. A prefetch that turns out to be wanted is promoted, one that has not begun
+can be cancelled. Waiting is left to the device: what is computed later runs after the copy, while the host goes on.
+
+Two links stand behind one protocol: a CUDA stream, and one with a simulated clock, which moves the bytes only when
+their time has come; so tests on a CPU see what is read too early.
+
+Shapes: B elements of a block.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from inference.errors import InferenceError
+from moe.refs import ExpertRef
+
+CHUNK_BYTES = 8 << 20  # within 3 % of the full rate of a PCIe 5 link; 1 MB loses 13 %
+WINDOW_BYTES = 16 << 20
+
+Mark = Any
+
+
+class Urgency(IntEnum):
+    """In which order queued copies go."""
+
+    DEMAND = 0
+    NEXT = 1
+    LATER = 2
+
+
+class Link(Protocol):
+    """Copies in the order in which they are given, beside what the device computes."""
+
+    def copy(self, target_B: Tensor, source_B: Tensor) -> None:
+        """Begin a copy; the source must stay as it is until it is done."""
+
+    def mark(self) -> Mark:
+        """A mark behind everything given so far."""
+
+    def done(self, mark: Mark) -> bool: ...
+
+    def wait(self, mark: Mark) -> None:
+        """What the device computes from here on finds the copies before the mark done."""
+
+    def settle(self, mark: Mark) -> None:
+        """Returns when the copies before the mark are done: the host waits."""
+
+    def fence(self) -> None:
+        """Copies given from here on begin after what the device was asked to compute so far."""
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds for which computing had to wait for copies."""
+
+
+class Source(Protocol):
+    """Where experts come from."""
+
+    def block(self, ref: ExpertRef) -> Tensor | None:
+        """The expert's block in memory that the link can read directly, None while there is none."""
+
+    def staged(self, ref: ExpertRef, settle: Callable[[Mark], None]) -> tuple[Tensor, Callable[[Mark], None]]:
+        """The expert read into a staging buffer, and whom to tell the mark behind which the buffer is free again."""
+
+
+@dataclass
+class TransferCounts:
+    """Bytes handed to the link, by why; a promoted prefetch counts as one. ``promoted``, ``cancelled``: prefetches."""
+
+    demanded_bytes: int = 0
+    prefetched_bytes: int = 0
+    staged_bytes: int = 0
+    promoted: int = 0
+    cancelled: int = 0
+    waits: int = 0
+
+
+@dataclass(eq=False)
+class Transfer:
+    """One expert on its way into ``target_B``."""
+
+    ref: ExpertRef
+    target_B: Tensor
+    urgency: Urgency
+    given: int = 0  # elements handed to the link
+    source_B: Tensor | None = None
+    mark: Mark | None = None  # behind the last piece
+    order: int = 0  # among complete ones, in which they arrive
+    cancelled: bool = False
+
+    @property
+    def begun(self) -> bool:
+        return self.given > 0
+
+    @property
+    def complete(self) -> bool:
+        """All of it was handed to the link; not that it has arrived."""
+        return self.mark is not None
+
+
+class TransferEngine:
+    """Feeds a link.
+
+    Args:
+        chunk_bytes: of one piece of a prefetch.
+        window_bytes: how much of prefetches may be on the link at a time; what a demand waits for at most.
+    """
+
+    def __init__(
+        self, link: Link, source: Source, *, chunk_bytes: int = CHUNK_BYTES, window_bytes: int = WINDOW_BYTES
+    ) -> None:
+        assert 0 < chunk_bytes <= window_bytes, (chunk_bytes, window_bytes)
+        self.link, self.source = link, source
+        self.counts = TransferCounts()
+        self._chunk_bytes, self._window_bytes = chunk_bytes, window_bytes
+        self._queue: list[tuple[Urgency, int, Transfer]] = []
+        self._order = self._complete = 0
+        self._flying: deque[tuple[Mark, int]] = deque()
+        self._flying_bytes = 0
+
+    def demand(self, ref: ExpertRef, target_B: Tensor) -> Transfer:
+        """Copy an expert that is wanted now. Raises InferenceError if it cannot be read or copied."""
+        transfer = Transfer(ref, target_B, Urgency.DEMAND)
+        self._give(transfer, target_B.numel())
+        return transfer
+
+    def prefetch(self, ref: ExpertRef, target_B: Tensor, urgency: Urgency) -> Transfer:
+        """Queue an expert that may be wanted; :meth:`pump` hands it over."""
+        assert urgency > Urgency.DEMAND
+        transfer = Transfer(ref, target_B, urgency)
+        self._order += 1
+        heapq.heappush(self._queue, (urgency, self._order, transfer))
+        return transfer
+
+    def promote(self, transfer: Transfer) -> None:
+        """A prefetch is wanted now: the rest of it goes at once."""
+        if not transfer.complete:
+            self.counts.promoted += 1
+            self._give(transfer, transfer.target_B.numel() - transfer.given)
+
+    def cancel(self, transfer: Transfer) -> bool:
+        """Forget a prefetch that has not begun; False if it has."""
+        if transfer.begun or transfer.cancelled:
+            return transfer.cancelled
+        transfer.cancelled = True
+        self.counts.cancelled += 1
+        return True
+
+    def pump(self, *, whole: bool = False) -> None:
+        """Hand queued prefetches to the link as far as the window allows, or the whole queue. Call it often."""
+        while self._flying and self.link.done(self._flying[0][0]):
+            self._flying_bytes -= self._flying.popleft()[1]
+        while self._queue and (whole or self._flying_bytes + self._chunk_bytes <= self._window_bytes):
+            transfer = self._queue[0][2]
+            if transfer.cancelled or transfer.complete:
+                heapq.heappop(self._queue)
+                continue
+            itemsize = transfer.target_B.itemsize
+            left = transfer.target_B.numel() - transfer.given
+            piece = min(left, max(self._chunk_bytes // itemsize, 1))
+            if not transfer.begun and not self._direct(transfer):
+                piece = left  # a staging buffer is not kept for an expert that may stop halfway
+            self._give(transfer, piece)
+            mark = transfer.mark or self.link.mark()
+            self._flying.append((mark, piece * itemsize))
+            self._flying_bytes += piece * itemsize
+
+    def wait(self, transfers: Sequence[Transfer]) -> None:
+        """What is computed from here on finds these experts whole."""
+        for transfer in transfers:
+            assert not transfer.cancelled, transfer
+            self.promote(transfer)
+        if transfers:
+            last = max(transfers, key=lambda transfer: transfer.order)  # all others arrive before it
+            if not self._arrived(last):
+                self.counts.waits += 1
+                self._guard(last, self.link.wait, last.mark)
+
+    def arrived(self, transfer: Transfer) -> bool:
+        """Whether the last piece has arrived. Raises InferenceError if the link failed."""
+        return transfer.complete and self._arrived(transfer)
+
+    def _arrived(self, transfer: Transfer) -> bool:
+        return bool(self._guard(transfer, self.link.done, transfer.mark))
+
+    def _direct(self, transfer: Transfer) -> bool:
+        """Whether the link can read the expert where it is."""
+        if transfer.source_B is None:
+            transfer.source_B = self.source.block(transfer.ref)
+        return transfer.source_B is not None
+
+    def _give(self, transfer: Transfer, elements: int) -> None:
+        release = None
+        if not self._direct(transfer):
+            transfer.source_B, release = self.source.staged(transfer.ref, self.link.settle)
+            self.counts.staged_bytes += transfer.target_B.nbytes
+        assert transfer.source_B is not None
+        piece = slice(transfer.given, transfer.given + elements)
+        self._guard(transfer, self.link.copy, transfer.target_B[piece], transfer.source_B[piece])
+        transfer.given += elements
+        nbytes = elements * transfer.target_B.itemsize
+        if transfer.urgency == Urgency.DEMAND:
+            self.counts.demanded_bytes += nbytes
+        else:
+            self.counts.prefetched_bytes += nbytes
+        if transfer.given == transfer.target_B.numel():
+            transfer.mark = self._guard(transfer, self.link.mark)
+            self._complete += 1
+            transfer.order = self._complete
+        if release is not None:
+            release(transfer.mark)
+
+    def _guard(self, transfer: Transfer, call: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return call(*args)
+        except RuntimeError as error:  # CUDA's errors are
+            raise InferenceError(
+                f"{transfer.ref}: copying gate_up_proj and down_proj to the device failed: {error}; the device's state "
+                "is unknown: start again"
+            ) from error
+
+
+class SimulatedLink:
+    """A link on a clock that the test moves: bytes are moved when their time has come, not before.
+
+    Args:
+        rate: bytes per second.
+        latency_s: of each piece.
+
+    Attributes:
+        now: seconds.
+    """
+
+    def __init__(self, rate: float = 50e9, latency_s: float = 0.0) -> None:
+        self.rate, self.latency_s = rate, latency_s
+        self.now = self.busy_until = 0.0
+        self._stall_s = 0.0
+        self._flying: deque[tuple[float, Tensor, Tensor]] = deque()
+
+    @property
+    def stall_s(self) -> float:
+        return self._stall_s
+
+    def copy(self, target_B: Tensor, source_B: Tensor) -> None:
+        self.busy_until = max(self.now, self.busy_until) + self.latency_s + target_B.nbytes / self.rate
+        self._flying.append((self.busy_until, target_B, source_B))
+
+    def mark(self) -> float:
+        return self.busy_until
+
+    def done(self, mark: float) -> bool:
+        return mark <= self.now
+
+    def wait(self, mark: float) -> None:
+        self._stall_s += max(mark - self.now, 0.0)
+        self.advance(mark - self.now)
+
+    def settle(self, mark: float) -> None:
+        self.advance(mark - self.now)
+
+    def fence(self) -> None:
+        """Computing takes no time here but what the test says: it is done."""
+
+    def advance(self, seconds: float) -> None:
+        """Time passes; what has arrived by then is moved."""
+        self.now += max(seconds, 0.0)
+        while self._flying and self._flying[0][0] <= self.now:
+            _, target_B, source_B = self._flying.popleft()
+            target_B.copy_(source_B)
+
+
+class CudaLink:
+    """A stream beside the one that computes. Sources must be page-locked, or each copy would stop the host."""
+
+    def __init__(self, device: torch.device, *, timed: bool = True) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device, priority=-1)
+        self._timed = timed
+        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._stall_s = 0.0
+
+    @property
+    def stall_s(self) -> float:
+        self._harvest()
+        return self._stall_s
+
+    def copy(self, target_B: Tensor, source_B: Tensor) -> None:
+        with torch.cuda.stream(self._stream):
+            target_B.copy_(source_B, non_blocking=True)
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return event
+
+    def done(self, mark: torch.cuda.Event) -> bool:
+        return mark.query()
+
+    def wait(self, mark: torch.cuda.Event) -> None:
+        computing = torch.cuda.current_stream(self.device)
+        if not self._timed:
+            computing.wait_event(mark)
+            return
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record(computing)
+        computing.wait_event(mark)
+        after.record(computing)
+        self._waits.append((before, after))
+        if len(self._waits) > 64:
+            self._harvest()
+
+    def settle(self, mark: torch.cuda.Event) -> None:
+        mark.synchronize()
+
+    def fence(self) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+
+    def _harvest(self) -> None:
+        while self._waits and self._waits[0][1].query():
+            before, after = self._waits.popleft()
+            self._stall_s += before.elapsed_time(after) / 1e3
