@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from inference.cache import ExpertCache, Loan
 from inference.errors import InferenceError
+from inference.expert_block import ExpertShape
 from moe.form import ExpertForm
 from moe.kernels.activation import split
 
@@ -67,6 +68,39 @@ class Call:
         row_N = np.empty_like(self.order_N)
         row_N[self.order_N] = np.arange(len(row_N))
         return np.sort(row_N.reshape(self.choices, self.tokens), axis=0)
+
+
+@dataclass(frozen=True)
+class CpuRows:
+    """Experts of a call that the CPU computes, beside whatever else is under way.
+
+    Attributes:
+        pending: its ``result()`` waits, and is float32 [rows of these experts, H], expert by expert, unweighted.
+    """
+
+    experts: list[int]
+    pending: Any
+
+    def fill(self, call: Call, y_NH: Tensor) -> None:
+        """Put the results into the call's rows."""
+        done_NH = self.result().to(device=y_NH.device, dtype=y_NH.dtype)
+        sizes = [call.rows[expert].stop - call.rows[expert].start for expert in self.experts]
+        for expert, part in zip(self.experts, done_NH.split(sizes), strict=True):
+            y_NH[call.rows[expert]] = part
+
+    def pairs(self, call: Call) -> np.ndarray:
+        """(token, choice) pairs t * K + k of the rows of :meth:`result`."""
+        row_N = np.concatenate([call.order_N[call.rows[expert]] for expert in self.experts])
+        return np.asarray(row_N % call.tokens * call.choices + row_N // call.tokens)
+
+    def result(self) -> Tensor:
+        done_NH: Tensor = self.pending.result()
+        return done_NH
+
+
+def computable(shape: ExpertShape) -> bool:
+    """Whether the kernels that read slots know the experts' form."""
+    return shape.plain and shape.form.act == "silu"
 
 
 class Arithmetic:
@@ -155,18 +189,17 @@ class OffloadedExperts(nn.Module):
         x_TH: Tensor,
         weights_TK: Tensor,
         groups: Iterable[Sequence[Loan]],
-        elsewhere: Callable[[Tensor], None] | None = None,
+        elsewhere: CpuRows | None = None,
     ) -> Tensor:
-        """The call, its experts lent in ``groups``, each valid until the next is asked for.
-
-        ``elsewhere`` fills the rows [N,H] of experts that are in no group.
+        """The call, its experts lent in ``groups``, each valid until the next is asked for; those that are in none are
+        computed ``elsewhere``.
         """
         if call.tokens == 1:
             y_NH = self._unweighted(call, x_TH.expand(call.choices, -1), groups)
         else:
             y_NH = self._unweighted(call, x_TH.index_select(0, _on(call.token_N, x_TH)), groups)
         if elsewhere is not None:
-            elsewhere(y_NH)
+            elsewhere.fill(call, y_NH)
         score_N = weights_TK.t().reshape(-1).index_select(0, _on(call.order_N, x_TH))
         y_NH = (y_NH * score_N[:, None]).to(x_TH.dtype)
         return add_up(call, y_NH)

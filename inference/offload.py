@@ -5,6 +5,7 @@ Without a link, on a CPU, there is nothing of this: what is mapped into memory i
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,8 @@ from inference.cache import ExpertCache
 from inference.calibrate import ExpertKind, machine_profile
 from inference.costmodel import MachineProfile
 from inference.errors import InferenceError
-from inference.executor import Executor
-from inference.experts import Arithmetic
+from inference.executor import Executor, SlotLane
+from inference.experts import Arithmetic, computable
 from inference.hybrid import CpuLane, open_cpu_lane
 from inference.lookahead import DevicePart, next_gates
 from inference.predictors import PREDICTORS, Lookahead, Predictor
@@ -90,8 +91,9 @@ def open_executor(
     all_resident = cache.slots == cache.store.total  # nothing is fetched twice: banks would not be worth their memory
     banks = ExpertBanks(cache.store, cache.layout, registrar, start=crossing.pin and not all_resident)
     transfers = TransferEngine(link, banks)
+    slot_calls = _slot_calls(cache, device)
     if all_resident:
-        return Executor(cache, transfers)
+        return Executor(cache, transfers, slot_calls=slot_calls)
     predictor = _predictor(cache, gates, top_k, crossing, heads)
     prefetcher = None
     if predictor is not None and cache.slots:
@@ -104,7 +106,17 @@ def open_executor(
         cpu=lane and lane.experts,
         plan=lane and lane.plan,
         stream=LayerStream(cache, transfers),
+        slot_calls=slot_calls,
     )
+
+
+def _slot_calls(cache: ExpertCache, device: torch.device) -> SlotLane | None:
+    """Kernels for few rows, where Triton is and the experts' form is theirs."""
+    if device.type != "cuda" or not computable(cache.store.shape) or importlib.util.find_spec("triton") is None:
+        return None
+    from inference.slot_calls import SlotCalls
+
+    return SlotCalls(cache)
 
 
 def _cpu_lane(banks: ExpertBanks, arithmetic: Arithmetic, device: torch.device, crossing: Crossing) -> CpuLane:
