@@ -32,13 +32,20 @@ from inference.slot_kernels import adopt, combine, compute, publish
 from inference.transfer import Transfer, TransferEngine
 from moe.refs import ExpertRef
 
-Split = Callable[[int], tuple[int, int]]  # misses of a call -> how many to fetch, how many to bring for later
+# Of a call's misses: how many the link brings, and how many of the others it brings behind those, for later.
+Split = Callable[[int], tuple[int, int]]
 
 
 @dataclass
 class DecodeCounts:
-    """Experts of calls by what became of them (``behind``: computed by the CPU and brought as well), and the host's seconds: waiting for the GPU to say which experts it
-    wants, giving out work, keeping books, waiting for the CPU lane."""
+    """Experts of calls by what became of them, and where the host's seconds went.
+
+    Attributes:
+        behind: of those that the CPU ``computed``, the ones that the link brought as well.
+        asked_s: waiting for the GPU to say which experts it wants.
+        given_s, books_s: giving out work, keeping the cache's books.
+        lane_s: waiting for the CPU lane.
+    """
 
     calls: int = 0
     resident: int = 0
@@ -206,7 +213,7 @@ class DecodeExperts:
             transfers.clear()
 
     def _divided(self, row: int, missing: list[int]) -> tuple[list[int], list[int], list[int]]:
-        """(to fetch, for the CPU, of these to bring as well): first what was used last, likeliest to be wanted again."""
+        """(to fetch, for the CPU, of these to bring too); first what was used last: likeliest to be wanted again."""
         fetch, behind = len(missing), 0
         if self.lane is not None and self._split is not None:
             fetch, behind = self._split(fetch)

@@ -22,7 +22,7 @@ from inference.transfer import CudaLink, SimulatedLink, TransferEngine
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TABLES = [[3, 1, 4, 6], [5, 2, 7, 8]]
 CHOICES = 4
-STEPS = 5
+STEPS = 4
 
 
 class Served:
