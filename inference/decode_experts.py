@@ -138,6 +138,16 @@ class DecodeExperts:
                 self.cache.commit(ref)
         self._table_L3E[:, 0] = torch.from_numpy(self.cache.slot_LE).to(self._table_L3E.device)
 
+    def begin(self) -> None:
+        """A step begins: what another lent from the slots is done with, and there must be room for the first call."""
+        if not self.all_resident:
+            self.cache.release(self._layers[0])
+            self.cache.make_room(self._spare)
+
+    def finish(self) -> None:
+        """A step ends: what was brought for later is waited for on the device, so that another may use the slots."""
+        self._settle(self._behind)
+
     def run(self, module: OffloadedExperts, x_TH: Tensor, expert_TK: Tensor, score_TK: Tensor) -> Tensor:
         """A call of ``module``, as its executor."""
         assert expert_TK.shape == self._shape, (expert_TK.shape, self._shape)

@@ -18,7 +18,17 @@ from inference.costmodel import MachineProfile
 from inference.errors import InferenceError
 from inference.model import Model
 from inference.offload import Crossing
-from inference.opening import MakePolicy, adapt, attach_all, end_tokens, open_base, open_kv, open_tokenizer, place_in
+from inference.opening import (
+    MakePolicy,
+    adapt,
+    attach_all,
+    capture_steps,
+    end_tokens,
+    open_base,
+    open_kv,
+    open_tokenizer,
+    place_in,
+)
 from inference.placement import model_sizes
 from inference.report import Measured, Report
 from inference.requests import Output, Request, SamplingParams
@@ -51,6 +61,7 @@ class LLM:
         crossing: how experts reach a GPU: what predicts and prefetches them, and whether all are page-locked.
         vram: in place of ``expert_budget``, memory for all of the model: bytes, or text as ``8GiB``. What the dense
             part, the keys and values and half a gibibyte for CUDA leave is given to experts.
+        graphs: capture decode steps of few sequences as CUDA graphs, see :mod:`inference.graphed`.
         max_rows, max_sequences, reuse: see :class:`~inference.batching.Engine`.
 
     Raises:
@@ -72,6 +83,7 @@ class LLM:
         kv_tokens: int | None = None,
         crossing: Crossing | None = None,
         vram: int | str | None = None,
+        graphs: bool = False,
         max_rows: int = MAX_ROWS,
         max_sequences: int = MAX_SEQUENCES,
         reuse: bool = True,
@@ -90,7 +102,10 @@ class LLM:
         if adapter is not None:
             attach_all(base, {"adapter": base.module}, {"adapter": adapter})
         kv = open_kv(base, kv_tokens)
-        models: dict[str | None, Model] = {None: Model(base.module, kv)}
+        model = Model(base.module, kv)
+        if graphs and adapter is not None:
+            raise InferenceError("graphs=True captures steps of the base model only; give the adapter in adapters")
+        models: dict[str | None, Model] = {None: capture_steps(model, base) if graphs else model}
         models |= {name: Model(module, kv) for name, module in adapt(base, adapters or {}).items()}
         self.tokenizer = open_tokenizer(self.path)
         self.engine = Engine(
