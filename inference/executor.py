@@ -221,12 +221,12 @@ class Executor:
             return {}
         got = self.cache.reserve(layer, experts)
         self.transfers.link.fence()
-        flying = {}
-        for expert in got:
-            ref = ExpertRef(layer, expert)
-            flying[expert] = self._flying[ref] = self.transfers.demand(ref, self.cache.block(ref))
+        refs = [ExpertRef(layer, expert) for expert in got]
+        sent = self.transfers.demand_all([(ref, self.cache.block(ref)) for ref in refs])
+        self._flying.update(zip(refs, sent, strict=True))
+        for _ in got:
             self.cache.count_miss()
-        return flying
+        return dict(zip(got, sent, strict=True))
 
     def _late(self, ref: ExpertRef) -> Transfer:
         assert self.prefetcher is not None

@@ -147,8 +147,11 @@ class TransferEngine:
                 self._give(transfer, transfer.target_B.numel())
         elif transfers:
             pairs = [(transfer.target_B, transfer.source_B) for transfer in transfers]
-            self._guard(transfers[0], self.link.copy_all, pairs)
-            mark = self._guard(transfers[0], self.link.mark)
+            try:
+                self.link.copy_all(pairs)
+                mark = self.link.mark()
+            except RuntimeError as error:
+                raise _failed(", ".join(str(transfer.ref) for transfer in transfers), error) from error
             for transfer in transfers:
                 self._complete += 1
                 transfer.given, transfer.mark, transfer.order = transfer.target_B.numel(), mark, self._complete
@@ -245,10 +248,14 @@ class TransferEngine:
         try:
             return call(*args)
         except RuntimeError as error:  # CUDA's errors are
-            raise InferenceError(
-                f"{transfer.ref}: copying gate_up_proj and down_proj to the device failed: {error}; the device's state "
-                "is unknown: start again"
-            ) from error
+            raise _failed(str(transfer.ref), error) from error
+
+
+def _failed(which: str, error: RuntimeError) -> InferenceError:
+    return InferenceError(
+        f"{which}: copying gate_up_proj and down_proj to the device failed: {error}; the device's state is unknown: "
+        "start again"
+    )
 
 
 class SimulatedLink:
