@@ -31,6 +31,7 @@ from inference.transfer import Transfer, TransferEngine
 from moe.refs import ExpertRef
 
 MANY_PAIRS = 256  # (token, choice) pairs above which a call streams
+_SPARE = 16  # one slot in so many is free before a call, so that the link need not wait for the policy
 
 
 class CpuLane(Protocol):
@@ -147,7 +148,7 @@ class Executor:
         if self.stream is not None and len(call.order_N) > self.many_pairs:
             groups = self.stream.groups(module.layer, call, read.last)
             return module.compute(call, x_TH, weights_TK, groups)
-        wanted = self.cache.use(module.layer, call.experts)
+        wanted = self.cache.look(module.layer, call.experts)
         # An adapter's deltas belong between an expert's products: those experts are computed where the adapter is.
         fetch, on_cpu = (wanted.missing, []) if module.adapter is not None else self._split(row, wanted, call)
         elsewhere = self._start_cpu(module.layer, on_cpu, call, x_TH if read.x_TH is None else read.x_TH)
@@ -194,16 +195,27 @@ class Executor:
 
     def _groups(self, row: int, layer: int, wanted: Wanted, fetch: list[int], read: ReadBack) -> Iterator[list[Loan]]:
         """The experts of a call as they become usable; each group is computed before the next is asked for."""
+        # Where enough slots are free the link begins at once: the policy has its turn while others work.
+        waiting, experts = len(fetch) <= self.cache.free, read.call.experts
+        if not waiting:
+            self.cache.note(layer, experts)
         flying = self._fetch(layer, fetch)
         left = fetch[len(flying) :]
         late = {expert: self._late(ExpertRef(layer, expert)) for expert in wanted.coming}
         if self.prefetcher is not None:
-            self.prefetcher.after(row, read.call.experts, bool(fetch), read.ahead_DE)
+            if waiting:
+                self.cache.note(layer, experts)
+            self.prefetcher.after(row, experts, bool(fetch), read.ahead_DE)
         self.cache.counts.hits += len(wanted.resident) + len(late)
         if wanted.resident:
             yield [self.cache.loan(layer, expert) for expert in wanted.resident]
         if late or flying:
             yield self._arriving(layer, late | flying)
+        if self.prefetcher is None:
+            if waiting:
+                self.cache.note(layer, experts)
+            # A prefetcher would take slots that are free for worth nothing.
+            self.cache.make_room(min(len(experts), self.cache.slots // _SPARE) if not left else 0)
         while left or self.cache.slots == 0:
             # More experts than there is room for: those computed so far make way, once they are.
             self.cache.release(layer)
