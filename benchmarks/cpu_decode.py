@@ -115,10 +115,8 @@ def main() -> None:
     best = max((name for name in rates if name.startswith("transformers")), key=medians.__getitem__)
     single = [one / other for one, other in zip(rates["ours"], rates[best], strict=True)]
     many = [one / other for one, other in zip(rates[f"ours, {BATCH} sequences"], rates["ours"], strict=True)]
-    say(
-        f"one sequence: {statistics.median(single):.2f} x {best}; "
-        f"{BATCH} sequences: {statistics.median(many):.2f} x one"
-    )
+    say(f"one sequence: {statistics.median(single):.2f} x {best}")
+    say(f"{BATCH} sequences: {statistics.median(many):.2f} x one")
     result = {"machine": describe_machine(), "arguments": vars(arguments), "tokens_per_s": rates}
     save(result_path("cpu-decode.json", arguments.out), result)
 
