@@ -76,6 +76,8 @@ def open_base(
             f"{path} is a dense model: it has no experts to leave in the files, so an expert budget of "
             f"{expert_budget} means nothing; leave it out (1: all of the model is resident)"
         )
+    elif crossing is not None and crossing.asks:
+        raise InferenceError(f"{path} is a dense model without experts: {crossing.asks} means nothing; leave it out")
     load_dense(module, files, device)
     return Base(path, module, cache, module.get_input_embeddings().weight.dtype, device, executor)
 

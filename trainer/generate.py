@@ -22,20 +22,23 @@ def main(
     *,
     vram: int | None = None,
     report: bool = False,
-    cpu_experts: bool = False,
     kv_tokens: int | None = None,
+    prefetch: str = "none",
+    cpu_experts: bool = False,
     **settings: Any,
 ) -> int:
     """Prints the prompt's continuation, then one line of figures. Returns 0, or 2 for a user's mistake.
 
-    One of ``expert_budget`` and ``vram`` (bytes) at most; ``report`` prints what bound it, ``cpu_experts`` has the CPU
-    compute beside a GPU. ``settings`` are those of :class:`inference.requests.SamplingParams`.
+    One of ``expert_budget`` and ``vram`` (bytes) at most; ``report`` prints what bound it. ``prefetch`` and
+    ``cpu_experts``: see :class:`inference.offload.Crossing`. ``settings`` are those of
+    :class:`inference.requests.SamplingParams`.
     """
     try:
         if (idle := [name for name in _OF_DRAWS if name in settings]) and not settings.get("temperature"):
             raise InferenceError(f"{idle[0]} changes nothing at temperature 0; give a temperature above 0, as 0.8")
         share = 1.0 if expert_budget is None else expert_budget
-        llm = LLM(model_dir, share, adapter, kv_tokens=kv_tokens, vram=vram, crossing=Crossing(cpu=cpu_experts))
+        crossing = Crossing(prefetch, cpu=cpu_experts)
+        llm = LLM(model_dir, share, adapter, kv_tokens=kv_tokens, vram=vram, crossing=crossing)
         (generation,) = llm.generate([prompt], max_new_tokens, **settings)
     except (InferenceError, AdapterError) as error:
         print(f"planaria generate: {error}", file=sys.stderr)
