@@ -185,6 +185,7 @@ class ExpertCosts:
         expert_bytes: of one expert as it lies in host memory.
         link_s, link_overlapped_s: to bring it to the GPU, alone and beside busy cores; infinite without a link.
         threads: that the CPU lane may use; 0 for none: the CPU computes nothing.
+        handover_s: for a call to use the CPU lane at all: the workers' start, and the results' way back to the GPU.
     """
 
     profile: MachineProfile
@@ -212,7 +213,7 @@ class ExpertCosts:
             threads=profile.threads if threads is None else threads,
             link_s=math.inf if link is None else size / link.alone,
             link_overlapped_s=math.inf if link is None else size / link.overlapped,
-            handover_s=profile.handover_s if link is not None else 0.0,
+            handover_s=profile.handover_s + profile.sync_s if link is not None else 0.0,
             _cpu=KernelTable(profile.cpu),
             _gpu=KernelTable(profile.gpu),
         )

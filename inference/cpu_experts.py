@@ -237,12 +237,12 @@ def _workers(count: int, team: int) -> ThreadPoolExecutor:
     def begin() -> None:
         torch.set_num_threads(team)
         torch.get_num_threads()  # the first question settles a thread's count; before the caller's is set again
-        started.wait()
+        started.wait(60)
 
     pool = ThreadPoolExecutor(count, "cpu-expert", initializer=begin)
     for _ in range(count):
         pool.submit(int)  # a worker starts when there is work and no idle one: none is idle before the barrier
-    started.wait()
+    started.wait(60)
     torch.set_num_threads(mine)
     return pool
 
