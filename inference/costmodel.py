@@ -135,7 +135,7 @@ class KernelTable:
     """Measured times, between them straight lines: which kernel is fastest for so many rows on so many threads."""
 
     timings: tuple[Timing, ...]
-    _found: dict[tuple[int, int], Timing] = field(default_factory=dict, compare=False, repr=False)
+    _found: dict[tuple[int, int, str], Timing] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def _curves(self) -> dict[tuple[str, int], list[tuple[int, float]]]:
@@ -148,17 +148,19 @@ class KernelTable:
     def thread_counts(self) -> tuple[int, ...]:
         return tuple(sorted({t.threads for t in self.timings}))
 
-    def best(self, rows: int, threads: int) -> Timing:
+    def best(self, rows: int, threads: int, without: str = "") -> Timing:
         """The fastest for ``rows`` on the largest measured count of threads that is at most ``threads``.
 
-        On fewer than were ever measured, the fewest. Of equally fast kernels the first by name.
+        On fewer than were ever measured, the fewest. Of equally fast kernels the first by name; ``linear`` if none but
+        ``without`` was measured.
         """
-        key = (rows, threads)
+        key = (rows, threads, without)
         if key not in self._found:
             counts = self.thread_counts
             used = max((n for n in counts if n <= threads), default=counts[0])
-            times = [(at(curve, rows), kernel) for (kernel, n), curve in self._curves.items() if n == used]
-            seconds, kernel = min(times)
+            curves = {kernel: curve for (kernel, n), curve in self._curves.items() if n == used and kernel != without}
+            times = [(at(curve, rows), kernel) for kernel, curve in curves.items()]
+            seconds, kernel = min(times, default=(math.inf, "linear"))
             self._found[key] = Timing(kernel, used, rows, seconds)
         return self._found[key]
 
