@@ -10,6 +10,7 @@ Shapes: N rows of all experts of a call, H hidden, I intermediate.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from subprocess import SubprocessError
 
 import torch
 from torch import Tensor
@@ -21,10 +22,10 @@ COMPILED = "compiled"
 
 
 def compiled_kernels(dtype: torch.dtype) -> tuple[str, ...]:
-    """Its name, where a compiler made it and it knows the precision."""
+    """Its name, where a compiler made it and it knows the precision; a cache folder that cannot be written is none."""
     try:
         library()
-    except LaneError:
+    except (LaneError, OSError, SubprocessError):
         return ()
     return (COMPILED,) if dtype in (torch.bfloat16, torch.float32) else ()
 

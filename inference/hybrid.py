@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from subprocess import SubprocessError
 
 import torch
 
@@ -50,7 +51,7 @@ def open_cpu_lane(
         down_start = banks.layout.parts[1].start
         try:
             compiled = CompiledExperts(threads, shape.hidden, shape.intermediate, banks.layout.dtype, down_start)
-        except LaneError as error:
+        except (LaneError, OSError, SubprocessError) as error:
             raise InferenceError(
                 f"the profile of {profile.name} counts on the compiled CPU kernel: {error}; measure this machine "
                 "(planaria plan-inference --recalibrate), or install a compiler"

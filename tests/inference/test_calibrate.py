@@ -85,6 +85,15 @@ def test_a_home_that_cannot_be_written_only_costs_time(tmp_path, monkeypatch):
     assert machine_profile(TINY, CPU) == "measured"
 
 
+def test_a_kernel_that_cannot_be_compiled_is_not_offered(monkeypatch):
+    def refused():
+        raise PermissionError(13, "Permission denied", "/home/.cache")
+
+    monkeypatch.setattr("inference.compiled_experts.library", refused)
+    assert compiled_kernels(torch.bfloat16) == ()
+    assert "compiled" not in Trials.of(TINY, 4, with_gpu=True).kernels
+
+
 def test_hardware_is_named_the_same_every_time():
     assert hardware(CPU) == hardware(CPU)
     assert "cores of" in hardware(CPU)
