@@ -198,6 +198,24 @@ def test_a_failing_pass_ends_its_own_requests_only(model_folder, prompts, caplog
     assert llm.engine.pool.free == llm.engine.pool.num_blocks
 
 
+def test_a_token_that_the_tokenizer_does_not_know_ends_its_own_request_only(model_folder, prompts, caplog):
+    llm = LLM(model_folder, device="cpu")
+    bad, good = llm.generate([prompts[0], prompts[1]], 8)
+    unknown = next(token for token in bad.token_ids if token not in good.token_ids)
+
+    def decode(ids):
+        if unknown in ids:
+            raise KeyError(unknown)
+        return ""
+
+    llm.engine._decode = decode
+    arrivals = [(0, Request(str(i), tuple(prompts[i]), max_new_tokens=8)) for i in (0, 1)]
+    outputs = drive(llm.engine, arrivals)
+    assert (outputs["0"][-1].finish, outputs["0"][-1].error) == ("error", f"KeyError: {unknown}")
+    assert tuple(tokens(outputs["1"])) == good.token_ids
+    assert "1 requests end" in caplog.text
+
+
 def test_what_is_not_finite_reaches_nobody_else(model_folder, prompts, caplog):
     llm = LLM(model_folder, device="cpu", kv_tokens=96)
     engine, spoilt, sound = llm.engine, tuple(prompts[15] * 2), tuple(prompts[14])
