@@ -37,8 +37,9 @@ Split = Callable[[int], tuple[int, int]]  # misses of a call -> how many to fetc
 
 @dataclass
 class DecodeCounts:
-    """Experts of calls by what became of them (``behind``: computed by the CPU and brought as well), and the host's seconds: waiting for the GPU to say which experts it
-    wants, giving out work, keeping books, waiting for the CPU lane."""
+    """Experts of calls by what became of them (``behind``: computed by the CPU and brought as well), and the host's
+    seconds: waiting for the GPU to say which experts it wants, giving out work, keeping books, waiting for the lane.
+    """
 
     calls: int = 0
     resident: int = 0
@@ -204,7 +205,7 @@ class DecodeExperts:
             transfers.clear()
 
     def _divided(self, row: int, missing: list[int]) -> tuple[list[int], list[int], list[int]]:
-        """(to fetch, for the CPU, of these to bring as well): first what was used last, likeliest to be wanted again."""
+        """(to fetch, for the CPU, of these to bring as well): first what was used last, likeliest to be wanted."""
         fetch, behind = len(missing), 0
         if self.lane is not None and self._split is not None:
             fetch, behind = self._split(fetch)

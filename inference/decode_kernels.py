@@ -2,8 +2,8 @@
 
 With one row per sequence attention is a few small products between many small operations, and costs as many launches.
 Keys are split among programs, each of which keeps a running softmax (Milakov and Gimelshein, arXiv 1805.02867); the
-parts are merged in order (Dao et al., Flash-Decoding, 2023). Positions come from the device, so one captured launch serves
-every length.
+parts are merged in order (Dao et al., Flash-Decoding, 2023). Positions come from the device, so one captured launch
+serves every length.
 
 Shapes: R rows, one of each sequence; H heads, K key and value heads, G = H/K, X = H + 2K, D numbers of a head, M blocks
 of S positions, P positions of the pool.
@@ -118,8 +118,9 @@ def attention(
     """
     rows, kv_heads = len(qkv_RXD), layer_NSCD.shape[2] // 2
     width, blocks = qkv_RXD.shape[2], table_RM.shape[1]
-    assert qkv_RXD.is_contiguous() and layer_NSCD.is_contiguous() and table_RM.is_contiguous()
-    assert serves(width) and qkv_RXD.shape[1] == heads + 2 * kv_heads
+    assert all(tensor.is_contiguous() for tensor in (qkv_RXD, layer_NSCD, table_RM))
+    assert serves(width), width
+    assert qkv_RXD.shape[1] == heads + 2 * kv_heads, (qkv_RXD.shape, heads, kv_heads)
     q_RHD = qkv_RXD.new_empty(rows, heads, width)
     weight, eps = (qkv_RXD, 0.0) if norm is None else norm
     _turn[(rows, heads + 2 * kv_heads)](
