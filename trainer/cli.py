@@ -15,6 +15,7 @@ from types import ModuleType
 from trainer.adapter_cli import add_adapter_verbs
 from trainer.checkpoint_cli import add_verbs
 from trainer.faults import POINTS
+from trainer.lookahead_cli import add_lookahead_verbs
 from trainer.model_cli import add_model_verbs
 from trainer.refusal import is_users_mistake, refused
 from trainer.simulate_cli import add_simulate_verb
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_verbs(verbs.add_parser("checkpoint", help="look at, check, compare or delete a run's checkpoints"))
     add_adapter_verbs(verbs.add_parser("adapter", help="write adapters for other tools, or read theirs"))
+    add_lookahead_verbs(verbs.add_parser("lookahead", help="train heads that foresee experts, or record routing"))
 
     keeper = verb("keeper", _keeper, "stop, or look at, the process that holds a run's state in memory")
     keeper.add_argument("action", choices=("stop", "status"), help="stop writes the newest step to disk first")
