@@ -27,8 +27,8 @@ class CacheCounts:
 
     One hit or miss per distinct expert of a layer call; an expert that a prefetch was already bringing is a hit, and
     ``late`` if it had to be waited for. Bytes of misses as stored in the files. Of the experts that were prefetched
-    some were ``useful``, used before they were evicted, others ``wasted``; ``regretted`` were evicted for a prefetch
-    and wanted again within a round.
+    some were ``useful``, used before they were evicted, others ``wasted``; ``displaced`` experts were evicted for a
+    prefetch, and ``regretted`` of them wanted again within a round.
     """
 
     hits: int = 0
@@ -37,6 +37,7 @@ class CacheCounts:
     late: int = 0
     useful: int = 0
     wasted: int = 0
+    displaced: int = 0
     regretted: int = 0
 
 
@@ -182,13 +183,13 @@ class ExpertCache:
             self.slot_LE[row, expert] = self._free.pop()
         return got
 
-    def victim(self) -> tuple[int, int] | None:
-        """(row, expert) of what would be evicted next; None if a slot is free or nothing may go."""
+    def victims(self, count: int) -> list[tuple[int, int]]:
+        """(row, expert) of what would be evicted next, at most ``count`` of them, in that order."""
+        if count <= 0:
+            return []
         evictable_LE = self.evictable()
-        if self._free or not evictable_LE.any():
-            return None
-        row, expert = divmod(int(self.policy.victims(evictable_LE, 1)[0]), self.policy.experts)
-        return row, expert
+        flat = self.policy.victims(evictable_LE, min(count, int(evictable_LE.sum())))
+        return [divmod(int(one), self.policy.experts) for one in flat]
 
     @property
     def free(self) -> int:
@@ -199,6 +200,7 @@ class ExpertCache:
         """A slot for an expert that may be wanted: a free one, or that of ``victim``."""
         if victim is not None:
             self._ghosts[victim] = self.policy.round
+            self.counts.displaced += 1
             self._evict(*victim)
         (_,) = self.reserve(ref.layer, [ref.expert])
         self._untried.add((self._row[ref.layer], ref.expert))
@@ -238,7 +240,7 @@ class ExpertCache:
             self.fill(layer, group)
             yield [self.loan(layer, expert) for expert in group]
             if self.slots == 0:
-                self.drop(layer, group)
+                self.release(layer)
 
     def fill(self, layer: int, group: list[int]) -> None:
         """Have all of a group that fits the slots resident, reading what is missing."""
@@ -274,10 +276,22 @@ class ExpertCache:
         self.counts.misses += 1
         self.counts.bytes_fetched += self.store.bytes_per_expert
 
-    def drop(self, layer: int, experts: Sequence[int]) -> None:
-        """Evict these now: for caches that keep nothing."""
-        for expert in experts:
-            self._evict(self._row[layer], expert)
+    def release(self, layer: int) -> None:
+        """What was lent of this call has been used: it may be evicted, and is where nothing is kept."""
+        row, experts = self._row[layer], self._lent[1]
+        self._lent = (row, [])
+        if self.slots == 0:
+            for expert in experts:
+                if self._resident_LE[row, expert]:
+                    self._evict(row, expert)
+
+    def holds(self, layer: int, expert: int) -> bool:
+        """Whether an expert is resident."""
+        return bool(self._resident_LE[self._row[layer], expert])
+
+    def held(self, layer: int) -> int:
+        """How many experts of a layer are resident."""
+        return int(self._resident_LE[self._row[layer]].sum())
 
     def _evict(self, row: int, expert: int) -> None:
         assert self._resident_LE[row, expert], (row, expert)

@@ -122,12 +122,24 @@ class OffloadedExperts(nn.Module):
         call = Call.of(top_k_index.numpy(), self.num_experts)
         return self.compute(call, hidden_states, top_k_weights, self.cache.lend(self.layer, call.experts))
 
-    def compute(self, call: Call, x_TH: Tensor, weights_TK: Tensor, groups: Iterable[Sequence[Loan]]) -> Tensor:
-        """The call, its experts lent in ``groups``, each valid until the next is asked for."""
+    def compute(
+        self,
+        call: Call,
+        x_TH: Tensor,
+        weights_TK: Tensor,
+        groups: Iterable[Sequence[Loan]],
+        elsewhere: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """The call, its experts lent in ``groups``, each valid until the next is asked for.
+
+        ``elsewhere`` fills the rows [N,H] of experts that are in no group.
+        """
         if call.tokens == 1:
             y_NH = self._unweighted(call, x_TH.expand(call.choices, -1), groups)
         else:
             y_NH = self._unweighted(call, x_TH.index_select(0, _on(call.token_N, x_TH)), groups)
+        if elsewhere is not None:
+            elsewhere(y_NH)
         score_N = weights_TK.t().reshape(-1).index_select(0, _on(call.order_N, x_TH))
         y_NH = (y_NH * score_N[:, None]).to(x_TH.dtype)
         return add_up(call, y_NH)

@@ -18,7 +18,7 @@ HORIZONS = (1, 4)  # turns of an expert's layer within which heads say that it w
 class ForeseenReuse(ExpectedReuse):
     """Keeps what will be used in its layer's next turn, or at least within four.
 
-    Heads (:mod:`inference.lookahead`) give for each layer call the log odds of both events, for all experts of the
+    Heads (:mod:`inference.heads`) give for each layer call the log odds of both events, for all experts of the
     model. A logistic regression for each horizon adds them to the rates of use that :class:`ExpectedReuse` has; it is
     fitted while it runs, once it has turned out what was used. An expert's score is the sum of the two chances. One
     horizon alone is worse: the next turn tells nothing of an expert that is needed in the turn after, and to keep many

@@ -49,6 +49,7 @@ class Predictor(ABC):
     """
 
     HALF_LIFE = 64  # layer calls of one distance after which what was counted weighs half
+    _PRIOR = 8  # layer calls that the first guess weighs
 
     def __init__(self, layers: int, experts: int, top_k: int, lead: int = 1) -> None:
         assert 1 <= top_k <= experts, (experts, top_k)
@@ -59,6 +60,7 @@ class Predictor(ABC):
         # Before anything is counted: even odds for as many as a token uses, little for the rest.
         start_E = np.where(np.arange(experts) < top_k, 0.5, 0.5 * top_k / experts / 4)
         self._true_DE = np.tile(start_E, (self.lead, 1))
+        self._judged_D = np.zeros(self.lead)
         self._pending: dict[tuple[int, int], np.ndarray] = {}
         self._step = 1 - 0.5 ** (1 / self.HALF_LIFE)
 
@@ -106,7 +108,9 @@ class Predictor(ABC):
             used_E = np.zeros(self.experts)
             used_E[experts_N] = 1
             came_E = used_E[order_E]
-            self._true_DE[distance - 1] += self._step * (came_E - self._true_DE[distance - 1])
+            self._judged_D[distance - 1] += 1
+            step = max(self._step, 1 / (self._judged_D[distance - 1] + self._PRIOR))
+            self._true_DE[distance - 1] += step * (came_E - self._true_DE[distance - 1])
             if distance == 1:
                 self.wanted += len(experts_N)
                 self.found += int(came_E[: len(experts_N)].sum())

@@ -18,7 +18,7 @@ import numpy as np
 from inference.foresight import HORIZONS
 from moe.tracefile import TraceError
 
-MAX_ROWS = 32  # as in inference.lookahead, which is not imported for it needs torch
+MAX_ROWS = 32  # as in inference.heads, which is not imported for it needs torch
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RecordedHeads:
     gate_TLE: np.ndarray
 
     def ahead(self, tokens: slice, row: int) -> np.ndarray:
-        """Log odds [2,L,E] of the call of layer ``row`` with these tokens, as `inference.lookahead.Heads.ahead` has it."""
+        """Log odds [2,L,E] of the call of layer ``row`` with these tokens, as `inference.heads.Heads.ahead` has it."""
         codes_TR = self.codes_TLR[tokens, row].astype(np.float32)
         if len(codes_TR) > MAX_ROWS:
             codes_TR = codes_TR[-1:]

@@ -8,7 +8,7 @@ Shapes: T tokens, H hidden, K choices, E experts, L MoE layers, R rank of heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from inference.errors import InferenceError
-from inference.lookahead import Heads
+from inference.heads import Heads
+from inference.lookahead import token_scores
 from inference.recorded_heads import RecordedHeads, heads_file
 from moe.tracefile import TraceError, TraceHeader, TraceRecord, TraceWriter
-
-GateScores = Callable[[int, Tensor], Tensor | None]  # (row, this layer's input) -> the next layer's scores [T,E]
 
 
 class RoutingRecorder:
@@ -32,7 +31,7 @@ class RoutingRecorder:
         path: the trace to make; it must not be there.
         header: what is recorded.
         heads: None: nothing is written beside the trace.
-        next_gate: scores for the predictor that applies the next layer's gate to this layer's input.
+        gates: of all MoE layers, in order: beside what heads say, the next layer's gate is applied to each layer's input.
 
     Raises InferenceError if the file is there already or cannot be made.
     """
@@ -42,7 +41,7 @@ class RoutingRecorder:
         path: str | Path,
         header: TraceHeader,
         heads: Heads | None = None,
-        next_gate: GateScores | None = None,
+        gates: Sequence[nn.Module] = (),
     ) -> None:
         self.path = Path(path)
         if self.path.exists() or heads_file(self.path).exists():
@@ -52,10 +51,10 @@ class RoutingRecorder:
         except OSError as error:
             raise InferenceError(f"{self.path}: {error.strerror}; give another path for the trace") from error
         self._row = {layer: row for row, layer in enumerate(header.layers)}
-        self._heads, self._next_gate = heads, next_gate
+        self._heads, self._gates = heads, gates
         self._sequence, self._pass, self._last = 0, -1, -1
         self._codes: list[list[np.ndarray]] = [[] for _ in header.layers]
-        self._gates: list[list[np.ndarray]] = [[] for _ in header.layers]
+        self._scores: list[list[np.ndarray]] = [[] for _ in header.layers]
         self._handles: list[RemovableHandle] = []
 
     def begin(self) -> None:
@@ -78,10 +77,11 @@ class RoutingRecorder:
         if self._heads is None:
             return
         self._codes[row].append(self._heads.codes(row, x_TH).half().cpu().numpy())
-        scores_TE = None if self._next_gate is None else self._next_gate(row, x_TH)
-        if scores_TE is None:
+        if row + 1 < len(self._gates):
+            scores_TE = token_scores(self._gates[row + 1], x_TH.reshape(len(index), -1))
+        else:
             scores_TE = torch.full((len(index), self._heads.num_experts), float("nan"))
-        self._gates[row].append(scores_TE.half().cpu().numpy())
+        self._scores[row].append(scores_TE.half().cpu().numpy())
 
     def attach(self, experts: Mapping[int, nn.Module]) -> None:
         """Note every call of these modules, by layer."""
@@ -105,7 +105,7 @@ class RoutingRecorder:
             return
         tokens = min(sum(map(len, calls)) for calls in self._codes)
         codes_TLR, gate_TLE = (
-            np.stack([np.concatenate(calls)[:tokens] for calls in kept], 1) for kept in (self._codes, self._gates)
+            np.stack([np.concatenate(calls)[:tokens] for calls in kept], 1) for kept in (self._codes, self._scores)
         )
         maps = (self._heads.outward_LRO.cpu().numpy(), self._heads.bias_LO.cpu().numpy())
         RecordedHeads(codes_TLR, *maps, gate_TLE).save(self.path)

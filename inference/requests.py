@@ -79,6 +79,8 @@ class SamplingParams:
         _in_range("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
         _in_range("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1")
         _in_range("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0")
+        if not all(math.isfinite(bias) for _, bias in self.logit_bias):
+            raise RequestError("logit_bias", "logit_bias holds a number that is not finite")
         _in_range("seed", self.seed, self.seed is None or -(2**63) <= self.seed < 2**63, "an integer of 64 bits")
         _in_range("logprobs", self.logprobs, 0 <= (self.logprobs or 0) <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}")
         if isinstance(self.stop, str):

@@ -100,6 +100,15 @@ def load_dense(model: nn.Module, files: TensorFiles, device: torch.device) -> No
     model.to(device)
 
 
+def share_dense(model: nn.Module, loaded: nn.Module) -> None:
+    """Gives a second skeleton of the same folder the very tensors of the first, which :func:`load_dense` loaded."""
+    for name, tensor in loaded.state_dict(keep_vars=True).items():
+        _replace(model, name, tensor.detach())
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.tie_word_embeddings and head is not None:
+        head.weight = embeddings.weight
+
+
 def _replace(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)

@@ -158,11 +158,11 @@ class TransferEngine:
         self.counts.cancelled += 1
         return True
 
-    def pump(self) -> None:
-        """Hand queued prefetches to the link as far as the window allows. Cheap; call it often."""
+    def pump(self, *, whole: bool = False) -> None:
+        """Hand queued prefetches to the link as far as the window allows, or the whole queue. Call it often."""
         while self._flying and self.link.done(self._flying[0][0]):
             self._flying_bytes -= self._flying.popleft()[1]
-        while self._queue and self._flying_bytes + self._chunk_bytes <= self._window_bytes:
+        while self._queue and (whole or self._flying_bytes + self._chunk_bytes <= self._window_bytes):
             transfer = self._queue[0][2]
             if transfer.cancelled or transfer.complete:
                 heapq.heappop(self._queue)

@@ -15,6 +15,7 @@ from types import ModuleType
 from trainer.adapter_cli import add_adapter_verbs
 from trainer.checkpoint_cli import add_verbs
 from trainer.faults import POINTS
+from trainer.generate_cli import add_generate_verb
 from trainer.lookahead_cli import add_lookahead_verbs
 from trainer.model_cli import add_model_verbs
 from trainer.refusal import is_users_mistake, refused
@@ -101,22 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     keeper.add_argument("run_dir", metavar="RUN", help="run folder, e.g. runs/quickstart")
     keeper.add_argument("--discard", action="store_true", help="stop without writing, and even if the disk hangs")
 
-    _add_generate_options(verb("generate", _generate, "generate text with experts kept outside of the compute memory"))
+    add_generate_verb(verb, _count, _fraction)
     return parser
-
-
-def _add_generate_options(generate: argparse.ArgumentParser) -> None:
-    generate.add_argument("model_dir", metavar="DIR", help="Hugging Face folder of a MoE model or a dense base")
-    generate.add_argument("--adapter", metavar="DIR", help="adapter folder")
-    generate.add_argument("--prompt", required=True, metavar="TEXT")
-    generate.add_argument("--max-new-tokens", type=_count, default=64, metavar="N")
-    generate.add_argument(
-        "--expert-budget",
-        type=_fraction,
-        default=1.0,
-        metavar="F",
-        help="part of the experts that may be resident, 0 to 1",
-    )
 
 
 def _add_export_options(export: argparse.ArgumentParser) -> None:
@@ -304,15 +291,3 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from trainer import doctor
 
     return doctor.main(arguments.model, arguments.overrides, arguments.json, arguments.files_only)
-
-
-def _generate(arguments: argparse.Namespace) -> int:
-    from trainer import generate
-
-    return generate.main(
-        arguments.model_dir,
-        arguments.prompt,
-        arguments.adapter,
-        arguments.max_new_tokens,
-        arguments.expert_budget,
-    )

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from inference.engine import LLM
-from inference.store import InferenceError
+from inference.errors import InferenceError
 from lora.errors import AdapterError
 
+_OF_DRAWS = ("top_k", "top_p", "min_p", "seed")
 
-def main(model_dir: str, prompt: str, adapter: str | None, max_new_tokens: int, expert_budget: float) -> int:
-    """Prints the prompt's continuation, then one line of figures. Returns 0, or 2 for a user's mistake."""
+
+def main(
+    model_dir: str,
+    prompt: str,
+    adapter: str | None,
+    max_new_tokens: int,
+    expert_budget: float,
+    *,
+    kv_tokens: int | None = None,
+    **settings: Any,
+) -> int:
+    """Prints the prompt's continuation, then one line of figures. Returns 0, or 2 for a user's mistake.
+
+    ``settings`` are those of :class:`inference.requests.SamplingParams`.
+    """
     try:
-        llm = LLM(model_dir, expert_budget=expert_budget, adapter=adapter)
-        (generation,) = llm.generate([prompt], max_new_tokens)
+        if (idle := [name for name in _OF_DRAWS if name in settings]) and not settings.get("temperature"):
+            raise InferenceError(f"{idle[0]} changes nothing at temperature 0; give a temperature above 0, as 0.8")
+        llm = LLM(model_dir, expert_budget=expert_budget, adapter=adapter, kv_tokens=kv_tokens)
+        (generation,) = llm.generate([prompt], max_new_tokens, **settings)
     except (InferenceError, AdapterError) as error:
         print(f"planaria generate: {error}", file=sys.stderr)
         return 2

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from inference.errors import InferenceError
 from inference.foresight import HORIZONS
-from inference.lookahead import FOLDER, GateAhead, Heads, load_heads, save_heads
+from inference.heads import FOLDER, Heads, load_heads, save_heads
 from inference.recording import RoutingRecorder
 from moe.families import FamilyError, MoEBlock, find_moe_blocks
 from moe.tracefile import TraceHeader
@@ -98,7 +98,7 @@ def record(run_dir: str, out_dir: str, trace: str, tokens: int) -> int:
     layers = tuple(block.layer for block in blocks)
     top_k = model.config.num_experts_per_tok
     header = TraceHeader(model.config.model_type, layers, _num_experts(blocks), top_k, source="text")
-    recorder = RoutingRecorder(trace, header, heads, GateAhead([block.gate for block in blocks]))
+    recorder = RoutingRecorder(trace, header, heads, [block.gate for block in blocks])
     recorder.attach({block.layer: block.experts for block in blocks})
     try:
         with torch.inference_mode():

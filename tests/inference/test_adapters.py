@@ -10,6 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from inference.engine import LLM
+from inference.errors import InferenceError
+from inference.model import Model
+from inference.opening import adapt, open_base, open_kv
+from inference.requests import Request, SamplingParams
 from lora.attach import attach
 from lora.config import BankConfig
 from lora.errors import AdapterError
@@ -102,6 +106,56 @@ def test_logits_with_an_adapter_have_the_same_bits_at_every_budget(model_folder,
         runs.append([llm.logits(prompt) for prompt in prompts[:6]])
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def test_several_adapters_at_once_give_what_each_gives_alone(model_folder, expert_adapter, mixed_adapter, prompts):
+    folders = {"experts": expert_adapter, "mixed": mixed_adapter}
+    llm = LLM(model_folder, expert_budget=0.3, adapters=folders, device="cpu", poison=True)
+    prompt = prompts[15] * 3  # three full blocks, which other adapters must not find
+    for i, name in enumerate([None, "mixed", "experts"] * 2):
+        params = SamplingParams(temperature=0.7, seed=i)
+        llm.engine.submit(Request(f"{i} {name}", tuple(prompt), params, 12, name))
+        llm.engine.submit(Request(f"{i} {name}, short", tuple(prompts[i]), max_new_tokens=12, adapter=name))
+    made: dict[str, list[int]] = {}
+    while llm.engine.has_work():
+        for output in llm.engine.step():
+            made.setdefault(output.id, []).extend(output.new_ids)
+    passes, steps = llm.engine.counts.passes, llm.engine.counts.steps
+    assert passes > steps, "adapters were meant to share steps"
+    for name, folder in {None: None, **folders}.items():
+        single = LLM(model_folder, expert_budget=0.3, adapter=folder, device="cpu", poison=True)
+        assert torch.equal(llm.logits(prompt, name), single.logits(prompt))
+        for i in range(6):
+            if f"{i} {name}" in made:
+                (long,) = single.generate([prompt], 12, temperature=0.7, seed=i)
+                (short,) = single.generate([prompts[i]], 12)
+                assert made[f"{i} {name}"] == list(long.token_ids)
+                assert made[f"{i} {name}, short"] == list(short.token_ids)
+    assert llm.generate([prompts[3]], 8, adapter="mixed") != llm.generate([prompts[3]], 8)
+
+
+def test_adapters_share_the_weights_of_the_base(model_folder, expert_adapter, mixed_adapter):
+    base = open_base(model_folder, 0.3, torch.device("cpu"), None, poison=True, policy=None)
+    kv = open_kv(base, 64)
+
+    def held(*modules):
+        for module in modules:
+            Model(module, kv)  # which joins projections, once for all
+        tensors = [t for m in modules for n, t in m.named_parameters() if ".adapter." not in n]
+        return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+    alone = held(base.module)
+    trees = adapt(base, {"one": expert_adapter, "two": expert_adapter, "mixed": mixed_adapter})
+    assert held(base.module, *trees.values()) == alone
+    assert all(layer.mlp.experts.cache is base.cache for tree in trees.values() for layer in tree.model.layers)
+
+
+def test_adapters_that_are_asked_for_wrongly_are_refused(model_folder, expert_adapter):
+    with pytest.raises(InferenceError, match="adapter and adapters are both given"):
+        LLM(model_folder, adapter=expert_adapter, adapters={"one": expert_adapter})
+    llm = LLM(model_folder, adapters={"one": expert_adapter}, device="cpu")
+    with pytest.raises(InferenceError, match="no adapter 'law'; loaded: one"):
+        llm.generate([[1]], 4, adapter="law")
 
 
 def test_an_adapter_of_another_base_is_refused(model_folder, expert_adapter, tmp_path):

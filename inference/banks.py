@@ -1,0 +1,207 @@
+"""Experts in host memory that a GPU's copy engines can read: one arena per layer, page-locked in the background.
+
+Copies from memory that is not page-locked are 13 times slower and stop the host, and torch's own allocator rounds
+page-locked memory up to powers of two. So each layer's experts, converted to the precision that computes, go into an
+anonymous mapping of just their size, which is then registered with CUDA. Serving need not wait for that: an expert
+whose layer is not ready passes through one of a few staging buffers.
+
+Shapes: E experts, B elements of a block.
+"""
+
+from __future__ import annotations
+
+import mmap
+import resource
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from checkpointing.keeper.memory import available_bytes
+from inference.errors import InferenceError
+from inference.expert_block import ExpertBlock
+from inference.store import ExpertStore
+from inference.transfer import Mark
+from moe.refs import ExpertRef
+
+STAGING_BUFFERS = 4
+_GIB = 1 << 30
+
+
+class Registrar(Protocol):
+    """Page-locks memory for a device."""
+
+    def register(self, address: int, nbytes: int) -> None:
+        """Raises RuntimeError if it is refused."""
+
+    def unregister(self, address: int) -> None: ...
+
+
+class CudaRegistrar:
+    """cudaHostRegister."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def register(self, address: int, nbytes: int) -> None:
+        self._call("cudaHostRegister", address, nbytes, 0)
+
+    def unregister(self, address: int) -> None:
+        self._call("cudaHostUnregister", address)
+
+    def _call(self, name: str, *args: int) -> None:
+        with torch.cuda.device(self._device):
+            status = getattr(torch.cuda.cudart(), name)(*args)
+        if int(status) != 0:
+            raise RuntimeError(f"{name} failed with CUDA error {int(status)}")
+
+
+@dataclass
+class _Shared:
+    """What the filling thread has in common with the banks; it must not keep them alive."""
+
+    registrar: Registrar
+    stop: threading.Event = field(default_factory=threading.Event)
+    filled: dict[int, Tensor] = field(default_factory=dict)  # by layer, [E,B]
+    ready: set[int] = field(default_factory=set)
+    registered: list[int] = field(default_factory=list)
+    error: BaseException | None = None
+    thread: threading.Thread | None = None
+
+
+class ExpertBanks:
+    """All experts of a store as blocks in host memory.
+
+    Args:
+        registrar: page-locks arenas.
+        start: fill and register in the background, at once. Without, every expert is staged.
+
+    Raises:
+        InferenceError: there is not enough memory for the banks, with the figures.
+    """
+
+    def __init__(self, store: ExpertStore, layout: ExpertBlock, registrar: Registrar, *, start: bool = True) -> None:
+        self.store, self.layout = store, layout
+        self._shared = _Shared(registrar)
+        self._staging = _arena(STAGING_BUFFERS, layout)
+        _register(self._shared, self._staging, "staging buffers")
+        self._busy: list[Mark | None] = [None] * STAGING_BUFFERS
+        self._turn = 0
+        self._finalizer = weakref.finalize(self, _close, self._shared)
+        if start:
+            check_memory(self.nbytes)
+            thread = threading.Thread(
+                target=_fill, args=(self._shared, store, layout), name="expert-banks", daemon=True
+            )
+            self._shared.thread = thread
+            thread.start()
+
+    @property
+    def nbytes(self) -> int:
+        """Of all banks when they are full."""
+        return self.store.total * self.layout.nbytes
+
+    @property
+    def ready_share(self) -> float:
+        """How much of the model is page-locked, 0 to 1."""
+        return len(self._shared.ready) / len(self.store.layers)
+
+    def join(self) -> None:
+        """Wait until all is page-locked. Raises what went wrong."""
+        if self._shared.thread is not None:
+            self._shared.thread.join()
+        self._raise()
+
+    def close(self) -> None:
+        """Stop filling and unregister everything. No copy may be under way."""
+        self._finalizer()
+
+    def block(self, ref: ExpertRef) -> Tensor | None:
+        """See :class:`inference.transfer.Source`. Raises InferenceError if filling the banks failed."""
+        self._raise()
+        return self._shared.filled[ref.layer][ref.expert] if ref.layer in self._shared.ready else None
+
+    def staged(self, ref: ExpertRef, settle: Callable[[Mark], None]) -> tuple[Tensor, Callable[[Mark], None]]:
+        """See :class:`inference.transfer.Source`: buffers take turns, each once its last copy is done."""
+        turn = self._turn
+        self._turn = (turn + 1) % STAGING_BUFFERS
+        if self._busy[turn] is not None:
+            settle(self._busy[turn])
+        self.store.read(ref.layer, ref.expert, self.layout, self._staging[turn])
+
+        def release(mark: Mark) -> None:
+            self._busy[turn] = mark
+
+        return self._staging[turn], release
+
+    def views(self, layer: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        """gate [I,H], up [I,H] and down [H,I] of an expert of the plain form: in the bank, or else in its file."""
+        if layer not in self._shared.ready:
+            return self.store.views(layer, expert)
+        gate_up_2IH, down_HI = self.layout.split(self._shared.filled[layer][expert])
+        gate_IH, up_IH = gate_up_2IH.chunk(2)
+        return gate_IH, up_IH, down_HI
+
+    def _raise(self) -> None:
+        error = self._shared.error
+        if error is not None:
+            raise error if isinstance(error, InferenceError) else InferenceError(f"filling the host banks: {error}")
+
+
+def check_memory(needed: int) -> None:
+    """Raises InferenceError with the figures if the machine, or the group it limits us to, has less."""
+    available = available_bytes()
+    if needed > available:
+        raise InferenceError(
+            f"page-locked memory for all experts takes {needed:,} bytes ({needed / _GIB:.2f} GiB), {available:,} "
+            f"({available / _GIB:.2f} GiB) are available to this process; free memory, raise the container's limit, or "
+            "serve without banks (pin=False): experts then pass through staging buffers, which is slower"
+        )
+
+
+def _arena(blocks: int, layout: ExpertBlock) -> Tensor:
+    """Blocks in an anonymous mapping of their size, on page boundaries."""
+    memory = mmap.mmap(-1, blocks * layout.nbytes)
+    return torch.frombuffer(memory, dtype=layout.dtype).view(blocks, layout.elements)
+
+
+def _fill(shared: _Shared, store: ExpertStore, layout: ExpertBlock) -> None:
+    try:
+        for layer in store.layers:
+            arena_EB = _arena(store.shape.num_experts, layout)
+            for expert in range(store.shape.num_experts):
+                if shared.stop.is_set():
+                    return
+                store.read(layer, expert, layout, arena_EB[expert])
+            shared.filled[layer] = arena_EB
+            _register(shared, arena_EB, f"layer {layer}")
+            shared.ready.add(layer)  # last: from here on it is used
+    except BaseException as error:  # told to the thread that serves, at its next call
+        shared.error = error
+
+
+def _register(shared: _Shared, arena: Tensor, what: str) -> None:
+    try:
+        shared.registrar.register(arena.data_ptr(), arena.nbytes)
+    except RuntimeError as error:
+        limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+        allowed = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit:,} bytes"
+        raise InferenceError(
+            f"page-locking {arena.nbytes:,} bytes for {what}: {error}; {available_bytes():,} bytes of memory are "
+            f"available, RLIMIT_MEMLOCK is {allowed} (ulimit -l); raise them, or serve without banks (pin=False)"
+        ) from error
+    shared.registered.append(arena.data_ptr())
+
+
+def _close(shared: _Shared) -> None:
+    shared.stop.set()
+    if shared.thread is not None and shared.thread is not threading.current_thread():
+        shared.thread.join()
+    while shared.registered:
+        shared.registrar.unregister(shared.registered.pop())
+    shared.ready.clear()
+    shared.filled.clear()

@@ -1,0 +1,248 @@
+"""Many requests at once over one model: step by step, each step one forward pass for every adapter in it.
+
+Every request has its own settings, generator and blocks of the cache: what else is served decides when its tokens are
+made, not which (up to the rounding of products of another shape).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inference.answers import Answer
+from inference.blocks import BlockPool
+from inference.errors import InferenceError, RequestError
+from inference.limits import Limits
+from inference.model import Model
+from inference.requests import Output, Request
+from inference.rows import Rows, Span
+from inference.sampling import Chosen, choose
+from inference.scheduler import Chunk, Scheduler
+from inference.stats import EngineCounts, Load
+from inference.text import Decode
+
+MAX_ROWS = 512
+MAX_SEQUENCES = 64
+
+_log = logging.getLogger(__name__)
+_NOT_FINITE = "the model's logits are not finite; its weights are damaged, or its precision is too low for this prompt"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass, as the engine's ``watch`` sees it before it is made.
+
+    Attributes:
+        adapter: whose rows these are; None: the base model's.
+        chunks: which tokens of which sequences, in the order of the rows.
+    """
+
+    adapter: str | None
+    chunks: tuple[Chunk, ...]
+
+
+class Engine:
+    """Continuous batching over one model and its adapters.
+
+    ``submit``, ``cancel``, ``has_work`` and ``load`` may be called from any thread, ``step`` from one at a time.
+
+    Args:
+        models: by the adapter that a request names; None stands for no name. All of them share one paged cache.
+        decode: ids to text; None: there is no tokenizer, and answers have no text.
+        eos: the tokens that end a text.
+        max_rows: tokens of one step, at most.
+        max_sequences: requests that are computed at once, at most; others wait.
+        reuse: whether prompts that begin alike share what was computed.
+        joined: called when a request is taken in.
+
+    Attributes:
+        watch: called with each :class:`Pass` before it is made.
+        failure: the last exception that ended requests with finish ``error``.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str | None, Model],
+        *,
+        decode: Decode | None = None,
+        eos: frozenset[int] = frozenset(),
+        max_rows: int = MAX_ROWS,
+        max_sequences: int = MAX_SEQUENCES,
+        reuse: bool = True,
+        joined: Callable[[], None] | None = None,
+    ) -> None:
+        if not max_rows >= max_sequences >= 1:
+            raise InferenceError(
+                f"max_rows={max_rows} must be at least max_sequences={max_sequences}, and that at least 1: each "
+                "sequence that generates takes one row of a step"
+            )
+        model = next(iter(models.values()))
+        config, kv = model.config, model.kv
+        self._kv = kv
+        self.models, self.eos = dict(models), eos
+        self.pool = BlockPool(kv.num_blocks, kv.block_size, reuse=reuse)
+        positions = getattr(config, "max_position_embeddings", None)
+        kv_bytes = kv.num_blocks * kv.shape.bytes_per_block(kv.block_size, kv.dtype)
+        names = tuple(self.models)
+        self.limits = Limits(config.vocab_size, positions, self.pool.tokens, kv_bytes, names, decode is not None)
+        self.counts = EngineCounts()
+        self.watch: Callable[[Pass], None] | None = None
+        self.failure: Exception | None = None
+        self._decode, self._joined = decode, joined
+        self._scheduler = Scheduler(self.pool, max_rows=max_rows, max_sequences=max_sequences)
+        self._answers: dict[str, Answer] = {}
+        self._lock = threading.Lock()  # of the three below
+        self._arrived: deque[Request] = deque()
+        self._cancelled: set[str] = set()
+        self._ids: set[str] = set()
+
+    def submit(self, request: Request) -> None:
+        """Takes a request; its outputs come from ``step``. Raises RequestError if it can never be served."""
+        self.limits.check(request)
+        with self._lock:
+            if request.id in self._ids:
+                raise RequestError("id", f"a request {request.id!r} is being served already; give another id")
+            self._ids.add(request.id)
+            self._arrived.append(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request in the next step, which gives its last output. Nothing happens if it has ended."""
+        with self._lock:
+            if request_id in self._ids:
+                self._cancelled.add(request_id)
+
+    def has_work(self) -> bool:
+        with self._lock:
+            return bool(self._ids)
+
+    def load(self) -> Load:
+        with self._lock:
+            running = len(self._scheduler.running)
+            blocks = self.pool.num_blocks
+            return Load(max(len(self._ids) - running, 0), running, blocks, blocks - self.pool.free)
+
+    @torch.inference_mode()
+    def step(self) -> list[Output]:
+        """One step: what it adds to the answers. A request whose computation fails ends with finish ``error``."""
+        started = time.perf_counter()
+        outputs = self._take_in()
+        by_adapter: dict[str | None, list[Chunk]] = {}
+        for chunk in self._scheduler.schedule():
+            by_adapter.setdefault(chunk.sequence.adapter, []).append(chunk)
+        for adapter, chunks in by_adapter.items():
+            try:
+                chosen = self._choose(adapter, chunks)
+            except Exception as error:  # whatever it is, it must not end the requests of others
+                outputs += self._fail(chunks, error)
+            else:
+                outputs += self._advance(chunks, chosen)
+        self._forget(output.id for output in outputs if output.finish is not None)
+        self.counts.steps += 1
+        self.counts.seconds += time.perf_counter() - started
+        return outputs
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int], adapter: str | None = None) -> Tensor:
+        """Scores [S, V] of every position of one sequence, in one pass. Not to be called during a step."""
+        self.limits.check_adapter(adapter)
+        self.limits.check_tokens("token_ids", token_ids)
+        self.limits.check_length(len(token_ids), 0)
+        table = self.pool.begin(adapter, token_ids, share=False)
+        if table is None:
+            raise InferenceError(
+                f"{len(token_ids)} tokens need {self.pool.blocks_for(len(token_ids))} blocks of the key-value cache, "
+                f"and requests that are being served leave {self.pool.free}; ask when they have ended"
+            )
+        try:
+            span = Span(tuple(table.blocks), 0, len(token_ids))
+            return self.models[adapter].forward(Rows.of([(token_ids, span)], every=True))
+        finally:
+            self.pool.end(table)
+
+    def _take_in(self) -> list[Output]:
+        """New requests to the scheduler; the last outputs of those that are not wanted any more."""
+        with self._lock:
+            arrived, self._arrived = self._arrived, deque()
+            cancelled, self._cancelled = self._cancelled, set()
+        for request in arrived:
+            answer = self._answers[request.id] = Answer(request, self._decode)
+            self._scheduler.add(answer.sequence)
+            if self._joined is not None:
+                self._joined()
+        return [self._remove(name).output(finish="cancelled") for name in sorted(cancelled)]
+
+    def _choose(self, adapter: str | None, chunks: Sequence[Chunk]) -> dict[str, Chosen | None]:
+        """One forward pass; the next token of each sequence that has all of its tokens computed, by id."""
+        if self.watch is not None:
+            self.watch(Pass(adapter, tuple(chunks)))
+        tokens: list[int] = []
+        positions: list[int] = []
+        spans, wanted = [], []
+        for chunk in chunks:
+            sequence, end = chunk.sequence, chunk.start + chunk.rows
+            assert sequence.table is not None
+            tokens += sequence.tokens[chunk.start : end]
+            positions += range(chunk.start, end)
+            spans.append(Span(tuple(sequence.table.blocks), chunk.start, chunk.rows))
+            if chunk.last:
+                wanted.append(len(tokens) - 1)
+        rows = Rows(torch.tensor(tokens), torch.tensor(positions), tuple(spans), tuple(wanted))
+        logits_LV = self.models[adapter].forward(rows)
+        self.counts.passes += 1
+        self.counts.rows += len(tokens)
+        last = [chunk.sequence.id for chunk in chunks if chunk.last]
+        if not last:
+            return {}
+        choosers = [self._answers[name].chooser for name in last]
+        return dict(zip(last, choose(logits_LV, choosers), strict=True))
+
+    def _advance(self, chunks: Sequence[Chunk], chosen: Mapping[str, Chosen | None]) -> list[Output]:
+        """Notes what was computed, and what it adds to the answers."""
+        outputs, damaged = [], []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if not chunk.last:
+                self._scheduler.computed(chunk)
+            elif (new := chosen[sequence.id]) is None:
+                damaged.append(chunk)
+            else:
+                self._scheduler.computed(chunk)
+                if len(sequence.tokens) == sequence.prompt:
+                    self.counts.reused += sequence.reused
+                self.counts.new_tokens += 1
+                outputs.append(self._answers[sequence.id].add(new, self.eos))
+                if outputs[-1].finish is not None:
+                    self._remove(sequence.id)
+        return outputs + self._fail(damaged, InferenceError(_NOT_FINITE)) if damaged else outputs
+
+    def _remove(self, name: str) -> Answer:
+        answer = self._answers.pop(name)
+        self._scheduler.remove(answer.sequence)
+        return answer
+
+    def _fail(self, chunks: Sequence[Chunk], error: Exception) -> list[Output]:
+        """Ends sequences that could not be computed."""
+        _log.error("%d requests end: %s", len(chunks), error, exc_info=error)
+        self.failure = error
+        reason = f"{type(error).__name__}: {error}"
+        outputs = []
+        for chunk in chunks:
+            answer = self._answers.pop(chunk.sequence.id)
+            freed = self._scheduler.remove(answer.sequence, forget=True)
+            # Places that are masked out are multiplied by 0 all the same, so what is not finite must not stay.
+            self._kv.pool_LNSCD[:, freed] = 0
+            outputs.append(answer.output(finish="error", error=reason))
+        return outputs
+
+    def _forget(self, ended: Iterable[str]) -> None:
+        with self._lock:
+            for name in ended:
+                self._ids.discard(name)
+                self._cancelled.discard(name)

@@ -1,0 +1,200 @@
+"""A layer call where experts must cross a link: what is launched in which order.
+
+1. The gate's choice is read back, the one wait of the host in a layer; what was computed to predict comes along.
+2. Missing experts are split into those that are fetched and those that the CPU computes, which begins at once.
+3. Fetches are handed to the link, then prefetches for the layers ahead.
+4. Resident experts are computed meanwhile, then what has arrived.
+5. Results are added in ascending order of expert, so that nothing of all this reaches the bits. (Of the CPU's own
+   products that cannot be said: with them results are close, not equal.)
+
+Calls of many rows, prefill, stream through buffers of whole layers instead (:mod:`inference.streaming`).
+
+Shapes: T tokens, K choices, N = T*K rows sorted by expert, L layers by row, E experts, D layer calls ahead, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from inference.cache import ExpertCache, Loan, Wanted
+from inference.experts import Call, OffloadedExperts
+from inference.prefetch import Prefetcher
+from inference.streaming import LayerStream
+from inference.transfer import Transfer, TransferEngine
+from moe.refs import ExpertRef
+
+MANY_PAIRS = 256  # (token, choice) pairs above which a call streams
+
+
+class CpuLane(Protocol):
+    """Computes experts where they lie in host memory; see :class:`inference.cpu_experts.CpuExperts`."""
+
+    def submit(self, layer: int, work: Sequence[tuple[int, int]], x_NH: Tensor) -> Any: ...
+
+
+Plan = Callable[[list[tuple[int, int]], list[int]], tuple[Sequence[int], Sequence[int]]]
+
+
+@dataclass(frozen=True)
+class ReadBack:
+    """What the host learns of a call."""
+
+    call: Call
+    ahead_DE: np.ndarray | None
+
+
+class Executor:
+    """Carries out the calls of all layers of a model.
+
+    Args:
+        cache: slots on the device.
+        transfers: into them.
+        prefetcher: for the layers ahead; None fetches on demand only.
+        cpu: computes missing experts beside the device; None fetches them all.
+        plan: from (expert, rows) of the missing and the rows of the resident to (fetched, computed on the CPU).
+        stream: buffers for calls of many rows; None serves them through the slots, in groups.
+    """
+
+    def __init__(
+        self,
+        cache: ExpertCache,
+        transfers: TransferEngine,
+        *,
+        prefetcher: Prefetcher | None = None,
+        cpu: CpuLane | None = None,
+        plan: Plan | None = None,
+        stream: LayerStream | None = None,
+        many_pairs: int = MANY_PAIRS,
+    ) -> None:
+        assert (cpu is None) == (plan is None)
+        self.cache, self.transfers, self.prefetcher = cache, transfers, prefetcher
+        self.cpu, self.plan, self.stream = cpu, plan, stream
+        self.many_pairs = many_pairs
+        self.cpu_computed = 0  # experts, one for each call that the CPU computed them in
+        self._failed = False
+
+    def begin(self) -> None:
+        """A new sequence starts."""
+        self.cache.policy.begin()
+        if self.prefetcher is not None:
+            self.prefetcher.predictor.begin()
+
+    def run(self, module: OffloadedExperts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """See :class:`inference.experts.OffloadedExperts`. Raises InferenceError if an expert cannot be read or copied;
+        the executor is of no use then.
+        """
+        assert not self._failed, "a transfer failed before: the runtime must be started again"
+        try:
+            return self._run(module, x_TH, index_TK, weights_TK)
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _run(self, module: OffloadedExperts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        row = self.cache.row(module.layer)
+        read = self._read_back(row, module, x_TH, index_TK)
+        call = read.call
+        self.transfers.link.fence()
+        if self.prefetcher is not None:
+            self.prefetcher.settle()
+        if self.stream is not None and len(call.order_N) > self.many_pairs:
+            last = sorted(set(index_TK[-1].tolist()))
+            groups = self.stream.groups(module.layer, call, last)
+            return module.compute(call, x_TH, weights_TK, groups)
+        wanted = self.cache.use(module.layer, call.experts)
+        fetch, on_cpu = self._split(wanted, call)
+        pending = self._start_cpu(module.layer, on_cpu, call, x_TH)
+        groups = self._groups(row, module.layer, wanted, fetch, read)
+        return module.compute(call, x_TH, weights_TK, groups, pending)
+
+    def _read_back(self, row: int, module: OffloadedExperts, x_TH: Tensor, index_TK: Tensor) -> ReadBack:
+        part = getattr(self.prefetcher and self.prefetcher.predictor, "device_part", None)
+        ahead_DE = part(row, x_TH) if part is not None and index_TK.numel() <= self.many_pairs else None
+        index_TK = index_TK.cpu()
+        call = Call.of(index_TK.numpy(), module.num_experts)
+        return ReadBack(call, None if ahead_DE is None else ahead_DE.float().cpu().numpy())
+
+    def _split(self, wanted: Wanted, call: Call) -> tuple[list[int], list[int]]:
+        if self.plan is None or not wanted.missing:
+            return wanted.missing, []
+        rows = dict(zip(call.experts, call.counts, strict=True))
+        fetch, on_cpu = self.plan(
+            [(expert, rows[expert]) for expert in wanted.missing],
+            [rows[expert] for expert in wanted.resident + wanted.coming],
+        )
+        assert sorted([*fetch, *on_cpu]) == sorted(wanted.missing), (fetch, on_cpu, wanted)
+        return list(fetch), list(on_cpu)
+
+    def _start_cpu(self, layer: int, experts: list[int], call: Call, x_TH: Tensor) -> Callable[[Tensor], None] | None:
+        """Have the CPU begin; returns what puts its results into the call's rows."""
+        if not experts:
+            return None
+        assert self.cpu is not None
+        self.cpu_computed += len(experts)
+        tokens = np.concatenate([call.token_N[call.rows[expert]] for expert in experts])
+        x_NH = x_TH.cpu()[torch.from_numpy(tokens)]
+        sizes = [call.rows[expert].stop - call.rows[expert].start for expert in experts]
+        pending = self.cpu.submit(layer, list(zip(experts, sizes, strict=True)), x_NH)
+
+        def fill(y_NH: Tensor) -> None:
+            done_NH = pending.result().to(device=y_NH.device, dtype=y_NH.dtype)
+            for expert, part in zip(experts, done_NH.split(sizes), strict=True):
+                y_NH[call.rows[expert]] = part
+
+        return fill
+
+    def _groups(self, row: int, layer: int, wanted: Wanted, fetch: list[int], read: ReadBack) -> Iterator[list[Loan]]:
+        """The experts of a call as they become usable; each group is computed before the next is asked for."""
+        flying = self._fetch(layer, fetch)
+        left = fetch[len(flying) :]
+        late = {expert: self._late(ExpertRef(layer, expert)) for expert in wanted.coming}
+        if self.prefetcher is not None:
+            self.prefetcher.after(row, read.call.experts, bool(fetch), read.ahead_DE)
+        self.cache.counts.hits += len(wanted.resident) + len(late)
+        if wanted.resident:
+            yield [self.cache.loan(layer, expert) for expert in wanted.resident]
+        if late or flying:
+            yield self._arriving(layer, late | flying)
+        while left or self.cache.slots == 0:
+            # More experts than there is room for: those computed so far make way, once they are.
+            self.cache.release(layer)
+            self.transfers.link.fence()
+            if not left:
+                break
+            flying = self._fetch(layer, left)
+            assert flying, (layer, left, self.cache.slots)
+            left = left[len(flying) :]
+            yield self._arriving(layer, flying)
+
+    def _fetch(self, layer: int, experts: list[int]) -> dict[int, Transfer]:
+        """Demand as many of the missing as there are slots for."""
+        if not experts:
+            return {}
+        got = self.cache.reserve(layer, experts)
+        self.transfers.link.fence()
+        flying = {}
+        for expert in got:
+            ref = ExpertRef(layer, expert)
+            flying[expert] = self.transfers.demand(ref, self.cache.block(ref))
+            self.cache.count_miss()
+        return flying
+
+    def _late(self, ref: ExpertRef) -> Transfer:
+        assert self.prefetcher is not None
+        transfer = self.prefetcher.take(ref)
+        self.transfers.promote(transfer)
+        self.cache.counts.late += 1
+        return transfer
+
+    def _arriving(self, layer: int, flying: dict[int, Transfer]) -> list[Loan]:
+        """Wait, on the device, until these are whole; only then are they anybody's."""
+        self.transfers.wait(list(flying.values()))
+        for expert in flying:
+            self.cache.commit(ExpertRef(layer, expert))
+        return [self.cache.loan(layer, expert) for expert in flying]

@@ -1,0 +1,111 @@
+"""The forward pass over the weights of a transformers model: rows of many sequences in one call, keys in pages.
+
+Shapes: R rows over all sequences, H hidden, L rows whose scores are wanted, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from inference.attention import GroupedAttention, Step
+from inference.dense import Function, Norm, feed_forward, linear
+from inference.kv import PagedKV
+from inference.latent_attention import LatentAttention, interleaved
+from inference.rope import RopeTable
+from inference.rows import Rows, Span, groups, written
+from inference.store import InferenceError
+
+__all__ = ["Model", "Rows", "Segment", "Span"]
+
+Segment = Callable[[Tensor, Tensor | None, Step], tuple[Tensor, Tensor]]
+
+Attention = GroupedAttention | LatentAttention
+
+FAMILIES: dict[str, type[GroupedAttention] | type[LatentAttention]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), GroupedAttention),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"), GroupedAttention),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), LatentAttention),
+}
+
+
+class DenseSegment:
+    """Everything between two feed-forward blocks: the sum with the last one's output, attention, both norms."""
+
+    def __init__(self, layer: nn.Module, attention: Attention, dtype: torch.dtype) -> None:
+        self.attention = attention
+        self._before = Norm.of(layer.input_layernorm, dtype)
+        self._after = Norm.of(layer.post_attention_layernorm, dtype)
+
+    def __call__(self, x_RH: Tensor, added_RH: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
+        """(the residual stream, the input of the feed-forward block)."""
+        if added_RH is not None:
+            x_RH = x_RH + added_RH
+        x_RH = x_RH + self.attention(self._before(x_RH), step)
+        return x_RH, self._after(x_RH)
+
+
+class Model:
+    """A causal language model over paged keys and values.
+
+    Args:
+        module: transformers' model with its weights, adapters attached and routed experts replaced where they are.
+            Weights of joined projections become views of one tensor. Attach adapters before, not after.
+        kv: where keys and values are kept.
+
+    Attributes:
+        segments: one per layer, ``(x_RH, added_RH, step) -> (x_RH, h_RH)``, functions of tensors only: with the
+            same shapes they run the same kernels. They may be replaced by faster ones that do the same.
+
+    Raises:
+        InferenceError: the family, or its way to encode positions, is not served.
+    """
+
+    def __init__(self, module: nn.Module, kv: PagedKV) -> None:
+        self.config, self.kv = module.config, kv
+        kind = self.config.model_type
+        if kind not in FAMILIES:
+            raise InferenceError(f"models of type {kind!r} are not served; served are {', '.join(FAMILIES)}")
+        base = module.model
+        self._rope = RopeTable(
+            base.rotary_emb,
+            getattr(self.config, "qk_rope_head_dim", None) or kv.shape.width,
+            interleaved=interleaved(self.config),
+            device=kv.device,
+            dtype=kv.dtype,
+        )
+        self._embedding_VH = base.embed_tokens.weight
+        attentions = [
+            FAMILIES[kind](layer.self_attn, self.config, number, kv) for number, layer in enumerate(base.layers)
+        ]
+        self.segments: list[Segment] = [
+            DenseSegment(layer, attention, kv.dtype) for layer, attention in zip(base.layers, attentions, strict=True)
+        ]
+        self.feed_forwards: list[Function] = [feed_forward(layer.mlp) for layer in base.layers]
+        self._windows = {attention.window for attention in attentions}
+        self._norm = Norm.of(base.norm, kv.dtype)
+        self._head = linear(module.lm_head)
+
+    @torch.inference_mode()
+    def forward(self, rows: Rows) -> Tensor:
+        """Scores [L,V] of ``rows.logit_rows``; the keys and values of all rows are kept."""
+        device = self.kv.device
+        step = self._step(rows, device)
+        x_RH, added_RH = F.embedding(rows.token_R.to(device), self._embedding_VH), None
+        for segment, block in zip(self.segments, self.feed_forwards, strict=True):
+            x_RH, h_RH = segment(x_RH, added_RH, step)
+            added_RH = block(h_RH)
+        x_RH = x_RH + added_RH
+        if rows.logit_rows != tuple(range(len(x_RH))):
+            x_RH = x_RH[torch.tensor(rows.logit_rows, dtype=torch.int64, device=device)]
+        return self._head(self._norm(x_RH))
+
+    def _step(self, rows: Rows, device: torch.device) -> Step:
+        size = self.kv.block_size
+        longest = max(span.length for span in rows.spans)
+        cos_R1D, sin_R1D = self._rope.rows(rows.position_R.to(device), longest)
+        slot_R = torch.tensor(written(rows.spans, size), device=device)
+        return Step(cos_R1D, sin_R1D, slot_R, {w: groups(rows.spans, size, w, device) for w in self._windows})

@@ -1,0 +1,167 @@
+"""Opening a model folder: its modules, the cache of its experts, and room for keys and values."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+from inference.cache import ExpertCache
+from inference.errors import InferenceError
+from inference.kv import BLOCK_SIZE, KVShape, PagedKV
+from inference.policies import LRU, Policy
+from inference.shadow import Hedge
+from inference.skeleton import build_skeleton, expert_shape, load_dense, offload_experts, share_dense
+from inference.store import ExpertStore, TensorFiles
+from lora.format import apply_adapter, load_adapter
+from moe.families import MoEBlock
+from moe.fingerprint import fingerprint
+
+MakePolicy = Callable[[int, int, int], Policy]  # (layers, experts, slots)
+
+# Without a setting: tokens of the key-value cache, and the share of free memory that they may take at most.
+DEFAULT_KV_TOKENS = 32768
+DEFAULT_KV_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model without adapters. ``cache`` is None for a dense model."""
+
+    path: Path
+    module: nn.Module
+    cache: ExpertCache | None
+    dtype: torch.dtype
+    device: torch.device
+
+
+def open_base(
+    path: Path,
+    expert_budget: float,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    poison: bool,
+    policy: MakePolicy | None,
+) -> Base:
+    """Raises InferenceError if the folder is damaged or of no known kind, or the budget is out of range."""
+    if not 0 <= expert_budget <= 1:
+        raise InferenceError(f"expert budget {expert_budget} is out of range; give a share from 0 to 1, as 0.25")
+    files = TensorFiles(path)
+    module, blocks = build_skeleton(path, dtype)
+    cache = None
+    if blocks:
+        cache = _expert_cache(path, files, blocks, expert_budget, device, poison, policy)
+        offload_experts(blocks, cache)
+    elif expert_budget != 1:
+        raise InferenceError(
+            f"{path} is a dense model: it has no experts to leave in the files, so an expert budget of "
+            f"{expert_budget} means nothing; leave it out (1: all of the model is resident)"
+        )
+    load_dense(module, files, device)
+    return Base(path, module, cache, module.get_input_embeddings().weight.dtype, device)
+
+
+def _expert_cache(
+    path: Path,
+    files: TensorFiles,
+    blocks: list[MoEBlock],
+    expert_budget: float,
+    device: torch.device,
+    poison: bool,
+    policy: MakePolicy | None,
+) -> ExpertCache:
+    shape = expert_shape(path, blocks)
+    store = ExpertStore(files, {b.layer: f"{b.path}.experts" for b in blocks}, shape)
+    slots = max(round(expert_budget * store.total), 1) if expert_budget else 0
+    dtype = blocks[0].experts.gate_up_proj.dtype
+    make = policy or (Hedge if 0 < slots < store.total else _never_asked)
+    chosen = make(len(store.layers), shape.num_experts, slots)
+    return ExpertCache(store, slots, device=device, dtype=dtype, policy=chosen, poison=poison)
+
+
+def _never_asked(layers: int, experts: int, _slots: int) -> Policy:
+    """For caches that keep all experts or none, where any policy does and the cheapest is best."""
+    return LRU(layers, experts)
+
+
+def adapt(base: Base, folders: Mapping[str, str | Path]) -> dict[str, nn.Module]:
+    """For every adapter a module tree of its own over the weights of ``base``, with the adapter attached.
+
+    Weights and resident experts exist once; a tree adds the adapter's factors and a few thousand Python objects.
+    Raises AdapterError if an adapter is damaged or does not fit the model.
+    """
+    trees = {}
+    for name in folders:
+        module, blocks = build_skeleton(base.path, base.dtype)
+        if base.cache is not None:
+            offload_experts(blocks, base.cache)
+        share_dense(module, base.module)
+        module.to(base.device)
+        trees[name] = module
+    attach_all(base, trees, folders)
+    return trees
+
+
+def attach_all(base: Base, trees: Mapping[str, nn.Module], folders: Mapping[str, str | Path]) -> None:
+    """Attaches the adapter in each folder to the tree of its name."""
+    if not folders:
+        return
+    # Reads the whole folder once: an adapter on another base gives fluent nonsense, never an error.
+    known = fingerprint(base.path)
+    for name, folder in folders.items():
+        apply_adapter(trees[name], load_adapter(folder), base_fingerprint=known)
+        trees[name].to(base.device)
+
+
+def open_kv(base: Base, kv_tokens: int | None, block_size: int = BLOCK_SIZE) -> PagedKV:
+    """Room for the keys and values of ``kv_tokens``, rounded up to whole blocks.
+
+    None: 32768 tokens, or as many as a quarter of the free memory of the device holds if that is less.
+    Raises InferenceError if that is no room at all.
+    """
+    per_block = PagedKV.bytes_per_block(base.module.config, base.dtype, block_size)
+    if kv_tokens is None:
+        affordable = int(DEFAULT_KV_SHARE * _free_bytes(base.device)) // per_block
+        blocks = min(-(-DEFAULT_KV_TOKENS // block_size), affordable)
+    else:
+        blocks = -(-kv_tokens // block_size)
+    if blocks < 1:
+        raise InferenceError(
+            f"kv_tokens={kv_tokens} leaves no room for keys and values: one block of {block_size} tokens takes "
+            f"{per_block / 1e6:.2f} MB; give at least {block_size}, or free some memory of {base.device}"
+        )
+    return PagedKV(KVShape.of(base.module.config), blocks, block_size, device=base.device, dtype=base.dtype)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def open_tokenizer(path: Path):
+    """The folder's tokenizer, or None if it has none."""
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    return AutoTokenizer.from_pretrained(path)
+
+
+def end_tokens(path: Path, config) -> frozenset[int]:
+    """The ids that end a text: generation_config.json's if it names any, else config.json's."""
+    file = path / "generation_config.json"
+    named = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+    if named is None:
+        named = getattr(config, "eos_token_id", None)
+    if named is None:
+        return frozenset()
+    return frozenset([named] if isinstance(named, int) else named)

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import gc
+import threading
+
+import pytest
+import torch
+
+from inference import banks
+from inference.banks import STAGING_BUFFERS, ExpertBanks, check_memory
+from inference.errors import InferenceError
+from inference.expert_block import ExpertBlock, ExpertShape
+from inference.store import ExpertStore, TensorFiles
+from moe.refs import ExpertRef
+from tests.inference.linked import Registry
+
+SHAPE = ExpertShape(16, 64, 32)
+
+
+@pytest.fixture
+def store(model_folder):
+    return ExpertStore(TensorFiles(model_folder), {n: f"model.layers.{n}.mlp.experts" for n in range(4)}, SHAPE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_experts_end_up_in_registered_arenas_of_just_their_size(store, dtype):
+    layout, registry = ExpertBlock(SHAPE, dtype), Registry()
+    filled = ExpertBanks(store, layout, registry)
+    filled.join()
+    assert filled.ready_share == 1
+    assert sorted(registry.live.values()) == [STAGING_BUFFERS * layout.nbytes] + 4 * [16 * layout.nbytes]
+    for ref in (ExpertRef(0, 0), ExpertRef(3, 15), ExpertRef(2, 7)):
+        block_B = filled.block(ref)
+        assert any(start <= block_B.data_ptr() < start + nbytes for start, nbytes in registry.live.items())
+        expected = torch.zeros(layout.elements, dtype=dtype)
+        store.read(ref.layer, ref.expert, layout, expected)
+        assert torch.equal(block_B, expected)
+        for mine, theirs in zip(filled.views(ref.layer, ref.expert), store.views(ref.layer, ref.expert), strict=True):
+            assert torch.equal(mine, theirs.to(dtype))
+    filled.close()
+    assert not registry.live
+
+
+def test_what_is_registered_is_given_back_when_the_banks_are_dropped(store):
+    registry = Registry()
+    filled = ExpertBanks(store, ExpertBlock(SHAPE, torch.float32), registry)
+    filled.join()
+    assert len(registry.live) == 5
+    del filled
+    gc.collect()
+    assert not registry.live
+
+
+def test_serving_begins_before_all_is_registered(store):
+    """The second layer's registration is held up: the first comes from its bank, the others are staged."""
+    allow, reached = threading.Event(), threading.Event()
+
+    class Slow(Registry):
+        def register(self, address, nbytes):
+            if len(self.live) == 2:
+                reached.set()
+                assert allow.wait(20)
+            super().register(address, nbytes)
+
+    layout = ExpertBlock(SHAPE, torch.float32)
+    filling = ExpertBanks(store, layout, Slow())
+    assert reached.wait(20)
+    assert filling.ready_share == 0.25
+    assert filling.block(ExpertRef(0, 3)) is not None
+    assert filling.block(ExpertRef(1, 3)) is None
+    block_B, release = filling.staged(ExpertRef(1, 3), settle=None)
+    assert torch.equal(layout.split(block_B)[1], store.views(1, 3)[2])
+    assert torch.equal(filling.views(1, 3)[2], store.views(1, 3)[2])
+    release(0.0)
+    allow.set()
+    filling.join()
+    assert filling.block(ExpertRef(1, 3)) is not None
+    filling.close()
+
+
+def test_staging_buffers_take_turns_and_wait_for_their_own_copy(store):
+    filling = ExpertBanks(store, ExpertBlock(SHAPE, torch.float32), Registry(), start=False)
+    settled, addresses = [], []
+    for number in range(STAGING_BUFFERS + 2):
+        block_B, release = filling.staged(ExpertRef(0, number), settled.append)
+        release(number)
+        addresses.append(block_B.data_ptr())
+    assert len(set(addresses)) == STAGING_BUFFERS
+    assert settled == [0, 1]
+
+
+def test_an_error_while_filling_reaches_the_one_who_serves(store, monkeypatch):
+    def torn(layer, expert, layout, block_B):
+        raise InferenceError(f"L{layer:02}.E{expert:03}.gate_up_proj: tensor x: f: ends before byte 9")
+
+    monkeypatch.setattr(store, "read", torn)
+    filling = ExpertBanks(store, ExpertBlock(SHAPE, torch.float32), Registry())
+    filling._shared.thread.join()
+    with pytest.raises(InferenceError, match=r"L00\.E000\.gate_up_proj.*ends before byte 9"):
+        filling.block(ExpertRef(3, 3))
+
+
+def test_a_refused_registration_says_what_there_is(store):
+    filling = ExpertBanks(store, ExpertBlock(SHAPE, torch.float32), Registry(refuse_after=3))
+    filling._shared.thread.join()
+    with pytest.raises(InferenceError, match=r"for layer 2: cudaHostRegister failed.*available, RLIMIT_MEMLOCK is"):
+        filling.block(ExpertRef(0, 0))
+    with pytest.raises(InferenceError, match="staging buffers"):
+        ExpertBanks(store, ExpertBlock(SHAPE, torch.float32), Registry(refuse_after=0))
+
+
+def test_too_little_memory_is_refused_with_both_figures(store, monkeypatch):
+    check_memory(1)
+    monkeypatch.setattr(banks, "available_bytes", lambda: 1_500_000)
+    needed = 64 * ExpertBlock(SHAPE, torch.float32).nbytes
+    with pytest.raises(InferenceError, match=rf"takes {needed:,} bytes.*1,500,000 .*pin=False"):
+        ExpertBanks(store, ExpertBlock(SHAPE, torch.float32), Registry())

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inference.errors import InferenceError
+from inference.transfer import SimulatedLink, TransferEngine, Urgency
+from moe.refs import ExpertRef
+
+SIZE = 100  # elements of 4 bytes
+
+
+class Memory:
+    """Experts whose every element is their number; ``slow`` ones must be staged, in one buffer."""
+
+    def __init__(self, slow=()):
+        self.slow, self.buffer, self.free_at = set(slow), torch.zeros(SIZE), None
+        self.staged_order = []
+
+    def block(self, ref):
+        return None if ref.expert in self.slow else torch.full((SIZE,), float(ref.expert))
+
+    def staged(self, ref, settle):
+        if self.free_at is not None:
+            settle(self.free_at)
+        self.buffer.fill_(ref.expert)
+        self.staged_order.append(ref.expert)
+
+        def release(mark):
+            self.free_at = mark
+
+        return self.buffer, release
+
+
+def engine(slow=(), chunk=100, window=200):
+    """One second for 100 bytes, so four for an expert."""
+    return TransferEngine(SimulatedLink(rate=100.0), Memory(slow), chunk_bytes=chunk, window_bytes=window)
+
+
+def target():
+    return torch.full((SIZE,), float("nan"))
+
+
+def test_a_demand_is_there_after_its_time_and_not_before():
+    transfers, block = engine(), target()
+    transfer = transfers.demand(ExpertRef(0, 7), block)
+    transfers.link.advance(3.9)
+    assert not transfers.arrived(transfer)
+    assert block.isnan().all()
+    transfers.wait([transfer])
+    assert (block == 7).all()
+    assert transfers.link.stall_s == pytest.approx(0.1)
+    assert transfers.counts.demanded_bytes == 4 * SIZE
+    transfers.wait([transfer])
+    assert transfers.link.stall_s == pytest.approx(0.1)
+    assert transfers.counts.waits == 1
+
+
+def test_a_demand_overtakes_what_is_queued_and_waits_for_no_more_than_the_window():
+    transfers = engine(chunk=100, window=200)
+    ahead = [transfers.prefetch(ExpertRef(1, e), target(), Urgency.NEXT) for e in range(5)]
+    transfers.pump()
+    demand = transfers.demand(ExpertRef(0, 9), target())
+    transfers.wait([demand])
+    assert transfers.link.now == pytest.approx(2 + 4)
+    assert not any(transfers.arrived(one) for one in ahead)
+    assert (demand.target_B == 9).all()
+
+
+def test_the_nearer_layer_goes_first_and_pieces_of_one_expert_make_it_whole():
+    transfers = engine(chunk=60, window=60)
+    later = transfers.prefetch(ExpertRef(2, 2), target(), Urgency.LATER)
+    near = transfers.prefetch(ExpertRef(1, 1), target(), Urgency.NEXT)
+    for _ in range(6):
+        transfers.pump()
+        assert not transfers.arrived(near)
+        transfers.link.advance(0.6)
+    transfers.pump()
+    transfers.link.advance(0.4)
+    assert transfers.arrived(near)
+    assert (near.target_B == 1).all()
+    assert not later.begun
+    assert transfers.counts.prefetched_bytes == 400
+
+
+def test_a_prefetch_that_is_wanted_is_promoted_and_travels_once():
+    transfers = engine()
+    first = transfers.prefetch(ExpertRef(1, 1), target(), Urgency.NEXT)
+    second = transfers.prefetch(ExpertRef(1, 2), target(), Urgency.NEXT)
+    transfers.pump()
+    assert first.begun and not first.complete and not second.begun  # noqa: PT018
+    transfers.wait([first, second])
+    assert (first.target_B == 1).all() and (second.target_B == 2).all()  # noqa: PT018
+    assert transfers.link.now == pytest.approx(8)
+    assert transfers.counts.promoted == 2
+    transfers.pump()
+    assert transfers.counts.prefetched_bytes == 2 * 4 * SIZE
+
+
+def test_only_what_has_not_begun_can_be_cancelled():
+    transfers = engine()
+    begun = transfers.prefetch(ExpertRef(1, 1), target(), Urgency.NEXT)
+    queued = transfers.prefetch(ExpertRef(1, 2), target(), Urgency.NEXT)
+    transfers.pump()
+    assert not transfers.cancel(begun)
+    assert transfers.cancel(queued)
+    for _ in range(20):
+        transfers.link.advance(1)
+        transfers.pump()
+    assert (begun.target_B == 1).all()
+    assert queued.target_B.isnan().all()
+    assert transfers.counts.cancelled == 1
+
+
+def test_a_staging_buffer_is_not_filled_again_before_its_copy_is_done():
+    transfers = engine(slow={1, 2, 3})
+    sent = [transfers.demand(ExpertRef(0, e), target()) for e in (1, 2)]
+    sent.append(transfers.prefetch(ExpertRef(0, 3), target(), Urgency.NEXT))
+    transfers.pump()
+    transfers.wait(sent)
+    assert [float(one.target_B.unique()) for one in sent] == [1, 2, 3]
+    assert transfers.counts.staged_bytes == 3 * 4 * SIZE
+
+
+def test_a_failure_names_the_expert():
+    class Broken(SimulatedLink):
+        def copy(self, target_B, source_B):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    transfers = TransferEngine(Broken(), Memory())
+    with pytest.raises(InferenceError, match=r"L03\.E017: copying .*illegal memory access.*start again"):
+        transfers.demand(ExpertRef(3, 17), target())
+
+
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("demand"), st.integers(0, 9)),
+        st.tuples(st.sampled_from(["next", "later"]), st.integers(0, 9)),
+        st.tuples(st.sampled_from(["cancel", "wait"]), st.integers(0, 30)),
+        st.tuples(st.sampled_from(["pump", "time"]), st.integers(1, 5)),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(actions=ACTIONS, chunk=st.sampled_from([4, 36, 100, 400]), slow=st.sets(st.integers(0, 9)))
+def test_whatever_happens_each_expert_is_whole_once_it_has_arrived(actions, chunk, slow):
+    transfers, made = engine(slow, chunk, window=2 * chunk), []
+    for action, number in actions:
+        if action == "demand":
+            made.append(transfers.demand(ExpertRef(0, number), target()))
+        elif action in ("next", "later"):
+            urgency = Urgency.NEXT if action == "next" else Urgency.LATER
+            made.append(transfers.prefetch(ExpertRef(0, number), target(), urgency))
+        elif action == "pump":
+            transfers.pump()
+        elif action == "time":
+            transfers.link.advance(number / 2)
+        elif made:
+            one = made[number % len(made)]
+            if action == "cancel":
+                transfers.cancel(one)
+            elif not one.cancelled:
+                transfers.wait([one])
+                assert (one.target_B == one.ref.expert).all()
+        for one in made:
+            if not one.cancelled and transfers.arrived(one):
+                assert (one.target_B == one.ref.expert).all()
+    transfers.pump(whole=True)
+    transfers.link.advance(1e6)
+    for one in made:
+        assert one.target_B.isnan().all() if one.cancelled else (one.target_B == one.ref.expert).all()
+    moved = transfers.counts.demanded_bytes + transfers.counts.prefetched_bytes
+    assert moved == 4 * SIZE * sum(not one.cancelled for one in made)
