@@ -13,9 +13,13 @@ from torch import Tensor
 
 from inference.batching import MAX_ROWS, MAX_SEQUENCES, Engine
 from inference.cache import CacheCounts
+from inference.calibrate import ExpertKind, machine_profile
+from inference.costmodel import MachineProfile
 from inference.errors import InferenceError
 from inference.model import Model
-from inference.opening import MakePolicy, adapt, attach_all, end_tokens, open_base, open_kv, open_tokenizer
+from inference.opening import MakePolicy, adapt, attach_all, end_tokens, open_base, open_kv, open_tokenizer, place_in
+from inference.placement import model_sizes
+from inference.report import Measured, Report
 from inference.requests import Output, Request, SamplingParams
 from inference.stats import Generation, Stats
 
@@ -43,6 +47,8 @@ class LLM:
             model. All share its weights, its resident experts and its key-value cache.
         kv_tokens: tokens whose keys and values are kept, of all requests together; by default 32768, or what a quarter
             of the device's free memory holds if that is less.
+        vram: in place of ``expert_budget``, memory for all of the model: bytes, or text as ``8GiB``. What the dense
+            part, the keys and values and half a gibibyte for CUDA leave is given to experts.
         max_rows, max_sequences, reuse: see :class:`~inference.batching.Engine`.
 
     Raises:
@@ -62,6 +68,7 @@ class LLM:
         *,
         adapters: Mapping[str, str | Path] | None = None,
         kv_tokens: int | None = None,
+        vram: int | str | None = None,
         max_rows: int = MAX_ROWS,
         max_sequences: int = MAX_SEQUENCES,
         reuse: bool = True,
@@ -70,8 +77,13 @@ class LLM:
             raise InferenceError("adapter and adapters are both given; name all of them in adapters")
         self.path = Path(path)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if vram is not None:
+            if expert_budget != 1:
+                raise InferenceError("vram and expert_budget both say how many experts are resident; give one of them")
+            placed = place_in(self.path, vram, kv_tokens, self.device, dtype)
+            expert_budget, kv_tokens = placed.share, placed.kv_tokens
         base = open_base(self.path, expert_budget, self.device, dtype, poison, policy)
-        self.model, self.cache = base.module, base.cache
+        self.model, self.cache, self.dtype = base.module, base.cache, base.dtype
         if adapter is not None:
             attach_all(base, {"adapter": base.module}, {"adapter": adapter})
         kv = open_kv(base, kv_tokens)
@@ -153,6 +165,33 @@ class LLM:
             total_experts=0 if cache is None else cache.store.total,
             new_tokens=counts.new_tokens,
             seconds=counts.seconds,
+        )
+
+    def report(self, profile: MachineProfile | None = None) -> Report:
+        """Hits, bytes and waits since the model was opened, how near they come to the floor, and what to change.
+
+        ``profile`` is this machine's by default, which is measured in two seconds unless it is known already. Raises
+        InferenceError for a dense model, of which :meth:`stats` says all there is.
+        """
+        if self.cache is None:
+            raise InferenceError(f"{self.path} is a dense model, all of it resident: see stats()")
+        sizes = model_sizes(self.path, str(self.dtype).removeprefix("torch."))
+        if profile is None:
+            profile = machine_profile(ExpertKind(sizes.hidden, sizes.intermediate, self.dtype), self.device)
+        return Report.of(self._measured(), sizes, profile)
+
+    def _measured(self) -> Measured:
+        assert self.cache is not None
+        counts, experts = self.engine.counts, self.cache.counts
+        return Measured(
+            seconds=counts.seconds,
+            new_tokens=counts.new_tokens,
+            rows=counts.rows,
+            passes=counts.passes,
+            slots=self.cache.slots,
+            hits=experts.hits,
+            misses=experts.misses,
+            fetched_bytes=experts.bytes_fetched,
         )
 
     def logits(self, token_ids: Sequence[int], adapter: str | None = None) -> Tensor:

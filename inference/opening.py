@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from inference.cache import ExpertCache
 from inference.errors import InferenceError
 from inference.kv import BLOCK_SIZE, KVShape, PagedKV
+from inference.placement import KV_SHARE, KV_TOKENS, WORKSPACE, Placement, model_sizes, parse_size, place
 from inference.policies import LRU, Policy
 from inference.shadow import Hedge
 from inference.skeleton import build_skeleton, expert_shape, load_dense, offload_experts, share_dense
@@ -24,10 +25,6 @@ from moe.families import MoEBlock
 from moe.fingerprint import fingerprint
 
 MakePolicy = Callable[[int, int, int], Policy]  # (layers, experts, slots)
-
-# Without a setting: tokens of the key-value cache, and the share of free memory that they may take at most.
-DEFAULT_KV_TOKENS = 32768
-DEFAULT_KV_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -119,6 +116,20 @@ def attach_all(base: Base, trees: Mapping[str, nn.Module], folders: Mapping[str,
         trees[name].to(base.device)
 
 
+def place_in(
+    path: Path, vram: int | str, kv_tokens: int | None, device: torch.device, dtype: torch.dtype | None
+) -> Placement:
+    """What of ``vram`` bytes (or ``8GiB``) the dense part, keys and values and experts get.
+
+    On a CPU the sizes are the same, but nothing is kept free for CUDA. Raises InferenceError with figures if they do
+    not fit.
+    """
+    nbytes = parse_size(vram) if isinstance(vram, str) else vram
+    sizes = model_sizes(path, None if dtype is None else str(dtype).removeprefix("torch."))
+    workspace = WORKSPACE if device.type == "cuda" else 0
+    return place(sizes, kv_tokens=kv_tokens, workspace=workspace, vram=nbytes)
+
+
 def open_kv(base: Base, kv_tokens: int | None, block_size: int = BLOCK_SIZE) -> PagedKV:
     """Room for the keys and values of ``kv_tokens``, rounded up to whole blocks.
 
@@ -127,8 +138,8 @@ def open_kv(base: Base, kv_tokens: int | None, block_size: int = BLOCK_SIZE) -> 
     """
     per_block = PagedKV.bytes_per_block(base.module.config, base.dtype, block_size)
     if kv_tokens is None:
-        affordable = int(DEFAULT_KV_SHARE * _free_bytes(base.device)) // per_block
-        blocks = min(-(-DEFAULT_KV_TOKENS // block_size), affordable)
+        affordable = int(KV_SHARE * _free_bytes(base.device)) // per_block
+        blocks = min(-(-KV_TOKENS // block_size), affordable)
     else:
         blocks = -(-kv_tokens // block_size)
     if blocks < 1:

@@ -18,6 +18,7 @@ from trainer.faults import POINTS
 from trainer.generate_cli import add_generate_verb
 from trainer.lookahead_cli import add_lookahead_verbs
 from trainer.model_cli import add_model_verbs
+from trainer.plan_inference_cli import add_plan_inference_verb
 from trainer.refusal import is_users_mistake, refused
 from trainer.simulate_cli import add_simulate_verb
 
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_matrix_options(matrix)
     add_model_verbs(verb)
     add_simulate_verb(verb)
+    add_plan_inference_verb(verb, _fraction, _count)
     _add_doctor_options(verb("doctor", _doctor, "compare a model with transformers, and look for what would not train"))
 
     _add_export_options(verb("export", _export, "write a run's model as a Hugging Face folder"))

@@ -17,23 +17,28 @@ def main(
     prompt: str,
     adapter: str | None,
     max_new_tokens: int,
-    expert_budget: float,
+    expert_budget: float | None,
     *,
+    vram: int | None = None,
+    report: bool = False,
     kv_tokens: int | None = None,
     **settings: Any,
 ) -> int:
     """Prints the prompt's continuation, then one line of figures. Returns 0, or 2 for a user's mistake.
 
-    ``settings`` are those of :class:`inference.requests.SamplingParams`.
+    One of ``expert_budget`` and ``vram`` (bytes) at most; ``report`` prints what bound it. ``settings`` are those of :class:`inference.requests.SamplingParams`.
     """
     try:
         if (idle := [name for name in _OF_DRAWS if name in settings]) and not settings.get("temperature"):
             raise InferenceError(f"{idle[0]} changes nothing at temperature 0; give a temperature above 0, as 0.8")
-        llm = LLM(model_dir, expert_budget=expert_budget, adapter=adapter, kv_tokens=kv_tokens)
+        share = 1.0 if expert_budget is None else expert_budget
+        llm = LLM(model_dir, share, adapter, kv_tokens=kv_tokens, vram=vram)
         (generation,) = llm.generate([prompt], max_new_tokens, **settings)
     except (InferenceError, AdapterError) as error:
         print(f"planaria generate: {error}", file=sys.stderr)
         return 2
     print(generation.text)
     print(llm.stats())
+    if report:
+        print(llm.report())
     return 0

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from trainer.plan_inference_cli import add_budget_options
+
 _SAMPLING: tuple[tuple[str, Callable[[str], object], str, str], ...] = (
     ("temperature", float, "T", "0: always the most probable token (the default)"),
     ("top_k", int, "K", "draw from the K most probable tokens only; 0: from all"),
@@ -26,17 +28,12 @@ def add_generate_verb(
     generate.add_argument("--adapter", metavar="DIR", help="adapter folder")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--max-new-tokens", type=count, default=64, metavar="N")
-    generate.add_argument(
-        "--expert-budget",
-        type=fraction,
-        default=1.0,
-        metavar="F",
-        help="part of the experts that may be resident, 0 to 1",
-    )
+    add_budget_options(generate, fraction)
     generate.add_argument("--kv-tokens", type=count, metavar="N", help="room for the keys and values of N tokens")
     for name, kind, metavar, text in _SAMPLING:
         generate.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
     generate.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    generate.add_argument("--report", action="store_true", help="say what bound it, and what to change")
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -54,5 +51,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         arguments.max_new_tokens,
         arguments.expert_budget,
         kv_tokens=arguments.kv_tokens,
+        vram=arguments.vram,
+        report=arguments.report,
         **settings,
     )

@@ -1,0 +1,335 @@
+"""Measures a machine for the cost model, in about two seconds, once for each kind of expert.
+
+What is timed are the very kernels that the runtime uses, on made-up weights larger than the caches. The profile is kept
+in the user's cache folder, by hardware, torch, precision and shape of the experts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+from inference.costmodel import BYTES, KernelTable, MachineProfile, ProfileError, Rates, Timing
+from inference.cpu_experts import CpuExperts, HostExpert, kernels_for
+
+ROWS = (1, 16, 64, 4)  # in this order, as far as the time goes
+GPU_ROWS = (1, 16, 256, 2048)
+_BANK_BYTES = 128 << 20  # of made-up experts: beyond most caches, quick to fill
+_WHOLE_CALL = 8  # experts of one call, as a token of a model with eight choices makes it
+
+
+@dataclass(frozen=True)
+class ExpertKind:
+    """What is timed: experts of this shape and precision."""
+
+    hidden: int
+    intermediate: int
+    dtype: torch.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def nbytes(self) -> int:
+        return 3 * self.hidden * self.intermediate * BYTES[self.dtype_name]
+
+
+def this_machine(hidden: int, intermediate: int, dtype: str, *, recalibrate: bool = False) -> MachineProfile:
+    """:func:`machine_profile` of the device that the runtime would choose, for callers without torch."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return machine_profile(ExpertKind(hidden, intermediate, getattr(torch, dtype)), device, recalibrate=recalibrate)
+
+
+def machine_profile(kind: ExpertKind, device: torch.device, *, recalibrate: bool = False) -> MachineProfile:
+    """This machine's profile: the kept one, or a new one, which is kept. A damaged file is measured again."""
+    file = profile_file(kind, device)
+    if not recalibrate and file.exists():
+        try:
+            return MachineProfile.load(file)
+        except ProfileError:
+            pass
+    profile = calibrate(kind, device)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        written = file.with_suffix(f".{os.getpid()}")
+        written.write_text(profile.dump())
+        written.replace(file)
+    except OSError:
+        pass  # a read-only home: it will be measured again next time
+    return profile
+
+
+def profile_file(kind: ExpertKind, device: torch.device) -> Path:
+    """Where this machine's profile is kept."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    key = f"{hardware(device)}|{torch.__version__}|{kind.dtype_name}|{kind.hidden}x{kind.intermediate}|1"
+    return home / "planaria" / "profiles" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def hardware(device: torch.device) -> str:
+    """In words, without what changes from one start to the next."""
+    cores = f"{cpu_cores()} cores of {_cpu_name()}"
+    return f"{torch.cuda.get_device_name(device)}, {cores}" if device.type == "cuda" else f"no GPU, {cores}"
+
+
+def cpu_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+@torch.inference_mode()
+def calibrate(kind: ExpertKind, device: torch.device, budget_s: float = 2.0) -> MachineProfile:
+    """Measure. ``budget_s`` bounds the table of CPU kernels, which takes longest; no part is left out for it."""
+    began = time.perf_counter()
+    bank = _Bank(kind)
+    gpu = _Gpu(kind, device) if device.type == "cuda" else None
+    dram = _read_rate(bank.weights_N)
+    counts = thread_counts(cpu_cores(), gpu is not None)
+    threads, timings = cpu_table(bank, counts, 0.7 * budget_s - (time.perf_counter() - began))
+    table = KernelTable(tuple(timings))
+    alone = kind.nbytes / table.best(1, threads).seconds
+    common = {
+        "name": "this machine",
+        "hardware": hardware(device),
+        "source": f"measured with torch {torch.__version__}",
+        "dtype": kind.dtype_name,
+        "hidden": kind.hidden,
+        "intermediate": kind.intermediate,
+        "threads": threads,
+        "cpu": tuple(timings),
+    }
+    dram = max(dram, alone)
+    if gpu is None:
+        return MachineProfile(
+            **common, dram=Rates(dram, dram), cpu_overlapped=alone, launch_s=_operation_s(torch.zeros(8))
+        )
+    link = gpu.link_rate()
+    with_reads = gpu.beside_link(lambda: _read_s(bank.weights_N), bank.weights_N.nbytes)
+    with bank.experts(threads, table) as experts:
+        with_experts = gpu.beside_link(lambda: bank.call_s(experts, 1), _WHOLE_CALL * kind.nbytes)
+        handover = _typical(experts.hand_over)
+    profile = MachineProfile(
+        **common,
+        dram=Rates(dram, min(with_reads[1], dram)),
+        cpu_overlapped=min(with_experts[1], alone),
+        link=Rates(link, min(with_experts[0], link)),
+        gpu=gpu.table(),
+        gpu_memory=gpu.memory_rate(),
+        gpu_flops=gpu.flops(),
+        launch_s=_operation_s(torch.zeros(8, device=device)),
+        sync_s=_typical(gpu.round_trip),
+        handover_s=handover,
+    )
+    gpu.close()
+    return profile
+
+
+def thread_counts(cores: int, with_gpu: bool) -> tuple[int, ...]:
+    """Worth trying: all cores but the one that launches the GPU's work, and half of them."""
+    most = max(cores - 1, 1) if with_gpu else cores
+    return tuple(sorted({max(most // 2, 1), most}))
+
+
+def cpu_table(bank: _Bank, counts: Sequence[int], budget_s: float) -> tuple[int, list[Timing]]:
+    """The best count of threads, and the times of every kernel.
+
+    All counts are tried with one row, which is what decoding needs; the best one of them with 16 rows, and with others
+    as far as the time goes. Row by row takes a row's time for each, so it is not timed beyond one.
+    """
+    began = time.perf_counter()
+    kernels = kernels_for(bank.kind.dtype)
+    found = [bank.timing(kernel, threads, 1) for threads in counts for kernel in kernels]
+    best = min(found, key=lambda timing: (timing.seconds, timing.threads)).threads
+    for rows in ROWS[1:]:
+        for kernel in kernels:
+            if kernel != "rows" and (rows == ROWS[1] or time.perf_counter() - began < budget_s):
+                found.append(bank.timing(kernel, best, rows))
+    return best, found
+
+
+class _Bank:
+    """Made-up experts in host memory, one behind the other."""
+
+    def __init__(self, kind: ExpertKind) -> None:
+        self.kind = kind
+        self.count = max(_BANK_BYTES // kind.nbytes, _WHOLE_CALL)
+        each = 3 * kind.hidden * kind.intermediate
+        self.weights_N = torch.empty(self.count * each, dtype=kind.dtype)
+        # Small and unequal, and quick to make: products of zeros or denormal numbers are no measure.
+        pattern_N = (torch.arange(each) % 251 - 125).float() / 4096
+        self.weights_N.view(self.count, each).copy_(pattern_N)
+        self._next = 0
+
+    def __call__(self, _layer: int, expert: int) -> HostExpert:
+        hidden, intermediate = self.kind.hidden, self.kind.intermediate
+        one_N = self.weights_N.view(self.count, -1)[expert]
+        gate_N, up_N, down_N = one_N.split(hidden * intermediate)
+        return HostExpert(gate_N.view(intermediate, hidden), up_N.view(intermediate, hidden), down_N.view(hidden, -1))
+
+    def experts(self, threads: int, table: KernelTable) -> CpuExperts:
+        return CpuExperts(self, lambda gate, up: silu(gate) * up, table, threads)
+
+    def timing(self, kernel: str, threads: int, rows: int) -> Timing:
+        calls = [_WHOLE_CALL] * 3 if rows == 1 else [2 * threads] * 2
+        with self.experts(threads, KernelTable((Timing(kernel, threads, 1, 1.0),))) as experts:
+            seconds = min(self.call_s(experts, rows, count) / count for count in calls)
+        return Timing(kernel, threads, rows, seconds)
+
+    def call_s(self, experts: CpuExperts, rows: int, count: int = _WHOLE_CALL) -> float:
+        """Seconds of one call, with other experts each time."""
+        chosen = [(self._next + i) % self.count for i in range(count)]
+        self._next += count
+        x_NH = torch.ones(rows * count, self.kind.hidden, dtype=self.kind.dtype)
+        began = time.perf_counter()
+        experts.submit(0, [(e, rows) for e in chosen], x_NH).result()
+        return time.perf_counter() - began
+
+
+def _read_s(data_N: Tensor) -> float:
+    began = time.perf_counter()
+    data_N.view(torch.int64).sum()
+    return time.perf_counter() - began
+
+
+def _read_rate(data_N: Tensor) -> float:
+    return data_N.nbytes / min(_read_s(data_N) for _ in range(3))
+
+
+def _operation_s(x_N: Tensor) -> float:
+    """Of issuing one operation that makes a tensor, a hundred in a row."""
+    for _ in range(20):
+        torch.add(x_N, x_N)
+    began = time.perf_counter()
+    for _ in range(100):
+        torch.add(x_N, x_N)
+    return (time.perf_counter() - began) / 100
+
+
+def _typical(act: Callable[[], object], repeats: int = 15) -> float:
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        act()
+        times.append(time.perf_counter() - began)
+    return median(times)
+
+
+class _Gpu:
+    """The same for a GPU and the link to it."""
+
+    def __init__(self, kind: ExpertKind, device: torch.device) -> None:
+        self.kind, self.device = kind, device
+        self.count = max(min((256 << 20) // kind.nbytes, 64), 2)
+        self.host_B = torch.empty(self.count, kind.nbytes, dtype=torch.uint8, pin_memory=True)
+        self.there_B = torch.zeros(self.count, kind.nbytes, dtype=torch.uint8, device=device)
+        self.stream = torch.cuda.Stream(device)
+
+    def close(self) -> None:
+        """Give the pinned memory back; torch would keep it for the next one who asks."""
+        del self.host_B, self.there_B
+        if (empty := getattr(torch._C, "_host_emptyCache", None)) is not None:
+            empty()
+
+    def link_rate(self) -> float:
+        self._copy_all(1)
+        return max(self._copy_all(1) for _ in range(2))
+
+    def _copy_all(self, rounds: int) -> float:
+        """Bytes/s of so many rounds through the bank, in blocks of an expert."""
+        begin, end = self._enqueue(rounds)
+        end.synchronize()
+        return rounds * self.host_B.nbytes / (begin.elapsed_time(end) / 1e3)
+
+    def _enqueue(self, rounds: int) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        with torch.cuda.stream(self.stream):
+            begin.record()
+            for _ in range(rounds):
+                for here_B, there_B in zip(self.host_B, self.there_B, strict=True):
+                    there_B.copy_(here_B, non_blocking=True)
+            end.record()
+        return begin, end
+
+    def beside_link(self, act: Callable[[], float], nbytes: int) -> tuple[float, float]:
+        """(link, host) bytes/s while both are busy; ``act`` reads ``nbytes`` and says how long that took.
+
+        The link is given more than it can carry meanwhile; only what ``act`` did before it ended counts.
+        """
+        alone = act()
+        rounds = max(round(2 * alone * 60e9 / self.host_B.nbytes), 2)
+        begin, end = self._enqueue(rounds)
+        times = []
+        while not end.query():
+            times.append(act())
+        link = rounds * self.host_B.nbytes / (begin.elapsed_time(end) / 1e3)
+        whole = times[:-1] or times or [alone]  # the last one ended alone
+        return link, nbytes / median(whole)
+
+    def table(self) -> tuple[Timing, ...]:
+        """Products as the GPU does them, weights resident and not in its cache."""
+        kind, found = self.kind, []
+        weights = self.there_B.view(kind.dtype).view(self.count, 3, -1).zero_()
+        for rows in GPU_ROWS:
+            x_RH = torch.zeros(rows, kind.hidden, dtype=kind.dtype, device=self.device)
+            seconds = self._timed(lambda x_RH=x_RH: self._all_experts(weights, x_RH)) / self.count
+            found.append(Timing("gpu", 1, rows, seconds))
+        return tuple(found)
+
+    def _all_experts(self, weights: Tensor, x_RH: Tensor) -> None:
+        hidden, intermediate = self.kind.hidden, self.kind.intermediate
+        for one in weights:
+            gate_up_2IH = one[:2].reshape(2 * intermediate, hidden)
+            gate_RI, up_RI = linear(x_RH, gate_up_2IH).chunk(2, -1)
+            linear(silu(gate_RI) * up_RI, one[2].view(hidden, intermediate))
+
+    def _timed(self, act: Callable[[], object]) -> float:
+        """Seconds on the device, from a graph, so that launching does not count; the best of three."""
+        stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(stream):
+            act()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            act()
+        times = []
+        for _ in range(3):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3)
+        return min(times)
+
+    def memory_rate(self) -> float:
+        """Bytes/s of reading, by a sum over the bank."""
+        data_N = self.there_B.view(torch.float32)
+        return data_N.numel() * 4 / self._timed(lambda: data_N.sum())
+
+    def flops(self) -> float:
+        """Of a large square product in the experts' precision."""
+        size = 4096
+        a = torch.zeros(size, size, dtype=self.kind.dtype, device=self.device)
+        return 2 * size**3 / self._timed(lambda: a @ a)
+
+    def round_trip(self) -> None:
+        self.there_B[0, 0].item()

@@ -1,0 +1,348 @@
+"""What an expert costs on each lane of a machine: the link, the CPU, the GPU. Values and formulas; no torch here.
+
+Rates are bytes per second, times seconds. A link and CPU cores read the same host memory, so each rate is known twice:
+*alone*, and *overlapped*, while the other lane is busy too. Where memory is the limit the overlapped rates add up to
+its bandwidth; where the cores are, they add up to almost the plain sum. The formulas need not know which it is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from inference.errors import InferenceError
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+PROFILES = Path(__file__).parent / "profiles"
+
+
+class ProfileError(InferenceError):
+    """A machine profile that cannot be read, or does not exist: what, where, and what to do."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes per second of one lane, alone and while the other one works. Overlapping never makes a lane faster."""
+
+    alone: float
+    overlapped: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.overlapped <= self.alone:
+            raise ProfileError(
+                f"rates {self.alone:g} alone, {self.overlapped:g} overlapped: need 0 < overlapped <= alone"
+            )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One expert of ``rows`` rows by one kernel on so many threads, in seconds: a call's time over its experts."""
+
+    kernel: str
+    threads: int
+    rows: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class MachineProfile:
+    """What was measured on a machine, for experts of one shape and precision.
+
+    Attributes:
+        name: what ``--profile`` calls it.
+        hardware: in words.
+        source: who measured it, when and how, or which figures were taken from where.
+        dtype: of the experts that were timed, as ``bfloat16``.
+        hidden, intermediate: their sizes.
+        link: host to device, pinned, in blocks of an expert's size; None without a GPU.
+        dram: host memory as the cores read it, on ``threads`` threads.
+        cpu: experts computed by the cores, from host memory.
+        cpu_overlapped: bytes/s of weights that the best one-row CPU kernel reads while the link is busy.
+        gpu: experts computed by the GPU, weights resident; empty without one.
+        gpu_memory, gpu_flops: bytes/s of its memory and FLOP/s of its matrix products, for the dense part; 0 without.
+        launch_s: of one operation, as the runtime issues it.
+        sync_s: one round trip to learn what the device computed; 0 without a GPU.
+        handover_s: from giving work to the CPU experts until they begin, and back.
+    """
+
+    name: str
+    hardware: str
+    source: str
+    dtype: str
+    hidden: int
+    intermediate: int
+    threads: int
+    dram: Rates
+    cpu: tuple[Timing, ...]
+    cpu_overlapped: float
+    link: Rates | None = None
+    gpu: tuple[Timing, ...] = ()
+    gpu_memory: float = 0.0
+    gpu_flops: float = 0.0
+    launch_s: float = 0.0
+    sync_s: float = 0.0
+    handover_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.dtype not in BYTES or min(self.hidden, self.intermediate, self.threads) < 1 or not self.cpu:
+            raise ProfileError(f"profile {self.name!r}: needs a dtype of {', '.join(BYTES)}, sizes, and CPU timings")
+        if any(t.seconds <= 0 or t.rows < 1 or t.threads < 1 for t in (*self.cpu, *self.gpu)):
+            raise ProfileError(f"profile {self.name!r}: a timing without rows, threads or seconds; measure it again")
+        if self.link is not None and not (self.gpu and self.gpu_memory > 0 and self.gpu_flops > 0):
+            raise ProfileError(f"profile {self.name!r}: has a link but not what the GPU behind it does")
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of the expert that was timed."""
+        return 3 * self.hidden * self.intermediate * BYTES[self.dtype]
+
+    def dump(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def load(cls, path: str | Path) -> MachineProfile:
+        """Raises ProfileError for a file that is no profile."""
+        try:
+            raw = json.loads(Path(path).read_text())
+            raw |= {"dram": Rates(**raw["dram"]), "link": None if raw["link"] is None else Rates(**raw["link"])}
+            raw |= {lane: tuple(Timing(**entry) for entry in raw[lane]) for lane in ("cpu", "gpu")}
+            return cls(**raw)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ProfileError(f"{path}: not a machine profile ({error}); measure again with --recalibrate") from error
+
+
+def named_profile(name: str) -> MachineProfile:
+    """A profile that comes with the package, or the JSON file of that path. Raises ProfileError."""
+    if (PROFILES / f"{name}.json").is_file():
+        return MachineProfile.load(PROFILES / f"{name}.json")
+    if Path(name).is_file():
+        return MachineProfile.load(name)
+    known = ", ".join(sorted(path.stem for path in PROFILES.glob("*.json")))
+    raise ProfileError(f"no profile {name!r}: choose from {known}, or give the path of a profile's JSON file")
+
+
+@dataclass(frozen=True)
+class KernelTable:
+    """Measured times, between them straight lines: which kernel is fastest for so many rows on so many threads."""
+
+    timings: tuple[Timing, ...]
+    _found: dict[tuple[int, int], Timing] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def _curves(self) -> dict[tuple[str, int], list[tuple[int, float]]]:
+        curves: dict[tuple[str, int], list[tuple[int, float]]] = {}
+        for t in sorted(self.timings, key=lambda t: t.rows):
+            curves.setdefault((t.kernel, t.threads), []).append((t.rows, t.seconds))
+        return curves
+
+    @property
+    def thread_counts(self) -> tuple[int, ...]:
+        return tuple(sorted({t.threads for t in self.timings}))
+
+    def best(self, rows: int, threads: int) -> Timing:
+        """The fastest for ``rows`` on the largest measured count of threads that is at most ``threads``.
+
+        On fewer than were ever measured, the fewest. Of equally fast kernels the first by name.
+        """
+        key = (rows, threads)
+        if key not in self._found:
+            counts = self.thread_counts
+            used = max((n for n in counts if n <= threads), default=counts[0])
+            times = [(at(curve, rows), kernel) for (kernel, n), curve in self._curves.items() if n == used]
+            seconds, kernel = min(times)
+            self._found[key] = Timing(kernel, used, rows, seconds)
+        return self._found[key]
+
+
+def at(curve: Sequence[tuple[int, float]], rows: int) -> float:
+    """Seconds for ``rows``: on lines between measured points, flat before the first, in proportion beyond the last.
+
+    A curve never falls: more rows take no less time, however noisy the measurement was.
+    """
+    before, best = 0, curve[0][1]
+    for point, seconds in curve:
+        high = max(seconds, best)
+        if rows <= point:
+            return best + (high - best) * (rows - before) / (point - before)
+        before, best = point, high
+    return best * rows / before
+
+
+@dataclass(frozen=True)
+class ExpertCosts:
+    """What one expert of a model costs on the lanes of a machine; times scale with the sizes of the one that was timed.
+
+    Attributes:
+        expert_bytes: of one expert as it lies in host memory.
+        link_s, link_overlapped_s: to bring it to the GPU, alone and beside busy cores; infinite without a link.
+        threads: that the CPU lane may use; 0 for none: the CPU computes nothing.
+    """
+
+    profile: MachineProfile
+    expert_bytes: int
+    elements: int
+    threads: int
+    link_s: float
+    link_overlapped_s: float
+    handover_s: float
+    _cpu: KernelTable
+    _gpu: KernelTable
+
+    @classmethod
+    def of(
+        cls, profile: MachineProfile, hidden: int, intermediate: int, itemsize: int, threads: int | None = None
+    ) -> ExpertCosts:
+        """``threads`` of the CPU lane: by default as many as the profile has; 0 leaves the lane out."""
+        elements = 3 * hidden * intermediate
+        size, link = elements * itemsize, profile.link
+        return cls(
+            profile=profile,
+            expert_bytes=size,
+            elements=elements,
+            threads=profile.threads if threads is None else threads,
+            link_s=math.inf if link is None else size / link.alone,
+            link_overlapped_s=math.inf if link is None else size / link.overlapped,
+            handover_s=profile.handover_s if link is not None else 0.0,
+            _cpu=KernelTable(profile.cpu),
+            _gpu=KernelTable(profile.gpu),
+        )
+
+    @property
+    def has_link(self) -> bool:
+        return self.profile.link is not None
+
+    def cpu_s(self, rows: int) -> float:
+        """The cores alone; infinite where they may not help."""
+        if not self.threads:
+            return math.inf
+        scale = self.expert_bytes / self.profile.expert_bytes
+        return self._cpu.best(rows, self.threads).seconds * scale
+
+    def cpu_overlapped_s(self, rows: int) -> float:
+        """Beside a busy link: few rows wait for memory, many for the cores, which the link does not slow down."""
+        return max(self.cpu_s(rows), self.expert_bytes / self.profile.cpu_overlapped)
+
+    def gpu_s(self, rows: int) -> float:
+        """On the GPU, its weights there; 0 without a GPU, where nothing is ever there."""
+        if not self.profile.gpu:
+            return 0.0
+        timed = self.profile.expert_bytes
+        return self._gpu.best(rows, 1).seconds * self.expert_bytes / timed
+
+
+def describe(profile: MachineProfile) -> list[str]:
+    """The figures, a line each."""
+    table = KernelTable(profile.cpu)
+    best = table.best(1, profile.threads)
+    memory = f"host memory: {_gb(profile.dram.alone)} alone"
+    experts = f"CPU experts: {_gb(profile.expert_bytes / best.seconds)} of weights at one row"
+    experts += f" ({best.kernel}, {best.threads} threads)"
+    lines = [f"machine: {profile.hardware}", f"figures: {profile.source}"]
+    if profile.link is None:
+        return [*lines, memory, experts]
+    return [
+        *lines,
+        f"link: {_gb(profile.link.alone)} alone, {_gb(profile.link.overlapped)} beside the cores",
+        f"{memory}, {_gb(profile.dram.overlapped)} beside the link",
+        f"{experts}, {_gb(profile.cpu_overlapped)} beside the link",
+    ]
+
+
+def _gb(rate: float) -> str:
+    return f"{rate / 1e9:.3g} GB/s"
+
+
+def fetch_share(link: float, cpu: float) -> float:
+    """Which part of the misses the link carries when both lanes end together, from their overlapped rates."""
+    return link / (link + cpu)
+
+
+def balanced_fetch(misses: int, link_s: float, cpu_s: float) -> int:
+    """How many of equal misses to fetch so that the slower lane ends soonest; the fewest of equally good ones.
+
+    The real optimum is ``misses * cpu_s / (link_s + cpu_s)``; the integer one is beside it.
+    """
+    if math.isinf(link_s) or math.isinf(cpu_s):
+        return 0 if math.isinf(link_s) else misses
+    low = math.floor(misses * cpu_s / (link_s + cpu_s))
+    ends = [(max(n * link_s, (misses - n) * cpu_s), n) for n in (low, min(low + 1, misses))]
+    return min(ends)[1]
+
+
+def overlap(link: tuple[float, float], cpu: tuple[float, float]) -> tuple[float, float]:
+    """When each lane ends if both start together.
+
+    Args:
+        link, cpu: seconds of its work (alone, overlapped); alone is never the longer.
+
+    The shorter one runs beside the other to its end; what the longer one still has to do then, it does alone.
+    """
+    if not link[1] or not cpu[1]:
+        return link[0], cpu[0]
+    if link[1] <= cpu[1]:
+        return link[1], link[1] + (1 - link[1] / cpu[1]) * cpu[0]
+    return cpu[1] + (1 - cpu[1] / link[1]) * link[0], cpu[1]
+
+
+def distinct_experts(experts: int, top_k: int, tokens: int) -> float:
+    """How many experts of a layer ``tokens`` tokens use together, if they choose independently and evenly."""
+    return experts * (1 - (1 - top_k / experts) ** tokens)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What no schedule can pass: the lanes' own times if all of them overlap perfectly."""
+
+    host_s: float
+    link_s: float
+    gpu_s: float
+    products_s: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.host_s, self.link_s, self.gpu_s, self.products_s)
+
+    @property
+    def bound(self) -> str:
+        """The slowest lane."""
+        lanes = {
+            "host memory": self.host_s,
+            "the link": self.link_s,
+            "GPU memory": self.gpu_s,
+            "matrix products": self.products_s,
+        }
+        return max(lanes, key=lanes.__getitem__)
+
+
+def physical_floor(
+    profile: MachineProfile, *, missed_bytes: float, fetched_bytes: float, device_bytes: float, flops: float = 0.0
+) -> Floor:
+    """Of a token or any stretch of work.
+
+    Args:
+        missed_bytes: of experts that were not resident, fetched or computed by the CPU.
+        fetched_bytes: those that crossed the link.
+        device_bytes: that the GPU reads: the dense part, resident experts used, fetched ones. Without a GPU, all that
+            the cores read.
+        flops: of all matrix products.
+    """
+    if profile.link is None:
+        return Floor((missed_bytes + device_bytes) / profile.dram.alone, 0.0, 0.0, flops / cpu_flops(profile))
+    host = profile.link.overlapped + profile.dram.overlapped
+    device = device_bytes / profile.gpu_memory
+    return Floor(missed_bytes / host, fetched_bytes / profile.link.alone, device, flops / profile.gpu_flops)
+
+
+def cpu_flops(profile: MachineProfile) -> float:
+    """FLOP/s of the best timed expert."""
+    best = max(profile.cpu, key=lambda timing: timing.rows / timing.seconds)
+    return 6 * profile.hidden * profile.intermediate * best.rows / best.seconds
+
+
+def total(values: Iterable[float]) -> float:
+    """An exactly rounded sum, so that predictions do not depend on the order of experts."""
+    return math.fsum(values)

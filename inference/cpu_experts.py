@@ -1,0 +1,241 @@
+"""Experts computed by the CPU, straight from the weights in host memory, beside whatever the GPU does.
+
+A call's work is a list of (expert, rows). Long lists are dealt to the workers expert by expert, short ones in parts:
+each part takes some of an expert's intermediate columns through gate, up and down, and the parts' sums are added in
+order. Every worker computes on one thread of its own, so it neither waits for torch's pool nor holds up the thread
+that launches the GPU's work; torch drops the interpreter's lock in every product.
+
+Which kernel is fastest depends on the processor, the precision and the rows; so it is measured
+(:mod:`inference.calibrate`) and looked up (:class:`inference.costmodel.KernelTable`).
+
+Shapes: N rows of all experts of a call, R rows of one expert, H hidden, I intermediate or a part of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inference.costmodel import KernelTable
+from moe.form import ExpertForm
+
+Product = Callable[[Tensor, Tensor], Tensor]
+Gated = Callable[[Tensor, Tensor], Tensor]  # (gate, up), elementwise
+HostWeights = Callable[[int, int], "HostExpert"]  # (layer, expert)
+MIN_COLUMNS = 128  # of a part: below it, calling costs more than computing
+
+
+@dataclass(frozen=True)
+class HostExpert:
+    """One expert in host memory, as views in any strides.
+
+    Attributes:
+        gate_IH, up_IH: None where ``gate_up_2IH`` has the rows of both in turn, gate first (gpt_oss).
+        gate_up_bias, down_bias: [2I] laid out as the rows are, [H]; None without.
+    """
+
+    gate_IH: Tensor | None
+    up_IH: Tensor | None
+    down_HI: Tensor
+    gate_up_2IH: Tensor | None = None
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+    @classmethod
+    def of_parts(cls, parts: Sequence[Tensor], form: ExpertForm) -> HostExpert:
+        """From ``gate_up_proj`` and ``down_proj`` of one expert as its family lays them out, and their biases."""
+        gate_up_2IH, down_HI = (part.t() if form.transposed else part for part in parts[:2])
+        biases = tuple(parts[2:]) or (None, None)
+        if form.interleaved:
+            return cls(None, None, down_HI, gate_up_2IH, *biases)
+        return cls(*gate_up_2IH.chunk(2), down_HI, None, *biases)
+
+    @property
+    def intermediate(self) -> int:
+        return self.down_HI.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.down_HI.dtype
+
+
+def product_linear(x_RH: Tensor, w_OH: Tensor) -> Tensor:
+    """One matrix product in the weights' precision: what processors with AMX or AVX512-BF16 are fast at."""
+    return torch.nn.functional.linear(x_RH, w_OH).float()
+
+
+def product_rows(x_RH: Tensor, w_OH: Tensor) -> Tensor:
+    """A matrix-vector product for each row, which reads the weights once per row, but at full memory speed."""
+    return torch.stack([torch.mv(w_OH, x_H) for x_H in x_RH]).float()
+
+
+def product_upcast(x_RH: Tensor, w_OH: Tensor) -> Tensor:
+    """Weights are widened to float32 a piece at a time, small enough to stay in the cache, and multiplied there."""
+    x_RH = x_RH.float()
+    if w_OH.dtype == torch.float32:
+        return torch.nn.functional.linear(x_RH, w_OH)
+    pieces = w_OH.split(max(_PIECE // w_OH.shape[1], 1))
+    return torch.cat([torch.nn.functional.linear(x_RH, piece.float()) for piece in pieces], dim=1)
+
+
+_PIECE = 1 << 17  # weights widened at once: 512 KiB
+KERNELS: dict[str, Product] = {"linear": product_linear, "rows": product_rows, "upcast": product_upcast}
+
+
+def kernels_for(dtype: torch.dtype) -> tuple[str, ...]:
+    """The kernels worth measuring. In float32 there is nothing to widen, and a product of one row is a vector's."""
+    return ("linear",) if dtype == torch.float32 else tuple(KERNELS)
+
+
+def expert_rows(product: Product, gated: Gated, expert: HostExpert, x_RH: Tensor, columns: slice) -> Tensor:
+    """Rows through some intermediate columns of one expert: a float32 share [R,H] of the result.
+
+    As in transformers, what stands between two products has the weights' precision. The share with the first column
+    has the last bias.
+    """
+    x_RH = x_RH.to(expert.dtype)
+    gate_RI, up_RI = _gate_and_up(product, expert, x_RH, columns)
+    y_RH = product(gated(gate_RI.to(expert.dtype), up_RI.to(expert.dtype)), expert.down_HI[:, columns])
+    if expert.down_bias is not None and columns.start == 0:
+        y_RH += expert.down_bias
+    return y_RH
+
+
+def _gate_and_up(product: Product, expert: HostExpert, x_RH: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    bias = expert.gate_up_bias
+    if expert.gate_up_2IH is not None:
+        both = slice(2 * columns.start, 2 * columns.stop)
+        both_R2I = product(x_RH, expert.gate_up_2IH[both])
+        if bias is not None:
+            both_R2I = both_R2I + bias[both]
+        return both_R2I[:, ::2], both_R2I[:, 1::2]
+    assert expert.gate_IH is not None
+    assert expert.up_IH is not None
+    gate_RI, up_RI = product(x_RH, expert.gate_IH[columns]), product(x_RH, expert.up_IH[columns])
+    if bias is not None:
+        gate_I, up_I = bias.chunk(2)
+        return gate_RI + gate_I[columns], up_RI + up_I[columns]
+    return gate_RI, up_RI
+
+
+class Pending:
+    """Work that was submitted."""
+
+    def __init__(
+        self, rows: Sequence[slice], shares: Sequence[Tensor], workers: Sequence[Future[None]], out_NH: Tensor
+    ):
+        self._rows, self._shares, self._workers, self._out_NH = rows, shares, workers, out_NH
+
+    def result(self) -> Tensor:
+        """Waits; float32 [N,H], rows as they were given, unweighted. An error of a worker is raised here."""
+        for worker in self._workers:
+            worker.result()
+        for rows, share_RH in zip(self._rows, self._shares, strict=True):
+            self._out_NH[rows] += share_RH
+        self._rows = self._shares = ()
+        return self._out_NH
+
+
+class CpuExperts:
+    """Computes missing experts on threads of its own.
+
+    Args:
+        weights: (layer, expert) to where it lies.
+        gated: activation of (gate, up), elementwise.
+        table: measured times, which say what kernel to use.
+        threads: workers.
+    """
+
+    def __init__(self, weights: HostWeights, gated: Gated, table: KernelTable, threads: int) -> None:
+        assert threads >= 1, threads
+        self.weights, self.gated, self.table, self.threads = weights, gated, table, threads
+        self._pool = _single_threaded_workers(threads)
+
+    def submit(
+        self, layer: int, work: Sequence[tuple[int, int]], x_NH: Tensor, out_NH: Tensor | None = None
+    ) -> Pending:
+        """Start computing; returns at once.
+
+        Args:
+            work: (expert, number of its rows), in the order of the rows of ``x_NH``.
+            x_NH: inputs in host memory; must not change until the result is taken.
+            out_NH: float32, for the result; a new one by default.
+        """
+        assert sum(rows for _, rows in work) == x_NH.shape[0], (work, x_NH.shape)
+        out_NH = torch.empty(x_NH.shape, dtype=torch.float32) if out_NH is None else out_NH
+        out_NH.zero_()
+        tasks: list[tuple[Product, HostExpert, Tensor, slice]] = []
+        where, start = [], 0
+        for expert, count in work:
+            rows = slice(start, start + count)
+            start += count
+            weights = self.weights(layer, expert)
+            product = KERNELS[self.table.best(count, self.threads).kernel]
+            for columns in self._columns(weights.intermediate, len(work)):
+                tasks.append((product, weights, x_NH[rows], columns))
+                where.append(rows)
+        shares: list[Tensor] = [out_NH] * len(tasks)
+        turns = iter(range(len(tasks)))  # workers take the next one from here: the interpreter's lock keeps it whole
+        workers = [
+            self._pool.submit(_work, turns, tasks, self.gated, shares) for _ in range(min(self.threads, len(tasks)))
+        ]
+        return Pending(where, shares, workers, out_NH)
+
+    def _columns(self, intermediate: int, experts: int) -> list[slice]:
+        """Into how many parts an expert is cut: so many that no worker is idle."""
+        parts = max(min(-(-self.threads // experts), intermediate // MIN_COLUMNS), 1)
+        ends = [intermediate * part // parts for part in range(parts + 1)]
+        return [slice(a, b) for a, b in itertools.pairwise(ends)]
+
+    def hand_over(self) -> None:
+        """Give the workers nothing to do, and wait for it: what it costs to use them at all."""
+        self._pool.submit(int).result()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> CpuExperts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _single_threaded_workers(count: int) -> ThreadPoolExecutor:
+    """Workers whose products start no threads of their own.
+
+    torch keeps that count for each thread, but threads that start later inherit the one set last: so all workers start
+    here, and the caller's count is set again behind them.
+    """
+    mine = torch.get_num_threads()
+    started = threading.Barrier(count + 1)
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # the first question settles a thread's count; before the caller's is set again
+        started.wait()
+
+    pool = ThreadPoolExecutor(count, "cpu-expert", initializer=begin)
+    for _ in range(count):
+        pool.submit(int)  # a worker starts when there is work and no idle one: none is idle before the barrier
+    started.wait()
+    torch.set_num_threads(mine)
+    return pool
+
+
+@torch.inference_mode()
+def _work(
+    turns: Iterator[int],
+    tasks: Sequence[tuple[Product, HostExpert, Tensor, slice]],
+    gated: Gated,
+    shares: list[Tensor],
+) -> None:
+    for turn in turns:
+        product, expert, x_RH, columns = tasks[turn]
+        shares[turn] = expert_rows(product, gated, expert, x_RH, columns)

@@ -1,0 +1,164 @@
+"""How fast a model would run on a machine, and what binds it: the planner's answer for typical passes. No torch here.
+
+A pass is decoding one token of each of so many sequences, or reading a prompt. For each, the experts that a layer uses
+and how many of them are resident are counted (from a trace) or assumed (without one), and :func:`plan_phase` compares
+the ways. What is left out: attention's own arithmetic over a long context, sampling, and the server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from inference.costmodel import ExpertCosts, MachineProfile, cpu_flops, distinct_experts
+from inference.placement import ModelSizes, Placement, PlacementError, show_size
+from inference.planner import PhasePlan, plan_phase
+from inference.simulate import HEDGE, Routing, replay
+
+DECODE, PREFILL = "decode", "prefill"
+PASSES = ((DECODE, 1), (DECODE, 16), (PREFILL, 1024), (PREFILL, 4096))
+CONTEXT = 1024
+# Operations of a layer that are issued one by one: all of them on a CPU; on a GPU the dense ones are one graph.
+CPU_OPERATIONS, GPU_LAUNCHES = 80, 8
+
+
+@dataclass(frozen=True)
+class Use:
+    """What one layer call uses, on average: ``distinct`` experts, of which ``hits`` (a share) are resident."""
+
+    distinct: float
+    hits: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One pass: ``tokens`` are sequences that decode, or the length of a prompt."""
+
+    phase: str
+    tokens: int
+    use: Use
+    plan: PhasePlan
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.plan.seconds
+
+    @property
+    def label(self) -> str:
+        return f"decode, batch {self.tokens}" if self.phase == DECODE else f"prefill of {self.tokens} tokens"
+
+
+def assumed_use(sizes: ModelSizes, share: float, tokens: int) -> Use:
+    """Routing without any habit, the worst case for a cache: even, and each token and layer by itself."""
+    distinct = distinct_experts(sizes.experts, sizes.top_k, tokens)
+    return Use(distinct, share, "assumed: even routing, so hits are the share that is resident")
+
+
+def traced_use(sizes: ModelSizes, routing: Routing, slots: int, batch: int) -> Use:
+    """Decoding ``batch`` parts of a recorded text side by side, through the default policy.
+
+    Raises PlacementError if the trace is of another model, or too short for the batch.
+    """
+    recorded = (routing.layers, routing.experts)
+    if recorded != (sizes.moe_layers, sizes.experts):
+        raise PlacementError(
+            f"the trace is of {recorded[0]} layers with {recorded[1]} experts, the model has {sizes.moe_layers} with "
+            f"{sizes.experts}; give a trace of this model"
+        )
+    rounds = len(routing.index_TLK) // batch
+    if rounds < 8:
+        raise PlacementError(f"the trace has {len(routing.index_TLK)} tokens, too few for a batch of {batch}")
+    side_by_side = routing.index_TLK[: rounds * batch].reshape(batch, rounds, routing.layers, -1)
+    merged_TLK = np.moveaxis(side_by_side, 0, 2).reshape(rounds, routing.layers, -1)
+    found = replay(Routing(merged_TLK, routing.experts), HEDGE, slots)
+    calls = (rounds - int(rounds * 0.25)) * routing.layers
+    return Use((found.hits + found.misses) / calls, found.hit_rate, f"replayed: {rounds} rounds of the trace, {HEDGE}")
+
+
+def forecast(
+    profile: MachineProfile, placement: Placement, *, threads: int | None = None, routing: Routing | None = None
+) -> list[Forecast]:
+    """Every pass of :data:`PASSES`. Raises PlacementError as :func:`traced_use` does."""
+    sizes = placement.sizes
+    costs = ExpertCosts.of(profile, sizes.hidden, sizes.intermediate, sizes.itemsize, threads)
+    found = []
+    for phase, tokens in PASSES:
+        if routing is not None and phase == DECODE:
+            use = traced_use(sizes, routing, placement.slots, tokens)
+        else:
+            use = assumed_use(sizes, placement.share, tokens)
+        found.append(Forecast(phase, tokens, use, _plan(costs, placement, phase, tokens, use)))
+    return found
+
+
+def _plan(costs: ExpertCosts, placement: Placement, phase: str, tokens: int, use: Use) -> PhasePlan:
+    sizes = placement.sizes
+    distinct = max(round(use.distinct), 1)
+    missing = round(use.distinct * (1 - use.hits)) if costs.has_link else distinct
+    rows = max(round(tokens * sizes.top_k / use.distinct), 1)
+    return plan_phase(
+        phase,
+        costs,
+        layers=sizes.moe_layers,
+        missing_rows=[rows] * missing,
+        resident_rows=[rows] * (distinct - missing),
+        dense_s=dense_seconds(costs, placement, phase, tokens) / sizes.moe_layers,
+    )
+
+
+def dense_seconds(costs: ExpertCosts, placement: Placement, phase: str, tokens: int) -> float:
+    """Of everything but the routed experts in one pass: bytes read, products made, operations issued.
+
+    Each sequence that decodes is taken to have :data:`CONTEXT` tokens behind it, if there is room for them.
+    """
+    profile, sizes = costs.profile, placement.sizes
+    context = min(tokens * CONTEXT, placement.kv_tokens) if phase == DECODE else tokens
+    nbytes = sizes.dense_bytes - sizes.table_bytes + context * sizes.kv_bytes
+    products = 2 * sizes.dense_elements * tokens
+    if profile.link is not None:
+        issued = GPU_LAUNCHES * profile.launch_s + profile.sync_s
+        return max(nbytes / profile.gpu_memory, products / profile.gpu_flops) + sizes.layers * issued
+    issued = CPU_OPERATIONS * profile.launch_s
+    return max(nbytes / profile.dram.alone, products / cpu_flops(profile)) + sizes.layers * issued
+
+
+def placement_table(placement: Placement, profile: MachineProfile) -> list[str]:
+    """What is where, a line each."""
+    sizes = placement.sizes
+    slots = f"{placement.slots} of {sizes.total_experts} experts ({placement.share:.0%})"
+    everything = sizes.total_experts * sizes.expert_bytes
+    if profile.link is None:
+        kv = placement.kv_tokens * sizes.kv_bytes
+        return [
+            f"{'dense part':<34}{'host memory':<14}{show_size(sizes.dense_bytes):>10}",
+            f"{f'keys and values, {placement.kv_tokens} tokens':<34}{'host memory':<14}{show_size(kv):>10}",
+            f"{f'all {sizes.total_experts} experts':<34}{'mapped files':<14}{show_size(everything):>10}",
+            f"no GPU here: the cores compute all experts where they lie; {slots} would have slots on one",
+        ]
+    rows = [
+        ("dense part", "GPU", sizes.dense_bytes),
+        (f"keys and values, {placement.kv_tokens} tokens", "GPU", placement.kv_tokens * sizes.kv_bytes),
+        (slots, "GPU", placement.slot_bytes),
+        ("workspace", "GPU", placement.workspace),
+        ("in all", "GPU", placement.gpu_bytes),
+        (f"all {sizes.total_experts} experts", "host memory", everything),
+    ]
+    return [f"{what:<34}{where:<14}{show_size(nbytes):>10}" for what, where, nbytes in rows]
+
+
+def forecast_table(found: Sequence[Forecast], profile: MachineProfile) -> list[str]:
+    """Predicted rates, the way that was chosen, and what every way would take. Without a GPU there are no hits."""
+    no_gpu = profile.link is None
+    ways = list(dict.fromkeys(way for one in found for way in one.plan.alternatives))
+    head = f"{'pass':<24}{'tokens/s':>10}{'ms':>10}{'experts':>9}{'hits':>7}  {'way':<10}{'bound by':<16}"
+    lines = [head + "".join(f"{way + ' ms':>12}" for way in ways)]
+    for one in found:
+        line = f"{one.label:<24}{one.tokens_per_second:>10.1f}{1e3 * one.plan.seconds:>10.2f}{one.use.distinct:>9.1f}"
+        hits = "-" if no_gpu else f"{one.use.hits:.0%}"
+        line += f"{hits:>7}  {one.plan.mode:<10}{one.plan.bound:<16}"
+        times = (one.plan.alternatives.get(way) for way in ways)
+        lines.append(line + "".join(f"{'-' if s is None else f'{1e3 * s:.2f}':>12}" for s in times))
+    return lines

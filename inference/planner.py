@@ -1,0 +1,305 @@
+"""Which missing experts of a layer call are fetched, and which the CPU computes where they lie. No torch here.
+
+Three lanes work at once: the link brings experts one after the other; the GPU computes resident ones, then what the
+link has brought; the CPU computes others from host memory. A plan is the choice that ends soonest by the machine's
+measured costs. (Fiddler, ICLR 2025, chooses for each expert alone; HybriMoE fills the three timelines greedily;
+FlexInfer, MLSys 2025, chooses one way for a whole phase.) Here the choice is exact, and all three fall out of it:
+
+* A fetch costs the same whatever the rows, the CPU's time grows with them. So of any two missing experts the one with
+  more rows is the better one to fetch, and the best plan is a cut of the experts in order of rows. All cuts are tried.
+* Experts arrive at even intervals and the GPU's times fall along the order, so the GPU ends either just behind the
+  last arrival or with everything queued behind the first: no timeline has to be simulated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from inference.costmodel import ExpertCosts, overlap, total
+from inference.errors import InferenceError
+
+Missing = tuple[int, int]  # expert, rows
+HIT, FETCH, CPU, SPLIT, STREAM = "resident", "fetch", "cpu", "split", "stream"
+
+
+class PlanError(InferenceError):
+    """Work that this machine can do in no way."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where the order is cut, and what that takes.
+
+    Attributes:
+        fetched: so many from the front are fetched.
+        seconds: until the slowest lane ends, predicted.
+        bound: that lane: ``link``, ``cpu`` or ``gpu``.
+        fetch_only_s, cpu_only_s: what fetching all, or computing all on the CPU, would take; infinite where impossible.
+        link_rate, cpu_rate: bytes/s that the lanes were reckoned with.
+    """
+
+    fetched: int
+    seconds: float
+    bound: str
+    fetch_only_s: float
+    cpu_only_s: float
+    link_rate: float
+    cpu_rate: float
+
+
+@dataclass(frozen=True)
+class Split:
+    """The plan of one layer call: ``fetch`` in the order in which the link brings them, the rest by the CPU."""
+
+    fetch: tuple[int, ...]
+    cpu: tuple[int, ...]
+    cut: Cut
+
+    @property
+    def mode(self) -> str:
+        if self.fetch and self.cpu:
+            return SPLIT
+        return FETCH if self.fetch else CPU if self.cpu else HIT
+
+    def reason(self) -> str:
+        """Why, in a sentence."""
+        cut, misses = self.cut, len(self.fetch) + len(self.cpu)
+        link, cpu = f"link {cut.link_rate / 1e9:.3g} GB/s", f"CPU {cut.cpu_rate / 1e9:.3g} GB/s"
+        if self.mode == HIT:
+            return f"resident: nothing is missing; bound by {cut.bound}"
+        if self.mode == SPLIT:
+            carried = f"{link} and {cpu} carry {len(self.fetch)} and {len(self.cpu)} of {misses} misses"
+            against = f"{_ms(cut.fetch_only_s)} by link alone, {_ms(cut.cpu_only_s)} by CPU alone"
+            return f"split: {carried}; bound by {cut.bound}; {_ms(cut.seconds)} against {against}"
+        if self.mode == FETCH:
+            why = "the CPU computes nothing here" if math.isinf(cut.cpu_only_s) else f"{cpu} would not help"
+            return f"fetch: {link} brings all {misses} misses, {why}; bound by {cut.bound}"
+        why = "there is no link" if math.isinf(cut.fetch_only_s) else f"{link} would not help"
+        return f"cpu: {cpu} computes all {misses} misses where they lie, {why}; bound by {cut.bound}"
+
+
+def plan_call(
+    costs: ExpertCosts,
+    missing: Sequence[Missing],
+    *,
+    resident_rows: Sequence[int] = (),
+    worth: Mapping[int, float] | None = None,
+    link_busy_s: float = 0.0,
+    max_fetch: int | None = None,
+) -> Split:
+    """The best cut for one call of one layer. Deterministic: the same arguments give the same plan.
+
+    Args:
+        missing: (expert, rows), each expert once.
+        resident_rows: rows of each resident expert that the call uses: the GPU's work meanwhile.
+        worth: how much each expert is worth keeping, as policies score it. Among experts with equally many rows the
+            worthiest are fetched, since fetching is what makes them resident; then those with the lowest number.
+        link_busy_s: until the link is free for this call.
+        max_fetch: at most so many may be fetched, where slots are few; the rest must be computed.
+
+    Raises PlanError if some expert can neither be fetched nor computed.
+    """
+    order = in_order(missing, worth)
+    cut = best_cut(costs, [rows for _, rows in order], resident_rows, link_busy_s, max_fetch)
+    return Split(
+        fetch=tuple(e for e, _ in order[: cut.fetched]), cpu=tuple(e for e, _ in order[cut.fetched :]), cut=cut
+    )
+
+
+def in_order(missing: Sequence[Missing], worth: Mapping[int, float] | None = None) -> list[Missing]:
+    """Most rows first; of equally many the worthiest, then the lowest number."""
+    if worth is None:
+        return sorted(missing, key=lambda item: (-item[1], item[0]))
+    return sorted(missing, key=lambda item: (-item[1], -worth.get(item[0], 0.0), item[0]))
+
+
+def best_cut(
+    costs: ExpertCosts,
+    rows: Sequence[int],
+    resident_rows: Sequence[int] = (),
+    link_busy_s: float = 0.0,
+    max_fetch: int | None = None,
+) -> Cut:
+    """How many of the missing, given by their rows in falling order, to fetch; see :func:`plan_call`."""
+    lanes = _Lanes(costs, rows, total(map(costs.gpu_s, resident_rows)), link_busy_s)
+    most = len(rows) if max_fetch is None else min(max_fetch, len(rows))
+    ends = [max(lanes.ends(count)) for count in range(most + 1)]
+    best = min(range(most + 1), key=lambda count: (ends[count], count))
+    if math.isinf(ends[best]):
+        raise PlanError(f"{len(rows)} experts are missing, {most} may be fetched and the CPU may compute none")
+    split = 0 < best < len(rows)
+    return Cut(
+        fetched=best,
+        seconds=ends[best],
+        bound=lanes.bound(best),
+        fetch_only_s=ends[-1] if most == len(rows) else math.inf,
+        cpu_only_s=ends[0],
+        link_rate=costs.expert_bytes / (costs.link_overlapped_s if split else costs.link_s),
+        cpu_rate=_cpu_rate(costs, rows[best:] or rows, split),
+    )
+
+
+def _cpu_rate(costs: ExpertCosts, rows: Sequence[int], overlapped: bool) -> float:
+    seconds = total(map(costs.cpu_overlapped_s if overlapped else costs.cpu_s, rows))
+    return len(rows) * costs.expert_bytes / seconds if seconds else 0.0
+
+
+class _Lanes:
+    """When each lane ends if the first ``count`` experts of the order are fetched."""
+
+    def __init__(self, costs: ExpertCosts, rows: Sequence[int], gpu_busy_s: float, link_busy_s: float) -> None:
+        self.costs, self.gpu_busy_s, self.link_busy_s = costs, gpu_busy_s, link_busy_s
+        self.gpu = [costs.gpu_s(n) for n in rows]
+        self.gpu_before = _running(self.gpu)
+        self.cpu_behind = _running([costs.cpu_s(n) for n in reversed(rows)])[::-1]
+        self.cpu_overlapped_behind = _running([costs.cpu_overlapped_s(n) for n in reversed(rows)])[::-1]
+
+    def bound(self, count: int) -> str:
+        """The lane that ends last; one that only waits for the link is the link's."""
+        link_end, cpu_end, gpu_end = self.ends(count)
+        if cpu_end >= max(link_end, gpu_end) and count < len(self.gpu):
+            return "cpu"
+        return "link" if count and link_end + self.gpu[count - 1] >= gpu_end else "gpu"
+
+    def ends(self, count: int) -> tuple[float, float, float]:
+        """(link, cpu, gpu); infinite for what the machine cannot do."""
+        costs, rest = self.costs, len(self.gpu) - count
+        if (count and not costs.has_link) or (rest and not costs.threads):
+            return math.inf, math.inf, math.inf
+        busy = self.link_busy_s
+        link = (busy + count * costs.link_s, busy + count * costs.link_overlapped_s) if count else (0.0, 0.0)
+        handed = costs.handover_s if rest else 0.0
+        cpu = (handed + self.cpu_behind[count], handed + self.cpu_overlapped_behind[count])
+        link_end, cpu_end = overlap(link, cpu)
+        if not count:
+            return 0.0, cpu_end, self.gpu_busy_s
+        queued = self.gpu_before[count]
+        interval = (link_end - busy) / count if link_end > busy else 0.0
+        gpu_end = max(self.gpu_busy_s + queued, busy + interval + queued, link_end + self.gpu[count - 1])
+        return link_end, cpu_end, gpu_end
+
+
+def _running(values: Sequence[float]) -> list[float]:
+    """Sums of the first 0, 1, ... values."""
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    return sums
+
+
+class CallPlanner:
+    """Plans call after call of one model, and counts what it chose.
+
+    Calls of the same rows have the same cut, and decoding makes few kinds of them, so cuts are remembered: planning
+    must not take longer than it saves.
+
+    Attributes:
+        modes: how many calls went which way.
+        newest: the last plan that had anything missing.
+    """
+
+    def __init__(self, costs: ExpertCosts) -> None:
+        self.costs = costs
+        self.modes: dict[str, int] = {}
+        self.newest: Split | None = None
+        self._cuts: dict[tuple[tuple[int, ...], tuple[int, ...]], Cut] = {}
+
+    def __call__(
+        self, missing: Sequence[Missing], resident_rows: Sequence[int], worth: Mapping[int, float] | None = None
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(experts to fetch, experts for the CPU); see :func:`plan_call`."""
+        order = in_order(missing, worth)
+        key = tuple(rows for _, rows in order), tuple(sorted(resident_rows))
+        cut = self._cuts.get(key)
+        if cut is None:
+            if len(self._cuts) >= _REMEMBERED:
+                self._cuts.clear()
+            cut = self._cuts[key] = best_cut(self.costs, *key)
+        experts = tuple(expert for expert, _ in order)
+        plan = Split(experts[: cut.fetched], experts[cut.fetched :], cut)
+        self.modes[plan.mode] = self.modes.get(plan.mode, 0) + 1
+        if experts:
+            self.newest = plan
+        return plan.fetch, plan.cpu
+
+
+_REMEMBERED = 4096
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One way for all layers of a phase, prefill or decode.
+
+    Attributes:
+        mode: ``fetch`` (decode: when needed), ``stream`` (prefill: the next layer's experts behind this layer's work),
+            ``cpu``, ``split``, or ``resident``.
+        seconds: of one pass through the model.
+        bound: what that time is made of, mostly.
+        alternatives: seconds of each way that the machine can go.
+    """
+
+    phase: str
+    mode: str
+    seconds: float
+    bound: str
+    alternatives: Mapping[str, float]
+
+    def reason(self) -> str:
+        others = {mode: s for mode, s in self.alternatives.items() if mode != self.mode}
+        compared = ", ".join(f"{mode} {_ms(s)}" for mode, s in sorted(others.items(), key=lambda item: item[1]))
+        why = f"against {compared}" if compared else "the only way here"
+        return f"{self.mode} takes {_ms(self.seconds)}, {why}; bound by {self.bound}"
+
+
+def _ms(seconds: float) -> str:
+    return (
+        f"{seconds:.1f} s"
+        if seconds >= 10
+        else f"{1e3 * seconds:.0f} ms"
+        if seconds >= 0.1
+        else f"{1e3 * seconds:.3g} ms"
+    )
+
+
+def plan_phase(
+    phase: str,
+    costs: ExpertCosts,
+    *,
+    layers: int,
+    missing_rows: Sequence[int],
+    resident_rows: Sequence[int],
+    dense_s: float,
+) -> PhasePlan:
+    """Compare the ways for ``layers`` like calls, each behind ``dense_s`` of attention and the like on the GPU.
+
+    Prefill knows that it will use almost every expert, so it may fetch the next layer while this one is computed:
+    the link and the GPU then work side by side over the whole pass, behind the first layer's fetch. Decode cannot, its
+    experts are known when the layer is reached. Of equally fast ways the simplest wins: cpu, stream or fetch, split.
+    Raises PlanError if the machine has none.
+    """
+    lanes = _Lanes(costs, sorted(missing_rows, reverse=True), total(map(costs.gpu_s, resident_rows)), 0.0)
+    every = len(missing_rows)
+    dense = layers * dense_s
+    ways: dict[str, tuple[float, str]] = {}
+    if not every:
+        ways[HIT] = (dense + layers * lanes.gpu_busy_s, "gpu")
+    elif costs.threads:
+        ways[CPU] = (dense + layers * max(lanes.ends(0)), "cpu")
+    if every and costs.has_link:
+        if phase == "prefill":
+            link, gpu = every * costs.link_s, dense_s + lanes.gpu_busy_s + lanes.gpu_before[every]
+            ways[STREAM] = (link + (layers - 1) * max(link, gpu) + gpu, "link" if link >= gpu else "gpu")
+        else:
+            ways[FETCH] = (dense + layers * max(lanes.ends(every)), "link")
+        if costs.threads and every > 1:
+            apart = min(range(1, every), key=lambda count: max(lanes.ends(count)))
+            ways[SPLIT] = (dense + layers * max(lanes.ends(apart)), lanes.bound(apart))
+    if not ways:
+        raise PlanError(f"{phase}: {every} experts of a layer are missing, without a link and without CPU threads")
+    mode = min(ways, key=lambda way: ways[way][0])
+    seconds, bound = ways[mode]
+    if dense > seconds / 2:
+        bound = "the dense part"
+    return PhasePlan(phase, mode, seconds, bound, {way: s for way, (s, _) in ways.items()})

@@ -1,0 +1,94 @@
+"""Measuring this machine, and keeping what was measured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from inference.calibrate import (
+    ExpertKind,
+    calibrate,
+    hardware,
+    machine_profile,
+    profile_file,
+    thread_counts,
+)
+from inference.costmodel import KernelTable, describe
+from inference.cpu_experts import kernels_for
+
+CPU = torch.device("cpu")
+TINY = ExpertKind(64, 32, torch.bfloat16)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_every_kernel_is_timed_with_one_row_and_every_product_with_many():
+    profile = calibrate(TINY, CPU, budget_s=0.0)
+    timed = {(t.kernel, t.rows) for t in profile.cpu if t.threads == profile.threads}
+    assert timed == {("linear", 1), ("rows", 1), ("upcast", 1), ("linear", 16), ("upcast", 16)}
+    assert profile.link is None
+    assert profile.dram.alone == profile.dram.overlapped >= profile.cpu_overlapped > 0
+    assert profile.launch_s > 0
+    assert (profile.dtype, profile.hidden, profile.intermediate) == ("bfloat16", 64, 32)
+    assert KernelTable(profile.cpu).best(1, profile.threads).kernel in kernels_for(torch.bfloat16)
+    assert "no GPU" in describe(profile)[0]
+
+
+def test_a_profile_is_measured_once_and_again_when_asked_or_damaged(cache, monkeypatch):
+    calls = []
+    measured = calibrate(TINY, CPU, budget_s=0.0)
+    monkeypatch.setattr("inference.calibrate.calibrate", lambda *_: calls.append(1) or measured)
+    assert machine_profile(TINY, CPU) == measured
+    assert machine_profile(TINY, CPU) == measured
+    assert len(calls) == 1
+    machine_profile(TINY, CPU, recalibrate=True)
+    assert len(calls) == 2
+    profile_file(TINY, CPU).write_text("half a fi")
+    assert machine_profile(TINY, CPU) == measured
+    assert len(calls) == 3
+    assert machine_profile(TINY, CPU) == measured
+    assert len(calls) == 3
+    assert [path.suffix for path in (cache / "planaria" / "profiles").iterdir()] == [".json"], "nothing else is left"
+
+
+def test_profiles_are_kept_apart_by_kind(cache):
+    files = {
+        profile_file(ExpertKind(hidden, 32, dtype), CPU)
+        for hidden in (64, 128)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    assert len(files) == 4
+
+
+def test_a_home_that_cannot_be_written_only_costs_time(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("inference.calibrate.calibrate", lambda *_: "measured")
+    assert machine_profile(TINY, CPU) == "measured"
+
+
+def test_beside_a_gpu_one_core_is_left_to_launch_its_work():
+    assert thread_counts(16, with_gpu=True) == (7, 15)
+    assert thread_counts(2, with_gpu=False) == (1, 2)
+    assert thread_counts(1, with_gpu=True) == (1,)
+
+
+def test_hardware_is_named_the_same_every_time():
+    assert hardware(CPU) == hardware(CPU)
+    assert "cores of" in hardware(CPU)
+
+
+@pytest.mark.gpu
+def test_a_gpu_has_all_lanes():
+    kind = ExpertKind(2048, 768, torch.bfloat16)
+    profile = calibrate(kind, torch.device("cuda"))
+    assert profile.link is not None
+    assert 1e9 < profile.link.overlapped <= profile.link.alone < 1e12
+    assert profile.gpu_memory > profile.link.alone
+    assert profile.sync_s > 0
+    assert profile.handover_s > 0
+    assert [t.rows for t in profile.gpu] == [1, 16, 256, 2048]

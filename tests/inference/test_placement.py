@@ -1,0 +1,297 @@
+"""What goes where, from headers alone; and how fast it would run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    GptOssConfig,
+    MixtralConfig,
+    Qwen2MoeConfig,
+)
+
+from inference.costmodel import named_profile
+from inference.engine import LLM
+from inference.errors import InferenceError
+from inference.forecast import DECODE, PREFILL, assumed_use, forecast, traced_use
+from inference.kv import KVShape
+from inference.placement import WORKSPACE, PlacementError, model_sizes, parse_size, place, show_size
+from inference.simulate import Routing
+from moe.tracefile import TraceHeader, TraceRecord, TraceWriter, trace_file
+from trainer.cli import main
+
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LATENT = {"kv_lora_rank": 8, "q_lora_rank": None, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+DEEPSEEK = TINY | LATENT | {"num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 6}
+DEEPSEEK |= {"first_k_dense_replace": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+CONFIGS = {
+    "mixtral": MixtralConfig(**TINY, num_local_experts=6, num_experts_per_tok=2),
+    "qwen2_moe": Qwen2MoeConfig(
+        **TINY, moe_intermediate_size=24, shared_expert_intermediate_size=8, num_experts=6, num_experts_per_tok=2
+    ),
+    "deepseek_v2": DeepseekV2Config(**DEEPSEEK),
+    "deepseek_v3": DeepseekV3Config(**DEEPSEEK),
+    "gpt_oss": GptOssConfig(**TINY, head_dim=8, num_local_experts=6, num_experts_per_tok=2),
+}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_sizes_are_those_of_the_loaded_model(tmp_path, family):
+    model = AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    sizes = model_sizes(tmp_path)
+    routed = {n: p for n, p in model.named_parameters() if ".experts." in n}
+    layers = 2 if family.startswith("deepseek") else 3
+    assert (sizes.layers, sizes.moe_layers, sizes.experts, sizes.top_k) == (3, layers, 6, 2)
+    assert (sizes.hidden, sizes.dtype) == (32, "bfloat16")
+    assert sizes.intermediate == next(
+        p.shape[2 if family != "gpt_oss" else 1] for n, p in routed.items() if "down" in n
+    )
+    assert sizes.total_experts * sizes.expert_bytes == sum(2 * p.numel() for p in routed.values())
+    rest = sum(p.numel() for n, p in model.named_parameters() if n not in routed)
+    rest += sum(b.numel() for n, b in model.named_buffers() if n in model.state_dict())
+    assert sizes.dense_bytes == 2 * rest
+    kv = KVShape.of(AutoConfig.from_pretrained(tmp_path))
+    assert sizes.kv_bytes == kv.bytes_per_block(1, torch.bfloat16)
+
+
+def headers_of_a_large_model(folder, layers=48, experts=128, hidden=2048, inner=768, vocab=151936, tied=False):
+    """A folder like Qwen3-30B-A3B's, whose tensors have shapes and no bytes."""
+    shapes = {"model.embed_tokens.weight": [vocab, hidden], "model.norm.weight": [hidden]}
+    shapes |= {} if tied else {"lm_head.weight": [vocab, hidden]}
+    for n in range(layers):
+        block = f"model.layers.{n}"
+        shapes |= {f"{block}.self_attn.{p}_proj.weight": [4096 if p == "q" else 512, hidden] for p in "qkv"}
+        shapes |= {f"{block}.self_attn.o_proj.weight": [hidden, 4096], f"{block}.mlp.gate.weight": [experts, hidden]}
+        for e in range(experts):
+            shapes |= {f"{block}.mlp.experts.{e}.{p}_proj.weight": [inner, hidden] for p in ("gate", "up")}
+            shapes[f"{block}.mlp.experts.{e}.down_proj.weight"] = [hidden, inner]
+    header = json.dumps({n: {"dtype": "BF16", "shape": s, "data_offsets": [0, 0]} for n, s in shapes.items()}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    config = {"model_type": "qwen3_moe", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 32}
+    config |= {"num_key_value_heads": 4, "head_dim": 128, "num_experts_per_tok": 8, "torch_dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    return headers_of_a_large_model(tmp_path_factory.mktemp("large"))
+
+
+@pytest.fixture(scope="module")
+def sizes(large):
+    return model_sizes(large)
+
+
+def test_a_large_model_is_read_from_its_headers(sizes):
+    assert (sizes.moe_layers, sizes.experts, sizes.intermediate) == (48, 128, 768)
+    assert sizes.expert_bytes == 3 * 2048 * 768 * 2
+    assert sizes.kv_bytes == 48 * 2 * 4 * 128 * 2
+    assert sizes.table_bytes == 151936 * 2048 * 2
+
+
+def test_an_embedding_that_is_the_output_too_is_multiplied_by(tmp_path):
+    sizes = model_sizes(headers_of_a_large_model(tmp_path, layers=1, experts=2, tied=True))
+    assert sizes.table_bytes == 0
+    assert sizes.dense_elements * 2 == sizes.dense_bytes
+
+
+def test_vram_is_filled_to_the_last_slot(sizes):
+    placed = place(sizes, kv_tokens=4096, workspace=WORKSPACE, vram=parse_size("8GiB"))
+    assert 0 < placed.slots < sizes.total_experts
+    assert placed.gpu_bytes <= 8 << 30 < placed.gpu_bytes + sizes.expert_bytes
+    assert place(sizes, kv_tokens=16, workspace=0, vram=1 << 50).slots == sizes.total_experts
+    # Left to itself, what is kept for keys and values takes a quarter at most.
+    assert place(sizes, kv_tokens=None, workspace=WORKSPACE, vram=8 << 30).kv_tokens == (2 << 30) // sizes.kv_bytes
+    assert place(sizes, kv_tokens=None, workspace=WORKSPACE, vram=80 << 30).kv_tokens == 32768
+
+
+def test_what_does_not_fit_is_refused_with_what_would(sizes):
+    with pytest.raises(PlacementError, match=r"2\.15 GB do not hold .* dense part takes 3\.0\d GB") as refused:
+        place(sizes, kv_tokens=4096, workspace=WORKSPACE, vram=2 << 30)
+    asked = str(refused.value).partition("at least ")[2].partition(",")[0]
+    assert place(sizes, kv_tokens=4096, workspace=WORKSPACE, vram=parse_size(asked)).slots == 1
+    with pytest.raises(PlacementError):
+        place(sizes, kv_tokens=4096, workspace=WORKSPACE, vram=parse_size(asked) - 10_000_000)
+
+
+def test_shares_of_experts_are_slots_as_before(sizes):
+    of = {b: place(sizes, kv_tokens=1, workspace=0, expert_budget=b).slots for b in (0.0, 1e-9, 0.25, 1.0)}
+    assert of == {0.0: 0, 1e-9: 1, 0.25: 1536, 1.0: 6144}
+    assert place(sizes, kv_tokens=1, workspace=0, expert_budget=0.0).slot_bytes == sizes.expert_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("8GiB", 8 << 30), ("1.5 GB", 1_500_000_000), ("800mib", 800 << 20), ("123", 123), ("2TB", 2 * 10**12)],
+)
+def test_sizes_are_read(text, nbytes):
+    assert parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "8G", "GiB", "-1GB", "0", "8GiB/s", "1e9", "nan"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(PlacementError, match="8GiB"):
+        parse_size(text)
+
+
+def test_sizes_are_shown_with_three_digits():
+    assert [show_size(n) for n in (12, 1234, 9_437_184, 57.98e9, 1234e9)] == [
+        "12 B",
+        "1.23 kB",
+        "9.44 MB",
+        "58 GB",
+        "1234 GB",
+    ]
+
+
+@pytest.mark.parametrize("damage", ["no folder", "no config", "dense", "no experts", "cut short", "no heads", "int8"])
+def test_folders_that_cannot_be_planned_for_are_named(tmp_path, large, damage):
+    config = json.loads((large / "config.json").read_text())
+    header = (large / "model.safetensors").read_bytes()
+    if damage == "dense":
+        config["model_type"] = "llama"
+    if damage == "no heads":
+        del config["num_attention_heads"]
+    if damage == "int8":
+        config["torch_dtype"] = "int8"
+    if damage == "no experts":
+        header = (2).to_bytes(8, "little") + b"{}"
+    if damage == "cut short":
+        header = header[:100]
+    if damage != "no config":
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(header)
+    folder = tmp_path / "nowhere" if damage == "no folder" else tmp_path
+    with pytest.raises(PlacementError, match=str(folder)):
+        model_sizes(folder)
+
+
+def test_the_h200_splits_a_decode_and_streams_a_long_prompt(sizes):
+    placed = place(sizes, kv_tokens=4096, workspace=WORKSPACE, vram=16 << 30)
+    found = {(one.phase, one.tokens): one for one in forecast(named_profile("h200"), placed)}
+    one = found[DECODE, 1]
+    assert one.plan.mode == "split"
+    assert set(one.plan.alternatives) == {"fetch", "cpu", "split"}
+    assert set(found[PREFILL, 4096].plan.alternatives) == {"stream", "cpu", "split"}
+    alone = forecast(named_profile("h200"), placed, threads=0)[-1]
+    assert (alone.plan.mode, alone.plan.bound) == ("stream", "link")
+    # By hand: misses of a layer over both lanes' rates, a floor that no plan may pass.
+    missed = 48 * 8 * (1 - placed.share) * placed.sizes.expert_bytes
+    assert one.plan.seconds > missed / (55.3e9 + 35.5e9)
+    assert found[DECODE, 16].tokens_per_second > one.tokens_per_second
+
+
+def test_more_memory_is_never_slower(sizes):
+    profile = named_profile("h200")
+    before = [0.0] * 4
+    for budget in (0.0, 0.1, 0.25, 0.5, 0.75, 1.0):
+        placed = place(sizes, kv_tokens=4096, workspace=WORKSPACE, expert_budget=budget)
+        rates = [one.tokens_per_second for one in forecast(profile, placed)]
+        assert all(rate * (1 + 1e-9) >= low for rate, low in zip(rates, before, strict=True)), budget
+        before = rates
+    assert forecast(profile, placed)[0].plan.mode == "resident"
+
+
+def test_without_a_gpu_the_cores_compute_everything(sizes):
+    profile = dataclasses.replace(named_profile("h200"), link=None, gpu=(), gpu_memory=0.0, gpu_flops=0.0)
+    placed = place(sizes, kv_tokens=4096, workspace=0, expert_budget=0.25)
+    for one in forecast(profile, placed):
+        assert one.plan.mode == "cpu"
+    # A token reads its experts and the dense part: no faster than memory.
+    token = 48 * 8 * placed.sizes.expert_bytes + placed.sizes.dense_bytes - placed.sizes.table_bytes
+    assert forecast(profile, placed)[0].plan.seconds > token / 91e9
+
+
+def test_hits_of_a_trace_are_those_of_its_replay(sizes):
+    """Two experts that every token wants hit always; with them alone in the trace all is resident."""
+    sizes = dataclasses.replace(sizes, moe_layers=2, experts=8, top_k=2)
+    index_TLK = np.tile(np.array([1, 6]), (64, 2, 1))
+    habit = traced_use(sizes, Routing(index_TLK, 8), slots=4, batch=1)
+    assert (habit.distinct, habit.hits) == (2.0, 1.0)
+    assert traced_use(sizes, Routing(index_TLK, 8), slots=4, batch=4).distinct == 2.0
+    halves = np.concatenate([index_TLK[:32], np.tile(np.array([2, 3]), (32, 2, 1))])
+    side_by_side = traced_use(sizes, Routing(halves, 8), slots=4, batch=2)
+    assert side_by_side.distinct == 4.0, "the two halves of the text decode side by side"
+    with pytest.raises(PlacementError, match="2 layers with 9"):
+        traced_use(sizes, Routing(index_TLK, 9), slots=4, batch=1)
+    with pytest.raises(PlacementError, match="too few"):
+        traced_use(sizes, Routing(index_TLK, 8), slots=4, batch=16)
+
+
+def test_even_routing_is_the_assumption_without_a_trace(sizes):
+    use = assumed_use(sizes, 0.25, 16)
+    assert use.distinct == pytest.approx(128 * (1 - (120 / 128) ** 16))
+    assert use.hits == 0.25
+    assert "assumed" in use.source
+
+
+def test_the_command_prints_what_where_how_fast_and_why(large, tmp_path, capsys):
+    assert main(["plan-inference", str(large), "--vram", "8GiB", "--kv-tokens", "4096", "--profile", "h200"]) == 0
+    text = capsys.readouterr().out
+    for part in ("dense part", "keys and values, 4096 tokens", "of 6144 experts", "host memory", "decode, batch 1 ",
+                 "decode, batch 16", "prefill of 1024", "prefill of 4096", "bound by", "assumed: even routing",
+                 "not measured", "fetch ms", "cpu ms", "split ms"):  # fmt: skip
+        assert part in text, part
+
+
+def test_the_command_takes_hits_from_a_trace(model_folder, tmp_path, capsys):
+    header = TraceHeader("qwen3_moe", (0, 1, 2, 3), 16, 4)
+    writer = TraceWriter(trace_file(tmp_path / "trace", 0), header)
+    for layer in range(4):
+        writer.write(TraceRecord(0, 0, layer, np.tile(np.arange(4), (256, 1))))
+    writer.close()
+    options = ["--profile", "h200", "--expert-budget", "0.25", "--trace", str(tmp_path)]
+    assert main(["plan-inference", str(model_folder), *options]) == 0
+    text = capsys.readouterr().out
+    assert "experts and hits of decode: replayed: 256 rounds" in text
+    assert "experts and hits of prefill: assumed" in text
+    assert main(["plan-inference", str(model_folder), *options[:-1], str(tmp_path / "none")]) == 2
+
+
+def test_the_command_refuses_in_a_sentence(large, capsys):
+    assert main(["plan-inference", str(large), "--vram", "2GiB", "--profile", "h200"]) == 2
+    assert "give at least" in capsys.readouterr().err
+    assert main(["plan-inference", str(large), "--profile", "h2000"]) == 2
+    assert "choose from h200" in capsys.readouterr().err
+    assert main(["plan-inference", str(large), "--profile", "h200", "--recalibrate"]) == 2
+    with pytest.raises(SystemExit):
+        main(["plan-inference", str(large), "--vram", "2GiB", "--expert-budget", "0.5"])
+
+
+def test_vram_gives_a_model_that_many_slots_and_the_same_text(model_folder, prompts):
+    sizes = model_sizes(model_folder)
+    room = sizes.dense_bytes + 256 * sizes.kv_bytes + 7 * sizes.expert_bytes
+    llm = LLM(model_folder, vram=room, kv_tokens=256, device="cpu")
+    assert llm.stats().slots == 7
+    assert llm.generate(prompts[:2], 8) == LLM(model_folder, device="cpu").generate(prompts[:2], 8)
+    with pytest.raises(InferenceError, match="give at least"):
+        LLM(model_folder, vram="100kB", device="cpu")
+    with pytest.raises(InferenceError, match="both"):
+        LLM(model_folder, 0.5, vram="1GB", device="cpu")
+
+
+def test_generate_takes_vram(model_folder, capsys):
+    sizes = model_sizes(model_folder)
+    mb = math.ceil((sizes.dense_bytes + sizes.kv_bytes * 2000 + 16 * sizes.expert_bytes) / 1e6)
+    assert main(["generate", str(model_folder), "--prompt", "def", "--max-new-tokens", "2", "--vram", f"{mb}MB"]) == 0
+    assert "resident" in capsys.readouterr().out
+    assert main(["generate", str(model_folder), "--prompt", "def", "--vram", "1kB"]) == 2
+    assert "dense part takes" in capsys.readouterr().err
