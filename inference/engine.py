@@ -17,7 +17,17 @@ from inference.calibrate import ExpertKind, machine_profile
 from inference.costmodel import MachineProfile
 from inference.errors import InferenceError
 from inference.model import Model
-from inference.opening import MakePolicy, adapt, attach_all, end_tokens, open_base, open_kv, open_tokenizer, place_in
+from inference.opening import (
+    MakePolicy,
+    adapt,
+    attach_all,
+    end_tokens,
+    open_base,
+    open_kv,
+    open_tokenizer,
+    place_in,
+    watch,
+)
 from inference.placement import model_sizes
 from inference.report import Measured, Report
 from inference.requests import Output, Request, SamplingParams
@@ -49,6 +59,8 @@ class LLM:
             of the device's free memory holds if that is less.
         vram: in place of ``expert_budget``, memory for all of the model: bytes, or text as ``8GiB``. What the dense
             part, the keys and values and half a gibibyte for CUDA leave is given to experts.
+        trace: file to make, in which the routing of everything that is served is recorded, with what lookahead heads
+            say if the folder has any; :meth:`close` ends it.
         max_rows, max_sequences, reuse: see :class:`~inference.batching.Engine`.
 
     Raises:
@@ -69,6 +81,7 @@ class LLM:
         adapters: Mapping[str, str | Path] | None = None,
         kv_tokens: int | None = None,
         vram: int | str | None = None,
+        trace: str | Path | None = None,
         max_rows: int = MAX_ROWS,
         max_sequences: int = MAX_SEQUENCES,
         reuse: bool = True,
@@ -82,13 +95,15 @@ class LLM:
                 raise InferenceError("vram and expert_budget both say how many experts are resident; give one of them")
             placed = place_in(self.path, vram, kv_tokens, self.device, dtype)
             expert_budget, kv_tokens = placed.share, placed.kv_tokens
-        base = open_base(self.path, expert_budget, self.device, dtype, poison, policy)
+        base = open_base(self.path, expert_budget, self.device, dtype, poison, policy, recorded=trace is not None)
         self.model, self.cache, self.dtype = base.module, base.cache, base.dtype
         if adapter is not None:
             attach_all(base, {"adapter": base.module}, {"adapter": adapter})
         kv = open_kv(base, kv_tokens)
         models: dict[str | None, Model] = {None: Model(base.module, kv)}
-        models |= {name: Model(module, kv) for name, module in adapt(base, adapters or {}).items()}
+        trees = adapt(base, adapters or {})
+        models |= {name: Model(module, kv) for name, module in trees.items()}
+        self._recorder = watch(base, [base.module, *trees.values()], trace)
         self.tokenizer = open_tokenizer(self.path)
         self.engine = Engine(
             models,
@@ -97,9 +112,22 @@ class LLM:
             max_rows=max_rows,
             max_sequences=max_sequences,
             reuse=reuse,
-            joined=None if base.cache is None else base.cache.policy.begin,
+            joined=None if base.cache is None else self._joined,
         )
         self._numbers = count()
+
+    def _joined(self) -> None:
+        """A new sequence starts."""
+        assert self.cache is not None
+        self.cache.policy.begin()
+        if self._recorder is not None:
+            self._recorder.begin()
+
+    def close(self) -> None:
+        """Ends the recording of routing; nothing else needs it."""
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
 
     def generate(
         self,

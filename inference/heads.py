@@ -1,11 +1,13 @@
 """Lookahead heads: what a layer's input tells of the experts that all layers will use next.
 
-For each MoE layer two linear maps, H -> R -> 2*L*E, read the hidden states that its gate reads and give log odds that an
-expert is used in its layer's next turn, and within its next four turns (:data:`inference.foresight.HORIZONS`). For layers
-further down, the next turn is in this token; for this layer and those above, in the next token. Two linear maps per layer,
-distilled from the model's own routing, are the form of arXiv 2511.10676, which predicts a layer's experts before its
-attention; it is quoted here for that form alone, and none of its figures were reproduced. That one set of heads answers
-for all layers and two horizons, so that it can guide eviction and not only prefetch, is ours.
+For each MoE layer two linear maps, H -> R -> 2*L*E, read the hidden states that its gate reads and give log odds that
+an expert is used in its layer's next turn, and within its next four (:data:`inference.foresight.HORIZONS`). For layers
+further down the next turn is in this token; for this layer and those above, in the next token.
+
+Two linear maps per layer, distilled from the model's own routing, are the form of arXiv 2511.10676, which predicts a
+layer's experts before its attention. It is cited for that form alone: its figures were not reproduced, and its models
+not run. That each layer's heads answer for all layers and for two horizons, so that they guide eviction and not only
+prefetch, is ours; what it is worth on models trained here is in docs/measurements.md.
 
 Heads lie in an exported folder, under ``lookahead/``: ``lookahead.safetensors`` and ``lookahead.json``, its manifest
 with their hash and the fingerprint of the weights that they were trained for. They are of no use to another model, and
@@ -20,7 +22,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from inference.errors import InferenceError
 from inference.foresight import HORIZONS
+from inference.policies import Policy
 from moe.fingerprint import fingerprint
 
 FOLDER, WEIGHTS, MANIFEST = "lookahead", "lookahead.safetensors", "lookahead.json"
@@ -111,9 +114,7 @@ def any_of(z_TO: Tensor) -> Tensor:
     return torch.where(none_O > 30, none_O, none_O.clamp(min=1e-12).expm1().log())
 
 
-def save_heads(
-    heads: Heads, folder: str | Path, layers: tuple[int, ...], training: Mapping[str, Any]
-) -> HeadsManifest:
+def save_heads(heads: Heads, folder: str | Path, layers: tuple[int, ...], training: Mapping[str, Any]) -> HeadsManifest:
     """Put heads into an exported model folder, in place of earlier ones; the manifest is written last."""
     tensors = {"inward": heads.inward_LHR, "outward": heads.outward_LRO, "bias": heads.bias_LO}
     blob = save({name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()})
@@ -163,7 +164,9 @@ def load_heads(folder: str | Path, device: torch.device | str = "cpu") -> tuple[
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InferenceError(f"{home / MANIFEST}: not the manifest of heads ({error}); train them again") from error
     if hashlib.sha256(blob).hexdigest() != manifest.sha256:
-        raise InferenceError(f"{home / WEIGHTS} does not match its manifest's hash: it is damaged; train the heads again")
+        raise InferenceError(
+            f"{home / WEIGHTS} does not match its manifest's hash: it is damaged; train the heads again"
+        )
     if fingerprint(folder) != manifest.base_fingerprint:
         raise InferenceError(
             f"{home}: these heads were trained for other weights than those in {folder}; train them for these: "
@@ -181,6 +184,20 @@ def load_heads(folder: str | Path, device: torch.device | str = "cpu") -> tuple[
     return heads.to(device), manifest
 
 
-def as_numpy(ahead_2LE: Tensor) -> np.ndarray:
-    """What policies take. On a GPU this waits for it."""
-    return ahead_2LE.detach().cpu().numpy().astype(np.float64)
+def tell_policy(heads: Heads, policy: Policy, experts: Sequence[nn.Module]) -> None:
+    """Before every call of these modules, by row, the policy is told what heads see in its input.
+
+    On a GPU this waits for them: one more round trip in each layer.
+    """
+    if not policy.uses_heads:
+        return
+
+    def hook(row: int) -> Callable[..., None]:
+        def tell(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            x_TH = args[0] if args else kwargs["hidden_states"]
+            policy.foresee(heads.ahead(row, x_TH).detach().cpu().numpy().astype(np.float64))
+
+        return tell
+
+    for row, module in enumerate(experts):
+        module.register_forward_pre_hook(hook(row), with_kwargs=True)

@@ -31,7 +31,7 @@ class RoutingRecorder:
         path: the trace to make; it must not be there.
         header: what is recorded.
         heads: None: nothing is written beside the trace.
-        gates: of all MoE layers, in order: beside what heads say, the next layer's gate is applied to each layer's input.
+        gates: of all MoE layers, in order: with heads, the next one is applied to each layer's input, too.
 
     Raises InferenceError if the file is there already or cannot be made.
     """

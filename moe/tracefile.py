@@ -5,8 +5,8 @@ All integers are little-endian. A file is a header and records:
     header   8 bytes   b"PLNTRACE"
              u32       version, 1
              u32       n, the length of what follows
-             n bytes   JSON: model, layers, num_experts, top_k, rank, world, weights (whether records carry them), source
-                       (older files lack it: training)
+             n bytes   JSON: model, layers, num_experts, top_k, rank, world, weights (whether records carry them),
+                       source (files that lack it are of training)
              u32       CRC-32 of all of the above
     record   4 bytes   b"ROUT"
              u64       optimizer step

@@ -22,18 +22,21 @@ def main(
     vram: int | None = None,
     report: bool = False,
     kv_tokens: int | None = None,
+    trace: str | None = None,
     **settings: Any,
 ) -> int:
     """Prints the prompt's continuation, then one line of figures. Returns 0, or 2 for a user's mistake.
 
-    One of ``expert_budget`` and ``vram`` (bytes) at most; ``report`` prints what bound it. ``settings`` are those of :class:`inference.requests.SamplingParams`.
+    One of ``expert_budget`` and ``vram`` (bytes) at most; ``report`` prints what bound it; ``trace`` is a file to make.
+    ``settings`` are those of :class:`inference.requests.SamplingParams`.
     """
     try:
         if (idle := [name for name in _OF_DRAWS if name in settings]) and not settings.get("temperature"):
             raise InferenceError(f"{idle[0]} changes nothing at temperature 0; give a temperature above 0, as 0.8")
         share = 1.0 if expert_budget is None else expert_budget
-        llm = LLM(model_dir, share, adapter, kv_tokens=kv_tokens, vram=vram)
+        llm = LLM(model_dir, share, adapter, kv_tokens=kv_tokens, vram=vram, trace=trace)
         (generation,) = llm.generate([prompt], max_new_tokens, **settings)
+        llm.close()
     except (InferenceError, AdapterError) as error:
         print(f"planaria generate: {error}", file=sys.stderr)
         return 2

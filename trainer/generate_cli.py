@@ -33,6 +33,7 @@ def add_generate_verb(
     for name, kind, metavar, text in _SAMPLING:
         generate.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
     generate.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    generate.add_argument("--trace", metavar="FILE", help="record the routing, for `planaria simulate`")
     generate.add_argument("--report", action="store_true", help="say what bound it, and what to change")
 
 
@@ -53,5 +54,6 @@ def _generate(arguments: argparse.Namespace) -> int:
         kv_tokens=arguments.kv_tokens,
         vram=arguments.vram,
         report=arguments.report,
+        trace=arguments.trace,
         **settings,
     )

@@ -81,9 +81,10 @@ def train(run_dir: str, out_dir: str, settings: Settings) -> int:
     size = sum(t.numel() for t in (heads.inward_LHR, heads.outward_LRO, heads.bias_LO))
     print(
         f"{Path(out_dir) / FOLDER}: heads of rank {manifest.rank}, {size:,} numbers, in "
-        f"{time.perf_counter() - started:.0f} s. Recall on {known.index_NSLK[:, :, 0, 0].numel():,} held-out tokens, as "
-        f"many guesses as choices: next layer {report['next_layer']:.1%}, next token {report['next_token']:.1%}; by what "
-        f"the last token used: {report['same_as_last']:.1%}"
+        f"{time.perf_counter() - started:.0f} s\n"
+        f"recall on {known.index_NSLK[:, :, 0, 0].numel():,} held-out tokens, as many guesses as choices: next layer "
+        f"{report['next_layer']:.1%}, next token {report['next_token']:.1%}, which by what the last token used is "
+        f"{report['same_as_last']:.1%}"
     )
     return 0
 
@@ -132,7 +133,9 @@ def _texts(run_dir: str) -> tuple[PackedDataset, PackedDataset]:
     if isinstance(bundle.train, ChatDataset) or isinstance(bundle.heldout, ChatDataset):
         raise InferenceError(f"{run_dir} trained on chat; lookahead heads are distilled from format text or jsonl")
     if bundle.train.sequence_length <= LONGEST:
-        raise InferenceError(f"{run_dir}: sequences of {bundle.train.sequence_length} tokens; heads need more than {LONGEST}")
+        raise InferenceError(
+            f"{run_dir}: sequences of {bundle.train.sequence_length} tokens; heads need more than {LONGEST}"
+        )
     return bundle.train, bundle.heldout
 
 
@@ -177,7 +180,7 @@ def _watched(blocks: list[MoEBlock]) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
 
 def targets(used_NSLE: Tensor, row: int) -> Tensor:
-    """What came true of layer ``row``'s calls, bool [N,P,2,L,E]: each expert used in its layer's next turn, or next four.
+    """What came true of layer ``row``'s calls, bool [N,P,2,L,E]: each expert used in its layer's next turn, or four.
 
     For layers below ``row`` in the pass the next turn is in the same token, for the others in the next one.
     """

@@ -1,4 +1,4 @@
-"""`planaria lookahead`: heads that foresee which experts an exported model will use. No torch before a verb needs it."""
+"""`planaria lookahead`: heads that foresee which experts a model will use. No torch before a verb needs it."""
 
 from __future__ import annotations
 
