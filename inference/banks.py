@@ -11,10 +11,12 @@ Shapes: E experts, B elements of a block.
 from __future__ import annotations
 
 import mmap
+import os
 import resource
 import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -29,6 +31,7 @@ from inference.transfer import Mark
 from moe.refs import ExpertRef
 
 STAGING_BUFFERS = 4
+_READERS = 8  # beyond that, threads that copy out of the page cache only get into each other's way
 _GIB = 1 << 30
 
 
@@ -58,6 +61,16 @@ class CudaRegistrar:
             status = getattr(torch.cuda.cudart(), name)(*args)
         if int(status) != 0:
             raise RuntimeError(f"{name} failed with CUDA error {int(status)}")
+
+
+class NoRegistrar:
+    """For memory that no device reads."""
+
+    def register(self, address: int, nbytes: int) -> None:
+        pass
+
+    def unregister(self, address: int) -> None:
+        pass
 
 
 @dataclass
@@ -146,6 +159,15 @@ class ExpertBanks:
         gate_IH, up_IH = gate_up_2IH.chunk(2)
         return gate_IH, up_IH, down_HI
 
+    def address(self, ref: ExpertRef) -> int:
+        """Where an expert's block begins. Its layer must be ready: see :meth:`join`."""
+        bank_EB = self._shared.filled[ref.layer]
+        return bank_EB.data_ptr() + ref.expert * bank_EB.shape[1] * bank_EB.itemsize
+
+    def stacked(self, layer: int) -> tuple[Tensor, ...]:
+        """The parts of all experts of a layer that is ready, [E, ...] each."""
+        return self.layout.stacked(self._shared.filled[layer])
+
     def _raise(self) -> None:
         error = self._shared.error
         if error is not None:
@@ -170,16 +192,21 @@ def _arena(blocks: int, layout: ExpertBlock) -> Tensor:
 
 
 def _fill(shared: _Shared, store: ExpertStore, layout: ExpertBlock) -> None:
+    def read(layer: int, expert: int, arena_EB: Tensor) -> None:
+        if not shared.stop.is_set():
+            store.read(layer, expert, layout, arena_EB[expert])
+
+    experts = range(store.shape.num_experts)
     try:
-        for layer in store.layers:
-            arena_EB = _arena(store.shape.num_experts, layout)
-            for expert in range(store.shape.num_experts):
+        with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), "expert-banks") as pool:
+            for layer in store.layers:
+                arena_EB = _arena(len(experts), layout)
+                list(pool.map(read, [layer] * len(experts), experts, [arena_EB] * len(experts)))
                 if shared.stop.is_set():
                     return
-                store.read(layer, expert, layout, arena_EB[expert])
-            shared.filled[layer] = arena_EB
-            _register(shared, arena_EB, f"layer {layer}")
-            shared.ready.add(layer)  # last: from here on it is used
+                shared.filled[layer] = arena_EB
+                _register(shared, arena_EB, f"layer {layer}")
+                shared.ready.add(layer)  # last: from here on it is used
     except BaseException as error:  # told to the thread that serves, at its next call
         shared.error = error
 

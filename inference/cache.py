@@ -25,8 +25,8 @@ from moe.refs import ExpertRef
 class CacheCounts:
     """What the cache did so far.
 
-    One hit or miss per distinct expert of a layer call; an expert that a prefetch was already bringing is a hit, and
-    ``late`` if it had to be waited for. Bytes of misses as stored in the files. Of the experts that were prefetched
+    One hit or miss per distinct expert of a layer call; what the CPU computed is neither. An expert that a prefetch was
+    already bringing is a hit, and ``late``. Bytes of misses as stored in the files. Of the experts that were prefetched
     some were ``useful``, used before they were evicted, others ``wasted``; ``displaced`` experts were evicted for a
     prefetch, and ``regretted`` of them wanted again within a round.
     """
@@ -159,6 +159,19 @@ class ExpertCache:
             gone = self._ghosts.pop((row, expert), None)
             if gone is not None and self.policy.round - gone <= 1:
                 self.counts.regretted += 1
+
+    def note(self, layer: int, experts: Sequence[int]) -> None:
+        """:meth:`use` for a caller that knows already how the experts are."""
+        row = self._row[layer]
+        self.policy.use(row, experts)
+        self._lent = (row, list(experts))
+
+    def make_room(self, count: int) -> None:
+        """Has the policy give up slots ahead of need until ``count`` are free, so that no demand waits for it."""
+        if (needed := count - len(self._free)) > 0:
+            evictable_LE = self.evictable()
+            for flat in self.policy.victims(evictable_LE, min(needed, int(evictable_LE.sum()))):
+                self._evict(*divmod(int(flat), self.policy.experts))
 
     def evictable(self) -> np.ndarray:
         """Which experts [L,E] may be evicted now."""

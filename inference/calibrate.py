@@ -22,9 +22,11 @@ from torch.nn.functional import linear, silu
 from inference.costmodel import BYTES, KernelTable, MachineProfile, ProfileError, Rates, Timing
 from inference.cpu_experts import CpuExperts, HostExpert, kernels_for
 
+TEAMS = (1, 2, 4)
 ROWS = (1, 16, 64, 4)  # in this order, as far as the time goes
 GPU_ROWS = (1, 16, 256, 2048)
 _BANK_BYTES = 128 << 20  # of made-up experts: beyond most caches, quick to fill
+_FAR_BEHIND = 3.0
 _WHOLE_CALL = 8  # experts of one call, as a token of a model with eight choices makes it
 
 
@@ -104,7 +106,7 @@ def calibrate(kind: ExpertKind, device: torch.device, budget_s: float = 2.0) -> 
     gpu = _Gpu(kind, device) if device.type == "cuda" else None
     dram = _read_rate(bank.weights_N)
     counts = thread_counts(cpu_cores(), gpu is not None)
-    threads, timings = cpu_table(bank, counts, 0.7 * budget_s - (time.perf_counter() - began))
+    threads, team, timings = cpu_table(bank, counts, 0.7 * budget_s - (time.perf_counter() - began))
     table = KernelTable(tuple(timings))
     alone = kind.nbytes / table.best(1, threads).seconds
     common = {
@@ -115,6 +117,7 @@ def calibrate(kind: ExpertKind, device: torch.device, budget_s: float = 2.0) -> 
         "hidden": kind.hidden,
         "intermediate": kind.intermediate,
         "threads": threads,
+        "team": team,
         "cpu": tuple(timings),
     }
     dram = max(dram, alone)
@@ -124,7 +127,7 @@ def calibrate(kind: ExpertKind, device: torch.device, budget_s: float = 2.0) -> 
         )
     link = gpu.link_rate()
     with_reads = gpu.beside_link(lambda: _read_s(bank.weights_N), bank.weights_N.nbytes)
-    with bank.experts(threads, table) as experts:
+    with bank.experts(threads, team, table) as experts:
         with_experts = gpu.beside_link(lambda: bank.call_s(experts, 1), _WHOLE_CALL * kind.nbytes)
         handover = _typical(experts.hand_over)
     profile = MachineProfile(
@@ -149,21 +152,29 @@ def thread_counts(cores: int, with_gpu: bool) -> tuple[int, ...]:
     return tuple(sorted({max(most // 2, 1), most}))
 
 
-def cpu_table(bank: _Bank, counts: Sequence[int], budget_s: float) -> tuple[int, list[Timing]]:
-    """The best count of threads, and the times of every kernel.
+def cpu_table(bank: _Bank, counts: Sequence[int], budget_s: float) -> tuple[int, int, list[Timing]]:
+    """The best count of threads, in what teams, and the times of every kernel.
 
-    All counts are tried with one row, which is what decoding needs; the best one of them with 16 rows, and with others
-    as far as the time goes. Row by row takes a row's time for each, so it is not timed beyond one.
+    Counts and teams are tried with one row, which is what decoding needs, as far as half of the time goes; the best of
+    them with 16 rows, and with others while there is time. A kernel that is far behind the first time is left out, and
+    row by row takes a row's time for each, so it is not timed beyond one.
     """
     began = time.perf_counter()
-    kernels = kernels_for(bank.kind.dtype)
-    found = [bank.timing(kernel, threads, 1) for threads in counts for kernel in kernels]
-    best = min(found, key=lambda timing: (timing.seconds, timing.threads)).threads
+    kernels, tried = kernels_for(bank.kind.dtype), []
+    for threads, team in [(n, team) for n in reversed(counts) for team in TEAMS if team <= n]:
+        if tried and time.perf_counter() - began > budget_s / 2:
+            break
+        here = [bank.timing(kernel, threads, team, 1) for kernel in kernels]
+        tried += [(timing, team) for timing in here]
+        kernels = tuple(t.kernel for t in here if t.seconds < _FAR_BEHIND * min(one.seconds for one in here))
+    fastest, team = min(tried, key=lambda one: (one[0].seconds, one[0].threads, one[1]))
+    best = fastest.threads
+    found = [timing for timing, theirs in tried if (timing.threads, theirs) == (best, team)]
     for rows in ROWS[1:]:
-        for kernel in kernels:
+        for kernel in kernels_for(bank.kind.dtype):
             if kernel != "rows" and (rows == ROWS[1] or time.perf_counter() - began < budget_s):
-                found.append(bank.timing(kernel, best, rows))
-    return best, found
+                found.append(bank.timing(kernel, best, team, rows))
+    return best, team, found
 
 
 class _Bank:
@@ -181,16 +192,15 @@ class _Bank:
 
     def __call__(self, _layer: int, expert: int) -> HostExpert:
         hidden, intermediate = self.kind.hidden, self.kind.intermediate
-        one_N = self.weights_N.view(self.count, -1)[expert]
-        gate_N, up_N, down_N = one_N.split(hidden * intermediate)
-        return HostExpert(gate_N.view(intermediate, hidden), up_N.view(intermediate, hidden), down_N.view(hidden, -1))
+        gate_up_N, down_N = self.weights_N.view(self.count, -1)[expert].tensor_split([2 * hidden * intermediate])
+        return HostExpert(gate_up_N.view(-1, hidden), down_N.view(hidden, -1))
 
-    def experts(self, threads: int, table: KernelTable) -> CpuExperts:
-        return CpuExperts(self, lambda gate, up: silu(gate) * up, table, threads)
+    def experts(self, threads: int, team: int, table: KernelTable) -> CpuExperts:
+        return CpuExperts(self, lambda gate, up: silu(gate) * up, table, threads, team)
 
-    def timing(self, kernel: str, threads: int, rows: int) -> Timing:
-        calls = [_WHOLE_CALL] * 3 if rows == 1 else [2 * threads] * 2
-        with self.experts(threads, KernelTable((Timing(kernel, threads, 1, 1.0),))) as experts:
+    def timing(self, kernel: str, threads: int, team: int, rows: int) -> Timing:
+        calls = [_WHOLE_CALL if rows == 1 else 2 * threads] * 2
+        with self.experts(threads, team, KernelTable((Timing(kernel, threads, 1, 1.0),))) as experts:
             seconds = min(self.call_s(experts, rows, count) / count for count in calls)
         return Timing(kernel, threads, rows, seconds)
 

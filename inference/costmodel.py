@@ -58,6 +58,7 @@ class MachineProfile:
         source: who measured it, when and how, or which figures were taken from where.
         dtype: of the experts that were timed, as ``bfloat16``.
         hidden, intermediate: their sizes.
+        threads: for CPU experts, as many as were fastest; ``team`` of them compute one, or a part of it, together.
         link: host to device, pinned, in blocks of an expert's size; None without a GPU.
         dram: host memory as the cores read it, on ``threads`` threads.
         cpu: experts computed by the cores, from host memory.
@@ -79,6 +80,7 @@ class MachineProfile:
     dram: Rates
     cpu: tuple[Timing, ...]
     cpu_overlapped: float
+    team: int = 1
     link: Rates | None = None
     gpu: tuple[Timing, ...] = ()
     gpu_memory: float = 0.0
@@ -88,7 +90,7 @@ class MachineProfile:
     handover_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.dtype not in BYTES or min(self.hidden, self.intermediate, self.threads) < 1 or not self.cpu:
+        if self.dtype not in BYTES or min(self.hidden, self.intermediate, self.threads, self.team) < 1 or not self.cpu:
             raise ProfileError(f"profile {self.name!r}: needs a dtype of {', '.join(BYTES)}, sizes, and CPU timings")
         if any(t.seconds <= 0 or t.rows < 1 or t.threads < 1 for t in (*self.cpu, *self.gpu)):
             raise ProfileError(f"profile {self.name!r}: a timing without rows, threads or seconds; measure it again")

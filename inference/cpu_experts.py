@@ -2,8 +2,8 @@
 
 A call's work is a list of (expert, rows). Long lists are dealt to the workers expert by expert, short ones in parts:
 each part takes some of an expert's intermediate columns through gate, up and down, and the parts' sums are added in
-order. Every worker computes on one thread of its own, so it neither waits for torch's pool nor holds up the thread
-that launches the GPU's work; torch drops the interpreter's lock in every product.
+order. Every worker computes on threads of its own, one or a small team, so it neither waits for torch's pool nor holds
+up the thread that launches the GPU's work; torch drops the interpreter's lock in every product.
 
 Which kernel is fastest depends on the processor, the precision and the rows; so it is measured
 (:mod:`inference.calibrate`) and looked up (:class:`inference.costmodel.KernelTable`).
@@ -36,14 +36,14 @@ class HostExpert:
     """One expert in host memory, as views in any strides.
 
     Attributes:
-        gate_IH, up_IH: None where ``gate_up_2IH`` has the rows of both in turn, gate first (gpt_oss).
+        gate_up: gate and up, [I,H] each, or both as one [2I,H].
+        interleaved: in which gate and up take turns, gate first (gpt_oss); else gate's rows come first.
         gate_up_bias, down_bias: [2I] laid out as the rows are, [H]; None without.
     """
 
-    gate_IH: Tensor | None
-    up_IH: Tensor | None
+    gate_up: tuple[Tensor, Tensor] | Tensor
     down_HI: Tensor
-    gate_up_2IH: Tensor | None = None
+    interleaved: bool = False
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
 
@@ -51,10 +51,21 @@ class HostExpert:
     def of_parts(cls, parts: Sequence[Tensor], form: ExpertForm) -> HostExpert:
         """From ``gate_up_proj`` and ``down_proj`` of one expert as its family lays them out, and their biases."""
         gate_up_2IH, down_HI = (part.t() if form.transposed else part for part in parts[:2])
-        biases = tuple(parts[2:]) or (None, None)
-        if form.interleaved:
-            return cls(None, None, down_HI, gate_up_2IH, *biases)
-        return cls(*gate_up_2IH.chunk(2), down_HI, None, *biases)
+        return cls(gate_up_2IH, down_HI, form.interleaved, *parts[2:])
+
+    @property
+    def gate_up_2IH(self) -> Tensor | None:
+        return self.gate_up if isinstance(self.gate_up, Tensor) else None
+
+    @property
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """gate and up [I,H]."""
+        if not isinstance(self.gate_up, Tensor):
+            return self.gate_up
+        if self.interleaved:
+            return self.gate_up[::2], self.gate_up[1::2]
+        gate_IH, up_IH = self.gate_up.chunk(2)
+        return gate_IH, up_IH
 
     @property
     def intermediate(self) -> int:
@@ -67,12 +78,12 @@ class HostExpert:
 
 def product_linear(x_RH: Tensor, w_OH: Tensor) -> Tensor:
     """One matrix product in the weights' precision: what processors with AMX or AVX512-BF16 are fast at."""
-    return torch.nn.functional.linear(x_RH, w_OH).float()
+    return torch.nn.functional.linear(x_RH, w_OH)
 
 
 def product_rows(x_RH: Tensor, w_OH: Tensor) -> Tensor:
     """A matrix-vector product for each row, which reads the weights once per row, but at full memory speed."""
-    return torch.stack([torch.mv(w_OH, x_H) for x_H in x_RH]).float()
+    return torch.stack([torch.mv(w_OH, x_H) for x_H in x_RH])
 
 
 def product_upcast(x_RH: Tensor, w_OH: Tensor) -> Tensor:
@@ -97,27 +108,32 @@ def expert_rows(product: Product, gated: Gated, expert: HostExpert, x_RH: Tensor
     """Rows through some intermediate columns of one expert: a float32 share [R,H] of the result.
 
     As in transformers, what stands between two products has the weights' precision. The share with the first column
-    has the last bias.
+    has the last bias. Few operations, since each holds the interpreter's lock for a moment, and workers share it.
     """
-    x_RH = x_RH.to(expert.dtype)
-    gate_RI, up_RI = _gate_and_up(product, expert, x_RH, columns)
-    y_RH = product(gated(gate_RI.to(expert.dtype), up_RI.to(expert.dtype)), expert.down_HI[:, columns])
+    dtype, down_HI = expert.dtype, expert.down_HI
+    gate_RI, up_RI = _gate_and_up(product, expert, x_RH.to(dtype), columns)
+    if columns.stop - columns.start < down_HI.shape[1]:
+        down_HI = down_HI[:, columns]
+    y_RH = product(gated(gate_RI.to(dtype), up_RI.to(dtype)), down_HI).float()
     if expert.down_bias is not None and columns.start == 0:
         y_RH += expert.down_bias
     return y_RH
 
 
 def _gate_and_up(product: Product, expert: HostExpert, x_RH: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    bias = expert.gate_up_bias
-    if expert.gate_up_2IH is not None:
-        both = slice(2 * columns.start, 2 * columns.stop)
-        both_R2I = product(x_RH, expert.gate_up_2IH[both])
+    bias, fused_2IH = expert.gate_up_bias, expert.gate_up_2IH
+    whole = columns.stop - columns.start == expert.intermediate
+    if fused_2IH is not None and (expert.interleaved or whole):
+        rows = slice(2 * columns.start, 2 * columns.stop)
+        both_R2I = product(x_RH, fused_2IH if whole else fused_2IH[rows])
         if bias is not None:
-            both_R2I = both_R2I + bias[both]
-        return both_R2I[:, ::2], both_R2I[:, 1::2]
-    assert expert.gate_IH is not None
-    assert expert.up_IH is not None
-    gate_RI, up_RI = product(x_RH, expert.gate_IH[columns]), product(x_RH, expert.up_IH[columns])
+            both_R2I = both_R2I + bias[rows]
+        if expert.interleaved:
+            return both_R2I[:, ::2], both_R2I[:, 1::2]
+        gate_RI, up_RI = both_R2I.chunk(2, -1)
+        return gate_RI, up_RI
+    gate_IH, up_IH = expert.halves
+    gate_RI, up_RI = product(x_RH, gate_IH[columns]), product(x_RH, up_IH[columns])
     if bias is not None:
         gate_I, up_I = bias.chunk(2)
         return gate_RI + gate_I[columns], up_RI + up_I[columns]
@@ -149,13 +165,15 @@ class CpuExperts:
         weights: (layer, expert) to where it lies.
         gated: activation of (gate, up), elementwise.
         table: measured times, which say what kernel to use.
-        threads: workers.
+        threads: of all workers together.
+        team: threads of one worker. Large teams need the interpreter less often, small ones wait less for each other.
     """
 
-    def __init__(self, weights: HostWeights, gated: Gated, table: KernelTable, threads: int) -> None:
-        assert threads >= 1, threads
+    def __init__(self, weights: HostWeights, gated: Gated, table: KernelTable, threads: int, team: int = 1) -> None:
+        assert 1 <= team <= threads, (team, threads)
         self.weights, self.gated, self.table, self.threads = weights, gated, table, threads
-        self._pool = _single_threaded_workers(threads)
+        self.workers = threads // team
+        self._pool = _workers(self.workers, team)
 
     def submit(
         self, layer: int, work: Sequence[tuple[int, int]], x_NH: Tensor, out_NH: Tensor | None = None
@@ -183,13 +201,13 @@ class CpuExperts:
         shares: list[Tensor] = [out_NH] * len(tasks)
         turns = iter(range(len(tasks)))  # workers take the next one from here: the interpreter's lock keeps it whole
         workers = [
-            self._pool.submit(_work, turns, tasks, self.gated, shares) for _ in range(min(self.threads, len(tasks)))
+            self._pool.submit(_work, turns, tasks, self.gated, shares) for _ in range(min(self.workers, len(tasks)))
         ]
         return Pending(where, shares, workers, out_NH)
 
     def _columns(self, intermediate: int, experts: int) -> list[slice]:
         """Into how many parts an expert is cut: so many that no worker is idle."""
-        parts = max(min(-(-self.threads // experts), intermediate // MIN_COLUMNS), 1)
+        parts = max(min(-(-self.workers // experts), intermediate // MIN_COLUMNS), 1)
         ends = [intermediate * part // parts for part in range(parts + 1)]
         return [slice(a, b) for a, b in itertools.pairwise(ends)]
 
@@ -207,8 +225,8 @@ class CpuExperts:
         self.close()
 
 
-def _single_threaded_workers(count: int) -> ThreadPoolExecutor:
-    """Workers whose products start no threads of their own.
+def _workers(count: int, team: int) -> ThreadPoolExecutor:
+    """Workers whose products run on ``team`` threads each.
 
     torch keeps that count for each thread, but threads that start later inherit the one set last: so all workers start
     here, and the caller's count is set again behind them.
@@ -217,7 +235,7 @@ def _single_threaded_workers(count: int) -> ThreadPoolExecutor:
     started = threading.Barrier(count + 1)
 
     def begin() -> None:
-        torch.set_num_threads(1)
+        torch.set_num_threads(team)
         torch.get_num_threads()  # the first question settles a thread's count; before the caller's is set again
         started.wait()
 

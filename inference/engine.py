@@ -17,6 +17,7 @@ from inference.calibrate import ExpertKind, machine_profile
 from inference.costmodel import MachineProfile
 from inference.errors import InferenceError
 from inference.model import Model
+<<<<<<< HEAD
 from inference.opening import (
     MakePolicy,
     adapt,
@@ -28,6 +29,10 @@ from inference.opening import (
     place_in,
     watch,
 )
+=======
+from inference.offload import Crossing
+from inference.opening import MakePolicy, adapt, attach_all, end_tokens, open_base, open_kv, open_tokenizer, place_in
+>>>>>>> transfer
 from inference.placement import model_sizes
 from inference.report import Measured, Report
 from inference.requests import Output, Request, SamplingParams
@@ -57,6 +62,7 @@ class LLM:
             model. All share its weights, its resident experts and its key-value cache.
         kv_tokens: tokens whose keys and values are kept, of all requests together; by default 32768, or what a quarter
             of the device's free memory holds if that is less.
+        crossing: how experts reach a GPU: what predicts and prefetches them, and whether all are page-locked.
         vram: in place of ``expert_budget``, memory for all of the model: bytes, or text as ``8GiB``. What the dense
             part, the keys and values and half a gibibyte for CUDA leave is given to experts.
         trace: file to make, in which the routing of everything that is served is recorded, with what lookahead heads
@@ -80,6 +86,7 @@ class LLM:
         *,
         adapters: Mapping[str, str | Path] | None = None,
         kv_tokens: int | None = None,
+        crossing: Crossing | None = None,
         vram: int | str | None = None,
         trace: str | Path | None = None,
         max_rows: int = MAX_ROWS,
@@ -95,8 +102,13 @@ class LLM:
                 raise InferenceError("vram and expert_budget both say how many experts are resident; give one of them")
             placed = place_in(self.path, vram, kv_tokens, self.device, dtype)
             expert_budget, kv_tokens = placed.share, placed.kv_tokens
+<<<<<<< HEAD
         base = open_base(self.path, expert_budget, self.device, dtype, poison, policy, recorded=trace is not None)
         self.model, self.cache, self.dtype = base.module, base.cache, base.dtype
+=======
+        base = open_base(self.path, expert_budget, self.device, dtype, poison, policy, crossing)
+        self.model, self.cache, self.dtype, self.executor = base.module, base.cache, base.dtype, base.executor
+>>>>>>> transfer
         if adapter is not None:
             attach_all(base, {"adapter": base.module}, {"adapter": adapter})
         kv = open_kv(base, kv_tokens)
@@ -112,7 +124,11 @@ class LLM:
             max_rows=max_rows,
             max_sequences=max_sequences,
             reuse=reuse,
+<<<<<<< HEAD
             joined=None if base.cache is None else self._joined,
+=======
+            joined=base.begin,
+>>>>>>> transfer
         )
         self._numbers = count()
 
@@ -219,8 +235,25 @@ class LLM:
             slots=self.cache.slots,
             hits=experts.hits,
             misses=experts.misses,
-            fetched_bytes=experts.bytes_fetched,
+            **({"fetched_bytes": experts.bytes_fetched} | self._crossed()),
         )
+
+    def _crossed(self) -> dict[str, Any]:
+        """What the link and the CPU beside it did."""
+        executor = self.executor
+        if executor is None or self.cache is None:
+            return {}
+        moved, experts, plan = executor.transfers.counts, self.cache.counts, executor.plan
+        newest = None if plan is None else plan.newest
+        return {
+            "fetched_bytes": moved.demanded_bytes + moved.prefetched_bytes,
+            "cpu_experts": executor.cpu_computed,
+            "prefetched": experts.useful + experts.wasted,
+            "wasted": experts.wasted,
+            "stall_s": executor.transfers.link.stall_s,
+            "ways": {} if plan is None else dict(plan.modes),
+            "newest_plan": "" if newest is None else newest.reason(),
+        }
 
     def logits(self, token_ids: Sequence[int], adapter: str | None = None) -> Tensor:
         """Scores [S, V] of every position of one sequence."""

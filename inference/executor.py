@@ -38,7 +38,7 @@ class CpuLane(Protocol):
     def submit(self, layer: int, work: Sequence[tuple[int, int]], x_NH: Tensor) -> Any: ...
 
 
-Plan = Callable[[list[tuple[int, int]], list[int]], tuple[Sequence[int], Sequence[int]]]
+Plan = Callable[[list[tuple[int, int]], list[int], dict[int, float]], tuple[Sequence[int], Sequence[int]]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Executor:
         transfers: into them.
         prefetcher: for the layers ahead; None fetches on demand only.
         cpu: computes missing experts beside the device; None fetches them all.
-        plan: from (expert, rows) of the missing and the rows of the resident to (fetched, computed on the CPU).
+        plan: from (expert, rows) of the missing, the rows of the resident, and how much each missing one is worth
+            keeping, to (fetched, computed on the CPU).
         stream: buffers for calls of many rows; None serves them through the slots, in groups.
     """
 
@@ -108,7 +109,8 @@ class Executor:
             groups = self.stream.groups(module.layer, call, last)
             return module.compute(call, x_TH, weights_TK, groups)
         wanted = self.cache.use(module.layer, call.experts)
-        fetch, on_cpu = self._split(wanted, call)
+        # An adapter's deltas belong between an expert's products: those experts are computed where the adapter is.
+        fetch, on_cpu = (wanted.missing, []) if module.adapter is not None else self._split(row, wanted, call)
         pending = self._start_cpu(module.layer, on_cpu, call, x_TH)
         groups = self._groups(row, module.layer, wanted, fetch, read)
         return module.compute(call, x_TH, weights_TK, groups, pending)
@@ -120,13 +122,15 @@ class Executor:
         call = Call.of(index_TK.numpy(), module.num_experts)
         return ReadBack(call, None if ahead_DE is None else ahead_DE.float().cpu().numpy())
 
-    def _split(self, wanted: Wanted, call: Call) -> tuple[list[int], list[int]]:
+    def _split(self, row: int, wanted: Wanted, call: Call) -> tuple[list[int], list[int]]:
         if self.plan is None or not wanted.missing:
             return wanted.missing, []
         rows = dict(zip(call.experts, call.counts, strict=True))
+        scores_N = self.cache.policy.scores()[row, wanted.missing]
         fetch, on_cpu = self.plan(
             [(expert, rows[expert]) for expert in wanted.missing],
             [rows[expert] for expert in wanted.resident + wanted.coming],
+            dict(zip(wanted.missing, scores_N.tolist(), strict=True)),
         )
         assert sorted([*fetch, *on_cpu]) == sorted(wanted.missing), (fetch, on_cpu, wanted)
         return list(fetch), list(on_cpu)

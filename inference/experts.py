@@ -72,6 +72,8 @@ class Arithmetic:
 
     def __init__(self, form: ExpertForm, act: Callable[[Tensor], Tensor], biased: bool) -> None:
         self.form, self.act, self.biased = form, act, biased
+        # torch rounds silu of a row alike in whatever company; of gelu and sigmoid that is not so.
+        self.rows_apart = form.limit is None and form.act == "silu"
 
     def up(self, x: Tensor, loan: Loan, out: Tensor | None = None) -> Tensor:
         """Rows through the first projection: gate and up, [.,2I]."""
@@ -86,7 +88,9 @@ class Arithmetic:
             out.add_(loan.parts[3])
 
     def between(self, h: Tensor) -> Tensor:
-        gate, up = split(h, self.form)
+        return self.gated(*split(h, self.form))
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         if self.form.limit is None:
             return self.act(gate) * up
         gate = gate.clamp(max=self.form.limit)
@@ -155,7 +159,7 @@ class OffloadedExperts(nn.Module):
             delta_N2I = adapter.gate_up_delta(x_NH, counts_E)
         a_NI = None if adapter is None else x_NH.new_empty(x_NH.shape[0], self.intermediate_size)
         for group in groups:
-            if adapter is None and len(group) == len(rows) and len(x_NH) <= FEW_ROWS:
+            if do.rows_apart and adapter is None and len(group) == len(rows) and len(x_NH) <= FEW_ROWS:
                 self._few(x_NH, [rows[loan.expert] for loan in group], group, y_NH)
                 continue
             for loan in group:

@@ -15,14 +15,25 @@ from transformers import AutoTokenizer
 
 from inference.cache import ExpertCache
 from inference.errors import InferenceError
+<<<<<<< HEAD
 from inference.experts import OffloadedExperts
 from inference.heads import Heads, has_heads, load_heads, tell_policy
+=======
+from inference.executor import Executor
+from inference.experts import Arithmetic
+>>>>>>> transfer
 from inference.kv import BLOCK_SIZE, KVShape, PagedKV
+from inference.offload import Crossing, open_executor
 from inference.placement import KV_SHARE, KV_TOKENS, WORKSPACE, Placement, model_sizes, parse_size, place
 from inference.policies import LRU, Policy
+<<<<<<< HEAD
 from inference.recording import RoutingRecorder
 from inference.shadow import WITH_HEADS, Hedge
 from inference.skeleton import build_skeleton, expert_shape, load_dense, offload_experts, share_dense
+=======
+from inference.shadow import Hedge
+from inference.skeleton import activation, build_skeleton, expert_shape, load_dense, offload_experts, share_dense
+>>>>>>> transfer
 from inference.store import ExpertStore, TensorFiles
 from lora.format import apply_adapter, load_adapter
 from moe.families import MoEBlock, find_moe_blocks
@@ -34,14 +45,29 @@ MakePolicy = Callable[[int, int, int], Policy]  # (layers, experts, slots)
 
 @dataclass(frozen=True)
 class Base:
+<<<<<<< HEAD
     """A model without adapters. ``cache`` is None for a dense model, ``heads`` without a use for lookahead heads."""
+=======
+    """A model without adapters. ``cache`` is None for a dense model, ``executor`` where no link is to be crossed."""
+>>>>>>> transfer
 
     path: Path
     module: nn.Module
     cache: ExpertCache | None
     dtype: torch.dtype
     device: torch.device
+<<<<<<< HEAD
     heads: Heads | None = None
+=======
+    executor: Executor | None = None
+
+    def begin(self) -> None:
+        """A request is taken in: policies and predictors that follow sequences are told."""
+        if self.executor is not None:
+            self.executor.begin()
+        elif self.cache is not None:
+            self.cache.policy.begin()
+>>>>>>> transfer
 
 
 def open_base(
@@ -51,7 +77,11 @@ def open_base(
     dtype: torch.dtype | None,
     poison: bool,
     policy: MakePolicy | None,
+<<<<<<< HEAD
     recorded: bool = False,
+=======
+    crossing: Crossing | None = None,
+>>>>>>> transfer
 ) -> Base:
     """Lookahead heads are opened where the default policy has to choose, and if routing is ``recorded``.
 
@@ -61,6 +91,7 @@ def open_base(
         raise InferenceError(f"expert budget {expert_budget} is out of range; give a share from 0 to 1, as 0.25")
     files = TensorFiles(path)
     module, blocks = build_skeleton(path, dtype)
+<<<<<<< HEAD
     cache = heads = None
     if blocks:
         cache = _expert_cache(path, files, blocks, expert_budget, device, poison, policy)
@@ -69,13 +100,27 @@ def open_base(
             if manifest.layers != cache.store.layers:
                 raise InferenceError(f"{path}: its heads are for layers {manifest.layers}; train the heads again")
         offload_experts(blocks, cache)
+=======
+    cache = executor = None
+    if blocks:
+        cache = _expert_cache(path, files, blocks, expert_budget, device, poison, policy)
+        shape, top_k = cache.store.shape, module.config.num_experts_per_tok
+        arithmetic = Arithmetic(shape.form, activation(blocks[0]), shape.biased)
+        gates = [block.gate for block in blocks]
+        executor = open_executor(cache, gates, top_k, arithmetic, crossing or Crossing())
+        offload_experts(blocks, cache, executor)
+>>>>>>> transfer
     elif expert_budget != 1:
         raise InferenceError(
             f"{path} is a dense model: it has no experts to leave in the files, so an expert budget of "
             f"{expert_budget} means nothing; leave it out (1: all of the model is resident)"
         )
     load_dense(module, files, device)
+<<<<<<< HEAD
     return Base(path, module, cache, module.get_input_embeddings().weight.dtype, device, heads)
+=======
+    return Base(path, module, cache, module.get_input_embeddings().weight.dtype, device, executor)
+>>>>>>> transfer
 
 
 def _expert_cache(
@@ -117,7 +162,7 @@ def adapt(base: Base, folders: Mapping[str, str | Path]) -> dict[str, nn.Module]
     for name in folders:
         module, blocks = build_skeleton(base.path, base.dtype)
         if base.cache is not None:
-            offload_experts(blocks, base.cache)
+            offload_experts(blocks, base.cache, base.executor)
         share_dense(module, base.module)
         module.to(base.device)
         trees[name] = module

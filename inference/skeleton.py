@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from inference.cache import ExpertCache
+from inference.executor import Executor
 from inference.experts import OffloadedExperts
 from inference.store import ExpertShape, InferenceError, TensorFiles, stored_names
 from moe.convert import form_of
@@ -62,11 +64,15 @@ def expert_shape(folder: Path, blocks: list[MoEBlock]) -> ExpertShape:
     return shapes.pop()
 
 
-def offload_experts(blocks: list[MoEBlock], cache: ExpertCache) -> None:
-    """Puts experts that borrow from ``cache`` in place of the skeleton's own."""
+def offload_experts(blocks: list[MoEBlock], cache: ExpertCache, executor: Executor | None = None) -> None:
+    """Puts experts that borrow from ``cache`` in place of the skeleton's own; ``executor`` brings them over a link."""
     for block in blocks:
-        act = getattr(block.experts, "act_fn", nn.functional.silu)
-        block.module.experts = OffloadedExperts(cache, block.layer, act)
+        block.module.experts = OffloadedExperts(cache, block.layer, activation(block), executor)
+
+
+def activation(block: MoEBlock) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Of the gate, where the experts' form does not say more."""
+    return getattr(block.experts, "act_fn", nn.functional.silu)
 
 
 def load_dense(model: nn.Module, files: TensorFiles, device: torch.device) -> None:

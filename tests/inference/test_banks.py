@@ -35,6 +35,8 @@ def test_all_experts_end_up_in_registered_arenas_of_just_their_size(store, dtype
         expected = torch.zeros(layout.elements, dtype=dtype)
         store.read(ref.layer, ref.expert, layout, expected)
         assert torch.equal(block_B, expected)
+        assert filled.address(ref) == block_B.data_ptr()
+        assert torch.equal(filled.stacked(ref.layer)[1][ref.expert], layout.split(block_B)[1])
         for mine, theirs in zip(filled.views(ref.layer, ref.expert), store.views(ref.layer, ref.expert), strict=True):
             assert torch.equal(mine, theirs.to(dtype))
     filled.close()

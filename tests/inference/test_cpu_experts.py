@@ -31,7 +31,7 @@ class Weights:
 
     def __call__(self, layer, expert):
         assert layer == 3
-        return HostExpert(*self.gate_up_E2IH[expert].chunk(2), self.down_EHI[expert])
+        return HostExpert(tuple(self.gate_up_E2IH[expert].chunk(2)), self.down_EHI[expert])
 
     def exact(self, expert, x_RH):
         gate_IH, up_IH = self.gate_up_E2IH[expert].double().chunk(2)
@@ -152,6 +152,22 @@ def test_the_table_chooses_the_kernel(opened, monkeypatch):
     cpu = opened(Weights(torch.bfloat16, 64, 32), gated, measured, 1)
     cpu.submit(3, [(0, 1), (1, 8)], torch.randn(9, 64).bfloat16()).result()
     assert used == ["rows"] * 3 + ["upcast"] * 3
+
+
+def test_teams_share_the_threads(opened):
+    seen = []
+
+    def watched(gate, up):
+        seen.append(torch.get_num_threads())
+        return gated(gate, up)
+
+    weights = Weights(torch.float32, 64, 640)
+    cpu = opened(weights, watched, table(), 5, 2)
+    assert cpu.workers == 2
+    assert len(cpu._columns(640, 1)) == 2
+    x_RH = torch.randn(3, 64)
+    assert_close(cpu.submit(3, [(1, 3)], x_RH).result(), weights.exact(1, x_RH), torch.float32)
+    assert set(seen) == {2}
 
 
 def test_workers_compute_on_one_thread_and_leave_the_callers_count_alone(opened):

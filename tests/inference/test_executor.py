@@ -236,7 +236,8 @@ class Lane:
 def test_what_the_cpu_computes_is_not_fetched_and_close(store, resident, slots):
     lane = Lane(store)
 
-    def plan(missing, resident_rows):
+    def plan(missing, resident_rows, worth):
+        assert set(worth) == {expert for expert, _ in missing}
         half = len(missing) // 2
         return [e for e, _ in missing[half:]], [e for e, _ in missing[:half]]
 

@@ -9,8 +9,10 @@ import pytest
 from inference.costmodel import named_profile
 from inference.engine import LLM
 from inference.errors import InferenceError
+from inference.offload import Crossing
 from inference.placement import ModelSizes
 from inference.report import Measured, Report
+from inference.transfer import SimulatedLink
 from trainer.cli import main
 
 H200 = named_profile("h200")
@@ -110,6 +112,19 @@ def test_a_model_reports_what_it_counted(model_folder, prompts):
     assert found.measured.slots == 6
     assert 0 < found.share < 1
     assert found.sizes.experts == 16
+
+
+def test_what_crossed_a_link_is_reported(model_folder, prompts):
+    link = SimulatedLink(rate=5e7)
+    llm = LLM(model_folder, 0.25, device="cpu", crossing=Crossing("same_as_last", link=link))
+    llm.generate(prompts[:2], 12)
+    found, moved = llm.report(H200), llm.executor.transfers.counts
+    assert found.measured.fetched_bytes == moved.demanded_bytes + moved.prefetched_bytes > 0
+    assert found.measured.stall_s == link.stall_s > 0
+    assert found.measured.prefetched >= found.measured.wasted
+    assert found.measured.prefetched > 0
+    assert "prefetch: " in str(found)
+    assert found.floor.link_s == pytest.approx(found.measured.fetched_bytes / 55.3e9)
 
 
 def test_generate_prints_the_report_when_asked(model_folder, tmp_path, monkeypatch, capsys):

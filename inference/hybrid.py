@@ -1,0 +1,60 @@
+"""The CPU as a second lane beside the link: what an executor needs to have it, opened.
+
+>>> # lane = open_cpu_lane(banks, arithmetic, profile)
+>>> # Executor(cache, transfers, cpu=lane.experts, plan=lane.plan)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from inference.banks import ExpertBanks
+from inference.costmodel import ExpertCosts, KernelTable, MachineProfile
+from inference.cpu_experts import CpuExperts, HostExpert, HostWeights
+from inference.experts import Arithmetic
+from inference.planner import CallPlanner
+from moe.refs import ExpertRef
+
+
+@dataclass(frozen=True)
+class CpuLane:
+    """``experts`` computes what ``plan`` leaves to it."""
+
+    experts: CpuExperts
+    plan: CallPlanner
+
+    def close(self) -> None:
+        self.experts.close()
+
+
+def open_cpu_lane(
+    banks: ExpertBanks, arithmetic: Arithmetic, profile: MachineProfile, threads: int | None = None
+) -> CpuLane:
+    """``threads`` for experts, at least 1; by default as many as were fastest when the machine was measured."""
+    if threads is None:
+        threads = profile.threads
+    team = min(profile.team, threads)
+    shape = banks.store.shape
+    costs = ExpertCosts.of(profile, shape.hidden, shape.intermediate, banks.layout.dtype.itemsize, threads)
+    experts = CpuExperts(host_weights(banks), arithmetic.gated, KernelTable(profile.cpu), threads, team)
+    return CpuLane(experts, CallPlanner(costs))
+
+
+def host_weights(banks: ExpertBanks) -> HostWeights:
+    """Experts in their bank; until it is filled, in the mapped file, or read from there if its layout needs that."""
+    form, store, layout = banks.store.shape.form, banks.store, banks.layout
+    plain = not (form.transposed or form.interleaved or store.shape.biased)
+
+    def weights(layer: int, expert: int) -> HostExpert:
+        block_B = banks.block(ExpertRef(layer, expert))
+        if block_B is None and plain:
+            gate_IH, up_IH, down_HI = store.views(layer, expert)
+            return HostExpert((gate_IH, up_IH), down_HI)
+        if block_B is None:
+            block_B = torch.empty(layout.elements, dtype=layout.dtype)
+            store.read(layer, expert, layout, block_B)
+        return HostExpert.of_parts(layout.split(block_B), form)
+
+    return weights

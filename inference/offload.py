@@ -1,0 +1,120 @@
+"""Putting together what brings experts over a link: banks, transfers, a predictor, the executor.
+
+Without a link, on a CPU, there is nothing of this: what is mapped into memory is where it is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from inference.banks import CudaRegistrar, ExpertBanks, NoRegistrar
+from inference.cache import ExpertCache
+from inference.calibrate import ExpertKind, machine_profile
+from inference.costmodel import MachineProfile
+from inference.errors import InferenceError
+from inference.executor import Executor
+from inference.experts import Arithmetic
+from inference.hybrid import CpuLane, open_cpu_lane
+from inference.lookahead import next_gates
+from inference.predictors import PREDICTORS, Lookahead, Predictor
+from inference.prefetch import Prefetcher
+from inference.streaming import LayerStream
+from inference.transfer import WINDOW_BYTES, CudaLink, Link, TransferEngine
+
+# Those that need nothing but the model itself.
+PREFETCH = tuple(name for name in PREDICTORS if name != "heads")
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """How experts cross the link.
+
+    Attributes:
+        prefetch: what predicts the next layers' experts, one of :data:`PREFETCH`.
+        lead: for how many layers ahead.
+        pin: keep all experts in page-locked memory; otherwise each is read from its file when it is wanted.
+        cpu: have the CPU compute missing experts beside the link, as far as that is faster by ``profile``, which is
+            measured if it is not given. Results are then close to, not equal to, those of the link alone.
+        link: None: a CUDA stream on a GPU, and nothing on a CPU. A SimulatedLink shows there what would travel when.
+    """
+
+    prefetch: str = "none"
+    lead: int = 1
+    pin: bool = True
+    cpu: bool = False
+    profile: MachineProfile | None = None
+    link: Link | None = None
+
+    def __post_init__(self) -> None:
+        if self.prefetch not in PREFETCH:
+            raise InferenceError(f"no predictor is called {self.prefetch!r}; there are {', '.join(PREFETCH)}")
+        if self.lead < 1:
+            raise InferenceError(f"lead={self.lead} looks at no layer; give at least 1")
+
+
+def open_executor(
+    cache: ExpertCache,
+    gates: Sequence[nn.Module],
+    top_k: int,
+    arithmetic: Arithmetic,
+    crossing: Crossing,
+    predictor: Predictor | None = None,
+) -> Executor | None:
+    """What carries out the calls of a model whose slots lie behind a link; None where there is none.
+
+    Args:
+        gates: the model's own, by row.
+        arithmetic: of its experts.
+        predictor: in place of the one that ``crossing`` names: trained heads, for one.
+
+    Raises InferenceError if the banks do not fit into memory, or a setting asks for a link that is not there.
+    """
+    device = cache.blocks_CB.device
+    link = crossing.link
+    if link is None and device.type == "cuda":
+        link = CudaLink(device)
+    if link is None:
+        if crossing.prefetch != "none" or crossing.cpu or predictor is not None:
+            wanted = "cpu=True" if crossing.cpu else f"prefetch={crossing.prefetch}"
+            raise InferenceError(
+                f"{wanted} has nothing to save on {device}, where experts are computed where they are mapped; leave it "
+                "out, or compute on a GPU"
+            )
+        return None
+    registrar = CudaRegistrar(device) if device.type == "cuda" else NoRegistrar()
+    banks = ExpertBanks(cache.store, cache.layout, registrar, start=crossing.pin)
+    transfers = TransferEngine(link, banks)
+    if cache.slots == cache.store.total:  # nothing is ever evicted, so nothing is fetched twice
+        return Executor(cache, transfers)
+    predictor = predictor or _predictor(cache, gates, top_k, crossing)
+    prefetcher = None
+    if predictor is not None and cache.slots:
+        prefetcher = Prefetcher(predictor, cache, transfers, WINDOW_BYTES / cache.layout.nbytes)
+    lane = _cpu_lane(banks, arithmetic, device, crossing) if crossing.cpu else None
+    return Executor(
+        cache,
+        transfers,
+        prefetcher=prefetcher,
+        cpu=lane and lane.experts,
+        plan=lane and lane.plan,
+        stream=LayerStream(cache, transfers),
+    )
+
+
+def _cpu_lane(banks: ExpertBanks, arithmetic: Arithmetic, device: torch.device, crossing: Crossing) -> CpuLane:
+    shape = banks.store.shape
+    kind = ExpertKind(shape.hidden, shape.intermediate, banks.layout.dtype)
+    return open_cpu_lane(banks, arithmetic, crossing.profile or machine_profile(kind, device))
+
+
+def _predictor(cache: ExpertCache, gates: Sequence[nn.Module], top_k: int, crossing: Crossing) -> Predictor | None:
+    if crossing.prefetch == "none":
+        return None
+    sizes = (len(cache.store.layers), cache.store.shape.num_experts, top_k)
+    if crossing.prefetch == "next_gate":
+        return Lookahead(*sizes, lead=crossing.lead, device_part=next_gates(gates, crossing.lead))
+    return PREDICTORS[crossing.prefetch](*sizes, lead=crossing.lead)

@@ -1,0 +1,135 @@
+"""The link of a real GPU: page-locked banks, copies on a stream of their own, and the same bits as all resident."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import silu
+
+from inference.banks import CudaRegistrar, ExpertBanks
+from inference.cache import ExpertCache
+from inference.engine import LLM
+from inference.errors import InferenceError
+from inference.executor import Executor
+from inference.expert_block import ExpertBlock
+from inference.experts import OffloadedExperts
+from inference.offload import PREFETCH, Crossing
+from inference.predictors import SameAsLast
+from inference.prefetch import Prefetcher
+from inference.store import ExpertShape, ExpertStore, TensorFiles
+from inference.streaming import LayerStream
+from inference.transfer import CudaLink, TransferEngine, Urgency
+from moe.refs import ExpertRef
+from tests.inference.test_engine import FAMILIES, tiny
+from tests.inference.test_executor import batch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+SHAPE = ExpertShape(16, 64, 32)
+
+
+@pytest.fixture
+def store(model_folder):
+    return ExpertStore(TensorFiles(model_folder), {n: f"model.layers.{n}.mlp.experts" for n in range(4)}, SHAPE)
+
+
+@pytest.fixture
+def device():
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.mark.parametrize("pin", [False, True])
+def test_an_expert_crosses_whole_while_the_device_is_busy(store, device, pin):
+    layout = ExpertBlock(SHAPE, torch.bfloat16)
+    banks = ExpertBanks(store, layout, CudaRegistrar(device), start=pin)
+    banks.join()
+    transfers = TransferEngine(CudaLink(device), banks, chunk_bytes=1024, window_bytes=4096)
+    targets = torch.full((16, layout.elements), float("nan"), dtype=torch.bfloat16, device=device)
+    busy = torch.randn(4096, 4096, device=device)
+    for _ in range(20):
+        busy = busy @ busy * 1e-3
+    sent = [transfers.demand(ExpertRef(1, e), targets[e]) for e in range(8)]
+    sent += [transfers.prefetch(ExpertRef(1, e), targets[e], Urgency.NEXT) for e in range(8, 16)]
+    transfers.pump()
+    transfers.wait(sent)
+    copied = targets.clone()  # on the stream that computes: behind the copies
+    expected = torch.zeros(layout.elements, dtype=torch.bfloat16)
+    for expert in range(16):
+        store.read(1, expert, layout, expected)
+        assert torch.equal(copied[expert].cpu(), expected)
+    assert all(transfers.arrived(one) for one in sent)
+    assert transfers.link.stall_s >= 0
+    banks.close()
+
+
+def test_page_locked_memory_can_be_given_back_and_locked_again(store, device):
+    for _ in range(2):
+        banks = ExpertBanks(store, ExpertBlock(SHAPE, torch.float32), CudaRegistrar(device))
+        banks.join()
+        assert banks.block(ExpertRef(3, 15)).is_pinned()
+        banks.close()
+
+
+def test_a_refused_registration_is_a_sentence(device):
+    registrar = CudaRegistrar(device)
+    with pytest.raises(RuntimeError, match="cudaHostRegister failed with CUDA error"):
+        registrar.register(4096, 4096)
+
+
+def linked(store, device, slots, dtype, *, prefetch=False, many_pairs=64):
+    cache = ExpertCache(store, slots, device=device, dtype=dtype, poison=True)
+    banks = ExpertBanks(store, cache.layout, CudaRegistrar(device))
+    transfers = TransferEngine(CudaLink(device), banks, chunk_bytes=4096, window_bytes=16384)
+    prefetcher = Prefetcher(SameAsLast(4, 16, 4, lead=2), cache, transfers) if prefetch else None
+    stream = LayerStream(cache, transfers) if slots < store.total else None
+    executor = Executor(cache, transfers, prefetcher=prefetcher, stream=stream, many_pairs=many_pairs)
+    return {layer: OffloadedExperts(cache, layer, silu, executor) for layer in store.layers}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize("slots", [0, 1, 6, 16])
+def test_bits_do_not_depend_on_what_is_resident(store, device, slots, prefetch, dtype):
+    resident, some = linked(store, device, 64, dtype), linked(store, device, slots, dtype, prefetch=prefetch)
+    for number in range(12):
+        tokens = (1, 1, 3, 40)[number % 4]
+        for layer in range(4):
+            x, index, scores = batch(tokens, 10 * number + layer, sticky=True)
+            call = (x.to(device, dtype), index.to(device), scores.to(device, dtype))
+            expected, got = resident[layer](*call), some[layer](*call)
+            assert torch.equal(got, expected), (number, layer)
+            assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_logits_of_every_family_have_the_same_bits_at_every_budget(family, tmp_path):
+    tiny(family, **FAMILIES[family]).save_pretrained(tmp_path)
+    prompt = torch.randint(1, 96, (40,), generator=torch.Generator().manual_seed(2)).tolist()
+    expected = None
+    for budget in (1.0, 0.0, 0.1, 0.25):
+        llm = LLM(tmp_path, budget, device="cuda", poison=True, crossing=Crossing("next_gate"))
+        llm.executor.many_pairs = 32
+        for _ in range(2):
+            logits = [llm.logits(prompt), llm.logits(prompt[:3])]
+            expected = expected or logits
+            assert all(torch.equal(a, b) for a, b in zip(logits, expected, strict=True)), budget
+
+
+@pytest.mark.parametrize("prefetch", PREFETCH)
+def test_texts_are_the_same_whatever_is_prefetched(model_folder, prompts, prefetch):
+    plain = [g.token_ids for g in LLM(model_folder, 1.0, device="cuda").generate(prompts[:4], 24)]
+    llm = LLM(model_folder, 0.25, device="cuda", poison=True, crossing=Crossing(prefetch))
+    assert [g.token_ids for g in llm.generate(prompts[:4], 24)] == plain
+
+
+def test_the_cpu_lane_is_close(model_folder, prompts):
+    plain = LLM(model_folder, 1.0, device="cuda").logits(prompts[4])
+    llm = LLM(model_folder, 0.1, device="cuda", poison=True, crossing=Crossing(cpu=True))
+    torch.testing.assert_close(llm.logits(prompts[4]), plain, rtol=1e-3, atol=1e-3)
+
+
+def test_too_little_host_memory_is_refused_before_anything_is_locked(model_folder, monkeypatch):
+    monkeypatch.setattr("inference.banks.available_bytes", lambda: 1000)
+    with pytest.raises(InferenceError, match=r"1,000 .*are available.*pin=False"):
+        LLM(model_folder, 0.25, device="cuda")
+    LLM(model_folder, 0.25, device="cuda", crossing=Crossing(pin=False)).generate([[1, 2, 3]], 4)

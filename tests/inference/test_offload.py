@@ -1,0 +1,63 @@
+"""Whole models behind a simulated link."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from inference.engine import LLM
+from inference.errors import InferenceError
+from inference.offload import PREFETCH, Crossing
+from inference.transfer import SimulatedLink
+from tests.inference.test_engine import FAMILIES, tiny
+from tests.inference.test_hybrid import EVEN
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_logits_of_every_family_have_the_same_bits_behind_a_link_at_every_budget(family, tmp_path):
+    tiny(family, **FAMILIES[family]).save_pretrained(tmp_path)
+    prompt = torch.randint(1, 96, (40,), generator=torch.Generator().manual_seed(2)).tolist()
+    resident = LLM(tmp_path, device="cpu")
+    expected = [resident.logits(prompt), resident.logits(prompt[:3])]
+    for budget in (0.0, 0.1, 0.25, 1.0):
+        crossing = Crossing(prefetch="next_gate", lead=2, link=SimulatedLink(rate=1e8))
+        llm = LLM(tmp_path, budget, device="cpu", poison=True, crossing=crossing)
+        llm.executor.many_pairs = 32  # the long prompt streams, the short one goes through the slots
+        for _ in range(2):
+            assert torch.equal(llm.logits(prompt), expected[0]), budget
+            assert torch.equal(llm.logits(prompt[:3]), expected[1]), budget
+        moved = llm.executor.transfers.counts
+        assert moved.demanded_bytes > 0
+
+
+@pytest.mark.parametrize("prefetch", PREFETCH)
+def test_texts_are_the_same_whatever_is_prefetched(model_folder, prompts, prefetch):
+    plain = [g.token_ids for g in LLM(model_folder, 0.25, device="cpu").generate(prompts[:5], 24)]
+    llm = LLM(model_folder, 0.25, device="cpu", poison=True, crossing=Crossing(prefetch, link=SimulatedLink(rate=5e7)))
+    assert [g.token_ids for g in llm.generate(prompts[:5], 24)] == plain
+    counts = llm.cache.counts
+    assert (counts.useful + counts.wasted > 0) == (prefetch != "none")
+    stats = llm.stats()
+    assert stats.hits + stats.misses > 24 * 4 * 4
+
+
+def test_settings_that_mean_nothing_are_refused(model_folder):
+    with pytest.raises(InferenceError, match="no predictor is called 'psychic'; there are none, same_as_last"):
+        Crossing("psychic")
+    with pytest.raises(InferenceError, match="at least 1"):
+        Crossing("next_gate", lead=0)
+    with pytest.raises(InferenceError, match="prefetch=next_gate has nothing to save on cpu"):
+        LLM(model_folder, 0.5, device="cpu", crossing=Crossing("next_gate"))
+    with pytest.raises(InferenceError, match="cpu=True has nothing to save on cpu"):
+        LLM(model_folder, 0.5, device="cpu", crossing=Crossing(cpu=True))
+
+
+def test_the_cpu_lane_leaves_texts_as_they_are_and_spares_the_link(model_folder, prompts):
+    plain = LLM(model_folder, 0.1, device="cpu")
+    crossing = Crossing(cpu=True, profile=EVEN, link=SimulatedLink(rate=5e7))
+    llm = LLM(model_folder, 0.1, device="cpu", poison=True, crossing=crossing)
+    torch.testing.assert_close(llm.logits(prompts[4]), plain.logits(prompts[4]), rtol=1e-4, atol=1e-4)
+    alone = plain.generate(prompts[:2], 16)
+    assert [g.token_ids for g in llm.generate(prompts[:2], 16)] == [g.token_ids for g in alone]
+    assert llm.executor.cpu_computed > 50
+    assert llm.executor.transfers.counts.demanded_bytes < plain.cache.counts.bytes_fetched
