@@ -131,22 +131,28 @@ def placement_table(placement: Placement, profile: MachineProfile) -> list[str]:
     slots = f"{placement.slots} of {sizes.total_experts} experts ({placement.share:.0%})"
     everything = sizes.total_experts * sizes.expert_bytes
     if profile.link is None:
-        kv = placement.kv_tokens * sizes.kv_bytes
-        return [
-            f"{'dense part':<34}{'host memory':<14}{show_size(sizes.dense_bytes):>10}",
-            f"{f'keys and values, {placement.kv_tokens} tokens':<34}{'host memory':<14}{show_size(kv):>10}",
-            f"{f'all {sizes.total_experts} experts':<34}{'mapped files':<14}{show_size(everything):>10}",
-            f"no GPU here: the cores compute all experts where they lie; {slots} would have slots on one",
+        rows = [
+            ("dense part", "host memory", sizes.dense_bytes),
+            (f"keys and values, {placement.kv_tokens} tokens", "host memory", placement.kv_bytes),
+            (f"all {sizes.total_experts} experts", "mapped files", everything),
         ]
+        note = f"no GPU here: the cores compute all experts where they lie; {slots} would have slots on one"
+        return [*map(_line, rows), note]
     rows = [
         ("dense part", "GPU", sizes.dense_bytes),
-        (f"keys and values, {placement.kv_tokens} tokens", "GPU", placement.kv_tokens * sizes.kv_bytes),
+        (f"keys and values, {placement.kv_tokens} tokens", "GPU", placement.kv_bytes),
         (slots, "GPU", placement.slot_bytes),
+        ("two layers, for prompts to stream", "GPU", placement.streamed_bytes),
         ("workspace", "GPU", placement.workspace),
         ("in all", "GPU", placement.gpu_bytes),
         (f"all {sizes.total_experts} experts", "host memory", everything),
     ]
-    return [f"{what:<34}{where:<14}{show_size(nbytes):>10}" for what, where, nbytes in rows]
+    return [_line(row) for row in rows if row[2]]
+
+
+def _line(row: tuple[str, str, int]) -> str:
+    what, where, nbytes = row
+    return f"{what:<36}{where:<14}{show_size(nbytes):>10}"
 
 
 def forecast_table(found: Sequence[Forecast], profile: MachineProfile) -> list[str]:

@@ -24,7 +24,7 @@ from inference.experts import Arithmetic
 >>>>>>> transfer
 from inference.kv import BLOCK_SIZE, KVShape, PagedKV
 from inference.offload import Crossing, open_executor
-from inference.placement import KV_SHARE, KV_TOKENS, WORKSPACE, Placement, model_sizes, parse_size, place
+from inference.placement import KV_SHARE, KV_TOKENS, Placement, model_sizes, parse_size, place
 from inference.policies import LRU, Policy
 <<<<<<< HEAD
 from inference.recording import RoutingRecorder
@@ -191,8 +191,7 @@ def place_in(
     """
     nbytes = parse_size(vram) if isinstance(vram, str) else vram
     sizes = model_sizes(path, None if dtype is None else str(dtype).removeprefix("torch."))
-    workspace = WORKSPACE if device.type == "cuda" else 0
-    return place(sizes, kv_tokens=kv_tokens, workspace=workspace, vram=nbytes)
+    return place(sizes, gpu=device.type == "cuda", kv_tokens=kv_tokens, vram=nbytes)
 
 
 def watch(base: Base, trees: Sequence[nn.Module], trace: str | Path | None) -> RoutingRecorder | None:

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +199,8 @@ class Placement:
         slots: resident routed experts.
         kv_tokens: for how many tokens keys and values have room, all sequences together.
         workspace: bytes kept free for what else a GPU needs.
+        streamed: experts that pass through two buffers of a whole layer each while prompts are read; 0 where nothing
+            has to.
         vram: bytes that were given, or None.
     """
 
@@ -206,6 +208,7 @@ class Placement:
     slots: int
     kv_tokens: int
     workspace: int
+    streamed: int
     vram: int | None = None
 
     @property
@@ -218,39 +221,61 @@ class Placement:
         return max(self.slots, 1) * self.sizes.expert_bytes
 
     @property
+    def kv_bytes(self) -> int:
+        return self.kv_tokens * self.sizes.kv_bytes
+
+    @property
+    def streamed_bytes(self) -> int:
+        return self.streamed * self.sizes.expert_bytes
+
+    @property
     def gpu_bytes(self) -> int:
-        return self.sizes.dense_bytes + self.kv_tokens * self.sizes.kv_bytes + self.workspace + self.slot_bytes
+        return self.sizes.dense_bytes + self.kv_bytes + self.workspace + self.slot_bytes + self.streamed_bytes
 
 
 def place(
     sizes: ModelSizes,
     *,
-    kv_tokens: int | None,
-    workspace: int,
+    gpu: bool,
+    kv_tokens: int | None = None,
     vram: int | None = None,
     expert_budget: float | None = None,
 ) -> Placement:
     """From a size or a share of experts: one of them, or neither for all experts.
 
     Args:
+        gpu: there is a link to cross, so :data:`WORKSPACE` is kept free, and prompts stream through buffers.
         kv_tokens: None for :data:`KV_TOKENS`, or what :data:`KV_SHARE` of ``vram`` holds if that is less.
 
-    Raises PlacementError if ``vram`` does not even hold the dense part, the keys and values and one expert.
+    Raises PlacementError if ``vram`` does not even hold the dense part, keys and values, buffers and one expert.
     """
     assert vram is None or expert_budget is None
+    workspace, buffers = (WORKSPACE, 2 * sizes.experts) if gpu else (0, 0)
     if kv_tokens is None:
         kv_tokens = KV_TOKENS if vram is None else min(KV_TOKENS, int(KV_SHARE * vram) // sizes.kv_bytes)
     if vram is None:
         share = 1.0 if expert_budget is None else expert_budget
         slots = max(round(share * sizes.total_experts), 1) if share else 0
-        return Placement(sizes, slots, kv_tokens, workspace)
-    kv = kv_tokens * sizes.kv_bytes
-    left = vram - sizes.dense_bytes - kv - workspace
-    if left < sizes.expert_bytes:
-        needs = sizes.dense_bytes + kv + workspace + sizes.expert_bytes
-        raise PlacementError(
-            f"{show_size(vram)} do not hold this model: its dense part takes {show_size(sizes.dense_bytes)}, keys and "
-            f"values of {kv_tokens} tokens {show_size(kv)}, workspace {show_size(workspace)}, and one expert "
-            f"{show_size(sizes.expert_bytes)}; give at least {math.ceil(needs / 1e6)}MB, or fewer kv_tokens"
-        )
-    return Placement(sizes, min(left // sizes.expert_bytes, sizes.total_experts), kv_tokens, workspace, vram)
+        return Placement(sizes, slots, kv_tokens, workspace, buffers if slots < sizes.total_experts else 0)
+    used = sizes.dense_bytes + kv_tokens * sizes.kv_bytes + workspace
+    if used + sizes.total_experts * sizes.expert_bytes <= vram:
+        return Placement(sizes, sizes.total_experts, kv_tokens, workspace, 0, vram)
+    placed = Placement(sizes, 1, kv_tokens, workspace, buffers, vram)
+    if placed.gpu_bytes > vram:
+        raise PlacementError(_refusal(placed, vram))
+    return replace(placed, slots=1 + (vram - placed.gpu_bytes) // sizes.expert_bytes)
+
+
+def _refusal(placed: Placement, vram: int) -> str:
+    sizes = placed.sizes
+    parts = [
+        f"its dense part takes {show_size(sizes.dense_bytes)}",
+        f"keys and values of {placed.kv_tokens} tokens {show_size(placed.kv_bytes)}",
+    ]
+    if placed.workspace:
+        parts.append(f"workspace {show_size(placed.workspace)}")
+        parts.append(f"two layers that prompts stream through {show_size(placed.streamed_bytes)}")
+    return (
+        f"{show_size(vram)} do not hold this model: {', '.join(parts)} and one expert {show_size(sizes.expert_bytes)}; "
+        f"give at least {math.ceil(placed.gpu_bytes / 1e6)}MB, or fewer kv_tokens"
+    )

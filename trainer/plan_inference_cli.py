@@ -71,7 +71,7 @@ def _threads(text: str) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from inference.costmodel import describe
     from inference.forecast import forecast, forecast_table, placement_table
-    from inference.placement import WORKSPACE, model_sizes, place, show_size
+    from inference.placement import model_sizes, place, show_size
     from inference.simulate import read_routing
     from moe.tracefile import TraceError
 
@@ -82,8 +82,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     profile = _profile(arguments, sizes)
     placement = place(
         sizes,
+        gpu=profile.link is not None,
         kv_tokens=arguments.kv_tokens,
-        workspace=WORKSPACE if profile.link is not None else 0,
         vram=arguments.vram,
         expert_budget=arguments.expert_budget,
     )

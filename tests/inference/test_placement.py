@@ -114,28 +114,39 @@ def test_an_embedding_that_is_the_output_too_is_multiplied_by(tmp_path):
 
 
 def test_vram_is_filled_to_the_last_slot(sizes):
-    placed = place(sizes, kv_tokens=4096, workspace=WORKSPACE, vram=parse_size("8GiB"))
+    placed = place(sizes, kv_tokens=4096, gpu=True, vram=parse_size("8GiB"))
     assert 0 < placed.slots < sizes.total_experts
     assert placed.gpu_bytes <= 8 << 30 < placed.gpu_bytes + sizes.expert_bytes
-    assert place(sizes, kv_tokens=16, workspace=0, vram=1 << 50).slots == sizes.total_experts
+    assert placed.streamed == 2 * 128
+    assert placed.workspace == WORKSPACE
+    # A CPU has no link to stream over and needs nothing for CUDA.
+    assert place(sizes, kv_tokens=4096, gpu=False, vram=parse_size("8GiB")).slots > placed.slots + 256
     # Left to itself, what is kept for keys and values takes a quarter at most.
-    assert place(sizes, kv_tokens=None, workspace=WORKSPACE, vram=8 << 30).kv_tokens == (2 << 30) // sizes.kv_bytes
-    assert place(sizes, kv_tokens=None, workspace=WORKSPACE, vram=80 << 30).kv_tokens == 32768
+    assert place(sizes, gpu=True, vram=8 << 30).kv_tokens == (2 << 30) // sizes.kv_bytes
+    assert place(sizes, gpu=True, vram=80 << 30).kv_tokens == 32768
+
+
+def test_where_all_fits_nothing_streams(sizes):
+    all_of_it = place(sizes, kv_tokens=16, gpu=True)
+    assert (all_of_it.slots, all_of_it.streamed) == (sizes.total_experts, 0)
+    assert place(sizes, kv_tokens=16, gpu=True, vram=all_of_it.gpu_bytes).slots == sizes.total_experts
+    less = place(sizes, kv_tokens=16, gpu=True, vram=all_of_it.gpu_bytes - 1)
+    assert less.slots == sizes.total_experts - 1 - 256
 
 
 def test_what_does_not_fit_is_refused_with_what_would(sizes):
     with pytest.raises(PlacementError, match=r"2\.15 GB do not hold .* dense part takes 3\.0\d GB") as refused:
-        place(sizes, kv_tokens=4096, workspace=WORKSPACE, vram=2 << 30)
+        place(sizes, kv_tokens=4096, gpu=True, vram=2 << 30)
     asked = str(refused.value).partition("at least ")[2].partition(",")[0]
-    assert place(sizes, kv_tokens=4096, workspace=WORKSPACE, vram=parse_size(asked)).slots == 1
-    with pytest.raises(PlacementError):
-        place(sizes, kv_tokens=4096, workspace=WORKSPACE, vram=parse_size(asked) - 10_000_000)
+    assert place(sizes, kv_tokens=4096, gpu=True, vram=parse_size(asked)).slots == 1
+    with pytest.raises(PlacementError, match=r"stream through 2\.42 GB"):
+        place(sizes, kv_tokens=4096, gpu=True, vram=parse_size(asked) - 1_000_000)
 
 
 def test_shares_of_experts_are_slots_as_before(sizes):
-    of = {b: place(sizes, kv_tokens=1, workspace=0, expert_budget=b).slots for b in (0.0, 1e-9, 0.25, 1.0)}
+    of = {b: place(sizes, kv_tokens=1, gpu=False, expert_budget=b).slots for b in (0.0, 1e-9, 0.25, 1.0)}
     assert of == {0.0: 0, 1e-9: 1, 0.25: 1536, 1.0: 6144}
-    assert place(sizes, kv_tokens=1, workspace=0, expert_budget=0.0).slot_bytes == sizes.expert_bytes
+    assert place(sizes, kv_tokens=1, gpu=False, expert_budget=0.0).slot_bytes == sizes.expert_bytes
 
 
 @pytest.mark.parametrize(
@@ -185,7 +196,7 @@ def test_folders_that_cannot_be_planned_for_are_named(tmp_path, large, damage):
 
 
 def test_the_h200_splits_a_decode_and_streams_a_long_prompt(sizes):
-    placed = place(sizes, kv_tokens=4096, workspace=WORKSPACE, vram=16 << 30)
+    placed = place(sizes, kv_tokens=4096, gpu=True, vram=16 << 30)
     found = {(one.phase, one.tokens): one for one in forecast(named_profile("h200"), placed)}
     one = found[DECODE, 1]
     assert one.plan.mode == "split"
@@ -203,7 +214,7 @@ def test_more_memory_is_never_slower(sizes):
     profile = named_profile("h200")
     before = [0.0] * 4
     for budget in (0.0, 0.1, 0.25, 0.5, 0.75, 1.0):
-        placed = place(sizes, kv_tokens=4096, workspace=WORKSPACE, expert_budget=budget)
+        placed = place(sizes, kv_tokens=4096, gpu=True, expert_budget=budget)
         rates = [one.tokens_per_second for one in forecast(profile, placed)]
         assert all(rate * (1 + 1e-9) >= low for rate, low in zip(rates, before, strict=True)), budget
         before = rates
@@ -212,7 +223,7 @@ def test_more_memory_is_never_slower(sizes):
 
 def test_without_a_gpu_the_cores_compute_everything(sizes):
     profile = dataclasses.replace(named_profile("h200"), link=None, gpu=(), gpu_memory=0.0, gpu_flops=0.0)
-    placed = place(sizes, kv_tokens=4096, workspace=0, expert_budget=0.25)
+    placed = place(sizes, kv_tokens=4096, gpu=False, expert_budget=0.25)
     for one in forecast(profile, placed):
         assert one.plan.mode == "cpu"
     # A token reads its experts and the dense part: no faster than memory.
