@@ -17,7 +17,7 @@ from inference.calibrate import ExpertKind, machine_profile
 from inference.costmodel import MachineProfile
 from inference.errors import InferenceError
 from inference.model import Model
-<<<<<<< HEAD
+from inference.offload import Crossing
 from inference.opening import (
     MakePolicy,
     adapt,
@@ -29,10 +29,6 @@ from inference.opening import (
     place_in,
     watch,
 )
-=======
-from inference.offload import Crossing
-from inference.opening import MakePolicy, adapt, attach_all, end_tokens, open_base, open_kv, open_tokenizer, place_in
->>>>>>> transfer
 from inference.placement import model_sizes
 from inference.report import Measured, Report
 from inference.requests import Output, Request, SamplingParams
@@ -102,13 +98,9 @@ class LLM:
                 raise InferenceError("vram and expert_budget both say how many experts are resident; give one of them")
             placed = place_in(self.path, vram, kv_tokens, self.device, dtype)
             expert_budget, kv_tokens = placed.share, placed.kv_tokens
-<<<<<<< HEAD
-        base = open_base(self.path, expert_budget, self.device, dtype, poison, policy, recorded=trace is not None)
-        self.model, self.cache, self.dtype = base.module, base.cache, base.dtype
-=======
-        base = open_base(self.path, expert_budget, self.device, dtype, poison, policy, crossing)
+        base = open_base(self.path, expert_budget, self.device, dtype, poison, policy, crossing, trace is not None)
+        self._base = base
         self.model, self.cache, self.dtype, self.executor = base.module, base.cache, base.dtype, base.executor
->>>>>>> transfer
         if adapter is not None:
             attach_all(base, {"adapter": base.module}, {"adapter": adapter})
         kv = open_kv(base, kv_tokens)
@@ -124,18 +116,13 @@ class LLM:
             max_rows=max_rows,
             max_sequences=max_sequences,
             reuse=reuse,
-<<<<<<< HEAD
-            joined=None if base.cache is None else self._joined,
-=======
-            joined=base.begin,
->>>>>>> transfer
+            joined=self._joined,
         )
         self._numbers = count()
 
     def _joined(self) -> None:
         """A new sequence starts."""
-        assert self.cache is not None
-        self.cache.policy.begin()
+        self._base.begin()
         if self._recorder is not None:
             self._recorder.begin()
 

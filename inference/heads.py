@@ -102,7 +102,7 @@ class Heads:
         z_O = z_TO[0] if len(z_TO) == 1 else any_of(z_TO)
         return z_O.view(len(HORIZONS), self.layers, self.num_experts)
 
-    def next_calls(self, row: int, x_TH: Tensor, lead: int) -> Tensor:
+    def next_calls(self, row: int, x_TH: Tensor, lead: int = 1) -> Tensor:
         """Log odds [D,E] for the ``lead`` layer calls that follow, for :class:`inference.predictors.Lookahead`."""
         following = [(row + distance) % self.layers for distance in range(1, lead + 1)]
         return self.ahead(row, x_TH)[0, following]

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +16,16 @@ from transformers import AutoTokenizer
 
 from inference.cache import ExpertCache
 from inference.errors import InferenceError
-<<<<<<< HEAD
-from inference.experts import OffloadedExperts
-from inference.heads import Heads, has_heads, load_heads, tell_policy
-=======
 from inference.executor import Executor
-from inference.experts import Arithmetic
->>>>>>> transfer
+from inference.experts import Arithmetic, OffloadedExperts
+from inference.heads import Heads, has_heads, load_heads, tell_policy
 from inference.kv import BLOCK_SIZE, KVShape, PagedKV
 from inference.offload import Crossing, open_executor
 from inference.placement import KV_SHARE, KV_TOKENS, Placement, model_sizes, parse_size, place
 from inference.policies import LRU, Policy
-<<<<<<< HEAD
 from inference.recording import RoutingRecorder
 from inference.shadow import WITH_HEADS, Hedge
-from inference.skeleton import build_skeleton, expert_shape, load_dense, offload_experts, share_dense
-=======
-from inference.shadow import Hedge
 from inference.skeleton import activation, build_skeleton, expert_shape, load_dense, offload_experts, share_dense
->>>>>>> transfer
 from inference.store import ExpertStore, TensorFiles
 from lora.format import apply_adapter, load_adapter
 from moe.families import MoEBlock, find_moe_blocks
@@ -45,21 +37,18 @@ MakePolicy = Callable[[int, int, int], Policy]  # (layers, experts, slots)
 
 @dataclass(frozen=True)
 class Base:
-<<<<<<< HEAD
-    """A model without adapters. ``cache`` is None for a dense model, ``heads`` without a use for lookahead heads."""
-=======
-    """A model without adapters. ``cache`` is None for a dense model, ``executor`` where no link is to be crossed."""
->>>>>>> transfer
+    """A model without adapters.
+
+    ``cache`` is None for a dense model, ``executor`` where no link is to be crossed, ``heads`` without a use for them.
+    """
 
     path: Path
     module: nn.Module
     cache: ExpertCache | None
     dtype: torch.dtype
     device: torch.device
-<<<<<<< HEAD
-    heads: Heads | None = None
-=======
     executor: Executor | None = None
+    heads: Heads | None = None
 
     def begin(self) -> None:
         """A request is taken in: policies and predictors that follow sequences are told."""
@@ -67,7 +56,6 @@ class Base:
             self.executor.begin()
         elif self.cache is not None:
             self.cache.policy.begin()
->>>>>>> transfer
 
 
 def open_base(
@@ -77,11 +65,8 @@ def open_base(
     dtype: torch.dtype | None,
     poison: bool,
     policy: MakePolicy | None,
-<<<<<<< HEAD
-    recorded: bool = False,
-=======
     crossing: Crossing | None = None,
->>>>>>> transfer
+    recorded: bool = False,
 ) -> Base:
     """Lookahead heads are opened where the default policy has to choose, and if routing is ``recorded``.
 
@@ -91,36 +76,26 @@ def open_base(
         raise InferenceError(f"expert budget {expert_budget} is out of range; give a share from 0 to 1, as 0.25")
     files = TensorFiles(path)
     module, blocks = build_skeleton(path, dtype)
-<<<<<<< HEAD
-    cache = heads = None
+    cache = executor = heads = None
     if blocks:
         cache = _expert_cache(path, files, blocks, expert_budget, device, poison, policy)
-        if has_heads(path) and (recorded or isinstance(cache.policy, Hedge)):
-            heads, manifest = load_heads(path, device)
-            if manifest.layers != cache.store.layers:
-                raise InferenceError(f"{path}: its heads are for layers {manifest.layers}; train the heads again")
-        offload_experts(blocks, cache)
-=======
-    cache = executor = None
-    if blocks:
-        cache = _expert_cache(path, files, blocks, expert_budget, device, poison, policy)
+        crossing = crossing or Crossing()
+        if has_heads(path) and (recorded or cache.policy.uses_heads or crossing.prefetch == "heads"):
+            heads = _heads(path, cache, device)
         shape, top_k = cache.store.shape, module.config.num_experts_per_tok
         arithmetic = Arithmetic(shape.form, activation(blocks[0]), shape.biased)
         gates = [block.gate for block in blocks]
-        executor = open_executor(cache, gates, top_k, arithmetic, crossing or Crossing())
+        part = None if heads is None else partial(heads.next_calls, lead=crossing.lead)
+        executor = open_executor(cache, gates, top_k, arithmetic, crossing, part)
         offload_experts(blocks, cache, executor)
->>>>>>> transfer
     elif expert_budget != 1:
         raise InferenceError(
             f"{path} is a dense model: it has no experts to leave in the files, so an expert budget of "
             f"{expert_budget} means nothing; leave it out (1: all of the model is resident)"
         )
     load_dense(module, files, device)
-<<<<<<< HEAD
-    return Base(path, module, cache, module.get_input_embeddings().weight.dtype, device, heads)
-=======
-    return Base(path, module, cache, module.get_input_embeddings().weight.dtype, device, executor)
->>>>>>> transfer
+    dtype_used = module.get_input_embeddings().weight.dtype
+    return Base(path, module, cache, dtype_used, device, executor, heads)
 
 
 def _expert_cache(
@@ -145,6 +120,13 @@ def _expert_cache(
     else:
         chosen = _never_asked(*sizes)
     return ExpertCache(store, slots, device=device, dtype=dtype, policy=chosen, poison=poison)
+
+
+def _heads(path: Path, cache: ExpertCache, device: torch.device) -> Heads:
+    heads, manifest = load_heads(path, device)
+    if (manifest.layers, manifest.num_experts) != (cache.store.layers, cache.store.shape.num_experts):
+        raise InferenceError(f"{path}: its lookahead heads are for other layers or experts; train the heads again")
+    return heads
 
 
 def _never_asked(layers: int, experts: int, _slots: int) -> Policy:
