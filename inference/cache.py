@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inference.expert_block import ExpertBlock
+from inference.expert_block import BlockViews, ExpertBlock
 from inference.policies import LRU, Policy
 from inference.store import ExpertStore
 from moe.refs import ExpertRef
@@ -43,19 +43,19 @@ class CacheCounts:
 
 @dataclass(frozen=True)
 class Loan:
-    """An expert in its slot: the parts of its block. Valid until the next group is asked for."""
+    """An expert in its slot. Valid until the next group is asked for."""
 
     expert: int
     slot: int
-    parts: tuple[Tensor, ...]
+    views: BlockViews
 
     @property
     def gate_up_2IH(self) -> Tensor:
-        return self.parts[0]
+        return self.views.parts[0]
 
     @property
     def down_HI(self) -> Tensor:
-        return self.parts[1]
+        return self.views.parts[1]
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ class ExpertCache:
         allocated = max(slots, 1)
         self.blocks_CB = _allocate(allocated, self.layout, device)
         self.gate_up_C2IH, self.down_CHI, *self.biases = self.layout.stacked(self.blocks_CB)
-        self._parts = [self.layout.split(block_B) for block_B in self.blocks_CB]
+        self._views = [self.layout.views(block_B) for block_B in self.blocks_CB]
+        self._loans: dict[tuple[int, int], Loan] = {}
         # The slot of each expert, -1 for none; and whether it may be evicted: committed, and not of the current call.
         self.slot_LE = np.full((len(self._row), shape.num_experts), -1, dtype=np.int32)
         self._resident_LE = np.zeros((len(self._row), shape.num_experts), dtype=bool)
@@ -141,13 +142,14 @@ class ExpertCache:
         row = self._row[layer]
         self.policy.use(row, experts)
         self._lent = (row, list(experts))
-        slots, resident = self.slot_LE[row], self._resident_LE[row]
-        wanted = Wanted([], [], [])
-        for expert in experts:
-            which = wanted.missing if slots[expert] < 0 else wanted.resident if resident[expert] else wanted.coming
-            which.append(expert)
         if self._untried or self._ghosts:
             self._judge(row, experts)
+        if all((row, expert) in self._loans for expert in experts):
+            return Wanted(list(experts), [], [])
+        slots, wanted = self.slot_LE[row], Wanted([], [], [])
+        for expert in experts:
+            held = wanted.resident if (row, expert) in self._loans else wanted.coming
+            (held if slots[expert] >= 0 else wanted.missing).append(expert)
         return wanted
 
     def _judge(self, row: int, experts: Sequence[int]) -> None:
@@ -223,6 +225,8 @@ class ExpertCache:
         row = self._row[ref.layer]
         assert self.slot_LE[row, ref.expert] >= 0, ref
         self._resident_LE[row, ref.expert] = True
+        slot = int(self.slot_LE[row, ref.expert])
+        self._loans[row, ref.expert] = Loan(ref.expert, slot, self._views[slot])
 
     def abandon(self, ref: ExpertRef) -> None:
         """The slot was not filled: nobody has it."""
@@ -233,10 +237,7 @@ class ExpertCache:
 
     def loan(self, layer: int, expert: int) -> Loan:
         """A committed expert."""
-        row = self._row[layer]
-        assert self._resident_LE[row, expert], ExpertRef(layer, expert)
-        slot = int(self.slot_LE[row, expert])
-        return Loan(expert, slot, self._parts[slot])
+        return self._loans[self._row[layer], expert]
 
     def lend(self, layer: int, experts: Sequence[int]) -> Iterator[list[Loan]]:
         """Yields the distinct ``experts`` of one layer call in groups that fit the slots, each read when it is missing.
@@ -259,7 +260,7 @@ class ExpertCache:
         """Have all of a group that fits the slots resident, reading what is missing."""
         row = self._row[layer]
         self._lent = (row, group)
-        missing = [expert for expert in group if not self._resident_LE[row, expert]]
+        missing = [expert for expert in group if (row, expert) not in self._loans]
         self.counts.hits += len(group) - len(missing)
         if not missing:
             return
@@ -309,6 +310,7 @@ class ExpertCache:
     def _evict(self, row: int, expert: int) -> None:
         assert self._resident_LE[row, expert], (row, expert)
         self._resident_LE[row, expert] = False
+        del self._loans[row, expert]
         if (row, expert) in self._untried:
             self._untried.discard((row, expert))
             self.counts.wasted += 1

@@ -117,10 +117,11 @@ class Executor:
 
     def _read_back(self, row: int, module: OffloadedExperts, x_TH: Tensor, index_TK: Tensor) -> ReadBack:
         part = getattr(self.prefetcher and self.prefetcher.predictor, "device_part", None)
-        ahead_DE = part(row, x_TH) if part is not None and index_TK.numel() <= self.many_pairs else None
-        index_TK = index_TK.cpu()
-        call = Call.of(index_TK.numpy(), module.num_experts)
-        return ReadBack(call, None if ahead_DE is None else ahead_DE.float().cpu().numpy())
+        if part is None or index_TK.numel() > self.many_pairs:
+            (index_TK,) = _to_host(index_TK)
+            return ReadBack(Call.of(index_TK.numpy(), module.num_experts), None)
+        index_TK, ahead_DE = _to_host(index_TK, part(row, x_TH).float())
+        return ReadBack(Call.of(index_TK.numpy(), module.num_experts), ahead_DE.numpy())
 
     def _split(self, row: int, wanted: Wanted, call: Call) -> tuple[list[int], list[int]]:
         if self.plan is None or not wanted.missing:
@@ -202,3 +203,12 @@ class Executor:
         for expert in flying:
             self.cache.commit(ExpertRef(layer, expert))
         return [self.cache.loan(layer, expert) for expert in flying]
+
+
+def _to_host(*tensors: Tensor) -> list[Tensor]:
+    """Copies in host memory, after one wait for all."""
+    if tensors[0].device.type == "cpu":
+        return list(tensors)
+    copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+    torch.cuda.current_stream(tensors[0].device).synchronize()
+    return copies

@@ -72,6 +72,20 @@ class ExpertShape:
 
 
 @dataclass(frozen=True)
+class BlockViews:
+    """One block seen as tensors.
+
+    Attributes:
+        parts: in the order of the block.
+        up, down: what rows are multiplied by, ``x @ up`` [H,2I] and ``a @ down`` [I,H], whatever the layout.
+    """
+
+    parts: tuple[Tensor, ...]
+    up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True)
 class ExpertBlock:
     """The layout of a block of ``shape`` in ``dtype``."""
 
@@ -109,3 +123,8 @@ class ExpertBlock:
     def split(self, block_B: Tensor) -> tuple[Tensor, ...]:
         """The parts of one block, as views."""
         return tuple(block_B[part.start : part.start + part.elements].view(part.shape) for part in self.parts)
+
+    def views(self, block_B: Tensor) -> BlockViews:
+        parts = self.split(block_B)
+        up, down = parts[:2] if self.shape.form.transposed else (parts[0].t(), parts[1].t())
+        return BlockViews(parts, up, down)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -52,7 +54,7 @@ class Call:
     @cached_property
     def rows(self) -> dict[int, slice]:
         """Of each expert, among the N."""
-        ends = np.cumsum(self.counts).tolist()
+        ends = accumulate(self.counts)
         return {e: slice(end - n, end) for e, n, end in zip(self.experts, self.counts, ends, strict=True)}
 
     @cached_property
@@ -77,15 +79,14 @@ class Arithmetic:
 
     def up(self, x: Tensor, loan: Loan, out: Tensor | None = None) -> Tensor:
         """Rows through the first projection: gate and up, [.,2I]."""
-        weight = loan.parts[0] if self.form.transposed else loan.parts[0].t()
-        h = torch.mm(x, weight, out=out)
-        return h.add_(loan.parts[2]) if self.biased else h
+        h = torch.mm(x, loan.views.up, out=out)
+        return h.add_(loan.views.parts[2]) if self.biased else h
 
     def down(self, a: Tensor, loan: Loan, out: Tensor) -> None:
         """Activations through the second projection, [.,H]."""
-        torch.mm(a, loan.parts[1] if self.form.transposed else loan.parts[1].t(), out=out)
+        torch.mm(a, loan.views.down, out=out)
         if self.biased:
-            out.add_(loan.parts[3])
+            out.add_(loan.views.parts[3])
 
     def between(self, h: Tensor) -> Tensor:
         return self.gated(*split(h, self.form))
@@ -160,7 +161,7 @@ class OffloadedExperts(nn.Module):
         a_NI = None if adapter is None else x_NH.new_empty(x_NH.shape[0], self.intermediate_size)
         for group in groups:
             if do.rows_apart and adapter is None and len(group) == len(rows) and len(x_NH) <= FEW_ROWS:
-                self._few(x_NH, [rows[loan.expert] for loan in group], group, y_NH)
+                self._few(call, x_NH, sorted(group, key=attrgetter("expert")), y_NH)
                 continue
             for loan in group:
                 here = rows[loan.expert]
@@ -171,14 +172,14 @@ class OffloadedExperts(nn.Module):
                     a_NI[here] = a
         return y_NH if adapter is None else y_NH + adapter.down_delta(a_NI, counts_E)
 
-    def _few(self, x_NH: Tensor, rows: list[slice], group: Sequence[Loan], y_NH: Tensor) -> None:
+    def _few(self, call: Call, x_NH: Tensor, loans: Sequence[Loan], y_NH: Tensor) -> None:
         """All experts of a call at once: with few rows, operations cost more than what they compute."""
-        h_N2I = x_NH.new_empty(x_NH.shape[0], 2 * self.intermediate_size)
-        for here, loan in zip(rows, group, strict=True):
-            self.arithmetic.up(x_NH[here], loan, h_N2I[here])
+        h_N2I = x_NH.new_empty(len(x_NH), 2 * self.intermediate_size)
+        for loan, x, h in zip(loans, x_NH.split(call.counts), h_N2I.split(call.counts), strict=True):
+            self.arithmetic.up(x, loan, h)
         a_NI = self.arithmetic.between(h_N2I)
-        for here, loan in zip(rows, group, strict=True):
-            self.arithmetic.down(a_NI[here], loan, y_NH[here])
+        for loan, a, y in zip(loans, a_NI.split(call.counts), y_NH.split(call.counts), strict=True):
+            self.arithmetic.down(a, loan, y)
 
     def extra_repr(self) -> str:
         return f"layer={self.layer}, experts={self.num_experts}, slots={self.cache.slots}"
@@ -187,8 +188,9 @@ class OffloadedExperts(nn.Module):
 def add_up(call: Call, y_NH: Tensor) -> Tensor:
     """The weighted results of each token's experts, added in ascending order of expert: [T,H]."""
     if call.tokens == 1:
-        out_TH = torch.zeros_like(y_NH[:1])
-        for y_1H in y_NH.split(1):
+        first, *others = y_NH.split(1)
+        out_TH = first.clone()
+        for y_1H in others:
             out_TH += y_1H
         return out_TH
     out_TH = y_NH.new_zeros(call.tokens, y_NH.shape[1])

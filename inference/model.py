@@ -16,7 +16,7 @@ from inference.dense import Function, Norm, feed_forward, linear
 from inference.kv import PagedKV
 from inference.latent_attention import LatentAttention, interleaved
 from inference.rope import RopeTable
-from inference.rows import Rows, Span, groups, written
+from inference.rows import Group, Rows, Span, groups, written
 from inference.store import InferenceError
 
 __all__ = ["Model", "Rows", "Segment", "Span"]
@@ -93,15 +93,47 @@ class Model:
     def forward(self, rows: Rows) -> Tensor:
         """Scores [L,V] of ``rows.logit_rows``; the keys and values of all rows are kept."""
         device = self.kv.device
-        step = self._step(rows, device)
-        x_RH, added_RH = F.embedding(rows.token_R.to(device), self._embedding_VH), None
+        x_RH = self.layers(rows.token_R.to(device), self._step(rows, device))
+        if rows.logit_rows != tuple(range(len(x_RH))):
+            x_RH = x_RH[torch.tensor(rows.logit_rows, dtype=torch.int64, device=device)]
+        return self.scores(x_RH)
+
+    def layers(self, token_R: Tensor, step: Step) -> Tensor:
+        """The residual stream [R,H] behind the last layer: a function of tensors only, fit for capture in a graph."""
+        x_RH, added_RH = F.embedding(token_R, self._embedding_VH), None
         for segment, block in zip(self.segments, self.feed_forwards, strict=True):
             x_RH, h_RH = segment(x_RH, added_RH, step)
             added_RH = block(h_RH)
-        x_RH = x_RH + added_RH
-        if rows.logit_rows != tuple(range(len(x_RH))):
-            x_RH = x_RH[torch.tensor(rows.logit_rows, dtype=torch.int64, device=device)]
+        return x_RH + added_RH
+
+    def scores(self, x_RH: Tensor) -> Tensor:
+        """[R,V], a function of tensors only."""
         return self._head(self._norm(x_RH))
+
+    def decoding_step(self, position_R: Tensor, table_RM: Tensor) -> Step:
+        """What all layers share where every row is the newest of a sequence of its own, from tensors on the device.
+
+        The keys that a row sees follow from its position, so one captured graph serves every step of as many blocks.
+
+        Args:
+            table_RM: the blocks of each sequence in order of position; those beyond its length may be any.
+        """
+        size, keys = self.kv.block_size, table_RM.shape[1] * self.kv.block_size
+        block_R = table_RM.gather(1, position_R[:, None] // size)[:, 0]
+        cos_R1D, sin_R1D = self._rope.rows(position_R, keys)
+        key_L = torch.arange(keys, device=position_R.device)
+        seen: dict[int | None, tuple[Group, ...]] = {}
+        for window in self._windows:
+            mask_RL = key_L <= position_R[:, None]
+            if window is not None:
+                mask_RL &= key_L > position_R[:, None] - window
+            rows = slice(0, len(position_R))
+            seen[window] = (Group(rows, len(position_R), 1, table_RM, keys, mask_RL[:, None, None]),)
+        return Step(cos_R1D, sin_R1D, block_R * size + position_R % size, seen)
+
+    def rotations(self, blocks: int) -> tuple[Tensor, Tensor]:
+        """The tables that :meth:`decoding_step` takes its rotations from, long enough for so many blocks."""
+        return self._rope.tables(blocks * self.kv.block_size)
 
     def _step(self, rows: Rows, device: torch.device) -> Step:
         size = self.kv.block_size

@@ -19,14 +19,11 @@ from inference.errors import InferenceError
 from inference.executor import Executor
 from inference.experts import Arithmetic
 from inference.hybrid import CpuLane, open_cpu_lane
-from inference.lookahead import next_gates
+from inference.lookahead import DevicePart, next_gates
 from inference.predictors import PREDICTORS, Lookahead, Predictor
 from inference.prefetch import Prefetcher
 from inference.streaming import LayerStream
 from inference.transfer import WINDOW_BYTES, CudaLink, Link, TransferEngine
-
-# Those that need nothing but the model itself.
-PREFETCH = tuple(name for name in PREDICTORS if name != "heads")
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class Crossing:
     """How experts cross the link.
 
     Attributes:
-        prefetch: what predicts the next layers' experts, one of :data:`PREFETCH`.
+        prefetch: what predicts the next layers' experts, one of :data:`~inference.predictors.PREDICTORS`.
         lead: for how many layers ahead.
         pin: keep all experts in page-locked memory; otherwise each is read from its file when it is wanted.
         cpu: have the CPU compute missing experts beside the link, as far as that is faster by ``profile``, which is
@@ -49,9 +46,14 @@ class Crossing:
     profile: MachineProfile | None = None
     link: Link | None = None
 
+    @property
+    def asks(self) -> str:
+        """What of this needs a link, as a setting; empty if nothing does."""
+        return "cpu=True" if self.cpu else f"prefetch={self.prefetch}" if self.prefetch != "none" else ""
+
     def __post_init__(self) -> None:
-        if self.prefetch not in PREFETCH:
-            raise InferenceError(f"no predictor is called {self.prefetch!r}; there are {', '.join(PREFETCH)}")
+        if self.prefetch not in PREDICTORS:
+            raise InferenceError(f"no predictor is called {self.prefetch!r}; there are {', '.join(PREDICTORS)}")
         if self.lead < 1:
             raise InferenceError(f"lead={self.lead} looks at no layer; give at least 1")
 
@@ -62,14 +64,14 @@ def open_executor(
     top_k: int,
     arithmetic: Arithmetic,
     crossing: Crossing,
-    predictor: Predictor | None = None,
+    heads: DevicePart | None = None,
 ) -> Executor | None:
     """What carries out the calls of a model whose slots lie behind a link; None where there is none.
 
     Args:
         gates: the model's own, by row.
         arithmetic: of its experts.
-        predictor: in place of the one that ``crossing`` names: trained heads, for one.
+        heads: what trained lookahead heads say of the next ``crossing.lead`` calls, if the model has any.
 
     Raises InferenceError if the banks do not fit into memory, or a setting asks for a link that is not there.
     """
@@ -78,19 +80,19 @@ def open_executor(
     if link is None and device.type == "cuda":
         link = CudaLink(device)
     if link is None:
-        if crossing.prefetch != "none" or crossing.cpu or predictor is not None:
-            wanted = "cpu=True" if crossing.cpu else f"prefetch={crossing.prefetch}"
+        if crossing.asks:
             raise InferenceError(
-                f"{wanted} has nothing to save on {device}, where experts are computed where they are mapped; leave it "
-                "out, or compute on a GPU"
+                f"{crossing.asks} has nothing to save on {device}, where experts are computed where they are mapped; "
+                "leave it out, or compute on a GPU"
             )
         return None
     registrar = CudaRegistrar(device) if device.type == "cuda" else NoRegistrar()
-    banks = ExpertBanks(cache.store, cache.layout, registrar, start=crossing.pin)
+    all_resident = cache.slots == cache.store.total  # nothing is fetched twice: banks would not be worth their memory
+    banks = ExpertBanks(cache.store, cache.layout, registrar, start=crossing.pin and not all_resident)
     transfers = TransferEngine(link, banks)
-    if cache.slots == cache.store.total:  # nothing is ever evicted, so nothing is fetched twice
+    if all_resident:
         return Executor(cache, transfers)
-    predictor = predictor or _predictor(cache, gates, top_k, crossing)
+    predictor = _predictor(cache, gates, top_k, crossing, heads)
     prefetcher = None
     if predictor is not None and cache.slots:
         prefetcher = Prefetcher(predictor, cache, transfers, WINDOW_BYTES / cache.layout.nbytes)
@@ -111,10 +113,17 @@ def _cpu_lane(banks: ExpertBanks, arithmetic: Arithmetic, device: torch.device, 
     return open_cpu_lane(banks, arithmetic, crossing.profile or machine_profile(kind, device))
 
 
-def _predictor(cache: ExpertCache, gates: Sequence[nn.Module], top_k: int, crossing: Crossing) -> Predictor | None:
+def _predictor(
+    cache: ExpertCache, gates: Sequence[nn.Module], top_k: int, crossing: Crossing, heads: DevicePart | None
+) -> Predictor | None:
     if crossing.prefetch == "none":
         return None
+    if crossing.prefetch == "heads" and heads is None:
+        raise InferenceError(
+            f"{cache.store.files.folder} has no lookahead heads to predict with; train some, or prefetch by next_gate"
+        )
     sizes = (len(cache.store.layers), cache.store.shape.num_experts, top_k)
-    if crossing.prefetch == "next_gate":
-        return Lookahead(*sizes, lead=crossing.lead, device_part=next_gates(gates, crossing.lead))
+    if crossing.prefetch in ("next_gate", "heads"):
+        part = heads if crossing.prefetch == "heads" else next_gates(gates, crossing.lead)
+        return Lookahead(*sizes, lead=crossing.lead, device_part=part)
     return PREDICTORS[crossing.prefetch](*sizes, lead=crossing.lead)

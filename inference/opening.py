@@ -93,6 +93,8 @@ def open_base(
             f"{path} is a dense model: it has no experts to leave in the files, so an expert budget of "
             f"{expert_budget} means nothing; leave it out (1: all of the model is resident)"
         )
+    elif crossing is not None and crossing.asks:
+        raise InferenceError(f"{path} is a dense model without experts: {crossing.asks} means nothing; leave it out")
     load_dense(module, files, device)
     dtype_used = module.get_input_embeddings().weight.dtype
     return Base(path, module, cache, dtype_used, device, executor, heads)

@@ -49,9 +49,14 @@ class RopeTable:
 
     def rows(self, position_R: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         """cos and sin [R,1,D]; ``longest`` is above every position."""
+        cos_PD, sin_PD = self.tables(longest)
+        return cos_PD[position_R, None], sin_PD[position_R, None]
+
+    def tables(self, longest: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [P,D] of ``longest`` positions or more."""
         while longest > len(self._cos_PD):
             self._cos_PD, self._sin_PD = self._made(2 * len(self._cos_PD))
-        return self._cos_PD[position_R, None], self._sin_PD[position_R, None]
+        return self._cos_PD, self._sin_PD
 
     def _made(self, positions: int) -> tuple[Tensor, Tensor]:
         made = self._rotary(self._like, torch.arange(positions, device=self._like.device)[None])

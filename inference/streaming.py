@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from inference.cache import ExpertCache, Loan
+from inference.expert_block import BlockViews
 from inference.experts import Call
 from inference.transfer import Transfer, TransferEngine, Urgency
 from moe.refs import ExpertRef
+
+_MOST = 0.75  # share of a layer's experts in use above which all of the next layer's are worth fetching
 
 
 @dataclass
@@ -27,7 +30,7 @@ class _Buffer:
     """One layer's experts on the device; ``coming`` have been asked for."""
 
     blocks_EB: Tensor
-    parts: list[tuple[Tensor, ...]]
+    views: list[BlockViews]
     row: int = -1
     coming: dict[int, Transfer] = field(default_factory=dict)
 
@@ -59,7 +62,7 @@ class LayerStream:
         for expert in set(buffer.coming) - set(missing):
             if self.transfers.cancel(buffer.coming[expert]):
                 del buffer.coming[expert]
-        if row + 1 < len(cache.store.layers):
+        if row + 1 < len(cache.store.layers) and len(call.experts) >= _MOST * self._experts:
             self._fetch_ahead(row + 1)
         cache.counts.hits += len(resident)
         if resident:
@@ -67,7 +70,7 @@ class LayerStream:
         for expert in sorted(missing, key=lambda expert: coming[expert].order):
             self.transfers.wait([coming[expert]])
             cache.count_miss()
-            yield [Loan(expert, -1, buffer.parts[expert])]
+            yield [Loan(expert, -1, buffer.views[expert])]
         self._keep(layer, call, last, buffer)
 
     def _turn(self, row: int) -> _Buffer:
@@ -86,8 +89,9 @@ class LayerStream:
 
     def _allocate(self) -> _Buffer:
         like = self.cache.blocks_CB
-        blocks_EB = torch.empty(self._experts, like.shape[1], dtype=like.dtype, device=like.device)
-        return _Buffer(blocks_EB, [self.cache.layout.split(block_B) for block_B in blocks_EB])
+        with torch.inference_mode(False):  # they outlive the call
+            blocks_EB = torch.empty(self._experts, like.shape[1], dtype=like.dtype, device=like.device)
+        return _Buffer(blocks_EB, [self.cache.layout.views(block_B) for block_B in blocks_EB])
 
     def _demand(self, buffer: _Buffer, layer: int, expert: int) -> Transfer:
         transfer = buffer.coming.get(expert)
@@ -99,7 +103,7 @@ class LayerStream:
         return transfer
 
     def _fetch_ahead(self, row: int) -> None:
-        """A prompt that came this far will want most of the next layer: nothing else on the link is more urgent."""
+        """Calls that want most of a layer will want most of the next: nothing else on the link is more urgent."""
         layer, buffer = self.cache.store.layers[row], self._turn(row)
         for expert in range(self._experts):
             if expert not in buffer.coming and not self.cache.holds(layer, expert):

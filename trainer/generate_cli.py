@@ -30,10 +30,22 @@ def add_generate_verb(
     generate.add_argument("--max-new-tokens", type=count, default=64, metavar="N")
     add_budget_options(generate, fraction)
     generate.add_argument("--kv-tokens", type=count, metavar="N", help="room for the keys and values of N tokens")
+    generate.add_argument(
+        "--prefetch",
+        default="none",
+        metavar="NAME",
+        help="on a GPU: what predicts the experts that are fetched ahead: none (the default), same_as_last, next_gate, "
+        "trace_match, map_match, or heads",
+    )
     for name, kind, metavar, text in _SAMPLING:
         generate.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
     generate.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     generate.add_argument("--trace", metavar="FILE", help="record the routing, for `planaria simulate`")
+    generate.add_argument(
+        "--cpu-experts",
+        action="store_true",
+        help="have the CPU compute missing experts beside a GPU where that is faster; results are close, not equal",
+    )
     generate.add_argument("--report", action="store_true", help="say what bound it, and what to change")
 
 
@@ -55,5 +67,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         vram=arguments.vram,
         report=arguments.report,
         trace=arguments.trace,
+        prefetch=arguments.prefetch,
+        cpu_experts=arguments.cpu_experts,
         **settings,
     )

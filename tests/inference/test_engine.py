@@ -204,6 +204,14 @@ def test_the_command_prints_text_and_figures(model_folder, capsys):
     assert "/64 resident; 8 tokens in" in line
     assert generate.main(str(model_folder / "nowhere"), "The gate", None, 8, 0.25) == 2
     assert "no such folder" in capsys.readouterr().err
+    command = ["generate", str(model_folder), "--prompt", "The gate", "--expert-budget", "0.25"]
+    assert cli.main([*command, "--prefetch", "psychic"]) == 2
+    assert "no predictor is called 'psychic'" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert cli.main([*command, "--prefetch", "next_gate"]) == 2
+        assert "nothing to save on cpu" in capsys.readouterr().err
+        assert cli.main([*command, "--cpu-experts"]) == 2
+        assert "cpu=True has nothing to save" in capsys.readouterr().err
 
 
 def test_the_command_samples_as_it_is_told(model_folder, capsys):

@@ -7,7 +7,8 @@ import torch
 
 from inference.engine import LLM
 from inference.errors import InferenceError
-from inference.offload import PREFETCH, Crossing
+from inference.offload import Crossing
+from inference.predictors import PREDICTORS
 from inference.transfer import SimulatedLink
 from tests.inference.test_engine import FAMILIES, tiny
 from tests.inference.test_hybrid import EVEN
@@ -30,7 +31,7 @@ def test_logits_of_every_family_have_the_same_bits_behind_a_link_at_every_budget
         assert moved.demanded_bytes > 0
 
 
-@pytest.mark.parametrize("prefetch", PREFETCH)
+@pytest.mark.parametrize("prefetch", [name for name in PREDICTORS if name != "heads"])
 def test_texts_are_the_same_whatever_is_prefetched(model_folder, prompts, prefetch):
     plain = [g.token_ids for g in LLM(model_folder, 0.25, device="cpu").generate(prompts[:5], 24)]
     llm = LLM(model_folder, 0.25, device="cpu", poison=True, crossing=Crossing(prefetch, link=SimulatedLink(rate=5e7)))
@@ -46,6 +47,8 @@ def test_settings_that_mean_nothing_are_refused(model_folder):
         Crossing("psychic")
     with pytest.raises(InferenceError, match="at least 1"):
         Crossing("next_gate", lead=0)
+    with pytest.raises(InferenceError, match="has no lookahead heads"):
+        LLM(model_folder, 0.5, device="cpu", crossing=Crossing("heads", link=SimulatedLink()))
     with pytest.raises(InferenceError, match="prefetch=next_gate has nothing to save on cpu"):
         LLM(model_folder, 0.5, device="cpu", crossing=Crossing("next_gate"))
     with pytest.raises(InferenceError, match="cpu=True has nothing to save on cpu"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 from inference.costmodel import named_profile
 from inference.engine import LLM
@@ -13,6 +14,7 @@ from inference.offload import Crossing
 from inference.placement import ModelSizes
 from inference.report import Measured, Report
 from inference.transfer import SimulatedLink
+from tests.inference.test_hybrid import EVEN
 from trainer.cli import main
 
 H200 = named_profile("h200")
@@ -125,6 +127,24 @@ def test_what_crossed_a_link_is_reported(model_folder, prompts):
     assert found.measured.prefetched > 0
     assert "prefetch: " in str(found)
     assert found.floor.link_s == pytest.approx(found.measured.fetched_bytes / 55.3e9)
+
+
+def test_what_the_cpu_computed_beside_the_link_is_reported(model_folder, prompts):
+    llm = LLM(model_folder, 0.1, device="cpu", crossing=Crossing(cpu=True, profile=EVEN, link=SimulatedLink(rate=5e7)))
+    llm.generate(prompts[:2], 8)
+    found = llm.report(EVEN)
+    assert found.measured.cpu_experts == llm.executor.cpu_computed > 0
+    assert sum(found.measured.ways.values()) > 4 * 7, "a plan for each layer and token"
+    assert "layer calls: " in str(found)
+    assert "the last: split: link" in str(found)
+
+
+def test_the_cpu_lane_is_asked_for_by_name(model_folder, capsys):
+    """Without a GPU there is nothing to be beside: that is said, not passed over."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["generate", str(model_folder), "--prompt", "def", "--cpu-experts"]) == 2
+    assert "nothing to save on cpu" in capsys.readouterr().err
 
 
 def test_generate_prints_the_report_when_asked(model_folder, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,217 @@
+/* Experts of few rows on the CPU, straight from their blocks in host memory, at the speed at which memory is read.
+
+A call is cut into units: first all columns of all experts' gate and up, then all rows of their down. Threads take units
+from one counter; a down unit waits until its expert's activation is whole. Every sum belongs to one unit and is added in
+one order, in fp32, so that neither the threads nor their number can reach the bits.
+
+Threads look for work without sleeping for a while after a call, since the next layer's comes within a millisecond.
+
+A block: gate [I,H], up [I,H] and, from element down_start on, down [H,I], row after row, bf16 or fp32. x [T,H], y [P,H] and scores [P] are fp32. */
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <math.h>
+
+#define UP_COLUMNS 16
+#define DOWN_ROWS 32
+#define MAX_EXPERTS 4096
+#define NONE_LEFT (1 << 30)
+#define PATIENCE 400000 /* looks before a thread goes to sleep */
+
+typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t half_words __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint32_t words __attribute__((vector_size(64), may_alias));
+
+typedef struct {
+    int hidden, inner, is_bf16, threads;
+    long down_start;
+    pthread_t *thread;
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+    atomic_int sleeping, stop;
+    atomic_uint call;      /* number of the newest call */
+    atomic_int busy;       /* threads inside it */
+    /* the newest call */
+    int experts, up_units, down_units, units;
+    const char *block[MAX_EXPERTS];
+    const int32_t *first, *row, *pair;
+    const float *x, *score;
+    float *a, *y;
+    long a_pairs;
+    atomic_int next, done, up_done[MAX_EXPERTS];
+} lane_t;
+
+static inline void pause_cpu(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#endif
+}
+
+static inline vec widened(const uint16_t *p) {
+    return (vec)(__builtin_convertvector(*(const half_words *)p, words) << 16);
+}
+
+static inline float sum(vec v) {
+    float total = 0;
+    for (int i = 0; i < 16; i++) total += v[i];
+    return total;
+}
+
+static inline float scalar(uint16_t h) {
+    union { uint32_t i; float f; } u = {(uint32_t)h << 16};
+    return u.f;
+}
+
+static float dot_bf16(const uint16_t *w, const float *x, int n) {
+    vec s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
+    int i = 0;
+    for (; i + 64 <= n; i += 64) {
+        __builtin_prefetch(w + i + 1024);
+        s0 += widened(w + i) * *(const vec *)(x + i);
+        s1 += widened(w + i + 16) * *(const vec *)(x + i + 16);
+        s2 += widened(w + i + 32) * *(const vec *)(x + i + 32);
+        s3 += widened(w + i + 48) * *(const vec *)(x + i + 48);
+    }
+    float total = sum((s0 + s1) + (s2 + s3));
+    for (; i < n; i++) total += scalar(w[i]) * x[i];
+    return total;
+}
+
+static float dot_fp32(const float *w, const float *x, int n) {
+    vec s0 = {0}, s1 = {0};
+    int i = 0;
+    for (; i + 32 <= n; i += 32) {
+        s0 += *(const vec *)(w + i) * *(const vec *)(x + i);
+        s1 += *(const vec *)(w + i + 16) * *(const vec *)(x + i + 16);
+    }
+    float total = sum(s0 + s1);
+    for (; i < n; i++) total += w[i] * x[i];
+    return total;
+}
+
+static inline float dot(const lane_t *lane, const char *matrix, long row, int n, const float *x) {
+    if (lane->is_bf16) return dot_bf16((const uint16_t *)matrix + row * n, x, n);
+    return dot_fp32((const float *)matrix + row * n, x, n);
+}
+
+static void up_unit(lane_t *lane, int expert, int part) {
+    int H = lane->hidden, I = lane->inner, end = (part + 1) * UP_COLUMNS;
+    if (end > I) end = I;
+    for (int i = part * UP_COLUMNS; i < end; i++)
+        for (int p = lane->first[expert]; p < lane->first[expert + 1]; p++) {
+            const float *x = lane->x + (long)lane->row[p] * H;
+            float gate = dot(lane, lane->block[expert], i, H, x);
+            float up = dot(lane, lane->block[expert], I + i, H, x);
+            lane->a[(long)p * I + i] = up * gate / (1.0f + expf(-gate));
+        }
+    atomic_fetch_add_explicit(&lane->up_done[expert], 1, memory_order_release);
+}
+
+static void down_unit(lane_t *lane, int expert, int part) {
+    int H = lane->hidden, I = lane->inner, end = (part + 1) * DOWN_ROWS;
+    const char *down = lane->block[expert] + lane->down_start * (lane->is_bf16 ? 2 : 4);
+    if (end > H) end = H;
+    while (atomic_load_explicit(&lane->up_done[expert], memory_order_acquire) < lane->up_units) pause_cpu();
+    for (int h = part * DOWN_ROWS; h < end; h++)
+        for (int p = lane->first[expert]; p < lane->first[expert + 1]; p++) {
+            float value = dot(lane, down, h, I, lane->a + (long)p * I);
+            lane->y[(long)lane->pair[p] * H + h] = value * lane->score[p];
+        }
+}
+
+static void work(lane_t *lane) {
+    int ups = lane->experts * lane->up_units;
+    for (;;) {
+        int unit = atomic_fetch_add(&lane->next, 1);
+        if (unit >= lane->units) return;
+        if (unit < ups) up_unit(lane, unit / lane->up_units, unit % lane->up_units);
+        else down_unit(lane, (unit - ups) / lane->down_units, (unit - ups) % lane->down_units);
+        atomic_fetch_add_explicit(&lane->done, 1, memory_order_release);
+    }
+}
+
+static void *run(void *argument) {
+    lane_t *lane = argument;
+    unsigned seen = 0;
+    for (;;) {
+        for (long look = 0; atomic_load(&lane->call) == seen && !atomic_load(&lane->stop); look++) {
+            if (look < PATIENCE) { pause_cpu(); continue; }
+            pthread_mutex_lock(&lane->lock);
+            atomic_fetch_add(&lane->sleeping, 1);
+            while (atomic_load(&lane->call) == seen && !atomic_load(&lane->stop))
+                pthread_cond_wait(&lane->wake, &lane->lock);
+            atomic_fetch_sub(&lane->sleeping, 1);
+            pthread_mutex_unlock(&lane->lock);
+        }
+        if (atomic_load(&lane->stop)) return NULL;
+        atomic_fetch_add(&lane->busy, 1);
+        seen = atomic_load(&lane->call);
+        work(lane);
+        atomic_fetch_sub(&lane->busy, 1);
+    }
+}
+
+lane_t *lane_open(int threads, int hidden, int inner, long down_start, int is_bf16) {
+    lane_t *lane = calloc(1, sizeof(lane_t));
+    if (!lane) return NULL;
+    lane->hidden = hidden; lane->inner = inner; lane->down_start = down_start; lane->is_bf16 = is_bf16;
+    lane->up_units = (inner + UP_COLUMNS - 1) / UP_COLUMNS;
+    lane->down_units = (hidden + DOWN_ROWS - 1) / DOWN_ROWS;
+    pthread_mutex_init(&lane->lock, NULL);
+    pthread_cond_init(&lane->wake, NULL);
+    lane->thread = calloc(threads > 0 ? threads : 1, sizeof(pthread_t));
+    for (; lane->thread && lane->threads < threads; lane->threads++)
+        if (pthread_create(&lane->thread[lane->threads], NULL, run, lane)) break;
+    return lane;
+}
+
+void lane_wait(lane_t *lane) {
+    work(lane);
+    while (atomic_load_explicit(&lane->done, memory_order_acquire) < lane->units) pause_cpu();
+}
+
+/* Begins a call; the arrays must live until lane_wait has returned. Pairs first[e] to first[e + 1] belong to expert e:
+   pair p is row[p] of x, its score is score[p], its result goes to row pair[p] of y. Returns 0, or -1 without memory. */
+int lane_submit(lane_t *lane, int experts, const char **block, const int32_t *first, const int32_t *row,
+                const int32_t *pair, const float *x, const float *score, float *y) {
+    lane_wait(lane);
+    /* A late thread may still ask for a unit of the last call: it must find none, whatever `units` is by then. */
+    atomic_store(&lane->next, NONE_LEFT);
+    while (atomic_load(&lane->busy)) pause_cpu();
+    long pairs = first[experts];
+    lane->units = 0;
+    if (experts > MAX_EXPERTS) return -1;
+    if (pairs > lane->a_pairs) {
+        free(lane->a);
+        lane->a = malloc(sizeof(float) * pairs * lane->inner);
+        lane->a_pairs = lane->a ? pairs : 0;
+        if (!lane->a) return -1;
+    }
+    for (int e = 0; e < experts; e++) { lane->block[e] = block[e]; atomic_store(&lane->up_done[e], 0); }
+    lane->experts = experts; lane->first = first; lane->row = row; lane->pair = pair;
+    lane->x = x; lane->score = score; lane->y = y;
+    atomic_store(&lane->done, 0);
+    lane->units = experts * (lane->up_units + lane->down_units);
+    atomic_store(&lane->next, 0);
+    atomic_fetch_add(&lane->call, 1);
+    if (atomic_load(&lane->sleeping)) {
+        pthread_mutex_lock(&lane->lock);
+        pthread_cond_broadcast(&lane->wake);
+        pthread_mutex_unlock(&lane->lock);
+    }
+    return 0;
+}
+
+void lane_close(lane_t *lane) {
+    lane_wait(lane);
+    atomic_store(&lane->stop, 1);
+    pthread_mutex_lock(&lane->lock);
+    pthread_cond_broadcast(&lane->wake);
+    pthread_mutex_unlock(&lane->lock);
+    for (int t = 0; t < lane->threads; t++) pthread_join(lane->thread[t], NULL);
+    pthread_mutex_destroy(&lane->lock);
+    pthread_cond_destroy(&lane->wake);
+    free(lane->thread); free(lane->a); free(lane);
+}

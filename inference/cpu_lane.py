@@ -1,0 +1,129 @@
+"""The CPU lane: missing experts of a decode step computed in host memory while the link brings others.
+
+The work is a small C file, compiled by the machine's own compiler when first used (Triton needs one too) and kept in
+the user's cache; there is nothing to build at installation. It has threads of its own, and no call holds the
+interpreter's lock, so the thread that feeds the GPU goes on meanwhile.
+
+Shapes: T rows, P pairs of a row and one of its experts, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+_SOURCE = Path(__file__).with_suffix(".c")
+_FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", "-pthread")
+_POINTER = ctypes.c_void_p
+
+
+class LaneError(RuntimeError):
+    """The CPU lane cannot run here, and why."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled lane. Raises LaneError without a compiler, or if it fails."""
+    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise LaneError("no C compiler (cc, gcc or clang) on the PATH, so the CPU computes no experts beside the GPU")
+    key = hashlib.sha256(_SOURCE.read_bytes() + repr((compiler, _FLAGS, _processor())).encode()).hexdigest()[:16]
+    target = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "planaria" / f"cpu_lane-{key}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / target.name
+            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+            if done.returncode:
+                raise LaneError(f"{compiler} could not compile {_SOURCE.name}: {done.stderr.strip()[-500:]}")
+            made.replace(target)
+    return _typed(ctypes.CDLL(str(target)))
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on: a home folder may be shared by machines."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _typed(lib: ctypes.CDLL) -> ctypes.CDLL:
+    lib.lane_open.argtypes, lib.lane_open.restype = [*[ctypes.c_int] * 3, ctypes.c_long, ctypes.c_int], _POINTER
+    lib.lane_submit.argtypes, lib.lane_submit.restype = [_POINTER, ctypes.c_int, *[_POINTER] * 7], ctypes.c_int
+    lib.lane_wait.argtypes, lib.lane_wait.restype = [_POINTER], None
+    lib.lane_close.argtypes, lib.lane_close.restype = [_POINTER], None
+    return lib
+
+
+class CpuLane:
+    """Computes ``score * down(silu(gate) * up)`` of pairs, in fp32, beside the caller.
+
+    Args:
+        threads: besides the caller's, which helps while it waits. They look for work for about a millisecond after
+            a call before they sleep.
+        dtype: of the blocks; bf16 or fp32.
+        down_start: the element of a block at which down begins; right behind up by default.
+
+    Raises LaneError.
+    """
+
+    def __init__(self, threads: int, hidden: int, inner: int, dtype: torch.dtype, down_start: int = 0) -> None:
+        self._lane = None
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise LaneError(f"experts in {dtype} cannot be computed by the CPU lane; it knows bfloat16 and float32")
+        self._library = library()
+        self._lane = self._library.lane_open(
+            threads, hidden, inner, down_start or 2 * inner * hidden, dtype == torch.bfloat16
+        )
+        if self._lane is None:
+            raise LaneError("no memory for the CPU lane")
+        self._held: tuple[object, ...] = ()
+
+    def submit(
+        self,
+        blocks: Sequence[int],
+        first: np.ndarray,
+        row_P: np.ndarray,
+        pair_P: np.ndarray,
+        x_TH: np.ndarray,
+        score_P: np.ndarray,
+        y_PH: np.ndarray,
+    ) -> None:
+        """Begins; an earlier call is waited for.
+
+        Args:
+            blocks: address of each expert's block: gate [I,H], up [I,H], then down [H,I].
+            first: int32; pairs ``first[e]`` to ``first[e + 1]`` are of expert ``e``.
+            row_P, pair_P: int32; pair p takes row ``row_P[p]`` of x, times ``score_P[p]``, to row ``pair_P[p]`` of y.
+            x_TH, score_P, y_PH: fp32, contiguous. No other row of y is touched.
+        """
+        addresses = (_POINTER * max(len(blocks), 1))(*blocks)
+        arrays = (first, row_P, pair_P, x_TH, score_P, y_PH)
+        wait, self._held = self._held, (addresses, *arrays)  # the last call's arrays live until it has ended
+        failed = self._library.lane_submit(self._lane, len(blocks), addresses, *(a.ctypes.data for a in arrays))
+        del wait
+        if failed:
+            raise LaneError(f"no memory for {len(row_P)} rows of {len(blocks)} experts on the CPU lane")
+
+    def wait(self) -> None:
+        """Until the last call's results are in its y."""
+        self._library.lane_wait(self._lane)
+
+    def close(self) -> None:
+        if self._lane is not None:
+            self._library.lane_close(self._lane)
+            self._lane = None
+
+    __del__ = close

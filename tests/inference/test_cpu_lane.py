@@ -1,0 +1,118 @@
+"""The CPU lane against the formula. Shapes: T rows, P pairs, E experts, H hidden, I intermediate."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inference.cpu_lane import CpuLane, LaneError, library
+
+
+def _case(rows: int, choices: int, experts: int, hidden: int, inner: int, dtype: torch.dtype, seed: int):
+    g = torch.Generator().manual_seed(seed)
+    expert_TK = torch.stack([torch.randperm(experts, generator=g)[:choices] for _ in range(rows)])
+    block_EN = (torch.randn(experts, 3 * hidden * inner, generator=g) / hidden**0.5).to(dtype)
+    x_TH = torch.randn(rows, hidden, generator=g)
+    return expert_TK, block_EN, x_TH, torch.rand(rows * choices, generator=g)
+
+
+def _computed(lane: CpuLane, expert_TK, block_EN, x_TH, score_P, wanted: list[int]) -> torch.Tensor:
+    """[P,H], NaN where the pair's expert is not wanted."""
+    choices, flat_P = expert_TK.shape[1], expert_TK.flatten()
+    pairs = [torch.nonzero(flat_P == expert)[:, 0].tolist() for expert in wanted]
+    first = np.cumsum([0, *map(len, pairs)], dtype=np.int32)
+    pair_P = np.array([p for group in pairs for p in group], dtype=np.int32)
+    y_PH = np.full((len(flat_P), x_TH.shape[1]), np.nan, dtype=np.float32)
+    blocks = [block_EN[expert].data_ptr() for expert in wanted]
+    row_P = (pair_P // choices).astype(np.int32)
+    lane.submit(blocks, first, row_P, pair_P, x_TH.numpy(), score_P.numpy()[pair_P], y_PH)
+    lane.wait()
+    return torch.from_numpy(y_PH)
+
+
+def _wanted(expert_TK, block_EN, x_TH, score_P, inner: int) -> torch.Tensor:
+    """[P,H] in fp64."""
+    hidden, out = x_TH.shape[1], []
+    for pair, expert in enumerate(expert_TK.flatten().tolist()):
+        gate_up, down = block_EN[expert].double().split((2 * inner * hidden, hidden * inner))
+        gate, up = (gate_up.view(2, inner, hidden) @ x_TH[pair // expert_TK.shape[1]].double()).unbind()
+        acted = torch.nn.functional.silu(gate) * up
+        out.append(score_P[pair].double() * (down.view(hidden, inner) @ acted))
+    return torch.stack(out)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        library.cache_clear()
+        yield library()
+    library.cache_clear()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 4),
+    choices=st.integers(1, 3),
+    hidden=st.integers(1, 200),
+    inner=st.integers(1, 90),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+    threads=st.integers(0, 3),
+    seed=st.integers(0, 99),
+)
+def test_as_the_formula(rows, choices, hidden, inner, dtype, threads, seed):
+    case = _case(rows, choices, 5, hidden, inner, dtype, seed)
+    wanted = [4, 0, 2]
+    lane = CpuLane(threads, hidden, inner, dtype)
+    y_PH = _computed(lane, *case, wanted)
+    lane.close()
+    mine_P = torch.isin(case[0].flatten(), torch.tensor(wanted))
+    assert y_PH[~mine_P].isnan().all(), "other pairs' rows are not the lane's"
+    want_PH = _wanted(*case, inner)
+    assert torch.allclose(y_PH[mine_P].double(), want_PH[mine_P], rtol=1e-4, atol=1e-4)
+
+
+def test_threads_and_company_do_not_reach_the_bits():
+    case = _case(3, 3, 6, 130, 70, torch.bfloat16, 0)
+    lanes = [CpuLane(threads, 130, 70, torch.bfloat16) for threads in (0, 1, 3)]
+    alone = _computed(lanes[0], *case, [1])
+    for _ in range(200):  # calls that follow each other closely: a thread may come late to any of them
+        for lane in lanes:
+            both = _computed(lane, *case, [5, 1])
+            mine_P = case[0].flatten() == 1
+            assert torch.equal(both[mine_P], alone[mine_P])
+    for lane in lanes:
+        lane.close()
+
+
+def test_down_may_begin_behind_a_gap():
+    expert_TK, block_EN, x_TH, score_P = _case(2, 2, 3, 10, 6, torch.bfloat16, 0)
+    gap_EN = torch.cat([block_EN[:, :120], torch.full((3, 8), torch.nan).bfloat16(), block_EN[:, 120:]], dim=1)
+    lane = CpuLane(1, 10, 6, torch.bfloat16, down_start=128)
+    y_PH = _computed(lane, expert_TK, gap_EN.contiguous(), x_TH, score_P, [0, 1, 2])
+    lane.close()
+    assert torch.allclose(y_PH.double(), _wanted(expert_TK, block_EN, x_TH, score_P, 6), rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_to_do():
+    lane = CpuLane(1, 8, 8, torch.float32)
+    case = _case(1, 1, 1, 8, 8, torch.float32, 0)
+    assert _computed(lane, *case, []).isnan().all()
+    lane.close()
+    lane.close()
+
+
+def test_what_it_cannot_read_is_refused():
+    with pytest.raises(LaneError, match="float16"):
+        CpuLane(1, 8, 8, torch.float16)
+
+
+def test_no_compiler_is_said(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    library.cache_clear()
+    with pytest.raises(LaneError, match="no C compiler"):
+        library()
+    library.cache_clear()
