@@ -11,6 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -98,9 +99,13 @@ def _cpu_name() -> str:
     return next(names, platform.machine())
 
 
-@torch.inference_mode()
 def calibrate(kind: ExpertKind, device: torch.device, budget_s: float = 2.0) -> MachineProfile:
     """Measure. ``budget_s`` bounds the table of CPU kernels, which takes longest; no part is left out for it."""
+    with torch.inference_mode(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return _calibrate(kind, device, budget_s)
+
+
+def _calibrate(kind: ExpertKind, device: torch.device, budget_s: float) -> MachineProfile:
     began = time.perf_counter()
     bank = _Bank(kind)
     gpu = _Gpu(kind, device) if device.type == "cuda" else None
@@ -248,7 +253,7 @@ class _Gpu:
 
     def __init__(self, kind: ExpertKind, device: torch.device) -> None:
         self.kind, self.device = kind, device
-        self.count = max(min((256 << 20) // kind.nbytes, 64), 2)
+        self.count = max(min(_BANK_BYTES // kind.nbytes, 64), 2)
         self.host_B = torch.empty(self.count, kind.nbytes, dtype=torch.uint8, pin_memory=True)
         self.there_B = torch.zeros(self.count, kind.nbytes, dtype=torch.uint8, device=device)
         self.stream = torch.cuda.Stream(device)
@@ -285,7 +290,7 @@ class _Gpu:
         The link is given more than it can carry meanwhile; only what ``act`` did before it ended counts.
         """
         alone = act()
-        rounds = max(round(2 * alone * 60e9 / self.host_B.nbytes), 2)
+        rounds = max(round(10 * alone * 60e9 / self.host_B.nbytes), 4)
         begin, end = self._enqueue(rounds)
         times = []
         while not end.query():
@@ -297,9 +302,9 @@ class _Gpu:
     def table(self) -> tuple[Timing, ...]:
         """Products as the GPU does them, weights resident and not in its cache."""
         kind, found = self.kind, []
-        weights = self.there_B.view(kind.dtype).view(self.count, 3, -1).zero_()
+        weights = self.there_B.view(kind.dtype).view(self.count, 3, -1).normal_()
         for rows in GPU_ROWS:
-            x_RH = torch.zeros(rows, kind.hidden, dtype=kind.dtype, device=self.device)
+            x_RH = torch.randn(rows, kind.hidden, dtype=kind.dtype, device=self.device)
             seconds = self._timed(lambda x_RH=x_RH: self._all_experts(weights, x_RH)) / self.count
             found.append(Timing("gpu", 1, rows, seconds))
         return tuple(found)
@@ -314,6 +319,7 @@ class _Gpu:
     def _timed(self, act: Callable[[], object]) -> float:
         """Seconds on the device, from a graph, so that launching does not count; the best of three."""
         stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             act()
         stream.synchronize()
@@ -338,7 +344,7 @@ class _Gpu:
     def flops(self) -> float:
         """Of a large square product in the experts' precision."""
         size = 4096
-        a = torch.zeros(size, size, dtype=self.kind.dtype, device=self.device)
+        a = torch.randn(size, size, dtype=self.kind.dtype, device=self.device)
         return 2 * size**3 / self._timed(lambda: a @ a)
 
     def round_trip(self) -> None:

@@ -14,8 +14,11 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from inference.errors import InferenceError
 
+_TINY = 1e-30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROFILES = Path(__file__).parent / "profiles"
 
@@ -193,6 +196,7 @@ class ExpertCosts:
     handover_s: float
     _cpu: KernelTable
     _gpu: KernelTable
+    _lanes: dict[int, tuple[float, float, float]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(
@@ -217,12 +221,20 @@ class ExpertCosts:
     def has_link(self) -> bool:
         return self.profile.link is not None
 
+    def lanes(self, rows: int) -> tuple[float, float, float]:
+        """:meth:`cpu_s`, :meth:`cpu_overlapped_s` and :meth:`gpu_s`, remembered."""
+        found = self._lanes.get(rows)
+        if found is None:
+            found = self._lanes[rows] = self.cpu_s(rows), self.cpu_overlapped_s(rows), self.gpu_s(rows)
+        return found
+
     def cpu_s(self, rows: int) -> float:
-        """The cores alone; infinite where they may not help."""
+        """The cores alone; infinite where they may not help. Fewer threads than were measured take longer."""
         if not self.threads:
             return math.inf
+        best = self._cpu.best(rows, self.threads)
         scale = self.expert_bytes / self.profile.expert_bytes
-        return self._cpu.best(rows, self.threads).seconds * scale
+        return best.seconds * scale * max(best.threads / self.threads, 1.0)
 
     def cpu_overlapped_s(self, rows: int) -> float:
         """Beside a busy link: few rows wait for memory, many for the cores, which the link does not slow down."""
@@ -275,19 +287,17 @@ def balanced_fetch(misses: int, link_s: float, cpu_s: float) -> int:
     return min(ends)[1]
 
 
-def overlap(link: tuple[float, float], cpu: tuple[float, float]) -> tuple[float, float]:
-    """When each lane ends if both start together.
+def overlap(link: tuple[np.ndarray, np.ndarray], cpu: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """When each lane ends if both start together; elementwise, numbers are welcome.
 
     Args:
         link, cpu: seconds of its work (alone, overlapped); alone is never the longer.
 
     The shorter one runs beside the other to its end; what the longer one still has to do then, it does alone.
     """
-    if not link[1] or not cpu[1]:
-        return link[0], cpu[0]
-    if link[1] <= cpu[1]:
-        return link[1], link[1] + (1 - link[1] / cpu[1]) * cpu[0]
-    return cpu[1] + (1 - cpu[1] / link[1]) * link[0], cpu[1]
+    together = np.minimum(link[1], cpu[1])  # 0 where a lane has nothing to do: then the other one is alone all along
+    link_left, cpu_left = (1 - together / np.maximum(beside, _TINY) for _, beside in (link, cpu))
+    return together + link_left * link[0], together + cpu_left * cpu[0]
 
 
 def distinct_experts(experts: int, top_k: int, tokens: int) -> float:

@@ -18,7 +18,7 @@ from inference.costmodel import MachineProfile
 from inference.errors import InferenceError
 from inference.executor import Executor
 from inference.experts import Arithmetic
-from inference.hybrid import CpuLane, open_cpu_lane
+from inference.hybrid import open_cpu_lane
 from inference.lookahead import DevicePart, next_gates
 from inference.predictors import PREDICTORS, Lookahead, Predictor
 from inference.prefetch import Prefetcher
@@ -88,6 +88,8 @@ def open_executor(
         return None
     registrar = CudaRegistrar(device) if device.type == "cuda" else NoRegistrar()
     all_resident = cache.slots == cache.store.total  # nothing is fetched twice: banks would not be worth their memory
+    # Measured before the banks are filled, which keeps cores and memory busy for seconds.
+    profile = _profile(cache, device, crossing) if crossing.cpu and not all_resident else None
     banks = ExpertBanks(cache.store, cache.layout, registrar, start=crossing.pin and not all_resident)
     transfers = TransferEngine(link, banks)
     if all_resident:
@@ -96,7 +98,7 @@ def open_executor(
     prefetcher = None
     if predictor is not None and cache.slots:
         prefetcher = Prefetcher(predictor, cache, transfers, WINDOW_BYTES / cache.layout.nbytes)
-    lane = _cpu_lane(banks, arithmetic, device, crossing) if crossing.cpu else None
+    lane = None if profile is None else open_cpu_lane(banks, arithmetic, profile)
     return Executor(
         cache,
         transfers,
@@ -107,10 +109,10 @@ def open_executor(
     )
 
 
-def _cpu_lane(banks: ExpertBanks, arithmetic: Arithmetic, device: torch.device, crossing: Crossing) -> CpuLane:
-    shape = banks.store.shape
-    kind = ExpertKind(shape.hidden, shape.intermediate, banks.layout.dtype)
-    return open_cpu_lane(banks, arithmetic, crossing.profile or machine_profile(kind, device))
+def _profile(cache: ExpertCache, device: torch.device, crossing: Crossing) -> MachineProfile:
+    shape = cache.store.shape
+    kind = ExpertKind(shape.hidden, shape.intermediate, cache.layout.dtype)
+    return crossing.profile or machine_profile(kind, device)
 
 
 def _predictor(

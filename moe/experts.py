@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from moe.assignment import Assignment
-from moe.dispatch import EXCHANGES, Dispatcher, Local, Routed, choose_dispatch, mix_everywhere
+from moe.dispatch import EXCHANGES, Dispatcher, Local, Routed, mix_everywhere
+from moe.dispatch_choice import choose_dispatch
 from moe.form import PLAIN, ExpertForm
 from moe.kernels.activation import between
 from moe.kernels.backend import Adapted, Site, choose, passes

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.dispatch import Chosen, choose_dispatch
+from moe.dispatch_choice import Chosen, choose_dispatch
 from moe.families import FamilyError, MoEBlock
 
 
@@ -25,7 +25,7 @@ def set_exchange(blocks: Sequence[MoEBlock], top_k: int, *, dispatch: str = "aut
 
     Args:
         top_k: experts per token.
-        dispatch: see :func:`moe.dispatch.choose_dispatch`.
+        dispatch: see :func:`moe.dispatch_choice.choose_dispatch`.
         overlap: ``shared``: the shared expert runs while tokens travel; ``chunks``: half of the tokens travel while the
             other half is computed; ``none``. Without other ranks it does nothing.
 

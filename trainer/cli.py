@@ -204,7 +204,7 @@ def _validate(arguments: argparse.Namespace) -> int:
     from checkpointing.keeper.memory import available_bytes
     from trainer.documents import matching_files
     from trainer.events import read_events
-    from trainer.plan import card
+    from trainer.plan_card import card
     from trainer.recipe import check_world, load_recipe, recipe_warnings
     from trainer.runfolder import run_folder
     from trainer.tenant_recipe import data_sections

@@ -17,8 +17,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from checkpointing.keeper.memory import available_bytes
 from moe.build import new_config, new_model
-from moe.dispatch import choose_dispatch
+from moe.dispatch_choice import choose_dispatch
 from moe.families import find_moe_blocks
+from moe.family_table import DENSE
 from moe.layout import Layout
 from trainer.build import shape_fields, training_dtype
 from trainer.doctor_files import DoctorError, check_folder, digests
@@ -59,7 +60,7 @@ def _folder(folder: Path, report: Report, files_only: bool) -> dict[str, str]:
     if files_only or not sound:
         report.skipped("parity", "--files-only" if files_only else "the files must be mended first")
         return {}
-    _check_memory(config, top_k)
+    _check_memory(config)
     disable_progress_bar()
     # transformers' own loader and model: the reference must not depend on ours.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -69,6 +70,9 @@ def _folder(folder: Path, report: Report, files_only: bool) -> dict[str, str]:
 
 
 def _compare(model: Any, report: Report, top_k: int) -> None:
+    if _is_dense(model.config):
+        report.skipped("parity", "transformers' own modules run a dense model, there is nothing of ours to compare")
+        return
     report.fact("attention", model.config._attn_implementation)
     blocks: Any = check_model(model, report, top_k)
     backend = blocks[0].experts.backend
@@ -86,7 +90,7 @@ def _recipe(recipe: Recipe, report: Report, files_only: bool) -> None:
         config = new_config(section.family, fields, vocab_size=vocabulary)
         top_k = _describe(config, report)
         if not files_only:
-            _check_memory(config, top_k)
+            _check_memory(config)
             seed = recipe.train.seed
             _compare(
                 new_model(section.family, fields, vocab_size=vocabulary, seed=seed, dtype=torch.float32), report, top_k
@@ -119,19 +123,32 @@ def _on_meta(config: Any) -> Any:
 
 
 def _describe(config: Any, report: Report) -> int:
-    """Facts of the architecture; returns experts per token."""
+    """Facts of the architecture; returns experts per token, 0 for a dense model."""
     model = _on_meta(config)
+    if _is_dense(config):
+        report.fact("family", f"{config.model_type}, dense: a base for adapters")
+        report.fact("parameters", f"{sum(p.numel() for p in model.parameters()):,}, all active")
+        report.fact("dtype", _dtype(config))
+        return 0
     blocks, top_k = find_moe_blocks(model), int(config.num_experts_per_tok)
     sizes = describe(model, top_k)
     report.fact("family", config.model_type)
     report.fact("MoE layers", f"{len(blocks)}, {blocks[0].experts.num_experts} experts each, {top_k} per token")
     report.fact("parameters", f"{sizes['total']:,}, {sizes['active']:,} active, {sizes['expert']:,} in an expert")
-    report.fact("dtype", str(getattr(config, "dtype", None) or "float32").removeprefix("torch."))
+    report.fact("dtype", _dtype(config))
     return top_k
 
 
-def _check_memory(config: Any, top_k: int) -> None:
-    needed = describe(_on_meta(config), top_k)["total"] * _BYTES_PER_PARAMETER + _SLACK
+def _dtype(config: Any) -> str:
+    return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+
+
+def _is_dense(config: Any) -> bool:
+    return config.model_type in DENSE
+
+
+def _check_memory(config: Any) -> None:
+    needed = sum(p.numel() for p in _on_meta(config).parameters()) * _BYTES_PER_PARAMETER + _SLACK
     free = available_bytes()
     if needed > free:
         raise DoctorError(
@@ -145,6 +162,8 @@ def _report_layout(recipe: Recipe, report: Report) -> None:
     layout, device = Layout(parallel.workers, parallel.ep), choose_device(parallel.device, 0)
     dtype = str(training_dtype(recipe, device)).removeprefix("torch.")
     report.fact("recipe", f"{layout.world} workers on {device.type}, ep {layout.ep}, ZeRO {parallel.zero}, {dtype}")
+    if "MoE layers" not in report.facts:
+        return
     link = "gloo" if device.type == "cpu" else "NCCL"
     count, top_k = (int(part.split()[0]) for part in str(report.facts["MoE layers"]).split(", ")[1:])
     exchange = choose_dispatch(parallel.dispatch, recipe.routing.choices(top_k), layout.ep)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from checkpointing.bandwidth import measure
+from checkpointing.bandwidth import keeper_hashers, measure
 from checkpointing.cost import Bandwidths, Partition, choose_rotation
 from checkpointing.keeper.memory import available_bytes
 from trainer.events import EventLog, read_events
@@ -86,7 +86,7 @@ def _settled(
 
 def _slowest(process: Process) -> Bandwidths:
     """What every worker can count on."""
-    threads = max(1, min(8, (os.cpu_count() or 2) // 2) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    threads = keeper_hashers(max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     mine = measure(threads, nbytes=32 << 20, device_to_host=_device_copy if process.device.type == "cuda" else None)
     everyone: list[Any] = [None] * process.world
     dist.all_gather_object(everyone, mine)

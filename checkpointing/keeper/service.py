@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from checkpointing.bandwidth import keeper_hashers
 from checkpointing.keeper import launch
 from checkpointing.keeper.arenas import Keep, Slot
 from checkpointing.keeper.departure import Departure
@@ -73,7 +74,7 @@ class Service:
         self.loop = Loop(self._listen(), self.on_message, self.on_closed, self.on_signal)
         self.loop.install_signals()
         self.jobs = ThreadPoolExecutor(4, "job")
-        self.hashers = ThreadPoolExecutor(min(8, max(1, (os.cpu_count() or 2) // 2)), "hash")
+        self.hashers = ThreadPoolExecutor(keeper_hashers(), "hash")
         health = DiskHealth(self.loop.set_timer, self.event)
         self.faults = Faults(self.event)
         self.persister = Persister(

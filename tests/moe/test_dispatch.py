@@ -17,7 +17,8 @@ from moe import exchange as exchange_module
 from moe.assignment import assign
 from moe.convert import convert
 from moe.copies import DeduplicatedDraft, PlainDraft, narrow_type
-from moe.dispatch import EXCHANGES, AllToAll, Routed, choose_dispatch, mix_everywhere
+from moe.dispatch import EXCHANGES, AllToAll, Routed, mix_everywhere
+from moe.dispatch_choice import choose_dispatch
 from moe.exchange import Flight
 from moe.experts import Experts
 from moe.families import FamilyError, find_moe_blocks

@@ -14,7 +14,8 @@ from moe.convert import assign_addresses
 from moe.family_table import DENSE
 from moe.load import FolderError, empty_model, fill
 from trainer.build import build_model
-from trainer.plan import PlanError, card, plan_run
+from trainer.plan import PlanError, plan_run
+from trainer.plan_card import card
 from trainer.recipe import load_recipe
 from trainer.rendezvous import Process
 from trainer.schema import Recipe

@@ -10,7 +10,7 @@ from checkpointing.remote import RemotePath
 from checkpointing.store import write_checkpoint
 from trainer.failpoints import DISK_VARIABLE, Failpoints
 from trainer.faults import DiskFaultSpec, FaultError
-from trainer.plan import card
+from trainer.plan_card import card
 from trainer.recipe import RecipeError, load_recipe, recipe_fingerprint, recipe_to_yaml
 from trainer.runfolder import check_place, checkpoints_of, run_folder
 from trainer.schema import Recipe

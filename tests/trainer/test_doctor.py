@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 import moe.experts
@@ -290,6 +290,23 @@ def test_adapters_of_a_recipe_must_train(sound, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(moe.experts.Experts, "mix", without_adapter)
     assert cli.main(["doctor", str(path)]) == 1
     assert "no gradient reached L00.E000.adapter" in capsys.readouterr().out
+
+
+def test_a_dense_base_of_adapters_is_examined_too(sound, tmp_path, capsys):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    dense = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=260))
+    shutil.copytree(sound["qwen3"], tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors*", "config.json"))
+    dense.save_pretrained(tmp_path / "base")
+    assert cli.main(["doctor", str(tmp_path / "base")]) == 0
+    assert "llama, dense: a base for adapters" in capsys.readouterr().out
+    path = tmp_path / "r.yaml"
+    tail = RECIPE.split("data:")[1].replace("kind: bytes", "kind: model").replace("ep: 2", "ep: 1")
+    path.write_text(f"model: {{path: {tmp_path / 'base'}}}\ndata:{tail}adapter: {{a: {{preset: lora}}}}\n")
+    assert cli.main(["doctor", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "ok          adapters" in out
+    assert "transformers' own modules run a dense model" in out
 
 
 def test_our_loader_must_give_what_transformers_gives(sound, tmp_path, capsys, monkeypatch):

@@ -19,12 +19,12 @@ from trainer.plan import (
     Plan,
     PlanError,
     bank_parameters,
-    card,
     count_by_kind,
     folder_shapes,
     kind_of,
     plan_run,
 )
+from trainer.plan_card import card
 from trainer.recipe import load_recipe
 from trainer.schema import Recipe
 
