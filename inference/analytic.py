@@ -46,9 +46,9 @@ def parse_shape(text: str, known: dict[str, int] | None = None) -> ModelSizes:
         if name not in (*COUNTS, *OPTIONS) or not value:
             raise ShapeError(f"--shape: {part!r} is none of {', '.join(f'{n}=..' for n in (*COUNTS, *OPTIONS))}")
         given[name] = _count(name, value) if name in COUNTS else value
-    for name, value in (known or {}).items():
-        if given.setdefault(name, value) != value:
-            raise ShapeError(f"--shape: {name}={given[name]}, but the trace has {value}; leave it out")
+    for name, count in (known or {}).items():
+        if given.setdefault(name, count) != count:
+            raise ShapeError(f"--shape: {name}={given[name]}, but the trace has {count}; leave it out")
     if missing := [name for name in COUNTS if name not in given]:
         raise ShapeError(f"--shape: {missing[0]} is missing; give {', '.join(f'{name}=..' for name in COUNTS)}")
     if given["top_k"] > given["experts"]:

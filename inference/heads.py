@@ -36,11 +36,11 @@ from torch import Tensor, nn
 from inference.errors import InferenceError
 from inference.foresight import HORIZONS
 from inference.policies import Policy
+from inference.recorded_heads import MAX_ROWS
 from moe.fingerprint import fingerprint
 
 FOLDER, WEIGHTS, MANIFEST = "lookahead", "lookahead.safetensors", "lookahead.json"
 FORMAT = 1
-MAX_ROWS = 32  # up to so many rows of a call are taken for sequences that are decoded together
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 from inference.foresight import HORIZONS
 from moe.tracefile import TraceError
 
-MAX_ROWS = 32  # as in inference.heads, which is not imported for it needs torch
+MAX_ROWS = 32  # up to so many rows of a call are taken for sequences that are decoded together
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class RecordedHeads:
         if len(z_TO) > 1:
             none_O = np.logaddexp(0, z_TO).sum(0)
             z_O = np.where(none_O > 30, none_O, np.log(np.expm1(np.clip(none_O, 1e-12, 30))))
-        return z_O.reshape(len(HORIZONS), self.codes_TLR.shape[1], -1).astype(np.float64)
+        return np.asarray(z_O.reshape(len(HORIZONS), self.codes_TLR.shape[1], -1), dtype=np.float64)
 
     def tail(self, tokens: int) -> RecordedHeads:
         """Of the last ``tokens`` tokens alone."""

@@ -176,7 +176,7 @@ class Timeline:
         heads = self.routing.heads
         if self.kind == "heads" and ahead_2LE is not None:
             following = [(row + d) % self.routing.layers for d in range(1, self.predictor.lead + 1)]
-            return ahead_2LE[0, following]
+            return np.asarray(ahead_2LE[0, following])
         if self.kind == "next_gate" and heads is not None:
             return heads.gate_TLE[tokens, row].astype(np.float64).sum(0)[None]
         return None

@@ -12,10 +12,12 @@ import torch
 from inference.engine import LLM
 from inference.errors import InferenceError
 from inference.foresight import ForeseenReuse
-from inference.heads import FOLDER, MANIFEST, MAX_ROWS, WEIGHTS, Heads, any_of, load_heads, save_heads
-from inference.recorded_heads import heads_file, read_heads
+from inference.heads import FOLDER, MANIFEST, WEIGHTS, Heads, any_of, load_heads, save_heads
+from inference.offload import Crossing
+from inference.recorded_heads import MAX_ROWS, heads_file, read_heads
 from inference.shadow import Hedge, Shadow
 from inference.simulate import FORESEEN, read_routing, replay
+from inference.transfer import SimulatedLink
 from moe.fingerprint import fingerprint
 from moe.tracefile import TraceError
 
@@ -177,3 +179,16 @@ def test_a_trace_that_is_there_is_not_written_over(model_folder, tmp_path):
     with pytest.raises(InferenceError, match="exists; give the trace another name"):
         LLM(model_folder, 0.5, trace=tmp_path / "t")
     assert (tmp_path / "t").read_text() == "mine"
+
+
+def test_prefetching_by_heads_over_a_link_writes_the_same_text(folder, model_folder, prompts):
+    llm = LLM(folder, 0.5, crossing=Crossing("heads", lead=2, link=SimulatedLink()))
+    texts = [g.token_ids for g in llm.generate(prompts[:2], 8)]
+    assert texts == [g.token_ids for g in LLM(model_folder).generate(prompts[:2], 8)]
+    assert llm.executor.prefetcher.predictor.wanted > 0  # heads did suggest
+    assert llm.cache.policy.uses_heads
+
+
+def test_prefetching_by_heads_without_any_is_refused(model_folder):
+    with pytest.raises(InferenceError, match="no lookahead heads"):
+        LLM(model_folder, 0.5, crossing=Crossing("heads", link=SimulatedLink()))
