@@ -178,7 +178,7 @@ class Timeline:
             following = [(row + d) % self.routing.layers for d in range(1, self.predictor.lead + 1)]
             return np.asarray(ahead_2LE[0, following])
         if self.kind == "next_gate" and heads is not None:
-            return heads.gate_TLE[tokens, row].astype(np.float64).sum(0)[None]
+            return np.asarray(heads.gate_TLE[tokens, row].astype(np.float64).sum(0)[None])
         return None
 
     def _settle(self) -> None:
