@@ -76,8 +76,8 @@ class ForeseenReuse(ExpectedReuse):
     def chances(self) -> np.ndarray:
         """[2,L,E]: how likely each expert is used within each horizon. Needs heads' word on the newest call."""
         assert self._ahead_2LE is not None
-        rates_2LE = np.einsum("hf,lfe->hle", self.head_weights_2F[:, :-1], self._x_LFE)
-        return logistic(rates_2LE + self.head_weights_2F[:, -1, None, None] * self._ahead_2LE)
+        rates_L2E = self.head_weights_2F[:, :-1] @ self._x_LFE
+        return logistic(rates_L2E.swapaxes(0, 1) + self.head_weights_2F[:, -1, None, None] * self._ahead_2LE)
 
     def scores(self) -> Scores:
         if self._ahead_2LE is None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from inference.activation import ExpertMap
 from inference.foresight import ForeseenReuse
 from inference.policies import LRFU, AgedLFU, Flags, LayeredLRU, Policy, Scores
 from inference.reuse import ExpectedReuse
@@ -19,6 +20,7 @@ CANDIDATES: dict[str, PolicyClass] = {
     "layered_lru": LayeredLRU,
     "lrfu": LRFU,
     "aged_lfu": AgedLFU,
+    "expert_map": ExpertMap,
 }
 WITH_HEADS: dict[str, PolicyClass] = {"foreseen_reuse": ForeseenReuse, **CANDIDATES}
 
