@@ -32,6 +32,7 @@ class ForeseenReuse(ExpectedReuse):
         features = len(self.weights_F) + 1
         self._ahead_2LE: np.ndarray | None = None  # of the newest call
         self._told_2LE: np.ndarray | None = None  # of the coming one
+        self._scores_LE: Scores | None = None
         self._own_LE = np.full((layers, experts), np.nan)  # what each layer's last call said of its next turn
         self._last_LE = np.full((layers, experts), -np.inf)  # turn of the last use
         self._turn_L = np.zeros(layers, dtype=int)
@@ -46,6 +47,7 @@ class ForeseenReuse(ExpectedReuse):
 
     def _note(self, row: int, experts_N: np.ndarray) -> None:
         before_2LE, self._ahead_2LE, self._told_2LE = self._ahead_2LE, self._told_2LE, None
+        self._scores_LE = None
         used_E = np.zeros(self.experts)
         used_E[experts_N] = 1
         if before_2LE is not None:
@@ -82,4 +84,6 @@ class ForeseenReuse(ExpectedReuse):
     def scores(self) -> Scores:
         if self._ahead_2LE is None:
             return super().scores()
-        return np.asarray(self.chances().sum(0))
+        if self._scores_LE is None:  # a shadow and the cache itself ask for the same
+            self._scores_LE = np.asarray(self.chances().sum(0))
+        return self._scores_LE
