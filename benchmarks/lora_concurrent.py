@@ -98,8 +98,16 @@ def cases(config: str, device: torch.device, dtype: torch.dtype) -> Iterator[Cas
                 Arm("frozen base, one batch", floor.step, role="floor", exact=False, tokens=tokens),
             ],
             [Claim("time", "8 tenants in one pass", "8 PEFT runs, one by one", _SMALL[config])],
-            tolerance=1e-3 if dtype == torch.float32 else 0.1,
+            tolerance=_tolerance(shape, dtype),
         )
+
+
+def _tolerance(shape: Shape, dtype: torch.dtype) -> float:
+    """In bf16 a token goes to another expert where two are nearly as good and the sums before them round differently;
+    such a choice changes the gradients of both. That the mixture is exact its case in fp32 shows, on a CPU."""
+    if dtype == torch.float32:
+        return 1e-3
+    return 0.35 if shape.routed else 0.1
 
 
 def _twin(model: nn.Module) -> nn.Module:

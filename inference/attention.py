@@ -65,14 +65,14 @@ class GroupedAttention:
 
     def _set_norms(self, module: nn.Module, dtype: torch.dtype) -> None:
         """Over each head (Qwen3), where one product serves queries and keys, or over all heads at once (OLMoE)."""
-        self._head_norm: tuple[Tensor, float] | None = None
+        self._head_norm: Norm | None = None
         self._row_norms: tuple[Norm, Norm] | None = None
         if getattr(module, "q_norm", None) is None:
             return
         q, k = Norm.of(module.q_norm, dtype), Norm.of(module.k_norm, dtype)
         if q.weight_H.numel() == self._width and q.eps == k.eps:
             scales = q.weight_H.expand(self._heads, -1), k.weight_H.expand(self._kv_heads, -1)
-            self._head_norm = torch.cat(scales), q.eps
+            self._head_norm = Norm(torch.cat(scales), q.eps)
         else:
             self._row_norms = q, k
 
@@ -81,8 +81,7 @@ class GroupedAttention:
         qkv_RXD = self._projected(x_RH).unflatten(-1, (-1, self._width))
         qk_RXD = qkv_RXD[:, :turned]
         if self._head_norm is not None:
-            weight_XD, eps = self._head_norm
-            qk_RXD = F.rms_norm(qk_RXD, (self._width,), None, eps) * weight_XD
+            qk_RXD = self._head_norm(qk_RXD)
         qkv_RXD[:, :turned] = rotated(qk_RXD, step.cos_R1D, step.sin_R1D)
         self._kv.positions_PCD[self._layer].index_copy_(0, step.slot_R, qkv_RXD[:, self._heads :])
         return self._out(self._mixed(qkv_RXD[:, : self._heads], step.groups[self.window]))
@@ -96,9 +95,9 @@ class GroupedAttention:
         return qkv if self._clip is None else qkv.clamp(-self._clip, self._clip)
 
     def _mixed(self, q_RHD: Tensor, groups: tuple[Group, ...]) -> Tensor:
-        if len(groups) == 1 and groups[0].sequences * groups[0].queries == len(q_RHD):
+        if len(groups) == 1 and groups[0].sequences * groups[0].queries == q_RHD.shape[0]:
             return self._attended(q_RHD, groups[0])
-        out_RX = q_RHD.new_empty(len(q_RHD), self._heads * self._width)
+        out_RX = q_RHD.new_empty(q_RHD.shape[0], self._heads * self._width)
         for group in groups:
             out_RX[group.rows] = self._attended(q_RHD[group.rows], group)
         return out_RX
@@ -107,7 +106,7 @@ class GroupedAttention:
         """[R, H*D] of a group's rows."""
         cached_BLCD = gathered(self._kv.layers_NSCD[self._layer], group)
         k_BKLD, v_BKLD = cached_BLCD.transpose(1, 2).split(self._kv_heads, dim=1)
-        rows = len(q_RHD)
+        rows = q_RHD.shape[0]
         if group.queries == 1:  # the heads that share a key are the rows of one product
             q_BKGD = q_RHD.view(rows, self._kv_heads, -1, self._width)
             if self._sinks_KG is None:

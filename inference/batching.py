@@ -217,9 +217,13 @@ class Engine:
                 if len(sequence.tokens) == sequence.prompt:
                     self.counts.reused += sequence.reused
                 self.counts.new_tokens += 1
-                outputs.append(self._answers[sequence.id].add(new, self.eos))
-                if outputs[-1].finish is not None:
-                    self._remove(sequence.id)
+                try:
+                    outputs.append(self._answers[sequence.id].add(new, self.eos))
+                except Exception as error:  # of the tokenizer, which may not know all tokens of its model
+                    outputs += self._fail([chunk], error)
+                else:
+                    if outputs[-1].finish is not None:
+                        self._remove(sequence.id)
         return outputs + self._fail(damaged, InferenceError(_NOT_FINITE)) if damaged else outputs
 
     def _remove(self, name: str) -> Answer:

@@ -78,12 +78,15 @@ def _beside(parts: Sequence[Tensor]) -> Tensor:
     return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
 
 
-@dataclass(frozen=True)
 class Norm:
     """Root mean square normalisation (Zhang and Sennrich, arXiv 1910.07467), as transformers' modules do it."""
 
-    weight_H: Tensor
-    eps: float
+    def __init__(self, weight_H: Tensor, eps: float) -> None:
+        self.weight_H, self.eps = weight_H, eps
+        self._shape, self._share = tuple(weight_H.shape[-1:]), 1 / weight_H.shape[-1]
+        self._eps = torch.tensor(eps, dtype=weight_H.dtype)
+        # torch's own is one kernel on a GPU, but six small operations on a CPU, where each costs more than its work.
+        self._short = weight_H.device.type == "cpu" and weight_H.dtype in (torch.float32, torch.float64)
 
     @classmethod
     def of(cls, module: nn.Module, dtype: torch.dtype) -> Norm:
@@ -91,7 +94,13 @@ class Norm:
         return cls(module.weight.detach().to(dtype), float(module.eps if eps is None else eps))
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight_H.shape, self.weight_H, self.eps)
+        """Over the last axis. ``weight_H`` may have more axes, [.,H]: other weights for other heads."""
+        if self._short:
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            return x * torch.addcmul(self._eps, norm, norm, value=self._share).rsqrt_() * self.weight_H
+        if self.weight_H.dim() == 1:
+            return F.rms_norm(x, self._shape, self.weight_H, self.eps)
+        return F.rms_norm(x, self._shape, None, self.eps) * self.weight_H
 
 
 class GatedMLP:

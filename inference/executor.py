@@ -14,7 +14,7 @@ Shapes: T tokens, K choices, N = T*K rows sorted by expert, L layers by row, E e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from inference.cache import ExpertCache, Loan, Wanted
-from inference.experts import Call, OffloadedExperts
+from inference.experts import Call, CpuRows, OffloadedExperts
 from inference.prefetch import Prefetcher
 from inference.streaming import LayerStream
 from inference.transfer import Transfer, TransferEngine
@@ -36,6 +36,20 @@ class CpuLane(Protocol):
     """Computes experts where they lie in host memory; see :class:`inference.cpu_experts.CpuExperts`."""
 
     def submit(self, layer: int, work: Sequence[tuple[int, int]], x_NH: Tensor) -> Any: ...
+
+
+class SlotLane(Protocol):
+    """Computes a call of few rows; see :class:`inference.slot_calls.SlotCalls`."""
+
+    def run(
+        self,
+        call: Call,
+        x_TH: Tensor,
+        index_TK: Tensor,
+        weights_TK: Tensor,
+        groups: Iterable[Sequence[Loan]],
+        elsewhere: CpuRows | None,
+    ) -> Tensor: ...
 
 
 Plan = Callable[[list[tuple[int, int]], list[int], dict[int, float]], tuple[Sequence[int], Sequence[int]]]
@@ -60,6 +74,8 @@ class Executor:
         plan: from (expert, rows) of the missing, the rows of the resident, and how much each missing one is worth
             keeping, to (fetched, computed on the CPU).
         stream: buffers for calls of many rows; None serves them through the slots, in groups.
+        slot_calls: kernels for calls of few rows (:class:`inference.slot_calls.SlotCalls`), where there are any.
+        many_pairs: (token, choice) pairs above which rows are many.
     """
 
     def __init__(
@@ -71,14 +87,20 @@ class Executor:
         cpu: CpuLane | None = None,
         plan: Plan | None = None,
         stream: LayerStream | None = None,
+        slot_calls: SlotLane | None = None,
         many_pairs: int = MANY_PAIRS,
     ) -> None:
         assert (cpu is None) == (plan is None)
         self.cache, self.transfers, self.prefetcher = cache, transfers, prefetcher
-        self.cpu, self.plan, self.stream = cpu, plan, stream
+        self.cpu, self.plan, self.stream, self.slot_calls = cpu, plan, stream, slot_calls
         self.many_pairs = many_pairs
         self.cpu_computed = 0  # experts, one for each call that the CPU computed them in
         self._failed = False
+
+    def rest(self) -> None:
+        """Have what is under way arrive, so that another may serve calls from the same slots."""
+        if self.prefetcher is not None:
+            self.prefetcher.finish()
 
     def begin(self) -> None:
         """A new sequence starts."""
@@ -111,9 +133,11 @@ class Executor:
         wanted = self.cache.use(module.layer, call.experts)
         # An adapter's deltas belong between an expert's products: those experts are computed where the adapter is.
         fetch, on_cpu = (wanted.missing, []) if module.adapter is not None else self._split(row, wanted, call)
-        pending = self._start_cpu(module.layer, on_cpu, call, x_TH)
+        elsewhere = self._start_cpu(module.layer, on_cpu, call, x_TH)
         groups = self._groups(row, module.layer, wanted, fetch, read)
-        return module.compute(call, x_TH, weights_TK, groups, pending)
+        if self.slot_calls is not None and module.adapter is None and len(call.order_N) <= self.many_pairs:
+            return self.slot_calls.run(call, x_TH, index_TK, weights_TK, groups, elsewhere)
+        return module.compute(call, x_TH, weights_TK, groups, elsewhere)
 
     def _read_back(self, row: int, module: OffloadedExperts, x_TH: Tensor, index_TK: Tensor) -> ReadBack:
         part = getattr(self.prefetcher and self.prefetcher.predictor, "device_part", None)
@@ -136,23 +160,16 @@ class Executor:
         assert sorted([*fetch, *on_cpu]) == sorted(wanted.missing), (fetch, on_cpu, wanted)
         return list(fetch), list(on_cpu)
 
-    def _start_cpu(self, layer: int, experts: list[int], call: Call, x_TH: Tensor) -> Callable[[Tensor], None] | None:
-        """Have the CPU begin; returns what puts its results into the call's rows."""
+    def _start_cpu(self, layer: int, experts: list[int], call: Call, x_TH: Tensor) -> CpuRows | None:
+        """Have the CPU begin."""
         if not experts:
             return None
         assert self.cpu is not None
         self.cpu_computed += len(experts)
         tokens = np.concatenate([call.token_N[call.rows[expert]] for expert in experts])
         x_NH = x_TH.cpu()[torch.from_numpy(tokens)]
-        sizes = [call.rows[expert].stop - call.rows[expert].start for expert in experts]
-        pending = self.cpu.submit(layer, list(zip(experts, sizes, strict=True)), x_NH)
-
-        def fill(y_NH: Tensor) -> None:
-            done_NH = pending.result().to(device=y_NH.device, dtype=y_NH.dtype)
-            for expert, part in zip(experts, done_NH.split(sizes), strict=True):
-                y_NH[call.rows[expert]] = part
-
-        return fill
+        work = [(expert, call.rows[expert].stop - call.rows[expert].start) for expert in experts]
+        return CpuRows(experts, self.cpu.submit(layer, work, x_NH))
 
     def _groups(self, row: int, layer: int, wanted: Wanted, fetch: list[int], read: ReadBack) -> Iterator[list[Loan]]:
         """The experts of a call as they become usable; each group is computed before the next is asked for."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from inference.cache import ExpertCache, Loan
 from inference.errors import InferenceError
+from inference.expert_block import ExpertShape
 from moe.form import ExpertForm
 from moe.kernels.activation import split
 
@@ -67,6 +68,39 @@ class Call:
         row_N = np.empty_like(self.order_N)
         row_N[self.order_N] = np.arange(len(row_N))
         return np.sort(row_N.reshape(self.choices, self.tokens), axis=0)
+
+
+@dataclass(frozen=True)
+class CpuRows:
+    """Experts of a call that the CPU computes, beside whatever else is under way.
+
+    Attributes:
+        pending: its ``result()`` waits, and is float32 [rows of these experts, H], expert by expert, unweighted.
+    """
+
+    experts: list[int]
+    pending: Any
+
+    def fill(self, call: Call, y_NH: Tensor) -> None:
+        """Put the results into the call's rows."""
+        done_NH = self.result().to(device=y_NH.device, dtype=y_NH.dtype)
+        sizes = [call.rows[expert].stop - call.rows[expert].start for expert in self.experts]
+        for expert, part in zip(self.experts, done_NH.split(sizes), strict=True):
+            y_NH[call.rows[expert]] = part
+
+    def pairs(self, call: Call) -> np.ndarray:
+        """(token, choice) pairs t * K + k of the rows of :meth:`result`."""
+        row_N = np.concatenate([call.order_N[call.rows[expert]] for expert in self.experts])
+        return np.asarray(row_N % call.tokens * call.choices + row_N // call.tokens)
+
+    def result(self) -> Tensor:
+        done_NH: Tensor = self.pending.result()
+        return done_NH
+
+
+def computable(shape: ExpertShape) -> bool:
+    """Whether the kernels that read slots know the experts' form."""
+    return shape.plain and shape.form.act == "silu"
 
 
 class Arithmetic:
@@ -124,8 +158,30 @@ class OffloadedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if self.executor is not None:
             return self.executor.run(self, hidden_states, top_k_index, top_k_weights)
+        if len(top_k_index) == 1 and self.adapter is None:
+            return self._one(hidden_states, top_k_index, top_k_weights)
         call = Call.of(top_k_index.numpy(), self.num_experts)
         return self.compute(call, hidden_states, top_k_weights, self.cache.lend(self.layer, call.experts))
+
+    def _one(self, x_1H: Tensor, index_1K: Tensor, weights_1K: Tensor) -> Tensor:
+        """A single token, of which every expert has one row: :meth:`compute` without gathering, for the same bits."""
+        do, chosen = self.arithmetic, index_1K[0].tolist()
+        experts = sorted(chosen)
+        if experts[-1] >= self.num_experts:
+            raise InferenceError(f"a gate chose expert {experts[-1]} of {self.num_experts}: the model is damaged")
+        y_K1H = x_1H.new_empty(len(experts), *x_1H.shape)
+        y_1H = y_K1H.unbind()
+        for group in self.cache.lend(self.layer, experts):
+            a_G1I = do.between(torch.stack([do.up(x_1H, loan) for loan in group]))
+            for a_1I, loan in zip(a_G1I.unbind(), group, strict=True):
+                do.down(a_1I, loan, y_1H[experts.index(loan.expert)])
+        score_K = weights_1K[0].index_select(0, torch.tensor([chosen.index(expert) for expert in experts]))
+        y_K1H = (y_K1H * score_K.view(-1, 1, 1)).to(x_1H.dtype)
+        first, *others = y_K1H.unbind()
+        out_1H = first.clone()
+        for y_1H in others:
+            out_1H += y_1H
+        return out_1H
 
     def compute(
         self,
@@ -133,18 +189,17 @@ class OffloadedExperts(nn.Module):
         x_TH: Tensor,
         weights_TK: Tensor,
         groups: Iterable[Sequence[Loan]],
-        elsewhere: Callable[[Tensor], None] | None = None,
+        elsewhere: CpuRows | None = None,
     ) -> Tensor:
-        """The call, its experts lent in ``groups``, each valid until the next is asked for.
-
-        ``elsewhere`` fills the rows [N,H] of experts that are in no group.
+        """The call, its experts lent in ``groups``, each valid until the next is asked for; those that are in none are
+        computed ``elsewhere``.
         """
         if call.tokens == 1:
             y_NH = self._unweighted(call, x_TH.expand(call.choices, -1), groups)
         else:
             y_NH = self._unweighted(call, x_TH.index_select(0, _on(call.token_N, x_TH)), groups)
         if elsewhere is not None:
-            elsewhere(y_NH)
+            elsewhere.fill(call, y_NH)
         score_N = weights_TK.t().reshape(-1).index_select(0, _on(call.order_N, x_TH))
         y_NH = (y_NH * score_N[:, None]).to(x_TH.dtype)
         return add_up(call, y_NH)

@@ -5,6 +5,7 @@ Without a link, on a CPU, there is nothing of this: what is mapped into memory i
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,8 @@ from inference.cache import ExpertCache
 from inference.calibrate import ExpertKind, machine_profile
 from inference.costmodel import MachineProfile
 from inference.errors import InferenceError
-from inference.executor import Executor
-from inference.experts import Arithmetic
+from inference.executor import Executor, SlotLane
+from inference.experts import Arithmetic, computable
 from inference.hybrid import open_cpu_lane
 from inference.lookahead import DevicePart, next_gates
 from inference.predictors import PREDICTORS, Lookahead, Predictor
@@ -92,8 +93,9 @@ def open_executor(
     profile = _profile(cache, device, crossing) if crossing.cpu and not all_resident else None
     banks = ExpertBanks(cache.store, cache.layout, registrar, start=crossing.pin and not all_resident)
     transfers = TransferEngine(link, banks)
+    slot_calls = _slot_calls(cache, device)
     if all_resident:
-        return Executor(cache, transfers)
+        return Executor(cache, transfers, slot_calls=slot_calls)
     predictor = _predictor(cache, gates, top_k, crossing, heads)
     prefetcher = None
     if predictor is not None and cache.slots:
@@ -106,6 +108,7 @@ def open_executor(
         cpu=lane and lane.experts,
         plan=lane and lane.plan,
         stream=LayerStream(cache, transfers),
+        slot_calls=slot_calls,
     )
 
 
@@ -113,6 +116,15 @@ def _profile(cache: ExpertCache, device: torch.device, crossing: Crossing) -> Ma
     shape = cache.store.shape
     kind = ExpertKind(shape.hidden, shape.intermediate, cache.layout.dtype)
     return crossing.profile or machine_profile(kind, device)
+
+
+def _slot_calls(cache: ExpertCache, device: torch.device) -> SlotLane | None:
+    """Kernels for few rows, where Triton is and the experts' form is theirs."""
+    if device.type != "cuda" or not computable(cache.store.shape) or importlib.util.find_spec("triton") is None:
+        return None
+    from inference.slot_calls import SlotCalls
+
+    return SlotCalls(cache)
 
 
 def _predictor(

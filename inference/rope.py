@@ -72,8 +72,7 @@ class RopeTable:
 
 def rotated(x_RHD: Tensor, cos_R1D: Tensor, sin_R1D: Tensor) -> Tensor:
     """Heads in which a pair's numbers are D/2 apart."""
-    swapped_RHD = x_RHD.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    return torch.addcmul(x_RHD * cos_R1D, swapped_RHD, sin_R1D)
+    return torch.addcmul(x_RHD * cos_R1D, x_RHD.roll(x_RHD.shape[-1] // 2, -1), sin_R1D)
 
 
 def rotated_pairs(x_RHD: Tensor, cos_R1D: Tensor, sin_R1D: Tensor) -> Tensor:

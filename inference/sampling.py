@@ -88,7 +88,8 @@ def choose(logits_RV: Tensor, choosers: Sequence[TokenChooser]) -> list[Chosen |
         choosers: one for each row.
     """
     best_R, token_R = logits_RV.max(dim=-1)  # of equal ones the first
-    finite, tokens = best_R.isfinite().tolist(), token_R.tolist()
+    tokens = token_R.masked_fill(~best_R.isfinite(), -1).tolist()  # one read of a GPU's memory
+    finite = [token >= 0 for token in tokens]
     drawn = [row for row, chooser in enumerate(choosers) if finite[row] and not chooser.plain]
     if drawn:
         copy_RV = logits_RV[drawn].to("cpu", torch.float32)  # taking rows by number copies them
@@ -97,7 +98,8 @@ def choose(logits_RV: Tensor, choosers: Sequence[TokenChooser]) -> list[Chosen |
             tokens[row] = token
     logprobs = _logprobs(logits_RV, tokens, choosers)
     for token, chooser in zip(tokens, choosers, strict=True):
-        chooser.note(token)
+        if token >= 0:
+            chooser.note(token)
     return [Chosen(tokens[row], logprobs.get(row)) if good else None for row, good in enumerate(finite)]
 
 
@@ -185,7 +187,8 @@ def _keep_from(logits_RV: Tensor, rows: Sequence[int], least_R1: Tensor) -> None
 
 def _logprobs(logits_RV: Tensor, tokens: Sequence[int], choosers: Sequence[TokenChooser]) -> dict[int, TokenLogprobs]:
     """By row, for the rows that ask."""
-    asked = {row: c.params.logprobs for row, c in enumerate(choosers) if c.params.logprobs is not None}
+    several = enumerate(zip(tokens, choosers, strict=True))
+    asked = {row: c.params.logprobs for row, (token, c) in several if token >= 0 and c.params.logprobs is not None}
     if not asked:
         return {}
     rows = list(asked)

@@ -86,15 +86,13 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """The next step. Every sequence has blocks for what is computed; those that generate come first."""
-        waiting_before = len(self.waiting)
         chunks = [self._chunk(sequence, 1) for sequence in self._generating()]
         left = self.max_rows - len(chunks)
         for sequence in self.running:
             if left and (missing := len(sequence.tokens) - sequence.computed) > 1:
                 chunks.append(self._chunk(sequence, min(missing, left)))
                 left -= chunks[-1].rows
-        crowded = len(self.waiting) > waiting_before  # what was just given up must not be taken at once
-        while left and self.waiting and not crowded and len(self.running) < self.max_sequences:
+        while left and self.waiting and len(self.running) < self.max_sequences:
             if (joined := self._admit()) is None:
                 break
             chunks.append(self._chunk(joined, min(len(joined.tokens) - joined.computed, left)))
@@ -132,6 +130,8 @@ class Scheduler:
 
     def _admit(self) -> Sequence | None:
         sequence = self.waiting[0]
+        if self.pool.reuse and any(self._worth_waiting_for(other, sequence) for other in self.running):
+            return None
         # Each that runs may need a block soon; without these to spare, one that joins would be the first to give up.
         table = self.pool.begin(sequence.adapter, sequence.tokens, spare=len(self.running))
         if table is None:
@@ -142,6 +142,16 @@ class Scheduler:
         if len(sequence.tokens) == sequence.prompt:
             sequence.reused = table.reused
         return sequence
+
+    def _worth_waiting_for(self, other: Sequence, sequence: Sequence) -> bool:
+        """Whether ``other`` is about to compute blocks of its prompt that ``sequence`` could share afterwards."""
+        size = self.pool.block_size
+        end = min(other.prompt, len(sequence.tokens) - 1) // size * size
+        begin = other.computed // size * size
+        if other.adapter != sequence.adapter or begin >= end:
+            return False
+        first = begin + size
+        return other.tokens[:first] == sequence.tokens[:first]
 
     def _release(self, sequence: Sequence, *, forget: bool = False) -> list[int]:
         assert sequence.table is not None

@@ -1,7 +1,8 @@
 """A whole expert layer with low-rank pairs as one function that keeps little for its backward.
 
-As :mod:`moe.kernels.minimal`: kept are x, the routing and the pre-activations (LoRA's part in them included), of those
-as many as :func:`lora.fold.kept_rows` says, and ``A x``. The activation and the gathered rows are computed again.
+As :mod:`moe.kernels.minimal`: kept are x, the routing and the pre-activations (the fused pass keeps LoRA's part out of
+them), of those as many as :func:`lora.fold.kept_rows` says, and ``A x``. The activation and the gathered rows are
+computed again.
 The score multiplies before the down projection, and before its pair, which is linear, too.
 
 Shapes: R rows, K choices per row, L local experts, N sorted pairs, H hidden, I intermediate.
@@ -9,6 +10,8 @@ Shapes: R rows, K choices per row, L local experts, N sorted pairs, H hidden, I 
 
 from __future__ import annotations
 
+import functools
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +21,7 @@ from torch import Tensor
 from lora import expert_grouped, expert_loops
 from lora.expert_pairs import Kept, PairFacts, PairGradients, Pairs
 from lora.fold import kept_rows
+from lora.fused import refuses_fused_experts
 from moe.assignment import Assignment
 from moe.kernels.minimal import graph_is_kept
 from moe.kernels.probe import refuses_grouped
@@ -36,13 +40,26 @@ def adapted_mix(x_RH: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assi
     ranks = sum(a_LRM.shape[1] for a_LRM in pairs.factors[::2])
     # Settled without gradients, too: it decides which experts share a pass, and so the last bits.
     keep = kept_rows(assignment.pair_N.numel(), x_RH.shape[0], experts, hidden, inner, ranks)
-    return _AdaptedMix.apply(_how(stack), keep, learns, stack, assignment, pairs.facts, *tensors).to(x_RH.dtype)
+    how = _how(stack)
+    if how is expert_grouped and not _refuses_fused(stack, pairs):
+        how = importlib.import_module("lora.expert_fused")
+    return _AdaptedMix.apply(how, keep, learns, stack, assignment, pairs.facts, *tensors).to(x_RH.dtype)
 
 
 def _how(stack: Stack) -> ModuleType:
-    hidden, inner = stack.down_LHI.shape[1:]
-    refused = refuses_grouped(stack.up_L.device, stack.up_L.dtype, hidden, inner, 2 * inner)
-    return expert_loops if refused else expert_grouped
+    return _products(stack.up_L.device, stack.up_L.dtype, *stack.down_LHI.shape[1:])
+
+
+@functools.cache
+def _products(device: torch.device, dtype: torch.dtype, hidden: int, inner: int) -> ModuleType:
+    return expert_loops if refuses_grouped(device, dtype, hidden, inner, 2 * inner) else expert_grouped
+
+
+def _refuses_fused(stack: Stack, pairs: Pairs) -> str | None:
+    there = [pair for pair in (pairs.up, pairs.down) if pair is not None]
+    dropout, rank = max(pair.dropout for pair in there), max(pair.a_LRM.shape[1] for pair in there)
+    weight, biased = stack.up_L, stack.up_bias_L2I is not None
+    return refuses_fused_experts(weight.device, weight.dtype, stack.form, biased, pairs.way, dropout, rank)
 
 
 class _AdaptedMix(torch.autograd.Function):
@@ -66,7 +83,7 @@ class _AdaptedMix(torch.autograd.Function):
             else:
                 out_RH, kept = torch.zeros_like(x_RH), Kept(*(x_RH.new_empty(0),) * 3)
         if learns:
-            parts = (kept.h_P2I, kept.z_up_NQ, kept.z_down_NQ)
+            parts = (kept.h_P2I, kept.z_up_NQ, kept.z_down_NQ, kept.table_X)
             parts += (assignment.pair_N, assignment.slot_RK, assignment.counts_L)
             frozen = (stack.up_L, stack.down_L, stack.up_bias_L2I, stack.down_bias_LH)
             ctx.save_for_backward(x_RH, weights_RK, *parts, *frozen, *factors)
@@ -82,8 +99,8 @@ class _AdaptedMix(torch.autograd.Function):
             )
         how, keep, form, complete, facts = ctx.known
         x_RH, weights_RK, *rest = ctx.saved_tensors
-        kept, assignment = Kept(*rest[:3]), Assignment(*rest[3:6], complete)
-        stack, pairs = Stack(*rest[6:10], form), facts.pairs(rest[10:])
+        kept, assignment = Kept(*rest[:4]), Assignment(*rest[4:7], complete)
+        stack, pairs = Stack(*rest[7:11], form), facts.pairs(rest[11:])
         needs_x = ctx.needs_input_grad[6]
         with torch.autocast(x_RH.device.type, enabled=False):
             if assignment.pair_N.numel():

@@ -63,11 +63,12 @@ class Pairs:
 @dataclass(frozen=True)
 class Kept:
     """What a forward leaves for its backward: the pre-activations of the first pairs [P,2I], and ``A x`` of both sides,
-    [N,Q] (Q = 0 without a pair; of folded experts undefined)."""
+    [N,Q] (Q = 0 without a pair; of folded experts undefined). ``table_X``: of the fused pass, where its tiles are."""
 
     h_P2I: Tensor
     z_up_NQ: Tensor
     z_down_NQ: Tensor
+    table_X: Tensor | None = None
 
 
 @dataclass

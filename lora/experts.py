@@ -18,8 +18,10 @@ from lora.expert_mix import adapted_mix
 from lora.expert_pairs import Pair, Pairs
 from lora.factors import factored_delta, stacked_init, start_init
 from lora.fold import Way, reason
+from lora.fused import refuses_fused_experts
 from lora.methods import EXPERT_TENSORS
 from moe.assignment import Assignment
+from moe.kernels.backend import Site
 from moe.kernels.stack import Stack
 from moe.refs import TensorAddress
 
@@ -154,13 +156,15 @@ class ExpertLoRA(nn.Module):
     def _factors(self, name: str) -> StackedFactors | None:
         return getattr(self, name, None)
 
-    @property
-    def reason(self) -> str:
-        """How the pairs run, and why."""
+    def reason(self, site: Site) -> str:
+        """How the pairs of experts at ``site`` run, and why."""
         each = {name: factors for name, factors in self.named_children() if isinstance(factors, StackedFactors)}
-        return ", ".join(
-            f"{name} {reason(self.way, f.in_features, f.out_features, f.dropout)}" for name, f in each.items()
-        )
+        dropout, rank = max(f.dropout for f in each.values()), max(f.A.shape[1] for f in each.values())
+        refused = refuses_fused_experts(site.device, site.dtype, site.form, site.biased, self.way, dropout, rank)
+        if not refused:
+            return f"{', '.join(each)} split, in Triton kernels that do what stands beside the products"
+        ways = (f"{name} {reason(self.way, f.in_features, f.out_features, f.dropout)}" for name, f in each.items())
+        return f"{', '.join(ways)}; {refused}"
 
     def probes(self) -> list[tuple[str, nn.Parameter]]:
         """What starts at zero and must get a gradient, by name in this module."""

@@ -6,6 +6,7 @@ Shapes: E experts (L of them local), N rows, R rank, M inputs, O outputs.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora.fused import refuses_fused
 from moe.kernels.grouped import choose_backend, grouped_linear
 
 
@@ -100,6 +102,8 @@ def factored_delta(x_NM: Tensor, a_LRM: Tensor, b_LOR: Tensor, counts_L: Tensor,
 
     A factor with one entry in place of L is shared by all experts.
     """
+    if not refuses_fused(x_NM.device, x_NM.dtype, a_LRM.shape[1]):
+        return _fused(None, x_NM, a_LRM, b_LOR, counts_L, scale)
     local = counts_L.shape[0]
     a_LRM, b_LOR = (t.to(x_NM.dtype).expand(local, -1, -1) for t in (a_LRM, b_LOR))
     backend = choose_backend(x_NM.device, x_NM.dtype, a_LRM.shape[2], b_LOR.shape[1]).name
@@ -107,6 +111,20 @@ def factored_delta(x_NM: Tensor, a_LRM: Tensor, b_LOR: Tensor, counts_L: Tensor,
         return FactoredDelta.apply(x_NM, a_LRM, b_LOR, counts_L.tolist(), scale)
     z_NR = grouped_linear(x_NM, aligned(a_LRM, 1), counts_L, backend) * scale
     return grouped_linear(z_NR, aligned(b_LOR, 2), counts_L, backend)
+
+
+def add_factored_delta(
+    y_NO: Tensor, x_NM: Tensor, a_LRM: Tensor, b_LOR: Tensor, counts_L: Tensor, scale: float
+) -> Tensor:
+    """``y`` plus :func:`factored_delta`; y may be overwritten."""
+    if not refuses_fused(x_NM.device, x_NM.dtype, a_LRM.shape[1]):
+        return _fused(y_NO, x_NM, a_LRM, b_LOR, counts_L, scale)
+    return y_NO + factored_delta(x_NM, a_LRM, b_LOR, counts_L, scale)
+
+
+def _fused(y_NO: Tensor | None, x_NM: Tensor, a_LRM: Tensor, b_LOR: Tensor, counts_L: Tensor, scale: float) -> Tensor:
+    delta = importlib.import_module("lora.factored_fused").FusedDelta
+    return delta.apply(y_NO, x_NM, a_LRM.to(x_NM.dtype), b_LOR.to(x_NM.dtype), counts_L, scale)
 
 
 def aligned(factor: Tensor, axis: int) -> Tensor:

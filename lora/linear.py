@@ -6,6 +6,7 @@ they share it), X = E*R.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -14,9 +15,10 @@ from torch.nn import functional as F
 
 from lora.config import BankAt
 from lora.factors import stacked_init
+from lora.fused import refuses_fused
 from lora.objectives import contrastive_loss, real_tokens
 from lora.output_scores import output_scores
-from lora.rank_space import RankSpace, ScaledOutput
+from lora.rank_space import RankSpace, ScaledOutput, add_low_rank
 from lora.routers import BankRouter, Decision
 from moe.balance import inject
 from moe.context import current
@@ -65,6 +67,7 @@ class LinearBank(nn.Module):
         if config.router != "none":
             seen = experts * out_features if config.score == "outputs" else in_features
             self.router = BankRouter(f"{path}.router", seen, bank, seed=seed, **place)
+        self.plain = config.router == "none" and not scales and not config.mixer and experts == 1
         self.observe: Callable[[Tensor], None] | None = None
 
     def probes(self) -> list[tuple[str, nn.Parameter]]:
@@ -78,6 +81,14 @@ class LinearBank(nn.Module):
 
     def forward(self, x_TM: Tensor, y_TO: Tensor) -> Tensor:
         """``y_TO``, the frozen layer's output, plus the delta. It is changed in place: nobody else may hold it."""
+        if self.plain and not (self.training and self.here.config.dropout):
+            return add_low_rank(y_TO, x_TM, self.A.to(x_TM.dtype), self.B.to(x_TM.dtype), self.here.scale)
+        if not self._refuses_fused(x_TM):
+            soft = importlib.import_module("lora.soft_fused").SoftSpace
+            y_TO, gate_TE = soft.apply(y_TO, x_TM, self.A, self.B, self.router.weight, self.here.scale)
+            if self.observe is not None:
+                self.observe(gate_TE)
+            return y_TO
         decision = self._decision(x_TM)
         gate_TE = None if decision is None else decision.gate_TE
         if self.observe is not None and gate_TE is not None:
@@ -89,6 +100,20 @@ class LinearBank(nn.Module):
         c_ERR = None if self.C is None else self.C.to(x_TM.dtype)
         y_TO = RankSpace.apply(y_TO, x_TM, a_FRM, c_ERR, b_EOR, gate_TE, self.here.scale, self._dropout())
         return y_TO if decision is None else self._contrasted(y_TO, x_TM, decision)
+
+    def _refuses_fused(self, x_TM: Tensor) -> str | None:
+        """Why :mod:`lora.soft_fused` cannot run for these tokens; None if it can."""
+        config = self.here.config
+        if config.router != "token" or config.combine != "soft" or config.score != "linear" or config.kind == "scale":
+            return "the fused kernels know soft banks with a router of tokens only"
+        if config.mixer or (self.training and (config.dropout or config.jitter)):
+            return "the fused kernels know no mixer, dropout or jitter"
+        if (config.router_aux_loss_coef or config.z_loss_coef) and current().balance:
+            return "the router's gates have a loss of their own"
+        dtype = x_TM.dtype
+        if not x_TM.shape[0] or self.B.dtype != dtype or self.router.weight.dtype != dtype:
+            return "there is nothing to compute, or the bank has another dtype than its input"
+        return refuses_fused(x_TM.device, dtype, self.here.r, self.here.num_experts * self.here.r)
 
     def _decision(self, x_TM: Tensor) -> Decision | None:
         if self.router is None:

@@ -71,6 +71,15 @@ class RankSpace(torch.autograd.Function):
         return dy_TO, dx_TM, da_FRM, dc_ERR, db_EOR, dgate_TE, None, None
 
 
+def add_low_rank(y_TO: Tensor, x_TM: Tensor, a_1RM: Tensor, b_1OR: Tensor, scale: float) -> Tensor:
+    """``y + s B A x`` of one pair without dropout, added to y in place; differentiable, and keeps x and ``A x``.
+
+    Torch's own operations: a pair is so few of them that a function in Python costs a GPU's host more than they do.
+    """
+    z_TR = F.linear(x_TM, a_1RM.flatten(0, 1))
+    return y_TO.addmm_(z_TR, b_1OR.flatten(0, 1).T, alpha=scale)
+
+
 def _side_by_side(b_EOR: Tensor) -> Tensor:
     """[O, X]."""
     return b_EOR.transpose(0, 1).flatten(1)

@@ -13,6 +13,7 @@ Shapes: T tokens, K choices of each, E experts of the bank, N pairs sorted by ex
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +23,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lora.factors import aligned
+from lora.fused import refuses_fused
 from lora.pairs import collect_rows, spread_rows
 from moe.assignment import Assignment
 from moe.form import ExpertForm
 from moe.kernels.activation import between, differentiate, gated
 from moe.kernels.grouped import choose_backend, grouped_linear
+from moe.kernels.probe import is_plain_silu
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,19 @@ def mix(
     factors = tuple(t.to(dtype) for t in stacks.tensors)
     if choose_backend(u_TI.device, dtype, x_TH.shape[1], u_TI.shape[1]).name == "loop":
         return _Mix.apply(x_TH, u_TI, v_TI, gate_TK, *factors, keep_NI, assignment, form, scales)
+    if not _refuses_fused(u_TI, stacks, form):
+        fused = importlib.import_module("lora.shared_fused").FusedMix
+        return fused.apply(x_TH, u_TI, v_TI, gate_TK, *factors, keep_NI, assignment, scales.s, scales.s_down)
     inputs = (x_TH, u_TI, v_TI, gate_TK, *_aligned(*factors))
     return checkpoint(
         _grouped, *inputs, keep_NI, assignment, form, scales, use_reentrant=False, preserve_rng_state=False
     )
+
+
+def _refuses_fused(u_TI: Tensor, stacks: Stacks, form: ExpertForm) -> str | None:
+    if not is_plain_silu(form):
+        return "the fused kernels know silu only"
+    return refuses_fused(u_TI.device, u_TI.dtype, stacks.b_gate.shape[2])
 
 
 def _aligned(a_in: Tensor, b_gate: Tensor, b_up: Tensor, a_down: Tensor, b_down: Tensor) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora.factors import factored_delta
+from lora.factors import add_factored_delta, factored_delta
 from moe.kernels.grouped import choose_backend, grouped_linear
 
 
@@ -127,7 +127,7 @@ def add_deltas(y_NO: Tensor, x_NM: Tensor, tenants: Sequence[Factors], counts_LA
         groups: the same as the host knows it; read on a CPU.
     """
     if x_NM.is_cuda:
-        return y_NO + _stacked_deltas(x_NM, tenants, counts_LA)
+        return add_factored_delta(y_NO, x_NM, *_stacked(tenants), counts_LA.flatten(), _scale(tenants))
     flat = [factor for tenant in tenants for factor in (tenant.a_LRM, tenant.b_LOR)]
     return AddDeltas.apply(y_NO, x_NM, groups, [tenant.scale for tenant in tenants], *flat)
 
@@ -137,10 +137,17 @@ def _stacked_deltas(x_NM: Tensor, tenants: Sequence[Factors], counts_LA: Tensor)
 
     All tenants have the same banks, so ranks and scales are the same.
     """
-    (scale,) = {tenant.scale for tenant in tenants}
+    return factored_delta(x_NM, *_stacked(tenants), counts_LA.flatten(), _scale(tenants))
+
+
+def _stacked(tenants: Sequence[Factors]) -> tuple[Tensor, Tensor]:
     a_VRM = torch.stack([tenant.a_LRM for tenant in tenants], 1).flatten(0, 1)
-    b_VOR = torch.stack([tenant.b_LOR for tenant in tenants], 1).flatten(0, 1)
-    return factored_delta(x_NM, a_VRM, b_VOR, counts_LA.flatten(), scale)
+    return a_VRM, torch.stack([tenant.b_LOR for tenant in tenants], 1).flatten(0, 1)
+
+
+def _scale(tenants: Sequence[Factors]) -> float:
+    (scale,) = {tenant.scale for tenant in tenants}
+    return scale
 
 
 def frozen_products(x_NM: Tensor, weight_LOM: Tensor, counts_LA: Tensor, groups: Sequence[Group]) -> Tensor:

@@ -112,7 +112,9 @@ class Experts(nn.Module):
         """
         found = choose(self.site, self.wanted_backend)
         how = getattr(self.adapter, "reason", None)
-        return Backend(found.name, f"{found.reason}; adapter: {how}") if how and found.name == "minimal" else found
+        if how is None or found.name != "minimal":
+            return found
+        return Backend(found.name, f"{found.reason}; adapter: {how(self.site)}")
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden_states`` [T,H], ``top_k_index`` [T,K] (global ids), ``top_k_weights`` [T,K] -> [T,H]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,6 +82,15 @@ def test_tokens_do_not_depend_on_what_else_is_served(model_folder, requests, alo
         assert llm.engine._scheduler.preemptions > 0, "the cache was meant to be too small"
     else:
         assert llm.engine.counts.reused > 0, "prompts begin alike"
+
+
+def test_a_batch_has_the_same_bits_at_every_budget(model_folder, requests):
+    asked = [replace(r, params=replace(r.params, logprobs=20)) for r in requests[:8]]
+    runs = []
+    for budget in (0.0, 0.1, 0.25, 1.0):
+        llm = LLM(model_folder, expert_budget=budget, device="cpu", poison=True, max_rows=40, max_sequences=8)
+        runs.append(drive(llm.engine, enumerate(asked)))
+    assert all(run == runs[0] for run in runs[1:]), "tokens, and 20 log probabilities of each"
 
 
 def test_prompts_that_begin_alike_are_computed_once(llm, prompts):
@@ -188,6 +198,24 @@ def test_a_failing_pass_ends_its_own_requests_only(model_folder, prompts, caplog
     assert llm.engine.pool.free == llm.engine.pool.num_blocks
 
 
+def test_a_token_that_the_tokenizer_does_not_know_ends_its_own_request_only(model_folder, prompts, caplog):
+    llm = LLM(model_folder, device="cpu")
+    bad, good = llm.generate([prompts[0], prompts[1]], 8)
+    unknown = next(token for token in bad.token_ids if token not in good.token_ids)
+
+    def decode(ids):
+        if unknown in ids:
+            raise KeyError(unknown)
+        return ""
+
+    llm.engine._decode = decode
+    arrivals = [(0, Request(str(i), tuple(prompts[i]), max_new_tokens=8)) for i in (0, 1)]
+    outputs = drive(llm.engine, arrivals)
+    assert (outputs["0"][-1].finish, outputs["0"][-1].error) == ("error", f"KeyError: {unknown}")
+    assert tuple(tokens(outputs["1"])) == good.token_ids
+    assert "1 requests end" in caplog.text
+
+
 def test_what_is_not_finite_reaches_nobody_else(model_folder, prompts, caplog):
     llm = LLM(model_folder, device="cpu", kv_tokens=96)
     engine, spoilt, sound = llm.engine, tuple(prompts[15] * 2), tuple(prompts[14])
@@ -202,6 +230,7 @@ def test_what_is_not_finite_reaches_nobody_else(model_folder, prompts, caplog):
     assert ends["sound"] == ("length", None)
     assert ends["spoilt"][0] == "error"
     assert "logits are not finite" in ends["spoilt"][1]
+    assert engine._kv.pool_LNSCD.isfinite().all()
     assert tuple(tokens([o for o in outputs if o.id == "sound"])) == expected[0].token_ids
     assert llm.generate([spoilt], 40) == LLM(model_folder, device="cpu").generate([spoilt], 40)
     assert llm.generate([sound, sound], 12) == expected

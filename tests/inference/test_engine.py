@@ -7,6 +7,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DeepseekV2Config,
     DeepseekV3Config,
     GptOssConfig,
     MixtralConfig,
@@ -124,6 +125,17 @@ def test_sampling_repeats_with_its_seed(model_folder, prompts):
     assert sample(5)[0] != sample(5)[1]
 
 
+LATENT = {
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 8,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_shared_experts": 1,
+}
 FAMILIES = {
     MixtralConfig: {"intermediate_size": 48, "num_local_experts": 4, "tie_word_embeddings": True},
     OlmoeConfig: {"intermediate_size": 16, "num_experts": 8},
@@ -134,20 +146,8 @@ FAMILIES = {
         "num_experts": 8,
         "mlp_only_layers": [0],
     },
-    DeepseekV3Config: {
-        "intermediate_size": 48,
-        "moe_intermediate_size": 16,
-        "n_routed_experts": 8,
-        "first_k_dense_replace": 1,
-        "n_group": 2,
-        "topk_group": 1,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-        "n_shared_experts": 1,
-    },
+    DeepseekV2Config: LATENT | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "greedy"},
+    DeepseekV3Config: LATENT | {"q_lora_rank": 16, "n_group": 2, "topk_group": 1},
     GptOssConfig: {"intermediate_size": 16, "num_local_experts": 8, "head_dim": 16},
 }
 
@@ -169,6 +169,10 @@ def test_other_families(family, tmp_path, huggingface_tokens):
     assert [g.token_ids for g in llm.generate(prompts, 24, ignore_eos=True)] == huggingface_tokens(model, prompts, 24)
     with pytest.raises(InferenceError, match="has no tokenizer"):
         llm.generate(["text"], 4)
+    text = list(range(3, 33))
+    for budget in (0.0, 0.1, 0.25, 1.0):
+        other = LLM(tmp_path, expert_budget=budget, device="cpu", poison=True)
+        assert torch.equal(other.logits(text), llm.logits(text)), budget
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import silu
 
 from inference.cache import ExpertCache
-from inference.experts import OffloadedExperts
+from inference.errors import InferenceError
+from inference.experts import Call, OffloadedExperts
 from inference.store import ExpertShape, ExpertStore, TensorFiles
 
 LAYER = 2
@@ -113,3 +114,20 @@ def test_an_adapter_adds_its_deltas(store, weights, slots):
 
 def test_holds_no_parameters(store):
     assert list(offloaded(store, 6).parameters()) == []
+
+
+@pytest.mark.parametrize("slots", [0, 2, 64])
+@pytest.mark.parametrize("seed", range(4))
+def test_one_token_has_the_bits_of_the_general_way(store, slots, seed):
+    x, index, scores = batch(1, seed)
+    experts = offloaded(store, slots)
+    call = Call.of(index.numpy(), 16)
+    want = experts.compute(call, x, scores, experts.cache.lend(LAYER, call.experts))
+    assert torch.equal(offloaded(store, slots)(x, index, scores), want)
+
+
+def test_an_expert_that_is_none_is_refused_for_one_token_too(store):
+    x, index, scores = batch(1)
+    index[0, 2] = 16
+    with pytest.raises(InferenceError, match="a gate chose expert 16 of 16"):
+        offloaded(store, 4)(x, index, scores)

@@ -75,22 +75,31 @@ def test_a_refused_registration_is_a_sentence(device):
         registrar.register(4096, 4096)
 
 
-def linked(store, device, slots, dtype, *, prefetch=False, many_pairs=64):
+def linked(store, device, slots, dtype, *, kernels, prefetch=False, many_pairs=64):
     cache = ExpertCache(store, slots, device=device, dtype=dtype, poison=True)
     banks = ExpertBanks(store, cache.layout, CudaRegistrar(device))
     transfers = TransferEngine(CudaLink(device), banks, chunk_bytes=4096, window_bytes=16384)
     prefetcher = Prefetcher(SameAsLast(4, 16, 4, lead=2), cache, transfers) if prefetch else None
     stream = LayerStream(cache, transfers) if slots < store.total else None
-    executor = Executor(cache, transfers, prefetcher=prefetcher, stream=stream, many_pairs=many_pairs)
+    slot_calls = None
+    if kernels:
+        from inference.slot_calls import SlotCalls
+
+        slot_calls = SlotCalls(cache)
+    executor = Executor(
+        cache, transfers, prefetcher=prefetcher, stream=stream, slot_calls=slot_calls, many_pairs=many_pairs
+    )
     return {layer: OffloadedExperts(cache, layer, silu, executor) for layer in store.layers}
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize("kernels", [False, True], ids=["products", "kernels"])
+@pytest.mark.parametrize("prefetch", [False, True], ids=["demand", "prefetch"])
 @pytest.mark.parametrize("slots", [0, 1, 6, 16])
-def test_bits_do_not_depend_on_what_is_resident(store, device, slots, prefetch, dtype):
-    resident, some = linked(store, device, 64, dtype), linked(store, device, slots, dtype, prefetch=prefetch)
+def test_bits_do_not_depend_on_what_is_resident(store, device, slots, prefetch, kernels, dtype):
+    resident = linked(store, device, 64, dtype, kernels=kernels)
+    some = linked(store, device, slots, dtype, kernels=kernels, prefetch=prefetch)
     for number in range(12):
         tokens = (1, 1, 3, 40)[number % 4]
         for layer in range(4):

@@ -157,6 +157,16 @@ def test_a_prompt_that_begins_alike_is_computed_once():
     assert machine.rows == 16 + 4 + 2 + 16
 
 
+@pytest.mark.parametrize("max_rows", [64, 5])
+def test_prompts_that_arrive_together_are_computed_once_too(max_rows):
+    machine = Machine(num_blocks=64, block_size=4, max_rows=max_rows, max_sequences=5)
+    for name in ("first", "second", "third"):
+        machine.add(name, [*([0, 1, 2, 3] * 4), 4], None, 2)
+    machine.add("other", [0, 1, 2, 3, 0], "a", 1)
+    run(machine)
+    assert machine.rows == 17 + 1 + 1 + 5 + 3, "one prompt, two last tokens, another adapter's, three that follow"
+
+
 def test_what_was_generated_is_shared_too():
     machine = Machine(num_blocks=16, block_size=2, max_rows=64, max_sequences=4)
     first = machine.add("first", [0, 1, 2], None, 6)
@@ -196,6 +206,35 @@ def test_the_youngest_gives_up_and_computes_again():
     assert machine.rows > 2 * (2 + 8), "the young one's tokens were computed twice"
     assert young.new_tokens == alone([1, 0], None, 9)
     assert old.new_tokens == alone([0, 1], None, 9)
+
+
+def test_who_gave_up_goes_on_before_later_arrivals():
+    machine = Machine(num_blocks=7, block_size=2, max_rows=32, max_sequences=2, reuse=False)
+    machine.add("old", [0, 1], None, 11)
+    young, late = machine.add("young", [1, 0] * 3, None, 6), machine.add("late", [1, 1], None, 1)
+    while "young" not in machine.done:
+        machine.step()
+        assert late.id not in machine.done or young.table is not None or young.id in machine.done
+    assert machine.scheduler.preemptions > 0
+
+
+def test_nobody_is_admitted_who_would_give_up_at_once():
+    machine = Machine(num_blocks=2, block_size=2, max_rows=8, max_sequences=2)
+    machine.add("old", [0, 1], None, 2)
+    machine.add("young", [1, 0], None, 2)
+    run(machine)
+    assert machine.scheduler.preemptions == 0
+
+
+def test_a_prompt_is_forgotten_from_its_end():
+    machine = Machine(num_blocks=4, block_size=2, max_rows=32, max_sequences=1)
+    machine.add("long", [0, 1, 2, 3, 4, 0, 1], None, 1)
+    run(machine)
+    machine.add("other", [1, 1, 1], None, 1)
+    run(machine)
+    again = machine.add("again", [0, 1, 2, 3, 4, 0, 1], None, 1)
+    run(machine)
+    assert again.reused == 4, "one block without contents, and the last of the three others, were taken"
 
 
 def test_room_is_taken_from_the_prompts_unused_for_longest():
