@@ -91,7 +91,7 @@ class Bench:
     def ours(
         self, slots: int, policy: Callable[[int, int, int], Policy], *, lane: bool, graphs: bool = True
     ) -> Callable[[str], Arm]:
-        fetches = self.rates.fetches(self.config.shape, self.config.shape.choices, 20e-6)
+        splits = self.rates.splits(self.config.shape, self.config.shape.choices, call_s=20e-6, idle_s=200e-6)
         return partial(
             Ours,
             folder=self.folder,
@@ -101,7 +101,7 @@ class Bench:
             slots=slots,
             policy=policy,
             lane=self.lane if lane else None,
-            split=fetches.__getitem__ if lane else None,
+            split=splits.__getitem__ if lane else None,
             graphs=graphs,
         )
 
@@ -176,7 +176,7 @@ def run(config: Config, folder: Path, args: argparse.Namespace, began: float) ->
         if args.freetoken:
             peer = partial(FreeToken, wheels=args.freetoken, folder=folder, trace_NLK=bench.trace_NLK, slots=some)
             bench.add(f"FreeToken 0.1.3, {percent}, offload", partial(peer, strategy="offload"))
-            for fetch in (2, 3):
+            for fetch in (2,):
                 name = f"FreeToken 0.1.3, {percent}, hybrid, at most {fetch} fetched"
                 bench.add(name, partial(peer, strategy="hybrid", fetch=fetch))
     result: dict[str, Any] = {

@@ -9,12 +9,14 @@ on its input starts a round, whose seconds it prints.
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ class FreeToken:
                 text=True,
                 env={**os.environ, "PYTHONPATH": path},
             )
-        self._answer(110)
+        self._answer(80)
 
     def warm(self, tokens: int) -> None:
         """Each round warms up by itself."""
@@ -93,10 +95,7 @@ class FreeToken:
 def _serve(folder: str, trace: str, slots: int, strategy: str, fetch: int) -> None:
     import torch
 
-    from benchmarks.inference_model import ForcedRouting
-
-    routing = ForcedRouting(np.load(trace), torch.device("cuda"))
-    _force(routing)
+    routing = _force(np.load(trace))
     from freetoken.core import SamplingParams  # ty: ignore
     from freetoken.llm import LLM  # ty: ignore
 
@@ -109,7 +108,7 @@ def _serve(folder: str, trace: str, slots: int, strategy: str, fetch: int) -> No
         max_running_req=1,
         num_token_override=4096,
         max_seq_len_override=1024,
-        memory_ratio=0.95,
+        moe_prefill_overlap=False,
     )
     times: list[float] = []
     sent = llm.send_result
@@ -124,17 +123,24 @@ def _serve(folder: str, trace: str, slots: int, strategy: str, fetch: int) -> No
     for line in sys.stdin:
         first, warm, tokens = map(int, line.split())
         times.clear()
-        routing.start(first)
+        routing().start(first)
         llm.generate([prompt], SamplingParams(max_tokens=warm + tokens + 1, ignore_eos=True))
         torch.cuda.synchronize()
         ends = times[-tokens - 1 :]
         print(f"{_ANSWER}{ends[-1] - ends[0]}", flush=True)
 
 
-def _force(routing: Any) -> None:
-    """Replaces what the gates of decoded tokens chose."""
+def _force(trace_NLK: np.ndarray) -> Callable[[], Any]:
+    """Replaces what the gates of decoded tokens chose. Returns what gives the routing, made at its first use: FreeToken
+    wants to be the first to touch the GPU."""
     import torch
     from freetoken.layers import moe  # ty: ignore
+
+    from benchmarks.inference_model import ForcedRouting
+
+    @functools.cache
+    def routing() -> ForcedRouting:
+        return ForcedRouting(trace_NLK, torch.device("cuda"))
 
     def decode_forward(self: Any, hidden_states: Any, router_logits: Any = None) -> Any:
         weights, index = moe.fused_topk(
@@ -144,13 +150,14 @@ def _force(routing: Any) -> None:
             renormalize=self.renormalize,
         )
         if index.shape[0] == 1:
-            chosen = routing.choices(self.layer_id)
+            chosen = routing().choices(self.layer_id)
             scores = router_logits.softmax(-1, dtype=torch.float32).gather(1, chosen)
             weights = (scores / scores.sum(-1, keepdim=True)).to(weights.dtype)
             index = chosen.to(index.dtype)
         return self._decode_routed(hidden_states, weights, index)
 
     moe.OffloadMoELayer.decode_forward = decode_forward
+    return routing
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.inference_model import Shape
 from inference.banks import ExpertBanks
-from inference.cpu_lane import CpuLane
+from inference.cpu_lane import CpuLane, LaneCall
 from moe.refs import ExpertRef
 
 _MANY = 8  # experts of a call that measures what the lane reads
@@ -46,14 +46,22 @@ class Rates:
         bound = max(parts, key=parts.__getitem__)
         return {"s": parts[bound], "bound": bound, **{f"{name}_s": s for name, s in parts.items()}}
 
-    def fetches(self, shape: Shape, most: int, call_s: float) -> list[int]:
-        """How many of 0, 1, ... ``most`` misses the link should bring, so that the slower of both lanes ends soonest.
+    def splits(self, shape: Shape, most: int, call_s: float, idle_s: float) -> list[tuple[int, int]]:
+        """For 0, 1, ... ``most`` misses (how many to fetch so that the slower lane ends soonest, how many of those that
+        the CPU computes the link can bring behind them for later, before the next layer asks).
 
-        ``call_s`` is what issuing one copy costs the host before it begins.
+        Args:
+            call_s: what issuing the copies costs the host before they begin.
+            idle_s: from the end of the lanes to the next layer's copies.
         """
-        link_s = shape.expert_bytes / self.link_beside
-        lane_s = [0.0, *self.lane_s]
-        return [min(range(m + 1), key=lambda f: (max(f * link_s + call_s, lane_s[m - f]), f)) for m in range(most + 1)]
+        link_s, lane_s = shape.expert_bytes / self.link_beside, [0.0, *self.lane_s]
+        found = []
+        for misses in range(most + 1):
+            ends = [max(f * link_s + call_s * (f > 0), lane_s[misses - f]) for f in range(misses + 1)]
+            fetch = min(range(misses + 1), key=ends.__getitem__)
+            behind = int((ends[fetch] + idle_s) / link_s) - fetch
+            found.append((fetch, max(0, min(behind, misses - fetch))))
+        return found
 
 
 def measure(shape: Shape, banks: ExpertBanks, lane: CpuLane, layers: Sequence[int], device: torch.device) -> Rates:
@@ -74,8 +82,10 @@ class _Probe:
         self.refs = [ExpertRef(layer, e) for e in range(shape.experts) for layer in layers]
         self._at = 0
         self.targets = torch.empty(4, banks.layout.elements, dtype=shape.dtype, device=device)
-        self.x = np.random.default_rng(0).standard_normal((1, shape.hidden), dtype=np.float32)
-        self.y = np.empty((max(shape.choices, _MANY), shape.hidden), dtype=np.float32)
+        most = max(shape.choices, _MANY)
+        x_1H = np.random.default_rng(0).standard_normal((1, shape.hidden), dtype=np.float32)
+        score_1K, y_PH = np.ones((1, most), dtype=np.float32), np.empty((most, shape.hidden), dtype=np.float32)
+        self.where = LaneCall(x_1H, score_1K, y_PH, most)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def next(self, count: int) -> list[ExpertRef]:
@@ -94,9 +104,7 @@ class _Probe:
 
     def call(self, count: int) -> None:
         blocks = [self.banks.address(ref) for ref in self.next(count)]
-        pair_P = np.arange(count, dtype=np.int32)
-        first, row_P = np.arange(count + 1, dtype=np.int32), np.zeros(count, dtype=np.int32)
-        self.cpu.submit(blocks, first, row_P, pair_P, self.x, np.ones(count, dtype=np.float32), self.y)
+        self.cpu.submit(self.where, blocks, range(count + 1), range(count))
         self.cpu.wait()
 
     def link(self, copies: int, experts: int | None) -> tuple[float, float]:

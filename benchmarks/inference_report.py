@@ -36,6 +36,7 @@ def _per_token(shape: Any, rates: Any, name: str, row: Mapping[str, Any]) -> dic
         "hit_rate": resident / used,
         "fetched": mean("fetched"),
         "computed": mean("computed"),
+        "behind": mean("behind"),
         "floor": floor,
         "share_of_floor": floor["s"] / row["s"],
         "host_ms": {key: 1e3 * mean(key) for key in ("asked_s", "given_s", "books_s", "lane_s")},

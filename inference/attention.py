@@ -6,8 +6,10 @@ N blocks of S positions; of a group: B sequences, Q rows of each, L keys of each
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from inference.dense import Norm, joined, linear
 from inference.kv import PagedKV
 from inference.rope import rotated
 from inference.rows import Group
+from moe.kernels.probe import runs_triton
 
 # Which layers see only the last `sliding_window` keys: all of them, or those that `layer_types` names.
 _ALL_WINDOWED = ("mistral", "mixtral", "qwen3_moe")
@@ -36,12 +39,17 @@ def window_of(config: Any, layer: int) -> int | None:
 
 @dataclass(frozen=True)
 class Step:
-    """What all layers of one call share: rotations, where rows are written, and who attends to what, by window."""
+    """What all layers of one call share: rotations, where rows are written, and who attends to what, by window.
+
+    ``table_RM`` and ``position_R`` are there where every row is the newest of its sequence: its blocks, and where in it.
+    """
 
     cos_R1D: Tensor
     sin_R1D: Tensor
     slot_R: Tensor
     groups: Mapping[int | None, tuple[Group, ...]]
+    table_RM: Tensor | None = None
+    position_R: Tensor | None = None
 
 
 class GroupedAttention:
@@ -62,6 +70,14 @@ class GroupedAttention:
         sinks = getattr(module, "sinks", None)
         self._sinks_KG = None if sinks is None else sinks.detach().view(self._kv_heads, -1)
         self.window = window_of(config, layer)
+        self._kernels = self._decode_kernels()
+
+    def _decode_kernels(self) -> ModuleType | None:
+        """The kernels that decode steps run on a GPU; None where they do not serve, and torch's operations do."""
+        if self._sinks_KG is not None or not runs_triton(self._kv.device):
+            return None
+        kernels = importlib.import_module("inference.decode_kernels")
+        return kernels if kernels.serves(self._width) else None
 
     def _set_norms(self, module: nn.Module, dtype: torch.dtype) -> None:
         """Over each head (Qwen3), where one product serves queries and keys, or over all heads at once (OLMoE)."""
@@ -79,6 +95,13 @@ class GroupedAttention:
     def __call__(self, x_RH: Tensor, step: Step) -> Tensor:
         turned = self._heads + self._kv_heads
         qkv_RXD = self._projected(x_RH).unflatten(-1, (-1, self._width))
+        if self._kernels is not None and step.table_RM is not None:
+            return self._out(
+                self._kernels.attention(
+                    qkv_RXD, step.cos_R1D, step.sin_R1D, step.slot_R, self._kv.layers_NSCD[self._layer], step.table_RM,
+                    step.position_R, heads=self._heads, scale=self._scale, window=self.window, norm=self._head_norm,
+                )
+            )  # fmt: skip
         qk_RXD = qkv_RXD[:, :turned]
         if self._head_norm is not None:
             qk_RXD = self._head_norm(qk_RXD)

@@ -181,7 +181,7 @@ def check_memory(needed: int) -> None:
         raise InferenceError(
             f"page-locked memory for all experts takes {needed:,} bytes ({needed / _GIB:.2f} GiB), {available:,} "
             f"({available / _GIB:.2f} GiB) are available to this process; free memory, raise the container's limit, or "
-            "serve without banks (pin=False): experts then pass through staging buffers, which is slower"
+            "serve without banks (--no-pin): experts then pass through staging buffers, which is slower"
         )
 
 
@@ -219,7 +219,7 @@ def _register(shared: _Shared, arena: Tensor, what: str) -> None:
         allowed = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit:,} bytes"
         raise InferenceError(
             f"page-locking {arena.nbytes:,} bytes for {what}: {error}; {available_bytes():,} bytes of memory are "
-            f"available, RLIMIT_MEMLOCK is {allowed} (ulimit -l); raise them, or serve without banks (pin=False)"
+            f"available, RLIMIT_MEMLOCK is {allowed} (ulimit -l); raise them, or serve without banks (--no-pin)"
         ) from error
     shared.registered.append(arena.data_ptr())
 

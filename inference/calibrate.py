@@ -10,7 +10,7 @@ import hashlib
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from inference.compiled_experts import COMPILED, CompiledExperts, compiled_kernels
 from inference.costmodel import BYTES, KernelTable, MachineProfile, ProfileError, Rates, Timing
-from inference.cpu_experts import CpuExperts, HostExpert, kernels_for
+from inference.cpu_experts import CpuExperts, kernels_for
+from inference.host_expert import HostExpert
 
 TEAMS = (1, 2, 4)
 ROWS = (1, 16, 64, 4)  # in this order, as far as the time goes
@@ -110,8 +112,8 @@ def _calibrate(kind: ExpertKind, device: torch.device, budget_s: float) -> Machi
     bank = _Bank(kind)
     gpu = _Gpu(kind, device) if device.type == "cuda" else None
     dram = _read_rate(bank.weights_N)
-    counts = thread_counts(cpu_cores(), gpu is not None)
-    threads, team, timings = cpu_table(bank, counts, 0.7 * budget_s - (time.perf_counter() - began))
+    trials = Trials.of(kind, cpu_cores(), gpu is not None)
+    threads, team, timings = cpu_table(bank, trials, 0.7 * budget_s - (time.perf_counter() - began))
     table = KernelTable(tuple(timings))
     alone = kind.nbytes / table.best(1, threads).seconds
     common = {
@@ -151,32 +153,46 @@ def _calibrate(kind: ExpertKind, device: torch.device, budget_s: float) -> Machi
     return profile
 
 
-def thread_counts(cores: int, with_gpu: bool) -> tuple[int, ...]:
-    """Worth trying: all cores but the one that launches the GPU's work, and half of them."""
-    most = max(cores - 1, 1) if with_gpu else cores
-    return tuple(sorted({max(most // 2, 1), most}))
+@dataclass(frozen=True)
+class Trials:
+    """What is tried: kernels, and (threads, team) pairs, the likeliest first."""
+
+    kernels: tuple[str, ...]
+    crews: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, kind: ExpertKind, cores: int, with_gpu: bool) -> Trials:
+        """Without a GPU experts are computed by one product on all cores. Beside one, by the best of all kernels on all
+        cores but the one that launches the GPU's work, or on half of them, in small teams."""
+        if not with_gpu:
+            return cls(("linear",), ((cores, cores),))
+        most = max(cores - 1, 1)
+        counts = sorted({most, max(most // 2, 1)}, reverse=True)
+        crews = tuple((n, team) for n in counts for team in TEAMS if team <= n)
+        return cls((*kernels_for(kind.dtype), *compiled_kernels(kind.dtype)), crews)
 
 
-def cpu_table(bank: _Bank, counts: Sequence[int], budget_s: float) -> tuple[int, int, list[Timing]]:
+def cpu_table(bank: _Bank, trials: Trials, budget_s: float) -> tuple[int, int, list[Timing]]:
     """The best count of threads, in what teams, and the times of every kernel.
 
     Counts and teams are tried with one row, which is what decoding needs, as far as half of the time goes; the best of
     them with 16 rows, and with others while there is time. A kernel that is far behind the first time is left out, and
-    row by row takes a row's time for each, so it is not timed beyond one.
+    row by row takes a row's time for each, so it is not timed beyond one. The compiled kernel knows no teams.
     """
     began = time.perf_counter()
-    kernels, tried = kernels_for(bank.kind.dtype), []
-    for threads, team in [(n, team) for n in reversed(counts) for team in TEAMS if team <= n]:
+    kernels, tried = trials.kernels, []
+    for threads, team in trials.crews:
         if tried and time.perf_counter() - began > budget_s / 2:
             break
-        here = [bank.timing(kernel, threads, team, 1) for kernel in kernels]
+        here = [bank.timing(kernel, threads, team, 1) for kernel in kernels if kernel != COMPILED or team == 1]
         tried += [(timing, team) for timing in here]
-        kernels = tuple(t.kernel for t in here if t.seconds < _FAR_BEHIND * min(one.seconds for one in here))
+        slow = _FAR_BEHIND * min(one.seconds for one in here)
+        kernels = tuple(k for k in kernels if all(t.seconds < slow for t in here if t.kernel == k))
     fastest, team = min(tried, key=lambda one: (one[0].seconds, one[0].threads, one[1]))
     best = fastest.threads
     found = [timing for timing, theirs in tried if (timing.threads, theirs) == (best, team)]
     for rows in ROWS[1:]:
-        for kernel in kernels_for(bank.kind.dtype):
+        for kernel in dict.fromkeys(timing.kernel for timing in found):
             if kernel != "rows" and (rows == ROWS[1] or time.perf_counter() - began < budget_s):
                 found.append(bank.timing(kernel, best, team, rows))
     return best, team, found
@@ -201,7 +217,11 @@ class _Bank:
         return HostExpert(gate_up_N.view(-1, hidden), down_N.view(hidden, -1))
 
     def experts(self, threads: int, team: int, table: KernelTable) -> CpuExperts:
-        return CpuExperts(self, lambda gate, up: silu(gate) * up, table, threads, team)
+        compiled = None
+        if any(timing.kernel == COMPILED for timing in table.timings):
+            sizes = (self.kind.hidden, self.kind.intermediate, self.kind.dtype)
+            compiled = CompiledExperts(threads, *sizes, 2 * self.kind.hidden * self.kind.intermediate)
+        return CpuExperts(self, lambda gate, up: silu(gate) * up, table, threads, team, compiled)
 
     def timing(self, kernel: str, threads: int, team: int, rows: int) -> Timing:
         calls = [_WHOLE_CALL if rows == 1 else 2 * threads] * 2

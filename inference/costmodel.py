@@ -135,7 +135,7 @@ class KernelTable:
     """Measured times, between them straight lines: which kernel is fastest for so many rows on so many threads."""
 
     timings: tuple[Timing, ...]
-    _found: dict[tuple[int, int], Timing] = field(default_factory=dict, compare=False, repr=False)
+    _found: dict[tuple[int, int, str], Timing] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def _curves(self) -> dict[tuple[str, int], list[tuple[int, float]]]:
@@ -148,17 +148,19 @@ class KernelTable:
     def thread_counts(self) -> tuple[int, ...]:
         return tuple(sorted({t.threads for t in self.timings}))
 
-    def best(self, rows: int, threads: int) -> Timing:
+    def best(self, rows: int, threads: int, without: str = "") -> Timing:
         """The fastest for ``rows`` on the largest measured count of threads that is at most ``threads``.
 
-        On fewer than were ever measured, the fewest. Of equally fast kernels the first by name.
+        On fewer than were ever measured, the fewest. Of equally fast kernels the first by name; ``linear`` if none but
+        ``without`` was measured.
         """
-        key = (rows, threads)
+        key = (rows, threads, without)
         if key not in self._found:
             counts = self.thread_counts
             used = max((n for n in counts if n <= threads), default=counts[0])
-            times = [(at(curve, rows), kernel) for (kernel, n), curve in self._curves.items() if n == used]
-            seconds, kernel = min(times)
+            curves = {kernel: curve for (kernel, n), curve in self._curves.items() if n == used and kernel != without}
+            times = [(at(curve, rows), kernel) for kernel, curve in curves.items()]
+            seconds, kernel = min(times, default=(math.inf, "linear"))
             self._found[key] = Timing(kernel, used, rows, seconds)
         return self._found[key]
 
@@ -185,6 +187,7 @@ class ExpertCosts:
         expert_bytes: of one expert as it lies in host memory.
         link_s, link_overlapped_s: to bring it to the GPU, alone and beside busy cores; infinite without a link.
         threads: that the CPU lane may use; 0 for none: the CPU computes nothing.
+        handover_s: for a call to use the CPU lane at all: the workers' start, and the results' way back to the GPU.
     """
 
     profile: MachineProfile
@@ -212,7 +215,7 @@ class ExpertCosts:
             threads=profile.threads if threads is None else threads,
             link_s=math.inf if link is None else size / link.alone,
             link_overlapped_s=math.inf if link is None else size / link.overlapped,
-            handover_s=profile.handover_s if link is not None else 0.0,
+            handover_s=profile.handover_s + profile.sync_s if link is not None else 0.0,
             _cpu=KernelTable(profile.cpu),
             _gpu=KernelTable(profile.gpu),
         )

@@ -36,7 +36,8 @@ typedef struct {
     /* the newest call */
     int experts, up_units, down_units, units;
     const char *block[MAX_EXPERTS];
-    const int32_t *first, *row, *pair;
+    const int32_t *first, *pair;
+    int choices;
     const float *x, *score;
     float *a, *y;
     long a_pairs;
@@ -101,7 +102,7 @@ static void up_unit(lane_t *lane, int expert, int part) {
     if (end > I) end = I;
     for (int i = part * UP_COLUMNS; i < end; i++)
         for (int p = lane->first[expert]; p < lane->first[expert + 1]; p++) {
-            const float *x = lane->x + (long)lane->row[p] * H;
+            const float *x = lane->x + (long)(lane->pair[p] / lane->choices) * H;
             float gate = dot(lane, lane->block[expert], i, H, x);
             float up = dot(lane, lane->block[expert], I + i, H, x);
             lane->a[(long)p * I + i] = up * gate / (1.0f + expf(-gate));
@@ -117,7 +118,7 @@ static void down_unit(lane_t *lane, int expert, int part) {
     for (int h = part * DOWN_ROWS; h < end; h++)
         for (int p = lane->first[expert]; p < lane->first[expert + 1]; p++) {
             float value = dot(lane, down, h, I, lane->a + (long)p * I);
-            lane->y[(long)lane->pair[p] * H + h] = value * lane->score[p];
+            lane->y[(long)lane->pair[p] * H + h] = value * lane->score[lane->pair[p]];
         }
 }
 
@@ -172,10 +173,10 @@ void lane_wait(lane_t *lane) {
     while (atomic_load_explicit(&lane->done, memory_order_acquire) < lane->units) pause_cpu();
 }
 
-/* Begins a call; the arrays must live until lane_wait has returned. Pairs first[e] to first[e + 1] belong to expert e:
-   pair p is row[p] of x, its score is score[p], its result goes to row pair[p] of y. Returns 0, or -1 without memory. */
-int lane_submit(lane_t *lane, int experts, const char **block, const int32_t *first, const int32_t *row,
-                const int32_t *pair, const float *x, const float *score, float *y) {
+/* Begins a call; the arrays must live until lane_wait has returned. pair[first[e]] to pair[first[e + 1]] belong to expert
+   e; pair p is row p / choices of x, its score is score[p], its result goes to row p of y. Returns -1 without memory. */
+int lane_submit(lane_t *lane, int experts, const char **block, const int32_t *first, const int32_t *pair, int choices,
+                const float *x, const float *score, float *y) {
     lane_wait(lane);
     /* A late thread may still ask for a unit of the last call: it must find none, whatever `units` is by then. */
     atomic_store(&lane->next, NONE_LEFT);
@@ -190,7 +191,7 @@ int lane_submit(lane_t *lane, int experts, const char **block, const int32_t *fi
         if (!lane->a) return -1;
     }
     for (int e = 0; e < experts; e++) { lane->block[e] = block[e]; atomic_store(&lane->up_done[e], 0); }
-    lane->experts = experts; lane->first = first; lane->row = row; lane->pair = pair;
+    lane->experts = experts; lane->first = first; lane->pair = pair; lane->choices = choices;
     lane->x = x; lane->score = score; lane->y = y;
     atomic_store(&lane->done, 0);
     lane->units = experts * (lane->up_units + lane->down_units);

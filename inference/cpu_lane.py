@@ -61,10 +61,34 @@ def _processor() -> str:
 
 def _typed(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.lane_open.argtypes, lib.lane_open.restype = [*[ctypes.c_int] * 3, ctypes.c_long, ctypes.c_int], _POINTER
-    lib.lane_submit.argtypes, lib.lane_submit.restype = [_POINTER, ctypes.c_int, *[_POINTER] * 7], ctypes.c_int
+    lib.lane_submit.argtypes, lib.lane_submit.restype = (
+        [
+            *[_POINTER, ctypes.c_int, _POINTER, _POINTER, _POINTER, ctypes.c_int],
+            *[_POINTER] * 3,
+        ],
+        ctypes.c_int,
+    )
     lib.lane_wait.argtypes, lib.lane_wait.restype = [_POINTER], None
     lib.lane_close.argtypes, lib.lane_close.restype = [_POINTER], None
     return lib
+
+
+class LaneCall:
+    """Where calls find their inputs and leave their results.
+
+    Args:
+        x_TH, score_TK, y_PH: fp32, contiguous.
+        experts: of one call, at most.
+    """
+
+    def __init__(self, x_TH: np.ndarray, score_TK: np.ndarray, y_PH: np.ndarray, experts: int) -> None:
+        self.arrays = (x_TH, score_TK, y_PH)
+        assert all(array.dtype == np.float32 and array.flags.c_contiguous for array in self.arrays)
+        self.addresses = tuple(array.ctypes.data for array in self.arrays)
+        self.choices = score_TK.shape[1]
+        self.block = (_POINTER * experts)()
+        self.first = (ctypes.c_int32 * (experts + 1))()
+        self.pair = (ctypes.c_int32 * score_TK.size)()
 
 
 class CpuLane:
@@ -89,33 +113,23 @@ class CpuLane:
         )
         if self._lane is None:
             raise LaneError("no memory for the CPU lane")
-        self._held: tuple[object, ...] = ()
 
-    def submit(
-        self,
-        blocks: Sequence[int],
-        first: np.ndarray,
-        row_P: np.ndarray,
-        pair_P: np.ndarray,
-        x_TH: np.ndarray,
-        score_P: np.ndarray,
-        y_PH: np.ndarray,
-    ) -> None:
+    def submit(self, call: LaneCall, blocks: Sequence[int], first: Sequence[int], pairs: Sequence[int]) -> None:
         """Begins; an earlier call is waited for.
 
         Args:
+            call: where inputs are and results go.
             blocks: address of each expert's block: gate [I,H], up [I,H], then down [H,I].
-            first: int32; pairs ``first[e]`` to ``first[e + 1]`` are of expert ``e``.
-            row_P, pair_P: int32; pair p takes row ``row_P[p]`` of x, times ``score_P[p]``, to row ``pair_P[p]`` of y.
-            x_TH, score_P, y_PH: fp32, contiguous. No other row of y is touched.
+            first: ``pairs[first[e]:first[e + 1]]`` are of expert ``e``.
+            pairs: pair p takes row ``p // K`` of x, times score p, to row p of y. No other row of y is touched.
         """
-        addresses = (_POINTER * max(len(blocks), 1))(*blocks)
-        arrays = (first, row_P, pair_P, x_TH, score_P, y_PH)
-        wait, self._held = self._held, (addresses, *arrays)  # the last call's arrays live until it has ended
-        failed = self._library.lane_submit(self._lane, len(blocks), addresses, *(a.ctypes.data for a in arrays))
-        del wait
-        if failed:
-            raise LaneError(f"no memory for {len(row_P)} rows of {len(blocks)} experts on the CPU lane")
+        self.wait()
+        call.block[: len(blocks)] = blocks
+        call.first[: len(first)] = first
+        call.pair[: len(pairs)] = pairs
+        given = (self._lane, len(blocks), call.block, call.first, call.pair, call.choices, *call.addresses)
+        if self._library.lane_submit(*given):
+            raise LaneError(f"no memory for {len(pairs)} rows of {len(blocks)} experts on the CPU lane")
 
     def wait(self) -> None:
         """Until the last call's results are in its y."""

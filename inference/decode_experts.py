@@ -20,12 +20,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from inference.cache import ExpertCache
-from inference.cpu_lane import CpuLane
+from inference.cpu_lane import CpuLane, LaneCall
 from inference.errors import InferenceError
 from inference.experts import OffloadedExperts
 from inference.graphs import StepGraph, Uncaptured
@@ -33,18 +32,19 @@ from inference.slot_kernels import combine, compute, publish
 from inference.transfer import Transfer, TransferEngine
 from moe.refs import ExpertRef
 
-Split = Callable[[int], int]  # misses of a call -> how many of them to fetch
+Split = Callable[[int], tuple[int, int]]  # misses of a call -> how many to fetch, how many to bring for later
 
 
 @dataclass
 class DecodeCounts:
-    """Experts of calls by what became of them, and the host's seconds: waiting for the GPU to say which experts it
+    """Experts of calls by what became of them (``behind``: computed by the CPU and brought as well), and the host's seconds: waiting for the GPU to say which experts it
     wants, giving out work, keeping books, waiting for the CPU lane."""
 
     calls: int = 0
     resident: int = 0
     fetched: int = 0
     computed: int = 0
+    behind: int = 0
     asked_s: float = 0.0
     given_s: float = 0.0
     books_s: float = 0.0
@@ -59,7 +59,9 @@ class DecodeExperts:
         graph: the step that the calls are part of.
         host: address of an expert's block in host memory, for the CPU lane.
         rows, choices: T and K of every call.
-        split: how many of a call's misses the link brings; the lane computes the others. All, without a lane.
+        split: how many of a call's misses the link brings, the lane computes the others; and how many of these the
+            link brings behind them, where it would be idle, so that they are resident the next time. Without a lane
+            all are fetched.
 
     Raises InferenceError if the cache has too few slots for a call.
     """
@@ -79,7 +81,7 @@ class DecodeExperts:
         assert lane is None or host is not None
         self.cache, self.transfer, self.graph, self.lane = cache, transfer, graph or Uncaptured(), lane
         self.counts = DecodeCounts()
-        self._host, self._split = host, split
+        self._split = split
         self._layers = cache.store.layers
         layers, experts = len(self._layers), cache.store.shape.num_experts
         hidden, inner = cache.store.shape.hidden, cache.store.shape.intermediate
@@ -103,11 +105,19 @@ class DecodeExperts:
         self._cpu_y_PH = torch.zeros(pairs, hidden, pin_memory=pin)
         self._new_L3E = torch.full((layers, 3, experts), -1, dtype=torch.int32, pin_memory=pin)
         self._published = torch.cuda.Event() if pin else None
-        self._np = tuple(t.numpy() for t in (self._x_TH, self._score_TK, self._expert_TK, self._cpu_y_PH))
+        self._chosen_P = self._expert_TK.view(-1).numpy()
         self._new = self._new_L3E.numpy()
-        self._used_LE = np.zeros((layers, experts), dtype=np.int64)  # the call in which each was used last
+        # The host's part of a call is on the way of everything else, so it works on lists, which are made once.
+        self._refs = [[ExpertRef(layer, expert) for expert in range(experts)] for layer in self._layers]
+        self._used = [[0] * experts for _ in self._layers]  # the call in which each was used last
+        if lane is not None and host is not None:
+            self._addresses = [[host(ref) for ref in refs] for refs in self._refs]
+            arrays = (t.numpy() for t in (self._x_TH, self._score_TK, self._cpu_y_PH))
+            self._call = LaneCall(*arrays, experts=self._spare)
+        self._calls = 0
         self._experts: list[int] = []  # of the call that is under way
         self._coming: list[Transfer] = []
+        self._behind: list[Transfer] = []  # brought for later, not yet waited for
 
     def fill(self) -> None:
         """Brings every expert, where all are to be resident, and tells the device where they are."""
@@ -148,68 +158,82 @@ class DecodeExperts:
             self._published.record()
             self._published.synchronize()
         asked = time.perf_counter()
-        chosen_TK = self._np[2]
-        experts = chosen_TK[0].tolist() if len(chosen_TK) == 1 else np.unique(chosen_TK).tolist()
+        chosen = self._chosen_P.tolist()
         slots_E, table_3E = self.cache.slot_LE[row], self._new[row]
-        missing = [expert for expert in experts if slots_E[expert] < 0]
+        held = dict(zip(chosen, slots_E[self._chosen_P].tolist(), strict=True))
+        missing = [expert for expert, slot in held.items() if slot < 0]
+        fetch, away, behind = self._divided(row, missing)
+        if away:  # first, since the lane is what ends last
+            self._submit(row, away, chosen)
         table_3E[0], table_3E[1], table_3E[2] = slots_E, -1, 0
-        fetch, away = self._divided(row, missing)
         if away:
             table_3E[2, away] = 1
-            self._submit(row, away)
-        layer = self._layers[row]
-        for expert in self.cache.reserve(layer, fetch):
-            ref = ExpertRef(layer, expert)
+        self._settle(self._behind)
+        self._coming += self._bring(row, fetch)
+        for expert in fetch:
             table_3E[1, expert] = slots_E[expert]
-            self._coming.append(self.transfer.demand(ref, self.cache.block(ref)))
-        self._experts = experts
+        self._behind += self._bring(row, behind)
+        experts = self._experts = sorted(held)
         counts = self.counts
         counts.calls += 1
+        self._calls += 1
         counts.resident += len(experts) - len(missing)
         self.cache.counts.hits += len(experts) - len(missing)
         self.cache.counts.misses += len(missing)
-        self.cache.counts.bytes_fetched += len(fetch) * self.cache.store.bytes_per_expert
+        self.cache.counts.bytes_fetched += (len(fetch) + len(behind)) * self.cache.store.bytes_per_expert
+        counts.behind += len(behind)
         counts.fetched += len(fetch)
         counts.computed += len(away)
         counts.asked_s += asked - began
         counts.given_s += time.perf_counter() - asked
 
-    def _divided(self, row: int, missing: list[int]) -> tuple[list[int], list[int]]:
-        """(to fetch, for the CPU): the link takes those used last, which are likeliest to be wanted again."""
-        count = len(missing)
-        if self.lane is not None and self._split is not None:
-            count = min(self._split(count), self.cache.free)
-        assert count <= self.cache.free, (count, self.cache.free)
-        if count == len(missing):
-            return missing, []
-        used_E = self._used_LE[row]
-        missing.sort(key=lambda expert: (-int(used_E[expert]), expert))
-        return missing[:count], missing[count:]
+    def _bring(self, row: int, experts: Sequence[int]) -> list[Transfer]:
+        refs = self._refs[row]
+        got = self.cache.reserve(self._layers[row], experts)
+        assert len(got) == len(experts), (got, experts)
+        return [self.transfer.demand(refs[expert], self.cache.block(refs[expert])) for expert in got]
 
-    def _submit(self, row: int, experts: Sequence[int]) -> None:
+    def _settle(self, transfers: list[Transfer]) -> None:
+        """What the GPU is given from here on finds these experts in their slots."""
+        if transfers:
+            self.transfer.wait(transfers)
+            for transfer in transfers:
+                self.cache.commit(transfer.ref)
+            transfers.clear()
+
+    def _divided(self, row: int, missing: list[int]) -> tuple[list[int], list[int], list[int]]:
+        """(to fetch, for the CPU, of these to bring as well): first what was used last, likeliest to be wanted again."""
+        fetch, behind = len(missing), 0
+        if self.lane is not None and self._split is not None:
+            fetch, behind = self._split(fetch)
+            fetch = min(fetch, self.cache.free)
+            behind = min(behind, self.cache.free - fetch)
+        assert fetch <= self.cache.free, (fetch, self.cache.free)
+        missing.sort(key=self._used[row].__getitem__, reverse=True)
+        return missing[:fetch], missing[fetch:], missing[fetch : fetch + behind]
+
+    def _submit(self, row: int, experts: Sequence[int], chosen: list[int]) -> None:
         assert self.lane is not None
-        assert self._host is not None
-        x_TH, score_TK, chosen_TK, y_PH = self._np
-        pairs = [np.flatnonzero(chosen_TK.reshape(-1) == expert) for expert in experts]
-        first = np.cumsum([0, *map(len, pairs)], dtype=np.int32)
-        pair_P = np.concatenate(pairs).astype(np.int32)
-        layer = self._layers[row]
-        blocks = [self._host(ExpertRef(layer, expert)) for expert in experts]
-        row_P = pair_P // np.int32(self._shape[1])
-        self.lane.submit(blocks, first, row_P, pair_P, x_TH, score_TK.reshape(-1)[pair_P], y_PH)
+        addresses, first, pairs = self._addresses[row], [0], []
+        for expert in experts:
+            if self._shape[0] == 1:
+                pairs.append(chosen.index(expert))
+            else:
+                pairs += [pair for pair, other in enumerate(chosen) if other == expert]
+            first.append(len(pairs))
+        self.lane.submit(self._call, [addresses[expert] for expert in experts], first, pairs)
 
     def _take_in(self, row: int) -> None:
         """Books while the lanes work, then the ends of the lanes."""
         began = time.perf_counter()
-        for transfer in self._coming:
-            self.cache.commit(transfer.ref)
         self.cache.note(self._layers[row], self._experts)
-        self._used_LE[row, self._experts] = self.counts.calls
+        used = self._used[row]
+        for expert in self._experts:
+            used[expert] = self._calls
         self.cache.make_room(self._spare)
         booked = time.perf_counter()
         if self.lane is not None:
             self.lane.wait()
-        self.transfer.wait(self._coming)
-        self._coming.clear()
+        self._settle(self._coming)
         self.counts.books_s += booked - began
         self.counts.lane_s += time.perf_counter() - booked

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from inference.cache import ExpertCache, Loan, Wanted
+from inference.errors import InferenceError
 from inference.experts import Call, CpuRows, OffloadedExperts
 from inference.prefetch import Prefetcher
 from inference.streaming import LayerStream
@@ -95,7 +96,8 @@ class Executor:
         self.cpu, self.plan, self.stream, self.slot_calls = cpu, plan, stream, slot_calls
         self.many_pairs = many_pairs
         self.cpu_computed = 0  # experts, one for each call that the CPU computed them in
-        self._failed = False
+        self._failure: InferenceError | None = None
+        self._flying: dict[ExpertRef, Transfer] = {}  # of the current call, not yet waited for
 
     def rest(self) -> None:
         """Have what is under way arrive, so that another may serve calls from the same slots."""
@@ -109,14 +111,20 @@ class Executor:
             self.prefetcher.predictor.begin()
 
     def run(self, module: OffloadedExperts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """See :class:`inference.experts.OffloadedExperts`. Raises InferenceError if an expert cannot be read or copied;
-        the executor is of no use then.
+        """See :class:`inference.experts.OffloadedExperts`.
+
+        Raises InferenceError if an expert cannot be read or copied, and from then on in every call: what is on the link
+        is not known any more. Other errors leave slots and transfers in order.
         """
-        assert not self._failed, "a transfer failed before: the runtime must be started again"
+        if self._failure is not None:
+            raise InferenceError(f"the runtime must be started again, since a transfer failed: {self._failure}")
         try:
             return self._run(module, x_TH, index_TK, weights_TK)
+        except InferenceError as error:
+            self._failure = error
+            raise
         except BaseException:
-            self._failed = True
+            self._land(module.layer)
             raise
 
     def _run(self, module: OffloadedExperts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -203,13 +211,13 @@ class Executor:
         flying = {}
         for expert in got:
             ref = ExpertRef(layer, expert)
-            flying[expert] = self.transfers.demand(ref, self.cache.block(ref))
+            flying[expert] = self._flying[ref] = self.transfers.demand(ref, self.cache.block(ref))
             self.cache.count_miss()
         return flying
 
     def _late(self, ref: ExpertRef) -> Transfer:
         assert self.prefetcher is not None
-        transfer = self.prefetcher.take(ref)
+        transfer = self._flying[ref] = self.prefetcher.take(ref)
         self.transfers.promote(transfer)
         self.cache.counts.late += 1
         return transfer
@@ -218,8 +226,18 @@ class Executor:
         """Wait, on the device, until these are whole; only then are they anybody's."""
         self.transfers.wait(list(flying.values()))
         for expert in flying:
-            self.cache.commit(ExpertRef(layer, expert))
+            ref = ExpertRef(layer, expert)
+            del self._flying[ref]
+            self.cache.commit(ref)
         return [self.cache.loan(layer, expert) for expert in flying]
+
+    def _land(self, layer: int) -> None:
+        """A call was broken off: what it had asked for is made resident all the same."""
+        self.transfers.wait(list(self._flying.values()))
+        for ref in self._flying:
+            self.cache.commit(ref)
+        self._flying.clear()
+        self.cache.release(layer)
 
 
 def _to_host(*tensors: Tensor) -> list[Tensor]:

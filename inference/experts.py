@@ -172,8 +172,9 @@ class OffloadedExperts(nn.Module):
         y_K1H = x_1H.new_empty(len(experts), *x_1H.shape)
         y_1H = y_K1H.unbind()
         for group in self.cache.lend(self.layer, experts):
-            a_G1I = do.between(torch.stack([do.up(x_1H, loan) for loan in group]))
-            for a_1I, loan in zip(a_G1I.unbind(), group, strict=True):
+            ups = [do.up(x_1H, loan) for loan in group]
+            acted = do.between(torch.stack(ups)).unbind() if do.rows_apart else map(do.between, ups)
+            for a_1I, loan in zip(acted, group, strict=True):
                 do.down(a_1I, loan, y_1H[experts.index(loan.expert)])
         score_K = weights_1K[0].index_select(0, torch.tensor([chosen.index(expert) for expert in experts]))
         y_K1H = (y_K1H * score_K.view(-1, 1, 1)).to(x_1H.dtype)

@@ -129,7 +129,7 @@ class Model:
                 mask_RL &= key_L > position_R[:, None] - window
             rows = slice(0, len(position_R))
             seen[window] = (Group(rows, len(position_R), 1, table_RM, keys, mask_RL[:, None, None]),)
-        return Step(cos_R1D, sin_R1D, block_R * size + position_R % size, seen)
+        return Step(cos_R1D, sin_R1D, block_R * size + position_R % size, seen, table_RM, position_R)
 
     def rotations(self, blocks: int) -> tuple[Tensor, Tensor]:
         """The tables that :meth:`decoding_step` takes its rotations from, long enough for so many blocks."""

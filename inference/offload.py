@@ -49,8 +49,12 @@ class Crossing:
 
     @property
     def asks(self) -> str:
-        """What of this needs a link, as a setting; empty if nothing does."""
-        return "cpu=True" if self.cpu else f"prefetch={self.prefetch}" if self.prefetch != "none" else ""
+        """What of this means nothing without a link, as a setting; empty if nothing was asked for."""
+        if self.cpu:
+            return "cpu=True"
+        if self.prefetch != "none":
+            return f"prefetch={self.prefetch}"
+        return "" if self.pin else "pin=False"
 
     def __post_init__(self) -> None:
         if self.prefetch not in PREDICTORS:
@@ -112,12 +116,6 @@ def open_executor(
     )
 
 
-def _profile(cache: ExpertCache, device: torch.device, crossing: Crossing) -> MachineProfile:
-    shape = cache.store.shape
-    kind = ExpertKind(shape.hidden, shape.intermediate, cache.layout.dtype)
-    return crossing.profile or machine_profile(kind, device)
-
-
 def _slot_calls(cache: ExpertCache, device: torch.device) -> SlotLane | None:
     """Kernels for few rows, where Triton is and the experts' form is theirs."""
     if device.type != "cuda" or not computable(cache.store.shape) or importlib.util.find_spec("triton") is None:
@@ -125,6 +123,12 @@ def _slot_calls(cache: ExpertCache, device: torch.device) -> SlotLane | None:
     from inference.slot_calls import SlotCalls
 
     return SlotCalls(cache)
+
+
+def _profile(cache: ExpertCache, device: torch.device, crossing: Crossing) -> MachineProfile:
+    shape = cache.store.shape
+    kind = ExpertKind(shape.hidden, shape.intermediate, cache.layout.dtype)
+    return crossing.profile or machine_profile(kind, device)
 
 
 def _predictor(

@@ -46,6 +46,9 @@ def add_generate_verb(
         action="store_true",
         help="have the CPU compute missing experts beside a GPU where that is faster; results are close, not equal",
     )
+    generate.add_argument(
+        "--no-pin", action="store_true", help="on a GPU: keep no page-locked copy of all experts in memory, read files"
+    )
     generate.add_argument("--report", action="store_true", help="say what bound it, and what to change")
 
 
@@ -68,6 +71,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         report=arguments.report,
         trace=arguments.trace,
         prefetch=arguments.prefetch,
+        pin=not arguments.no_pin,
         cpu_experts=arguments.cpu_experts,
         **settings,
     )

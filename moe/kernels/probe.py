@@ -16,6 +16,17 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def runs_triton(device: torch.device) -> bool:
+    """Whether kernels run there: on a GPU, and on a CPU where they are interpreted (TRITON_INTERPRET=1)."""
+    if not has_triton():
+        return False
+    if device.type == "cuda":
+        return True
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
 def fuses_elementwise(h_N2I: Tensor, form: ExpertForm) -> bool:
     """Whether :mod:`moe.kernels.elementwise` has the form's activation and can run on h's device."""
     return h_N2I.is_cuda and has_triton() and is_plain_silu(form)

@@ -115,5 +115,5 @@ def test_too_little_memory_is_refused_with_both_figures(store, monkeypatch):
     check_memory(1)
     monkeypatch.setattr(banks, "available_bytes", lambda: 1_500_000)
     needed = 64 * ExpertBlock(SHAPE, torch.float32).nbytes
-    with pytest.raises(InferenceError, match=rf"takes {needed:,} bytes.*1,500,000 .*pin=False"):
+    with pytest.raises(InferenceError, match=rf"takes {needed:,} bytes.*1,500,000 .*--no-pin"):
         ExpertBanks(store, ExpertBlock(SHAPE, torch.float32), Registry())

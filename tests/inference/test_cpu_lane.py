@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inference.cpu_lane import CpuLane, LaneError, library
+from inference.cpu_lane import CpuLane, LaneCall, LaneError, library
 
 
 def _case(rows: int, choices: int, experts: int, hidden: int, inner: int, dtype: torch.dtype, seed: int):
@@ -21,14 +21,12 @@ def _case(rows: int, choices: int, experts: int, hidden: int, inner: int, dtype:
 
 def _computed(lane: CpuLane, expert_TK, block_EN, x_TH, score_P, wanted: list[int]) -> torch.Tensor:
     """[P,H], NaN where the pair's expert is not wanted."""
-    choices, flat_P = expert_TK.shape[1], expert_TK.flatten()
+    flat_P = expert_TK.flatten()
     pairs = [torch.nonzero(flat_P == expert)[:, 0].tolist() for expert in wanted]
-    first = np.cumsum([0, *map(len, pairs)], dtype=np.int32)
-    pair_P = np.array([p for group in pairs for p in group], dtype=np.int32)
+    first = np.cumsum([0, *map(len, pairs)]).tolist()
     y_PH = np.full((len(flat_P), x_TH.shape[1]), np.nan, dtype=np.float32)
-    blocks = [block_EN[expert].data_ptr() for expert in wanted]
-    row_P = (pair_P // choices).astype(np.int32)
-    lane.submit(blocks, first, row_P, pair_P, x_TH.numpy(), score_P.numpy()[pair_P], y_PH)
+    call = LaneCall(x_TH.numpy(), score_P.view(expert_TK.shape).numpy(), y_PH, len(block_EN))
+    lane.submit(call, [block_EN[expert].data_ptr() for expert in wanted], first, [p for group in pairs for p in group])
     lane.wait()
     return torch.from_numpy(y_PH)
 

@@ -193,8 +193,34 @@ def test_a_failed_copy_stops_the_run_and_names_the_expert(store, copies, late):
         linked.link.advance(1.0)
         assert torch.equal(loan.down_HI, down), "what is held resident is whole"
         assert torch.equal(loan.gate_up_2IH, torch.cat([gate, up]))
-    with pytest.raises(AssertionError, match="must be started again"):
+    with pytest.raises(InferenceError, match=r"must be started again, since a transfer failed: L0"):
         linked(0, *batch(1, 0))
+
+
+@pytest.mark.parametrize("tokens", [1, 12])
+@pytest.mark.parametrize("slots", [0, 1, 8, 64])
+def test_a_call_that_is_broken_off_elsewhere_leaves_everything_in_order(store, resident, slots, tokens):
+    turns = iter(range(1, 10_000))
+
+    def breaking(gate):
+        if next(turns) % 37 == 5:
+            raise MemoryError("out of memory")
+        return silu(gate)
+
+    linked = Linked(store, slots, act=breaking, many_pairs=32, predictor=lambda *m: SameAsLast(*m, lead=2))
+    broken = 0
+    for number in range(6):
+        for layer in range(LAYERS):
+            call = batch(tokens, 10 * number + layer, sticky=True)
+            try:
+                got = linked(layer, *call)
+            except MemoryError:
+                broken += 1
+                continue
+            assert torch.equal(got, resident[layer](*call))
+            linked.link.advance(1e-5)
+    assert 0 < broken < 20
+    assert int((linked.cache.slot_LE >= 0).sum()) + linked.cache.free == max(slots, 1)
 
 
 def test_a_short_read_behind_the_link_names_layer_expert_and_tensor(store, monkeypatch):

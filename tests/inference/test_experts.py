@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import silu
 
 from inference.cache import ExpertCache
 from inference.errors import InferenceError
 from inference.experts import Call, OffloadedExperts
 from inference.store import ExpertShape, ExpertStore, TensorFiles
+from moe.form import ExpertForm
 
 LAYER = 2
 
@@ -80,6 +81,34 @@ def test_bits_equal_the_eager_loop_of_transformers(store, model_folder, tokens):
     with torch.no_grad():
         theirs = model.model.layers[LAYER].mlp.experts(x, index, scores)
     assert torch.equal(offloaded(store, 6)(x, index, scores), theirs)
+
+
+FORMS = {
+    "silu": (ExpertForm(), silu),
+    "gelu": (ExpertForm(act="gelu"), torch.nn.functional.gelu),
+    "gpt_oss": (ExpertForm(transposed=True, interleaved=True, limit=7.0), silu),
+}
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 70])
+@pytest.mark.parametrize("name", FORMS)
+def test_bits_do_not_depend_on_residency_for_any_activation(tmp_path, name, tokens):
+    """Of some activations torch rounds an element by where it stands in a tensor."""
+    form, act = FORMS[name]
+    generator, shape = torch.Generator().manual_seed(1), ExpertShape(8, 24, 12, form, biased=form.transposed)
+    stacks = {
+        f"model.layers.0.mlp.experts.{part.name}": torch.randn(8, *part.shape, generator=generator) / 3
+        for part in shape.unplaced
+    }
+    save_file(stacks, tmp_path / "model.safetensors")
+    store = ExpertStore(TensorFiles(tmp_path), {0: "model.layers.0.mlp.experts"}, shape)
+    index = torch.rand(tokens, 8, generator=generator).argsort(dim=1)[:, :4]
+    call = torch.randn(tokens, 24, generator=generator), index, torch.rand(tokens, 4, generator=generator)
+    runs = []
+    for slots in (8, 0, 1, 3):
+        experts = OffloadedExperts(ExpertCache(store, slots, poison=True), 0, act)
+        runs += [experts(*call), experts(*call)]
+    assert all(torch.equal(run, runs[0]) for run in runs)
 
 
 class DenseDelta(torch.nn.Module):

@@ -139,6 +139,6 @@ def test_the_cpu_lane_is_close(model_folder, prompts):
 
 def test_too_little_host_memory_is_refused_before_anything_is_locked(model_folder, monkeypatch):
     monkeypatch.setattr("inference.banks.available_bytes", lambda: 1000)
-    with pytest.raises(InferenceError, match=r"1,000 .*are available.*pin=False"):
+    with pytest.raises(InferenceError, match=r"1,000 .*are available.*--no-pin"):
         LLM(model_folder, 0.25, device="cuda")
     LLM(model_folder, 0.25, device="cuda", crossing=Crossing(pin=False)).generate([[1, 2, 3]], 4)

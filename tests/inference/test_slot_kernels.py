@@ -12,7 +12,7 @@ import torch
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize("file", ["slot_cases.py", "decode_cases.py", "slot_call_cases.py"])
+@pytest.mark.parametrize("file", ["slot_cases.py", "slot_call_cases.py", "attention_cases.py", "decode_cases.py"])
 def test_cases(file):
     environment = dict(os.environ)
     if not torch.cuda.is_available():
