@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -59,6 +61,7 @@ class FreeToken:
                 env={**os.environ, "PYTHONPATH": path},
             )
         self._answer(80)
+        self._rest()
 
     def warm(self, tokens: int) -> None:
         """Each round warms up by itself."""
@@ -67,11 +70,18 @@ class FreeToken:
     def round(self, tokens: int) -> float:
         """Seconds of ``tokens`` tokens behind those that warm its cache."""
         assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
         first = max(self._first - self._warm, 0)
         self._process.stdin.write(f"{first} {self._warm} {tokens}\n")
         self._process.stdin.flush()
         self._first += tokens
-        return float(self._answer(60))
+        seconds = float(self._answer(60))
+        self._rest()
+        return seconds
+
+    def _rest(self) -> None:
+        """Its threads look for work without sleeping: they must not take the cores from other arms."""
+        self._process.send_signal(signal.SIGSTOP)
 
     def figures(self) -> dict[str, Any]:
         return {}
@@ -97,8 +107,13 @@ def _serve(folder: str, trace: str, slots: int, strategy: str, fetch: int) -> No
 
     routing = _force(np.load(trace))
     from freetoken.core import SamplingParams  # ty: ignore
+    from freetoken.engine.config import EngineConfig  # ty: ignore
     from freetoken.llm import LLM  # ty: ignore
 
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    EngineConfig.distributed_addr = property(lambda _: address)  # its fixed port would be one for all arms
     llm = LLM(
         folder,
         moe_strategy=strategy,
@@ -150,10 +165,7 @@ def _force(trace_NLK: np.ndarray) -> Callable[[], Any]:
             renormalize=self.renormalize,
         )
         if index.shape[0] == 1:
-            chosen = routing().choices(self.layer_id)
-            scores = router_logits.softmax(-1, dtype=torch.float32).gather(1, chosen)
-            weights = (scores / scores.sum(-1, keepdim=True)).to(weights.dtype)
-            index = chosen.to(index.dtype)
+            index = routing().choices(self.layer_id).to(index.dtype, copy=True)  # it writes slots into them
         return self._decode_routed(hidden_states, weights, index)
 
     moe.OffloadMoELayer.decode_forward = decode_forward

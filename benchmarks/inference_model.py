@@ -1,7 +1,7 @@
 """The model and the routing that all arms of the inference benchmark share: random weights, drawn choices.
 
 Random gates route evenly and forget at once, which no trained model does; so the choices are drawn with the locality of
-recorded routing and forced on every arm: the gate computes as ever, its choice is replaced, its weights are gathered.
+recorded routing and forced on every arm: the gate computes as ever, only its choice is replaced.
 
 Shapes: N tokens of a trace, L MoE layers, E experts, K choices, T rows.
 """
@@ -159,11 +159,15 @@ def locality(index_NLK: np.ndarray, experts: int) -> dict[str, float]:
 
 
 class ForcedRouting:
-    """Replaces the choices of a model's gates for calls of one row, token after token, on the device alone."""
+    """Replaces the choices of a model's gates for calls of one row, token after token, on the device alone.
+
+    The gates compute as ever, and their weights stay: the best expert's weight is the best forced expert's.
+    """
 
     def __init__(self, index_NLK: np.ndarray, device: torch.device) -> None:
         self.index_NLK = torch.from_numpy(index_NLK).to(device)
         self._now_1 = torch.zeros(1, dtype=torch.int64, device=device)
+        self._chosen_1LK = self.index_NLK[:1].clone()
 
     def start(self, token: int) -> None:
         """The next token is the trace's number ``token``."""
@@ -171,16 +175,12 @@ class ForcedRouting:
 
     def attach(self, gates: list[nn.Module]) -> None:
         for row, gate in enumerate(gates):
-            gate.forward = self._wrapped(row, gate, gate.forward)
+            gate.forward = self._wrapped(row, gate.forward)
 
-    def _wrapped(self, row: int, gate: nn.Module, own: Any) -> Any:
+    def _wrapped(self, row: int, own: Any) -> Any:
         def forward(hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             logits, weights, index = own(hidden_states)
-            if index.shape[0] != 1:
-                return logits, weights, index
-            index = self.choices(row)
-            weights = logits.softmax(-1, dtype=torch.float32).gather(1, index)
-            return logits, (weights / weights.sum(-1, keepdim=True)).to(logits.dtype), index
+            return logits, weights, index if index.shape[0] != 1 else self.choices(row)
 
         return forward
 
@@ -188,7 +188,8 @@ class ForcedRouting:
         """[1,K]; row 0 goes on to the next token, behind the last one from the start again."""
         if row == 0:
             self._now_1.copy_((self._now_1 + 1) % self.index_NLK.shape[0])
-        return self.index_NLK[:, row].index_select(0, self._now_1)
+            self._chosen_1LK.copy_(self.index_NLK.index_select(0, self._now_1))
+        return self._chosen_1LK[:, row]
 
 
 def described(shape: Shape) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def window_of(config: Any, layer: int) -> int | None:
 class Step:
     """What all layers of one call share: rotations, where rows are written, and who attends to what, by window.
 
-    ``table_RM`` and ``position_R`` are there where every row is the newest of its sequence: its blocks, and where in it.
+    ``table_RM`` and ``position_R`` are there where every row is the newest of its sequence: its blocks, its position.
     """
 
     cos_R1D: Tensor
@@ -96,18 +96,30 @@ class GroupedAttention:
         turned = self._heads + self._kv_heads
         qkv_RXD = self._projected(x_RH).unflatten(-1, (-1, self._width))
         if self._kernels is not None and step.table_RM is not None:
-            return self._out(
-                self._kernels.attention(
-                    qkv_RXD, step.cos_R1D, step.sin_R1D, step.slot_R, self._kv.layers_NSCD[self._layer], step.table_RM,
-                    step.position_R, heads=self._heads, scale=self._scale, window=self.window, norm=self._head_norm,
-                )
-            )  # fmt: skip
+            return self._out(self._decoded(qkv_RXD, step))
         qk_RXD = qkv_RXD[:, :turned]
         if self._head_norm is not None:
             qk_RXD = self._head_norm(qk_RXD)
         qkv_RXD[:, :turned] = rotated(qk_RXD, step.cos_R1D, step.sin_R1D)
         self._kv.positions_PCD[self._layer].index_copy_(0, step.slot_R, qkv_RXD[:, self._heads :])
         return self._out(self._mixed(qkv_RXD[:, : self._heads], step.groups[self.window]))
+
+    def _decoded(self, qkv_RXD: Tensor, step: Step) -> Tensor:
+        assert self._kernels is not None
+        norm = self._head_norm
+        return self._kernels.attention(
+            qkv_RXD,
+            step.cos_R1D,
+            step.sin_R1D,
+            step.slot_R,
+            self._kv.layers_NSCD[self._layer],
+            step.table_RM,
+            step.position_R,
+            heads=self._heads,
+            scale=self._scale,
+            window=self.window,
+            norm=None if norm is None else (norm.weight_H, norm.eps),
+        )
 
     def _projected(self, x_RH: Tensor) -> Tensor:
         qkv = self._qkv(x_RH)

@@ -114,6 +114,7 @@ class DecodeExperts:
             self._addresses = [[host(ref) for ref in refs] for refs in self._refs]
             arrays = (t.numpy() for t in (self._x_TH, self._score_TK, self._cpu_y_PH))
             self._call = LaneCall(*arrays, experts=self._spare)
+        self._blocks = cache.blocks_CB.unbind(0)
         self._calls = 0
         self._experts: list[int] = []  # of the call that is under way
         self._coming: list[Transfer] = []
@@ -169,10 +170,11 @@ class DecodeExperts:
         if away:
             table_3E[2, away] = 1
         self._settle(self._behind)
-        self._coming += self._bring(row, fetch)
-        for expert in fetch:
-            table_3E[1, expert] = slots_E[expert]
-        self._behind += self._bring(row, behind)
+        if fetch:
+            self._coming += self._bring(row, fetch)
+            table_3E[1, fetch] = slots_E[fetch]
+        if behind:
+            self._behind += self._bring(row, behind)
         experts = self._experts = sorted(held)
         counts = self.counts
         counts.calls += 1
@@ -188,10 +190,10 @@ class DecodeExperts:
         counts.given_s += time.perf_counter() - asked
 
     def _bring(self, row: int, experts: Sequence[int]) -> list[Transfer]:
-        refs = self._refs[row]
         got = self.cache.reserve(self._layers[row], experts)
         assert len(got) == len(experts), (got, experts)
-        return [self.transfer.demand(refs[expert], self.cache.block(refs[expert])) for expert in got]
+        refs, slots = self._refs[row], self.cache.slot_LE[row, got].tolist()
+        return self.transfer.demand_all([(refs[e], self._blocks[slot]) for e, slot in zip(got, slots, strict=True)])
 
     def _settle(self, transfers: list[Transfer]) -> None:
         """What the GPU is given from here on finds these experts in their slots."""
@@ -231,9 +233,9 @@ class DecodeExperts:
         for expert in self._experts:
             used[expert] = self._calls
         self.cache.make_room(self._spare)
+        self._settle(self._coming)
         booked = time.perf_counter()
         if self.lane is not None:
             self.lane.wait()
-        self._settle(self._coming)
         self.counts.books_s += booked - began
         self.counts.lane_s += time.perf_counter() - booked

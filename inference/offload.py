@@ -96,14 +96,15 @@ def open_executor(
     # Measured before the banks are filled, which keeps cores and memory busy for seconds.
     profile = _profile(cache, device, crossing) if crossing.cpu and not all_resident else None
     banks = ExpertBanks(cache.store, cache.layout, registrar, start=crossing.pin and not all_resident)
-    transfers = TransferEngine(link, banks)
+    window = max(WINDOW_BYTES, 2 * cache.layout.nbytes)  # prefetches enter the link once in a layer
+    transfers = TransferEngine(link, banks, window_bytes=window)
     slot_calls = _slot_calls(cache, device)
     if all_resident:
         return Executor(cache, transfers, slot_calls=slot_calls)
     predictor = _predictor(cache, gates, top_k, crossing, heads)
     prefetcher = None
     if predictor is not None and cache.slots:
-        prefetcher = Prefetcher(predictor, cache, transfers, WINDOW_BYTES / cache.layout.nbytes)
+        prefetcher = Prefetcher(predictor, cache, transfers, window / cache.layout.nbytes)
     lane = None if profile is None else open_cpu_lane(banks, arithmetic, profile)
     return Executor(
         cache,

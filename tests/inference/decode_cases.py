@@ -55,7 +55,7 @@ class Served:
             graph=graph,
             lane=lane,
             host=banks.address,
-            split=None if share is None else lambda misses: (round(share * misses), int(misses > 2)),
+            split=None if share is None else lambda m: (round(share * m), int(m > 2)),
         )
         if self.experts.all_resident:
             self.experts.fill()

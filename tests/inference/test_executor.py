@@ -109,6 +109,12 @@ def test_a_prefill_into_an_empty_cache_fills_it_evenly(store, resident):
     assert [linked.cache.held(layer) for layer in range(LAYERS)] == [6] * LAYERS
 
 
+def test_a_call_without_tokens_asks_for_nothing(store):
+    linked = Linked(store, 6, predictor=SameAsLast)
+    assert linked(1, *batch(0, 0)).shape == (0, 64)
+    assert linked.transfers.counts.demanded_bytes == 0
+
+
 class Oracle(Lookahead):
     """Scores that say what the next layer will want, computed from what the device part is given."""
 
