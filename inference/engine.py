@@ -18,7 +18,17 @@ from inference.costmodel import MachineProfile
 from inference.errors import InferenceError
 from inference.model import Model
 from inference.offload import Crossing
-from inference.opening import MakePolicy, adapt, attach_all, end_tokens, open_base, open_kv, open_tokenizer, place_in
+from inference.opening import (
+    MakePolicy,
+    adapt,
+    attach_all,
+    end_tokens,
+    open_base,
+    open_kv,
+    open_tokenizer,
+    place_in,
+    watch,
+)
 from inference.placement import model_sizes
 from inference.report import Measured, Report
 from inference.requests import Output, Request, SamplingParams
@@ -51,6 +61,8 @@ class LLM:
         crossing: how experts reach a GPU: what predicts and prefetches them, and whether all are page-locked.
         vram: in place of ``expert_budget``, memory for all of the model: bytes, or text as ``8GiB``. What the dense
             part, the keys and values and half a gibibyte for CUDA leave is given to experts.
+        trace: file to make, in which the routing of everything that is served is recorded, with what lookahead heads
+            say if the folder has any; :meth:`close` ends it.
         max_rows, max_sequences, reuse: see :class:`~inference.batching.Engine`.
 
     Raises:
@@ -72,6 +84,7 @@ class LLM:
         kv_tokens: int | None = None,
         crossing: Crossing | None = None,
         vram: int | str | None = None,
+        trace: str | Path | None = None,
         max_rows: int = MAX_ROWS,
         max_sequences: int = MAX_SEQUENCES,
         reuse: bool = True,
@@ -85,13 +98,16 @@ class LLM:
                 raise InferenceError("vram and expert_budget both say how many experts are resident; give one of them")
             placed = place_in(self.path, vram, kv_tokens, self.device, dtype)
             expert_budget, kv_tokens = placed.share, placed.kv_tokens
-        base = open_base(self.path, expert_budget, self.device, dtype, poison, policy, crossing)
+        base = open_base(self.path, expert_budget, self.device, dtype, poison, policy, crossing, trace is not None)
+        self._base = base
         self.model, self.cache, self.dtype, self.executor = base.module, base.cache, base.dtype, base.executor
         if adapter is not None:
             attach_all(base, {"adapter": base.module}, {"adapter": adapter})
         kv = open_kv(base, kv_tokens)
         models: dict[str | None, Model] = {None: Model(base.module, kv)}
-        models |= {name: Model(module, kv) for name, module in adapt(base, adapters or {}).items()}
+        trees = adapt(base, adapters or {})
+        models |= {name: Model(module, kv) for name, module in trees.items()}
+        self._recorder = watch(base, [base.module, *trees.values()], trace)
         self.tokenizer = open_tokenizer(self.path)
         self.engine = Engine(
             models,
@@ -100,9 +116,21 @@ class LLM:
             max_rows=max_rows,
             max_sequences=max_sequences,
             reuse=reuse,
-            joined=base.begin,
+            joined=self._joined,
         )
         self._numbers = count()
+
+    def _joined(self) -> None:
+        """A new sequence starts."""
+        self._base.begin()
+        if self._recorder is not None:
+            self._recorder.begin()
+
+    def close(self) -> None:
+        """Ends the recording of routing; nothing else needs it."""
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
 
     def generate(
         self,
