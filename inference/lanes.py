@@ -8,6 +8,7 @@ neighbours. What is computed, and its bits, does not depend on which lane does i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,29 +26,45 @@ class Lanes:
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
         self._size = 0
+        self._around = threading.local()  # .threads: of a thread that is alone, how many it had
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Operations of this thread do not call others for help; those that are run in lanes still share out."""
+        threads = torch.get_num_threads()
+        if threads == 1:
+            yield
+            return
+        self._around.threads = threads
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            self._around.threads = None
 
     def run(self, function: Callable[[Any], object], items: Sequence[Any], nbytes: int) -> None:
         """``function`` of all items, or of a share of them in each lane if there are ``nbytes`` to read.
 
         Each product in it is computed by one thread. Shares follow each other in the list and differ by one at most.
         """
-        threads = torch.get_num_threads()
-        if threads == 1:
+        threads = getattr(self._around, "threads", None)
+        if threads is None and torch.get_num_threads() > 1:
+            with self.alone():
+                self.run(function, items, nbytes)
+            return
+        lanes = min(threads or 1, len(items))
+        if lanes < 2 or nbytes < WORTHWHILE:
             function(items)
             return
-        with _alone(threads):
-            lanes = min(threads, len(items))
-            if lanes < 2 or nbytes < WORTHWHILE:
-                function(items)
-                return
-            ends = [len(items) * lane // lanes for lane in range(lanes + 1)]
-            shares = [items[start:end] for start, end in pairwise(ends)]
-            guarded = torch.is_inference_mode_enabled()
-            waiting = [self._threads(lanes - 1).submit(_elsewhere, function, share, guarded) for share in shares[1:]]
-            try:
-                function(shares[0])
-            finally:
-                failures = [future.exception() for future in waiting]
+        ends = [len(items) * lane // lanes for lane in range(lanes + 1)]
+        shares = [items[start:end] for start, end in pairwise(ends)]
+        guarded = torch.is_inference_mode_enabled()
+        waiting = [self._threads(lanes - 1).submit(_elsewhere, function, share, guarded) for share in shares[1:]]
+        try:
+            function(shares[0])
+        finally:
+            failures = [future.exception() for future in waiting]
         for failure in failures:
             if failure is not None:
                 raise failure
@@ -61,16 +78,6 @@ class Lanes:
 
 
 LANES = Lanes()
-
-
-@contextmanager
-def _alone(threads: int) -> Iterator[None]:
-    """Operations of this thread, which has ``threads``, do not call others for help."""
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _elsewhere(function: Callable[[Any], object], share: Sequence[Any], guarded: bool) -> None:
