@@ -80,7 +80,9 @@ class ExpertMap(Policy):
         self._now_LE = np.zeros((layers, experts), dtype=np.float32)
         self._dots_M = np.zeros(memory)
         self._uses_LE = np.zeros((layers, experts))
-        self._ahead_LE = np.zeros((layers, experts))
+        self._total_L1 = np.full((layers, 1), 1e-12)
+        self._worth = 1.0  # of a use now: it grows, instead of all counts shrinking at each call
+        self._match = -1
 
     def use(self, row: int, experts_N: Sequence[int] | np.ndarray) -> None:
         if row <= self.row:
@@ -98,15 +100,19 @@ class ExpertMap(Policy):
 
     def _note(self, row: int, experts_N: np.ndarray) -> None:
         self._now_LE[row, experts_N] = 1
-        self._uses_LE *= 0.5 ** (1 / (64 * self.layers))
-        self._uses_LE[row, experts_N] += 1
+        self._worth *= 2.0 ** (1 / (64 * self.layers))
+        if self._worth > 1e100:
+            self._uses_LE /= self._worth
+            self._total_L1 /= self._worth
+            self._worth = 1.0
+        self._uses_LE[row, experts_N] += self._worth
+        self._total_L1[row] += self._worth * len(experts_N)
         known = self._known
         if not known:
             return
         # Every map has as many ones in a row as the model has choices, so dot products order as cosines do.
         self._dots_M[:known] += self._maps_MLE[:known, row][:, experts_N].sum(1)
-        self._ahead_LE[:] = self._maps_MLE[int(self._dots_M[:known].argmax())]
-        self._ahead_LE[: row + 1] = 0
+        self._match = int(self._dots_M[:known].argmax())
 
     @property
     def likely_LE(self) -> np.ndarray:
@@ -114,7 +120,10 @@ class ExpertMap(Policy):
         return self.scores()
 
     def scores(self) -> Scores:
-        return np.asarray(self._ahead_LE + self._uses_LE / np.maximum(self._uses_LE.sum(1, keepdims=True), 1e-12))
+        likely_LE = self._uses_LE / self._total_L1
+        if self._match >= 0:
+            likely_LE[self.row + 1 :] += self._maps_MLE[self._match, self.row + 1 :]
+        return np.asarray(likely_LE)
 
 
 def _unit_rows(counts_LE: np.ndarray) -> np.ndarray:

@@ -135,15 +135,17 @@ class ExpertCache:
         return self.blocks_CB[slot]
 
     def use(self, layer: int, experts: Sequence[int]) -> Wanted:
-        """One layer call wants these distinct experts: the policy sees them, and from now on none of them is evicted
-        until the next call. Counts nothing as hit or miss yet: see :meth:`take` and :meth:`commit`.
+        """:meth:`note` and :meth:`look`."""
+        self.note(layer, experts)
+        return self.look(layer, experts)
+
+    def look(self, layer: int, experts: Sequence[int]) -> Wanted:
+        """One layer call wants these distinct experts: none of them is evicted until the next call. Nothing is counted
+        as hit or miss yet.
         """
         assert len(set(experts)) == len(experts), "experts must be distinct"
         row = self._row[layer]
-        self.policy.use(row, experts)
         self._lent = (row, list(experts))
-        if self._untried or self._ghosts:
-            self._judge(row, experts)
         if all((row, expert) in self._loans for expert in experts):
             return Wanted(list(experts), [], [])
         slots, wanted = self.slot_LE[row], Wanted([], [], [])
@@ -151,6 +153,14 @@ class ExpertCache:
             held = wanted.resident if (row, expert) in self._loans else wanted.coming
             (held if slots[expert] >= 0 else wanted.missing).append(expert)
         return wanted
+
+    def note(self, layer: int, experts: Sequence[int]) -> None:
+        """The policy sees what a layer call wants. Once in each call; the call may be under way by then."""
+        row = self._row[layer]
+        self.policy.use(row, experts)
+        self._lent = (row, list(experts))
+        if self._untried or self._ghosts:
+            self._judge(row, experts)
 
     def _judge(self, row: int, experts: Sequence[int]) -> None:
         """Count what prefetches turned out to be."""
@@ -161,12 +171,6 @@ class ExpertCache:
             gone = self._ghosts.pop((row, expert), None)
             if gone is not None and self.policy.round - gone <= 1:
                 self.counts.regretted += 1
-
-    def note(self, layer: int, experts: Sequence[int]) -> None:
-        """:meth:`use` for a caller that knows already how the experts are."""
-        row = self._row[layer]
-        self.policy.use(row, experts)
-        self._lent = (row, list(experts))
 
     def make_room(self, count: int) -> None:
         """Has the policy give up slots ahead of need until ``count`` are free, so that no demand waits for it."""

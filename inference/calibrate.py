@@ -10,7 +10,8 @@ import hashlib
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from inference.compiled_experts import COMPILED, CompiledExperts, compiled_kernels
 from inference.costmodel import BYTES, KernelTable, MachineProfile, ProfileError, Rates, Timing
-from inference.cpu_experts import CpuExperts, HostExpert, kernels_for
+from inference.cpu_experts import CpuExperts, kernels_for
+from inference.host_expert import HostExpert
 
 TEAMS = (1, 2, 4)
 ROWS = (1, 16, 64, 4)  # in this order, as far as the time goes
@@ -98,15 +101,19 @@ def _cpu_name() -> str:
     return next(names, platform.machine())
 
 
-@torch.inference_mode()
 def calibrate(kind: ExpertKind, device: torch.device, budget_s: float = 2.0) -> MachineProfile:
     """Measure. ``budget_s`` bounds the table of CPU kernels, which takes longest; no part is left out for it."""
+    with torch.inference_mode(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return _calibrate(kind, device, budget_s)
+
+
+def _calibrate(kind: ExpertKind, device: torch.device, budget_s: float) -> MachineProfile:
     began = time.perf_counter()
     bank = _Bank(kind)
     gpu = _Gpu(kind, device) if device.type == "cuda" else None
     dram = _read_rate(bank.weights_N)
-    counts = thread_counts(cpu_cores(), gpu is not None)
-    threads, team, timings = cpu_table(bank, counts, 0.7 * budget_s - (time.perf_counter() - began))
+    trials = Trials.of(kind, cpu_cores(), gpu is not None)
+    threads, team, timings = cpu_table(bank, trials, 0.7 * budget_s - (time.perf_counter() - began))
     table = KernelTable(tuple(timings))
     alone = kind.nbytes / table.best(1, threads).seconds
     common = {
@@ -146,32 +153,46 @@ def calibrate(kind: ExpertKind, device: torch.device, budget_s: float = 2.0) -> 
     return profile
 
 
-def thread_counts(cores: int, with_gpu: bool) -> tuple[int, ...]:
-    """Worth trying: all cores but the one that launches the GPU's work, and half of them."""
-    most = max(cores - 1, 1) if with_gpu else cores
-    return tuple(sorted({max(most // 2, 1), most}))
+@dataclass(frozen=True)
+class Trials:
+    """What is tried: kernels, and (threads, team) pairs, the likeliest first."""
+
+    kernels: tuple[str, ...]
+    crews: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, kind: ExpertKind, cores: int, with_gpu: bool) -> Trials:
+        """Without a GPU experts are computed by one product on all cores. Beside one, by the best of all kernels on all
+        cores but the one that launches the GPU's work, or on half of them, in small teams."""
+        if not with_gpu:
+            return cls(("linear",), ((cores, cores),))
+        most = max(cores - 1, 1)
+        counts = sorted({most, max(most // 2, 1)}, reverse=True)
+        crews = tuple((n, team) for n in counts for team in TEAMS if team <= n)
+        return cls((*kernels_for(kind.dtype), *compiled_kernels(kind.dtype)), crews)
 
 
-def cpu_table(bank: _Bank, counts: Sequence[int], budget_s: float) -> tuple[int, int, list[Timing]]:
+def cpu_table(bank: _Bank, trials: Trials, budget_s: float) -> tuple[int, int, list[Timing]]:
     """The best count of threads, in what teams, and the times of every kernel.
 
     Counts and teams are tried with one row, which is what decoding needs, as far as half of the time goes; the best of
     them with 16 rows, and with others while there is time. A kernel that is far behind the first time is left out, and
-    row by row takes a row's time for each, so it is not timed beyond one.
+    row by row takes a row's time for each, so it is not timed beyond one. The compiled kernel knows no teams.
     """
     began = time.perf_counter()
-    kernels, tried = kernels_for(bank.kind.dtype), []
-    for threads, team in [(n, team) for n in reversed(counts) for team in TEAMS if team <= n]:
+    kernels, tried = trials.kernels, []
+    for threads, team in trials.crews:
         if tried and time.perf_counter() - began > budget_s / 2:
             break
-        here = [bank.timing(kernel, threads, team, 1) for kernel in kernels]
+        here = [bank.timing(kernel, threads, team, 1) for kernel in kernels if kernel != COMPILED or team == 1]
         tried += [(timing, team) for timing in here]
-        kernels = tuple(t.kernel for t in here if t.seconds < _FAR_BEHIND * min(one.seconds for one in here))
+        slow = _FAR_BEHIND * min(one.seconds for one in here)
+        kernels = tuple(k for k in kernels if all(t.seconds < slow for t in here if t.kernel == k))
     fastest, team = min(tried, key=lambda one: (one[0].seconds, one[0].threads, one[1]))
     best = fastest.threads
     found = [timing for timing, theirs in tried if (timing.threads, theirs) == (best, team)]
     for rows in ROWS[1:]:
-        for kernel in kernels_for(bank.kind.dtype):
+        for kernel in dict.fromkeys(timing.kernel for timing in found):
             if kernel != "rows" and (rows == ROWS[1] or time.perf_counter() - began < budget_s):
                 found.append(bank.timing(kernel, best, team, rows))
     return best, team, found
@@ -196,7 +217,11 @@ class _Bank:
         return HostExpert(gate_up_N.view(-1, hidden), down_N.view(hidden, -1))
 
     def experts(self, threads: int, team: int, table: KernelTable) -> CpuExperts:
-        return CpuExperts(self, lambda gate, up: silu(gate) * up, table, threads, team)
+        compiled = None
+        if any(timing.kernel == COMPILED for timing in table.timings):
+            sizes = (self.kind.hidden, self.kind.intermediate, self.kind.dtype)
+            compiled = CompiledExperts(threads, *sizes, 2 * self.kind.hidden * self.kind.intermediate)
+        return CpuExperts(self, lambda gate, up: silu(gate) * up, table, threads, team, compiled)
 
     def timing(self, kernel: str, threads: int, team: int, rows: int) -> Timing:
         calls = [_WHOLE_CALL if rows == 1 else 2 * threads] * 2
@@ -248,7 +273,7 @@ class _Gpu:
 
     def __init__(self, kind: ExpertKind, device: torch.device) -> None:
         self.kind, self.device = kind, device
-        self.count = max(min((256 << 20) // kind.nbytes, 64), 2)
+        self.count = max(min(_BANK_BYTES // kind.nbytes, 64), 2)
         self.host_B = torch.empty(self.count, kind.nbytes, dtype=torch.uint8, pin_memory=True)
         self.there_B = torch.zeros(self.count, kind.nbytes, dtype=torch.uint8, device=device)
         self.stream = torch.cuda.Stream(device)
@@ -285,7 +310,7 @@ class _Gpu:
         The link is given more than it can carry meanwhile; only what ``act`` did before it ended counts.
         """
         alone = act()
-        rounds = max(round(2 * alone * 60e9 / self.host_B.nbytes), 2)
+        rounds = max(round(10 * alone * 60e9 / self.host_B.nbytes), 4)
         begin, end = self._enqueue(rounds)
         times = []
         while not end.query():
@@ -297,9 +322,9 @@ class _Gpu:
     def table(self) -> tuple[Timing, ...]:
         """Products as the GPU does them, weights resident and not in its cache."""
         kind, found = self.kind, []
-        weights = self.there_B.view(kind.dtype).view(self.count, 3, -1).zero_()
+        weights = self.there_B.view(kind.dtype).view(self.count, 3, -1).normal_()
         for rows in GPU_ROWS:
-            x_RH = torch.zeros(rows, kind.hidden, dtype=kind.dtype, device=self.device)
+            x_RH = torch.randn(rows, kind.hidden, dtype=kind.dtype, device=self.device)
             seconds = self._timed(lambda x_RH=x_RH: self._all_experts(weights, x_RH)) / self.count
             found.append(Timing("gpu", 1, rows, seconds))
         return tuple(found)
@@ -314,6 +339,7 @@ class _Gpu:
     def _timed(self, act: Callable[[], object]) -> float:
         """Seconds on the device, from a graph, so that launching does not count; the best of three."""
         stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             act()
         stream.synchronize()
@@ -338,7 +364,7 @@ class _Gpu:
     def flops(self) -> float:
         """Of a large square product in the experts' precision."""
         size = 4096
-        a = torch.zeros(size, size, dtype=self.kind.dtype, device=self.device)
+        a = torch.randn(size, size, dtype=self.kind.dtype, device=self.device)
         return 2 * size**3 / self._timed(lambda: a @ a)
 
     def round_trip(self) -> None:

@@ -14,8 +14,11 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from inference.errors import InferenceError
 
+_TINY = 1e-30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROFILES = Path(__file__).parent / "profiles"
 
@@ -132,7 +135,7 @@ class KernelTable:
     """Measured times, between them straight lines: which kernel is fastest for so many rows on so many threads."""
 
     timings: tuple[Timing, ...]
-    _found: dict[tuple[int, int], Timing] = field(default_factory=dict, compare=False, repr=False)
+    _found: dict[tuple[int, int, str], Timing] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def _curves(self) -> dict[tuple[str, int], list[tuple[int, float]]]:
@@ -145,17 +148,19 @@ class KernelTable:
     def thread_counts(self) -> tuple[int, ...]:
         return tuple(sorted({t.threads for t in self.timings}))
 
-    def best(self, rows: int, threads: int) -> Timing:
+    def best(self, rows: int, threads: int, without: str = "") -> Timing:
         """The fastest for ``rows`` on the largest measured count of threads that is at most ``threads``.
 
-        On fewer than were ever measured, the fewest. Of equally fast kernels the first by name.
+        On fewer than were ever measured, the fewest. Of equally fast kernels the first by name; ``linear`` if none but
+        ``without`` was measured.
         """
-        key = (rows, threads)
+        key = (rows, threads, without)
         if key not in self._found:
             counts = self.thread_counts
             used = max((n for n in counts if n <= threads), default=counts[0])
-            times = [(at(curve, rows), kernel) for (kernel, n), curve in self._curves.items() if n == used]
-            seconds, kernel = min(times)
+            curves = {kernel: curve for (kernel, n), curve in self._curves.items() if n == used and kernel != without}
+            times = [(at(curve, rows), kernel) for kernel, curve in curves.items()]
+            seconds, kernel = min(times, default=(math.inf, "linear"))
             self._found[key] = Timing(kernel, used, rows, seconds)
         return self._found[key]
 
@@ -182,6 +187,7 @@ class ExpertCosts:
         expert_bytes: of one expert as it lies in host memory.
         link_s, link_overlapped_s: to bring it to the GPU, alone and beside busy cores; infinite without a link.
         threads: that the CPU lane may use; 0 for none: the CPU computes nothing.
+        handover_s: for a call to use the CPU lane at all: the workers' start, and the results' way back to the GPU.
     """
 
     profile: MachineProfile
@@ -193,6 +199,7 @@ class ExpertCosts:
     handover_s: float
     _cpu: KernelTable
     _gpu: KernelTable
+    _lanes: dict[int, tuple[float, float, float]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(
@@ -208,7 +215,7 @@ class ExpertCosts:
             threads=profile.threads if threads is None else threads,
             link_s=math.inf if link is None else size / link.alone,
             link_overlapped_s=math.inf if link is None else size / link.overlapped,
-            handover_s=profile.handover_s if link is not None else 0.0,
+            handover_s=profile.handover_s + profile.sync_s if link is not None else 0.0,
             _cpu=KernelTable(profile.cpu),
             _gpu=KernelTable(profile.gpu),
         )
@@ -217,12 +224,20 @@ class ExpertCosts:
     def has_link(self) -> bool:
         return self.profile.link is not None
 
+    def lanes(self, rows: int) -> tuple[float, float, float]:
+        """:meth:`cpu_s`, :meth:`cpu_overlapped_s` and :meth:`gpu_s`, remembered."""
+        found = self._lanes.get(rows)
+        if found is None:
+            found = self._lanes[rows] = self.cpu_s(rows), self.cpu_overlapped_s(rows), self.gpu_s(rows)
+        return found
+
     def cpu_s(self, rows: int) -> float:
-        """The cores alone; infinite where they may not help."""
+        """The cores alone; infinite where they may not help. Fewer threads than were measured take longer."""
         if not self.threads:
             return math.inf
+        best = self._cpu.best(rows, self.threads)
         scale = self.expert_bytes / self.profile.expert_bytes
-        return self._cpu.best(rows, self.threads).seconds * scale
+        return best.seconds * scale * max(best.threads / self.threads, 1.0)
 
     def cpu_overlapped_s(self, rows: int) -> float:
         """Beside a busy link: few rows wait for memory, many for the cores, which the link does not slow down."""
@@ -275,19 +290,17 @@ def balanced_fetch(misses: int, link_s: float, cpu_s: float) -> int:
     return min(ends)[1]
 
 
-def overlap(link: tuple[float, float], cpu: tuple[float, float]) -> tuple[float, float]:
-    """When each lane ends if both start together.
+def overlap(link: tuple[np.ndarray, np.ndarray], cpu: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """When each lane ends if both start together; elementwise, numbers are welcome.
 
     Args:
         link, cpu: seconds of its work (alone, overlapped); alone is never the longer.
 
     The shorter one runs beside the other to its end; what the longer one still has to do then, it does alone.
     """
-    if not link[1] or not cpu[1]:
-        return link[0], cpu[0]
-    if link[1] <= cpu[1]:
-        return link[1], link[1] + (1 - link[1] / cpu[1]) * cpu[0]
-    return cpu[1] + (1 - cpu[1] / link[1]) * link[0], cpu[1]
+    together = np.minimum(link[1], cpu[1])  # 0 where a lane has nothing to do: then the other one is alone all along
+    link_left, cpu_left = (1 - together / np.maximum(beside, _TINY) for _, beside in (link, cpu))
+    return together + link_left * link[0], together + cpu_left * cpu[0]
 
 
 def distinct_experts(experts: int, top_k: int, tokens: int) -> float:

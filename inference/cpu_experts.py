@@ -17,63 +17,18 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from inference.compiled_experts import COMPILED, CompiledExperts
 from inference.costmodel import KernelTable
-from moe.form import ExpertForm
+from inference.host_expert import HostExpert
 
 Product = Callable[[Tensor, Tensor], Tensor]
 Gated = Callable[[Tensor, Tensor], Tensor]  # (gate, up), elementwise
-HostWeights = Callable[[int, int], "HostExpert"]  # (layer, expert)
+HostWeights = Callable[[int, int], HostExpert]  # (layer, expert)
 MIN_COLUMNS = 128  # of a part: below it, calling costs more than computing
-
-
-@dataclass(frozen=True)
-class HostExpert:
-    """One expert in host memory, as views in any strides.
-
-    Attributes:
-        gate_up: gate and up, [I,H] each, or both as one [2I,H].
-        interleaved: in which gate and up take turns, gate first (gpt_oss); else gate's rows come first.
-        gate_up_bias, down_bias: [2I] laid out as the rows are, [H]; None without.
-    """
-
-    gate_up: tuple[Tensor, Tensor] | Tensor
-    down_HI: Tensor
-    interleaved: bool = False
-    gate_up_bias: Tensor | None = None
-    down_bias: Tensor | None = None
-
-    @classmethod
-    def of_parts(cls, parts: Sequence[Tensor], form: ExpertForm) -> HostExpert:
-        """From ``gate_up_proj`` and ``down_proj`` of one expert as its family lays them out, and their biases."""
-        gate_up_2IH, down_HI = (part.t() if form.transposed else part for part in parts[:2])
-        return cls(gate_up_2IH, down_HI, form.interleaved, *parts[2:])
-
-    @property
-    def gate_up_2IH(self) -> Tensor | None:
-        return self.gate_up if isinstance(self.gate_up, Tensor) else None
-
-    @property
-    def halves(self) -> tuple[Tensor, Tensor]:
-        """gate and up [I,H]."""
-        if not isinstance(self.gate_up, Tensor):
-            return self.gate_up
-        if self.interleaved:
-            return self.gate_up[::2], self.gate_up[1::2]
-        gate_IH, up_IH = self.gate_up.chunk(2)
-        return gate_IH, up_IH
-
-    @property
-    def intermediate(self) -> int:
-        return self.down_HI.shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.down_HI.dtype
 
 
 def product_linear(x_RH: Tensor, w_OH: Tensor) -> Tensor:
@@ -144,17 +99,26 @@ class Pending:
     """Work that was submitted."""
 
     def __init__(
-        self, rows: Sequence[slice], shares: Sequence[Tensor], workers: Sequence[Future[None]], out_NH: Tensor
-    ):
+        self,
+        rows: Sequence[slice],
+        shares: Sequence[Tensor],
+        workers: Sequence[Future[None]],
+        out_NH: Tensor,
+        compiled: CompiledExperts | None,
+    ) -> None:
         self._rows, self._shares, self._workers, self._out_NH = rows, shares, workers, out_NH
+        self._compiled = compiled
 
     def result(self) -> Tensor:
         """Waits; float32 [N,H], rows as they were given, unweighted. An error of a worker is raised here."""
+        if self._compiled is not None:
+            self._compiled.wait()
         for worker in self._workers:
             worker.result()
         for rows, share_RH in zip(self._rows, self._shares, strict=True):
             self._out_NH[rows] += share_RH
         self._rows = self._shares = ()
+        self._compiled = None
         return self._out_NH
 
 
@@ -167,10 +131,20 @@ class CpuExperts:
         table: measured times, which say what kernel to use.
         threads: of all workers together.
         team: threads of one worker. Large teams need the interpreter less often, small ones wait less for each other.
+        compiled: has threads of its own; computes what the table gives to it, as far as it takes it. Closed with this.
     """
 
-    def __init__(self, weights: HostWeights, gated: Gated, table: KernelTable, threads: int, team: int = 1) -> None:
+    def __init__(
+        self,
+        weights: HostWeights,
+        gated: Gated,
+        table: KernelTable,
+        threads: int,
+        team: int = 1,
+        compiled: CompiledExperts | None = None,
+    ) -> None:
         assert 1 <= team <= threads, (team, threads)
+        self.compiled = compiled
         self.weights, self.gated, self.table, self.threads = weights, gated, table, threads
         self.workers = threads // team
         self._pool = _workers(self.workers, team)
@@ -189,21 +163,30 @@ class CpuExperts:
         out_NH = torch.empty(x_NH.shape, dtype=torch.float32) if out_NH is None else out_NH
         out_NH.zero_()
         tasks: list[tuple[Product, HostExpert, Tensor, slice]] = []
+        compiled: list[tuple[HostExpert, slice]] = []
         where, start = [], 0
         for expert, count in work:
             rows = slice(start, start + count)
             start += count
             weights = self.weights(layer, expert)
-            product = KERNELS[self.table.best(count, self.threads).kernel]
+            kernel = self.table.best(count, self.threads).kernel
+            if kernel == COMPILED and self.compiled is not None and self.compiled.takes(weights):
+                compiled.append((weights, rows))
+                continue
+            if kernel == COMPILED:
+                kernel = self.table.best(count, self.threads, without=COMPILED).kernel
+            product = KERNELS[kernel]
             for columns in self._columns(weights.intermediate, len(work)):
                 tasks.append((product, weights, x_NH[rows], columns))
                 where.append(rows)
+        if compiled and self.compiled is not None:
+            self.compiled.submit(compiled, x_NH, out_NH)
         shares: list[Tensor] = [out_NH] * len(tasks)
         turns = iter(range(len(tasks)))  # workers take the next one from here: the interpreter's lock keeps it whole
         workers = [
             self._pool.submit(_work, turns, tasks, self.gated, shares) for _ in range(min(self.workers, len(tasks)))
         ]
-        return Pending(where, shares, workers, out_NH)
+        return Pending(where, shares, workers, out_NH, self.compiled if compiled else None)
 
     def _columns(self, intermediate: int, experts: int) -> list[slice]:
         """Into how many parts an expert is cut: so many that no worker is idle."""
@@ -217,6 +200,8 @@ class CpuExperts:
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self.compiled is not None:
+            self.compiled.close()
 
     def __enter__(self) -> CpuExperts:
         return self
@@ -237,12 +222,12 @@ def _workers(count: int, team: int) -> ThreadPoolExecutor:
     def begin() -> None:
         torch.set_num_threads(team)
         torch.get_num_threads()  # the first question settles a thread's count; before the caller's is set again
-        started.wait()
+        started.wait(60)
 
     pool = ThreadPoolExecutor(count, "cpu-expert", initializer=begin)
     for _ in range(count):
         pool.submit(int)  # a worker starts when there is work and no idle one: none is idle before the barrier
-    started.wait()
+    started.wait(60)
     torch.set_num_threads(mine)
     return pool
 

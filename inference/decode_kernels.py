@@ -118,9 +118,9 @@ def attention(
     """
     rows, kv_heads = len(qkv_RXD), layer_NSCD.shape[2] // 2
     width, blocks = qkv_RXD.shape[2], table_RM.shape[1]
-    assert all(t.is_contiguous() for t in (qkv_RXD, layer_NSCD, table_RM))
-    assert serves(width)
-    assert qkv_RXD.shape[1] == heads + 2 * kv_heads
+    assert all(tensor.is_contiguous() for tensor in (qkv_RXD, layer_NSCD, table_RM))
+    assert serves(width), width
+    assert qkv_RXD.shape[1] == heads + 2 * kv_heads, (qkv_RXD.shape, heads, kv_heads)
     q_RHD = qkv_RXD.new_empty(rows, heads, width)
     weight, eps = (qkv_RXD, 0.0) if norm is None else norm
     _turn[(rows, heads + 2 * kv_heads)](

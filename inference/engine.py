@@ -28,6 +28,7 @@ from inference.opening import (
     open_kv,
     open_tokenizer,
     place_in,
+    watch,
 )
 from inference.placement import model_sizes
 from inference.report import Measured, Report
@@ -62,6 +63,8 @@ class LLM:
         vram: in place of ``expert_budget``, memory for all of the model: bytes, or text as ``8GiB``. What the dense
             part, the keys and values and half a gibibyte for CUDA leave is given to experts.
         graphs: capture decode steps of few sequences as CUDA graphs, see :mod:`inference.graphed`.
+        trace: file to make, in which the routing of everything that is served is recorded, with what lookahead heads
+            say if the folder has any; :meth:`close` ends it.
         max_rows, max_sequences, reuse: see :class:`~inference.batching.Engine`.
 
     Raises:
@@ -84,6 +87,7 @@ class LLM:
         crossing: Crossing | None = None,
         vram: int | str | None = None,
         graphs: bool = False,
+        trace: str | Path | None = None,
         max_rows: int = MAX_ROWS,
         max_sequences: int = MAX_SEQUENCES,
         reuse: bool = True,
@@ -97,16 +101,22 @@ class LLM:
                 raise InferenceError("vram and expert_budget both say how many experts are resident; give one of them")
             placed = place_in(self.path, vram, kv_tokens, self.device, dtype)
             expert_budget, kv_tokens = placed.share, placed.kv_tokens
-        base = open_base(self.path, expert_budget, self.device, dtype, poison, policy, crossing)
+        base = open_base(self.path, expert_budget, self.device, dtype, poison, policy, crossing, trace is not None)
+        self._base = base
         self.model, self.cache, self.dtype, self.executor = base.module, base.cache, base.dtype, base.executor
         if adapter is not None:
             attach_all(base, {"adapter": base.module}, {"adapter": adapter})
         kv = open_kv(base, kv_tokens)
         model = Model(base.module, kv)
-        if graphs and adapter is not None:
-            raise InferenceError("graphs=True captures steps of the base model only; give the adapter in adapters")
+        if graphs and (adapter is not None or trace is not None):
+            raise InferenceError(
+                "graphs=True captures steps of the base model, whose routing nobody can watch then; leave trace out, and "
+                "give the adapter in adapters"
+            )
         models: dict[str | None, Model] = {None: capture_steps(model, base) if graphs else model}
-        models |= {name: Model(module, kv) for name, module in adapt(base, adapters or {}).items()}
+        trees = adapt(base, adapters or {})
+        models |= {name: Model(module, kv) for name, module in trees.items()}
+        self._recorder = watch(base, [base.module, *trees.values()], trace)
         self.tokenizer = open_tokenizer(self.path)
         self.engine = Engine(
             models,
@@ -115,9 +125,21 @@ class LLM:
             max_rows=max_rows,
             max_sequences=max_sequences,
             reuse=reuse,
-            joined=base.begin,
+            joined=self._joined,
         )
         self._numbers = count()
+
+    def _joined(self) -> None:
+        """A new sequence starts."""
+        self._base.begin()
+        if self._recorder is not None:
+            self._recorder.begin()
+
+    def close(self) -> None:
+        """Ends the recording of routing; nothing else needs it."""
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
 
     def generate(
         self,

@@ -31,6 +31,7 @@ from inference.transfer import Transfer, TransferEngine
 from moe.refs import ExpertRef
 
 MANY_PAIRS = 256  # (token, choice) pairs above which a call streams
+_SPARE = 16  # one slot in so many is free before a call, so that the link need not wait for the policy
 
 
 class CpuLane(Protocol):
@@ -58,10 +59,18 @@ Plan = Callable[[list[tuple[int, int]], list[int], dict[int, float]], tuple[Sequ
 
 @dataclass(frozen=True)
 class ReadBack:
-    """What the host learns of a call."""
+    """What the host learns of a call.
+
+    Attributes:
+        last: the last token's experts.
+        x_TH: the call's input in host memory, where the CPU may have to compute.
+        ahead_DE: what was computed to predict.
+    """
 
     call: Call
-    ahead_DE: np.ndarray | None
+    last: list[int]
+    x_TH: Tensor | None = None
+    ahead_DE: np.ndarray | None = None
 
 
 class Executor:
@@ -128,6 +137,8 @@ class Executor:
             raise
 
     def _run(self, module: OffloadedExperts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        if not len(x_TH):
+            return torch.zeros_like(x_TH)
         row = self.cache.row(module.layer)
         read = self._read_back(row, module, x_TH, index_TK)
         call = read.call
@@ -135,25 +146,28 @@ class Executor:
         if self.prefetcher is not None:
             self.prefetcher.settle()
         if self.stream is not None and len(call.order_N) > self.many_pairs:
-            last = sorted(set(index_TK[-1].tolist()))
-            groups = self.stream.groups(module.layer, call, last)
+            groups = self.stream.groups(module.layer, call, read.last)
             return module.compute(call, x_TH, weights_TK, groups)
-        wanted = self.cache.use(module.layer, call.experts)
+        wanted = self.cache.look(module.layer, call.experts)
         # An adapter's deltas belong between an expert's products: those experts are computed where the adapter is.
         fetch, on_cpu = (wanted.missing, []) if module.adapter is not None else self._split(row, wanted, call)
-        elsewhere = self._start_cpu(module.layer, on_cpu, call, x_TH)
+        elsewhere = self._start_cpu(module.layer, on_cpu, call, x_TH if read.x_TH is None else read.x_TH)
         groups = self._groups(row, module.layer, wanted, fetch, read)
         if self.slot_calls is not None and module.adapter is None and len(call.order_N) <= self.many_pairs:
             return self.slot_calls.run(call, x_TH, index_TK, weights_TK, groups, elsewhere)
         return module.compute(call, x_TH, weights_TK, groups, elsewhere)
 
     def _read_back(self, row: int, module: OffloadedExperts, x_TH: Tensor, index_TK: Tensor) -> ReadBack:
+        wanted, few = {"index": index_TK}, index_TK.numel() <= self.many_pairs
         part = getattr(self.prefetcher and self.prefetcher.predictor, "device_part", None)
-        if part is None or index_TK.numel() > self.many_pairs:
-            (index_TK,) = _to_host(index_TK)
-            return ReadBack(Call.of(index_TK.numpy(), module.num_experts), None)
-        index_TK, ahead_DE = _to_host(index_TK, part(row, x_TH).float())
-        return ReadBack(Call.of(index_TK.numpy(), module.num_experts), ahead_DE.numpy())
+        if few and part is not None:
+            wanted["ahead"] = part(row, x_TH).float()
+        if few and self.cpu is not None:
+            wanted["x"] = x_TH
+        read = dict(zip(wanted, _to_host(list(wanted.values())), strict=True))
+        call, ahead = Call.of(read["index"].numpy(), module.num_experts), read.get("ahead")
+        last = sorted(set(read["index"][-1].tolist()))
+        return ReadBack(call, last, read.get("x"), None if ahead is None else ahead.numpy())
 
     def _split(self, row: int, wanted: Wanted, call: Call) -> tuple[list[int], list[int]]:
         if self.plan is None or not wanted.missing:
@@ -181,16 +195,27 @@ class Executor:
 
     def _groups(self, row: int, layer: int, wanted: Wanted, fetch: list[int], read: ReadBack) -> Iterator[list[Loan]]:
         """The experts of a call as they become usable; each group is computed before the next is asked for."""
+        # Where enough slots are free the link begins at once: the policy has its turn while others work.
+        waiting, experts = len(fetch) <= self.cache.free, read.call.experts
+        if not waiting:
+            self.cache.note(layer, experts)
         flying = self._fetch(layer, fetch)
         left = fetch[len(flying) :]
         late = {expert: self._late(ExpertRef(layer, expert)) for expert in wanted.coming}
         if self.prefetcher is not None:
-            self.prefetcher.after(row, read.call.experts, bool(fetch), read.ahead_DE)
+            if waiting:
+                self.cache.note(layer, experts)
+            self.prefetcher.after(row, experts, bool(fetch), read.ahead_DE)
         self.cache.counts.hits += len(wanted.resident) + len(late)
         if wanted.resident:
             yield [self.cache.loan(layer, expert) for expert in wanted.resident]
         if late or flying:
             yield self._arriving(layer, late | flying)
+        if self.prefetcher is None:
+            if waiting:
+                self.cache.note(layer, experts)
+            # A prefetcher would take slots that are free for worth nothing.
+            self.cache.make_room(min(len(experts), self.cache.slots // _SPARE) if not left else 0)
         while left or self.cache.slots == 0:
             # More experts than there is room for: those computed so far make way, once they are.
             self.cache.release(layer)
@@ -208,12 +233,12 @@ class Executor:
             return {}
         got = self.cache.reserve(layer, experts)
         self.transfers.link.fence()
-        flying = {}
-        for expert in got:
-            ref = ExpertRef(layer, expert)
-            flying[expert] = self._flying[ref] = self.transfers.demand(ref, self.cache.block(ref))
+        refs = [ExpertRef(layer, expert) for expert in got]
+        sent = self.transfers.demand_all([(ref, self.cache.block(ref)) for ref in refs])
+        self._flying.update(zip(refs, sent, strict=True))
+        for _ in got:
             self.cache.count_miss()
-        return flying
+        return dict(zip(got, sent, strict=True))
 
     def _late(self, ref: ExpertRef) -> Transfer:
         assert self.prefetcher is not None
@@ -240,7 +265,7 @@ class Executor:
         self.cache.release(layer)
 
 
-def _to_host(*tensors: Tensor) -> list[Tensor]:
+def _to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies in host memory, after one wait for all."""
     if tensors[0].device.type == "cpu":
         return list(tensors)

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from inference.cache import ExpertCache, Loan
 from inference.errors import InferenceError
 from inference.expert_block import ExpertShape
+from inference.lanes import LANES
 from moe.form import ExpertForm
 from moe.kernels.activation import split
 
@@ -171,11 +171,15 @@ class OffloadedExperts(nn.Module):
             raise InferenceError(f"a gate chose expert {experts[-1]} of {self.num_experts}: the model is damaged")
         y_K1H = x_1H.new_empty(len(experts), *x_1H.shape)
         y_1H = y_K1H.unbind()
-        for group in self.cache.lend(self.layer, experts):
-            ups = [do.up(x_1H, loan) for loan in group]
+
+        def share(loans: Sequence[Loan]) -> None:
+            ups = [do.up(x_1H, loan) for loan in loans]
             acted = do.between(torch.stack(ups)).unbind() if do.rows_apart else map(do.between, ups)
-            for a_1I, loan in zip(acted, group, strict=True):
+            for a_1I, loan in zip(acted, loans, strict=True):
                 do.down(a_1I, loan, y_1H[experts.index(loan.expert)])
+
+        for group in self.cache.lend(self.layer, experts):
+            LANES.run(share, group, len(group) * self.cache.layout.nbytes)
         score_K = weights_1K[0].index_select(0, torch.tensor([chosen.index(expert) for expert in experts]))
         y_K1H = (y_K1H * score_K.view(-1, 1, 1)).to(x_1H.dtype)
         first, *others = y_K1H.unbind()
@@ -216,8 +220,12 @@ class OffloadedExperts(nn.Module):
             delta_N2I = adapter.gate_up_delta(x_NH, counts_E)
         a_NI = None if adapter is None else x_NH.new_empty(x_NH.shape[0], self.intermediate_size)
         for group in groups:
-            if do.rows_apart and adapter is None and len(group) == len(rows) and len(x_NH) <= FEW_ROWS:
-                self._few(call, x_NH, sorted(group, key=attrgetter("expert")), y_NH)
+            if adapter is None and len(x_NH) <= FEW_ROWS:
+                share = partial(self._few, x_NH, rows, y_NH)
+                if x_NH.device.type == "cpu":
+                    LANES.run(share, group, len(group) * self.cache.layout.nbytes)
+                else:
+                    share(group)
                 continue
             for loan in group:
                 here = rows[loan.expert]
@@ -228,14 +236,19 @@ class OffloadedExperts(nn.Module):
                     a_NI[here] = a
         return y_NH if adapter is None else y_NH + adapter.down_delta(a_NI, counts_E)
 
-    def _few(self, call: Call, x_NH: Tensor, loans: Sequence[Loan], y_NH: Tensor) -> None:
-        """All experts of a call at once: with few rows, operations cost more than what they compute."""
-        h_N2I = x_NH.new_empty(len(x_NH), 2 * self.intermediate_size)
-        for loan, x, h in zip(loans, x_NH.split(call.counts), h_N2I.split(call.counts), strict=True):
-            self.arithmetic.up(x, loan, h)
-        a_NI = self.arithmetic.between(h_N2I)
-        for loan, a, y in zip(loans, a_NI.split(call.counts), y_NH.split(call.counts), strict=True):
-            self.arithmetic.down(a, loan, y)
+    def _few(self, x_NH: Tensor, rows: dict[int, slice], y_NH: Tensor, loans: Sequence[Loan]) -> None:
+        """Several experts, their activations at once: with few rows, operations cost more than what they compute."""
+        places = [rows[loan.expert] for loan in loans]
+        counts = [place.stop - place.start for place in places]
+        h_M2I = x_NH.new_empty(sum(counts), 2 * self.intermediate_size)
+        for place, loan, h_n2I in zip(places, loans, h_M2I.split(counts), strict=True):
+            self.arithmetic.up(x_NH[place], loan, h_n2I)
+        if self.arithmetic.rows_apart:
+            acted = self.arithmetic.between(h_M2I).split(counts)
+        else:
+            acted = map(self.arithmetic.between, h_M2I.split(counts))
+        for place, loan, a_nI in zip(places, loans, acted, strict=True):
+            self.arithmetic.down(a_nI, loan, y_NH[place])
 
     def extra_repr(self) -> str:
         return f"layer={self.layer}, experts={self.num_experts}, slots={self.cache.slots}"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from inference.cpu_lane import CpuLane
+from inference.cpu_lane import CpuLane, LaneError
 from inference.decode import DecodeStep
 from inference.decode_experts import DecodeExperts, Split
 from inference.errors import InferenceError
@@ -54,7 +54,10 @@ class GraphedModel:
         if executor.cpu is not None and executor.plan is not None:
             shape, layout = cache.store.shape, cache.layout
             threads = max(len(os.sched_getaffinity(0)) - 2, 1)
-            self._lane = CpuLane(threads, shape.hidden, shape.intermediate, layout.dtype, layout.parts[1].start)
+            try:
+                self._lane = CpuLane(threads, shape.hidden, shape.intermediate, layout.dtype, layout.parts[1].start)
+            except LaneError as error:
+                raise InferenceError(f"captured steps have no CPU lane: {error}; leave graphs or cpu out") from error
             plan = executor.plan
             most = min(self._most * choices, shape.num_experts)
             fetched = [len(plan([(e, 1) for e in range(misses)], [])[0]) for misses in range(most + 1)]

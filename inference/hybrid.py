@@ -7,13 +7,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from subprocess import SubprocessError
 
 import torch
 
 from inference.banks import ExpertBanks
+from inference.compiled_experts import COMPILED, CompiledExperts
 from inference.costmodel import ExpertCosts, KernelTable, MachineProfile
-from inference.cpu_experts import CpuExperts, HostExpert, HostWeights
-from inference.experts import Arithmetic
+from inference.cpu_experts import CpuExperts, HostWeights
+from inference.cpu_lane import LaneError
+from inference.errors import InferenceError
+from inference.experts import Arithmetic, computable
+from inference.host_expert import HostExpert
 from inference.planner import CallPlanner
 from moe.refs import ExpertRef
 
@@ -32,13 +37,26 @@ class CpuLane:
 def open_cpu_lane(
     banks: ExpertBanks, arithmetic: Arithmetic, profile: MachineProfile, threads: int | None = None
 ) -> CpuLane:
-    """``threads`` for experts, at least 1; by default as many as were fastest when the machine was measured."""
+    """``threads`` for experts, at least 1; by default as many as were fastest when the machine was measured.
+
+    Raises InferenceError if the profile counts on the compiled kernel and there is no compiler here.
+    """
     if threads is None:
         threads = profile.threads
     team = min(profile.team, threads)
     shape = banks.store.shape
     costs = ExpertCosts.of(profile, shape.hidden, shape.intermediate, banks.layout.dtype.itemsize, threads)
-    experts = CpuExperts(host_weights(banks), arithmetic.gated, KernelTable(profile.cpu), threads, team)
+    compiled = None
+    if any(timing.kernel == COMPILED for timing in profile.cpu) and computable(shape):
+        down_start = banks.layout.parts[1].start
+        try:
+            compiled = CompiledExperts(threads, shape.hidden, shape.intermediate, banks.layout.dtype, down_start)
+        except (LaneError, OSError, SubprocessError) as error:
+            raise InferenceError(
+                f"the profile of {profile.name} counts on the compiled CPU kernel: {error}; measure this machine "
+                "(planaria plan-inference --recalibrate), or install a compiler"
+            ) from error
+    experts = CpuExperts(host_weights(banks), arithmetic.gated, KernelTable(profile.cpu), threads, team, compiled)
     return CpuLane(experts, CallPlanner(costs))
 
 

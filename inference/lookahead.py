@@ -36,10 +36,15 @@ def next_gates(gates: Sequence[nn.Module], lead: int = 1) -> DevicePart:
 
 def gate_scores(gate: nn.Module, x_TH: Tensor) -> Tensor:
     """How much the tokens together lean to each expert, [E] in fp32."""
+    return token_scores(gate, x_TH).sum(0)
+
+
+def token_scores(gate: nn.Module, x_TH: Tensor) -> Tensor:
+    """How much each token leans to each expert, [T,E] in fp32."""
     weight = gate.weight
     bias = gate.bias if isinstance(getattr(gate, "bias", None), Tensor) else None
     logits_TE = nn.functional.linear(x_TH.to(weight.dtype), weight, bias).float()
     correction = getattr(gate, "e_score_correction_bias", None)
     if correction is not None:  # DeepSeek-V3 chooses by corrected sigmoids
-        return (logits_TE.sigmoid() + correction.float()).sum(0)
-    return logits_TE.softmax(-1).sum(0)
+        return logits_TE.sigmoid() + correction.float()
+    return logits_TE.softmax(-1)

@@ -6,6 +6,7 @@ Shapes: R rows over all sequences, H hidden, L rows whose scores are wanted, V v
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from inference.attention import GroupedAttention, Step
 from inference.dense import Function, Norm, feed_forward, linear
 from inference.kv import PagedKV
+from inference.lanes import LANES
 from inference.latent_attention import LatentAttention, interleaved
 from inference.rope import RopeTable
 from inference.rows import Group, Rows, Span, groups, written
@@ -22,6 +24,8 @@ from inference.store import InferenceError
 __all__ = ["Model", "Rows", "Segment", "Span"]
 
 Segment = Callable[[Tensor, Tensor | None, Step], tuple[Tensor, Tensor]]
+
+SMALL_PRODUCT = 1 << 23  # multiplications; one thread does so many in half a millisecond
 
 Attention = GroupedAttention | LatentAttention
 
@@ -88,15 +92,24 @@ class Model:
         self._windows = {attention.window for attention in attentions}
         self._norm = Norm.of(base.norm, kv.dtype)
         self._head = linear(module.lm_head)
+        self._widest = max(weight.numel() for layer in base.layers for weight in layer.self_attn.parameters())
 
     @torch.inference_mode()
     def forward(self, rows: Rows) -> Tensor:
         """Scores [L,V] of ``rows.logit_rows``; the keys and values of all rows are kept."""
         device = self.kv.device
-        x_RH = self.layers(rows.token_R.to(device), self._step(rows, device))
+        step = self._step(rows, device)
+        with self._company(len(rows.token_R), self._widest):
+            x_RH = self.layers(rows.token_R.to(device), step)
         if rows.logit_rows != tuple(range(len(x_RH))):
             x_RH = x_RH[torch.tensor(rows.logit_rows, dtype=torch.int64, device=device)]
-        return self.scores(x_RH)
+        with self._company(len(x_RH), self._embedding_VH.numel()):
+            return self.scores(x_RH)
+
+    def _company(self, rows: int, weights: int) -> AbstractContextManager[None]:
+        """One thread for products that are over before a second one has woken up."""
+        small = self.kv.device.type == "cpu" and rows * weights <= SMALL_PRODUCT
+        return LANES.alone() if small else nullcontext()
 
     def layers(self, token_R: Tensor, step: Step) -> Tensor:
         """The residual stream [R,H] behind the last layer: a function of tensors only, fit for capture in a graph."""

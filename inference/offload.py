@@ -19,7 +19,7 @@ from inference.costmodel import MachineProfile
 from inference.errors import InferenceError
 from inference.executor import Executor, SlotLane
 from inference.experts import Arithmetic, computable
-from inference.hybrid import CpuLane, open_cpu_lane
+from inference.hybrid import open_cpu_lane
 from inference.lookahead import DevicePart, next_gates
 from inference.predictors import PREDICTORS, Lookahead, Predictor
 from inference.prefetch import Prefetcher
@@ -93,16 +93,19 @@ def open_executor(
         return None
     registrar = CudaRegistrar(device) if device.type == "cuda" else NoRegistrar()
     all_resident = cache.slots == cache.store.total  # nothing is fetched twice: banks would not be worth their memory
+    # Measured before the banks are filled, which keeps cores and memory busy for seconds.
+    profile = _profile(cache, device, crossing) if crossing.cpu and not all_resident else None
     banks = ExpertBanks(cache.store, cache.layout, registrar, start=crossing.pin and not all_resident)
-    transfers = TransferEngine(link, banks)
+    window = max(WINDOW_BYTES, 2 * cache.layout.nbytes)  # prefetches enter the link once in a layer
+    transfers = TransferEngine(link, banks, window_bytes=window)
     slot_calls = _slot_calls(cache, device)
     if all_resident:
         return Executor(cache, transfers, slot_calls=slot_calls)
     predictor = _predictor(cache, gates, top_k, crossing, heads)
     prefetcher = None
     if predictor is not None and cache.slots:
-        prefetcher = Prefetcher(predictor, cache, transfers, WINDOW_BYTES / cache.layout.nbytes)
-    lane = _cpu_lane(banks, arithmetic, device, crossing) if crossing.cpu else None
+        prefetcher = Prefetcher(predictor, cache, transfers, window / cache.layout.nbytes)
+    lane = None if profile is None else open_cpu_lane(banks, arithmetic, profile)
     return Executor(
         cache,
         transfers,
@@ -123,10 +126,10 @@ def _slot_calls(cache: ExpertCache, device: torch.device) -> SlotLane | None:
     return SlotCalls(cache)
 
 
-def _cpu_lane(banks: ExpertBanks, arithmetic: Arithmetic, device: torch.device, crossing: Crossing) -> CpuLane:
-    shape = banks.store.shape
-    kind = ExpertKind(shape.hidden, shape.intermediate, banks.layout.dtype)
-    return open_cpu_lane(banks, arithmetic, crossing.profile or machine_profile(kind, device))
+def _profile(cache: ExpertCache, device: torch.device, crossing: Crossing) -> MachineProfile:
+    shape = cache.store.shape
+    kind = ExpertKind(shape.hidden, shape.intermediate, cache.layout.dtype)
+    return crossing.profile or machine_profile(kind, device)
 
 
 def _predictor(

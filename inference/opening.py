@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,25 +19,31 @@ from inference.cache import ExpertCache
 from inference.errors import InferenceError
 from inference.executor import Executor
 from inference.experts import Arithmetic, OffloadedExperts
+from inference.heads import Heads, has_heads, load_heads, tell_policy
 from inference.kv import BLOCK_SIZE, KVShape, PagedKV
 from inference.model import Model
 from inference.offload import Crossing, open_executor
 from inference.placement import KV_SHARE, KV_TOKENS, Placement, model_sizes, parse_size, place
 from inference.policies import LRU, Policy
-from inference.shadow import Hedge
+from inference.recording import RoutingRecorder
+from inference.shadow import WITH_HEADS, Hedge
 from inference.skeleton import activation, build_skeleton, expert_shape, load_dense, offload_experts, share_dense
 from inference.store import ExpertStore, TensorFiles
 from lora.format import apply_adapter, load_adapter
-from moe.families import MoEBlock
+from moe.families import MoEBlock, find_moe_blocks
 from moe.fingerprint import fingerprint
 from moe.kernels.probe import runs_triton
+from moe.tracefile import TraceHeader
 
 MakePolicy = Callable[[int, int, int], Policy]  # (layers, experts, slots)
 
 
 @dataclass(frozen=True)
 class Base:
-    """A model without adapters. ``cache`` is None for a dense model, ``executor`` where no link is to be crossed."""
+    """A model without adapters.
+
+    ``cache`` is None for a dense model, ``executor`` where no link is to be crossed, ``heads`` without a use for them.
+    """
 
     path: Path
     module: nn.Module
@@ -43,6 +51,7 @@ class Base:
     dtype: torch.dtype
     device: torch.device
     executor: Executor | None = None
+    heads: Heads | None = None
 
     def begin(self) -> None:
         """A request is taken in: policies and predictors that follow sequences are told."""
@@ -60,19 +69,27 @@ def open_base(
     poison: bool,
     policy: MakePolicy | None,
     crossing: Crossing | None = None,
+    recorded: bool = False,
 ) -> Base:
-    """Raises InferenceError if the folder is damaged or of no known kind, or the budget is out of range."""
+    """Lookahead heads are opened where the default policy has to choose, and if routing is ``recorded``.
+
+    Raises InferenceError if the folder or its heads are damaged or of no known kind, or the budget is out of range.
+    """
     if not 0 <= expert_budget <= 1:
         raise InferenceError(f"expert budget {expert_budget} is out of range; give a share from 0 to 1, as 0.25")
     files = TensorFiles(path)
     module, blocks = build_skeleton(path, dtype)
-    cache = executor = None
+    cache = executor = heads = None
     if blocks:
         cache = _expert_cache(path, files, blocks, expert_budget, device, poison, policy)
+        crossing = crossing or Crossing()
+        if has_heads(path) and (recorded or cache.policy.uses_heads or crossing.prefetch == "heads"):
+            heads = _heads(path, cache, device)
         shape, top_k = cache.store.shape, module.config.num_experts_per_tok
         arithmetic = Arithmetic(shape.form, activation(blocks[0]), shape.biased)
         gates = [block.gate for block in blocks]
-        executor = open_executor(cache, gates, top_k, arithmetic, crossing or Crossing())
+        part = None if heads is None else partial(heads.next_calls, lead=crossing.lead)
+        executor = open_executor(cache, gates, top_k, arithmetic, crossing, part)
         offload_experts(blocks, cache, executor)
     elif expert_budget != 1:
         raise InferenceError(
@@ -82,7 +99,8 @@ def open_base(
     elif crossing is not None and crossing.asks:
         raise InferenceError(f"{path} is a dense model without experts: {crossing.asks} means nothing; leave it out")
     load_dense(module, files, device)
-    return Base(path, module, cache, module.get_input_embeddings().weight.dtype, device, executor)
+    dtype_used = module.get_input_embeddings().weight.dtype
+    return Base(path, module, cache, dtype_used, device, executor, heads)
 
 
 def _expert_cache(
@@ -98,9 +116,22 @@ def _expert_cache(
     store = ExpertStore(files, {b.layer: f"{b.path}.experts" for b in blocks}, shape)
     slots = max(round(expert_budget * store.total), 1) if expert_budget else 0
     dtype = blocks[0].experts.gate_up_proj.dtype
-    make = policy or (Hedge if 0 < slots < store.total else _never_asked)
-    chosen = make(len(store.layers), shape.num_experts, slots)
+    chosen: Policy
+    sizes = (len(store.layers), shape.num_experts, slots)
+    if policy is not None:
+        chosen = policy(*sizes)
+    elif 0 < slots < store.total:
+        chosen = Hedge(*sizes, WITH_HEADS if has_heads(path) else None)
+    else:
+        chosen = _never_asked(*sizes)
     return ExpertCache(store, slots, device=device, dtype=dtype, policy=chosen, poison=poison)
+
+
+def _heads(path: Path, cache: ExpertCache, device: torch.device) -> Heads:
+    heads, manifest = load_heads(path, device)
+    if (manifest.layers, manifest.num_experts) != (cache.store.layers, cache.store.shape.num_experts):
+        raise InferenceError(f"{path}: its lookahead heads are for other layers or experts; train the heads again")
+    return heads
 
 
 def _never_asked(layers: int, experts: int, _slots: int) -> Policy:
@@ -148,6 +179,29 @@ def place_in(
     nbytes = parse_size(vram) if isinstance(vram, str) else vram
     sizes = model_sizes(path, None if dtype is None else str(dtype).removeprefix("torch."))
     return place(sizes, gpu=device.type == "cuda", kv_tokens=kv_tokens, vram=nbytes)
+
+
+def watch(base: Base, trees: Sequence[nn.Module], trace: str | Path | None) -> RoutingRecorder | None:
+    """Has heads tell the policy what they see in every layer call of ``trees``, and the calls recorded in ``trace``.
+
+    Raises InferenceError if the trace cannot be made.
+    """
+    recorder = None
+    if trace is not None:
+        if base.cache is None:
+            raise InferenceError(f"{base.path} is a dense model: it routes no tokens, so there is no trace to record")
+        config: Any = base.module.config
+        store, top_k = base.cache.store, config.num_experts_per_tok
+        header = TraceHeader(config.model_type, store.layers, store.shape.num_experts, top_k, source="serving")
+        gates = [block.gate for block in find_moe_blocks(base.module)]
+        recorder = RoutingRecorder(trace, header, base.heads, gates)
+    for tree in trees:
+        experts = {m.layer: m for m in tree.modules() if isinstance(m, OffloadedExperts)}
+        if recorder is not None:
+            recorder.attach(experts)
+        if base.heads is not None and base.cache is not None:
+            tell_policy(base.heads, base.cache.policy, [experts[layer] for layer in base.cache.store.layers])
+    return recorder
 
 
 def open_kv(base: Base, kv_tokens: int | None, block_size: int = BLOCK_SIZE) -> PagedKV:

@@ -97,7 +97,8 @@ def model_sizes(folder: str | Path, dtype: str | None = None) -> ModelSizes:
         raise PlacementError(
             f"{folder}: model_type {kind!r} has no routed experts that the runtime knows; it serves {known_families()}"
         )
-    shapes = tensor_shapes(folder)
+    number = _Numbers(folder, config)
+    shapes = _loaded(tensor_shapes(folder), number("num_hidden_layers"))
     routed = {name: shape for name, shape in shapes.items() if ".experts." in name}
     layers = {match[1] for name in routed if (match := re.search(r"\.layers\.(\d+)\.", name))}
     if not layers:
@@ -107,7 +108,6 @@ def model_sizes(folder: str | Path, dtype: str | None = None) -> ModelSizes:
         raise PlacementError(
             f"{folder}: precision {dtype!r} is not served; save the model in one of {', '.join(BYTES)}"
         )
-    number = _Numbers(folder, config)
     itemsize, hidden = BYTES[dtype], number("hidden_size")
     experts = _experts(routed)
     each = len(layers) * experts
@@ -128,6 +128,12 @@ def model_sizes(folder: str | Path, dtype: str | None = None) -> ModelSizes:
         table_bytes=table * itemsize,
         kv_bytes=_kv_numbers(number) * itemsize,
     )
+
+
+def _loaded(shapes: Mapping[str, tuple[int, ...]], layers: int) -> dict[str, tuple[int, ...]]:
+    """Without layers past the last, which predict further tokens (DeepSeek-V3) and are not served."""
+    found = {name: re.search(r"\.layers\.(\d+)\.", name) for name in shapes}
+    return {name: shapes[name] for name, match in found.items() if match is None or int(match[1]) < layers}
 
 
 def _experts(routed: Mapping[str, tuple[int, ...]]) -> int:

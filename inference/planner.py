@@ -17,6 +17,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from inference.costmodel import ExpertCosts, overlap, total
 from inference.errors import InferenceError
 
@@ -123,70 +125,75 @@ def best_cut(
     max_fetch: int | None = None,
 ) -> Cut:
     """How many of the missing, given by their rows in falling order, to fetch; see :func:`plan_call`."""
-    lanes = _Lanes(costs, rows, total(map(costs.gpu_s, resident_rows)), link_busy_s)
+    lanes = _Lanes(costs, rows, resident_rows, link_busy_s)
     most = len(rows) if max_fetch is None else min(max_fetch, len(rows))
-    ends = [max(lanes.ends(count)) for count in range(most + 1)]
-    best = min(range(most + 1), key=lambda count: (ends[count], count))
-    if math.isinf(ends[best]):
+    best = int(lanes.all_n[: most + 1].argmin())  # of equally good cuts the one that fetches least
+    seconds = float(lanes.all_n[best])
+    if math.isinf(seconds):
         raise PlanError(f"{len(rows)} experts are missing, {most} may be fetched and the CPU may compute none")
     split = 0 < best < len(rows)
     return Cut(
         fetched=best,
-        seconds=ends[best],
+        seconds=seconds,
         bound=lanes.bound(best),
-        fetch_only_s=ends[-1] if most == len(rows) else math.inf,
-        cpu_only_s=ends[0],
+        fetch_only_s=float(lanes.all_n[-1]) if most == len(rows) else math.inf,
+        cpu_only_s=float(lanes.all_n[0]),
         link_rate=costs.expert_bytes / (costs.link_overlapped_s if split else costs.link_s),
         cpu_rate=_cpu_rate(costs, rows[best:] or rows, split),
     )
 
 
 def _cpu_rate(costs: ExpertCosts, rows: Sequence[int], overlapped: bool) -> float:
-    seconds = total(map(costs.cpu_overlapped_s if overlapped else costs.cpu_s, rows))
+    seconds = total(costs.lanes(n)[overlapped] for n in rows)
     return len(rows) * costs.expert_bytes / seconds if seconds else 0.0
 
 
 class _Lanes:
-    """When each lane ends if the first ``count`` experts of the order are fetched."""
+    """When each lane ends if the first n of the order are fetched, for all n from 0 to M at once; infinite for what the
+    machine cannot do.
 
-    def __init__(self, costs: ExpertCosts, rows: Sequence[int], gpu_busy_s: float, link_busy_s: float) -> None:
-        self.costs, self.gpu_busy_s, self.link_busy_s = costs, gpu_busy_s, link_busy_s
-        self.gpu = [costs.gpu_s(n) for n in rows]
-        self.gpu_before = _running(self.gpu)
-        self.cpu_behind = _running([costs.cpu_s(n) for n in reversed(rows)])[::-1]
-        self.cpu_overlapped_behind = _running([costs.cpu_overlapped_s(n) for n in reversed(rows)])[::-1]
+    Attributes:
+        link_n, cpu_n, gpu_n, all_n: [M+1] seconds; ``all_n`` when the last one ends.
+    """
+
+    def __init__(self, costs: ExpertCosts, rows: Sequence[int], resident_rows: Sequence[int], busy_s: float) -> None:
+        many = len(rows)
+        count_n = np.arange(many + 1)
+        cpu_M, beside_M, gpu_M = np.array([costs.lanes(n) for n in rows]).reshape(-1, 3).T
+        impossible_n = np.zeros(many + 1, dtype=bool)
+        link_s, link_beside_s = costs.link_s, costs.link_overlapped_s
+        if not costs.has_link:
+            impossible_n |= count_n > 0
+            link_s = link_beside_s = 0.0
+        if not costs.threads:
+            impossible_n |= count_n < many
+            cpu_M = beside_M = np.zeros(many)
+        busy_n, handed_n = np.where(count_n > 0, busy_s, 0.0), np.where(count_n < many, costs.handover_s, 0.0)
+        self.link_n, self.cpu_n = overlap(
+            (busy_n + count_n * link_s, busy_n + count_n * link_beside_s),
+            (handed_n + _behind(cpu_M), handed_n + _behind(beside_M)),
+        )
+        resident_s = total(costs.lanes(n)[2] for n in resident_rows)
+        queued_n = np.concatenate([[0.0], gpu_M.cumsum()])
+        self._last_n = np.concatenate([[0.0], gpu_M])
+        interval_n = np.maximum(self.link_n - busy_n, 0.0) / np.maximum(count_n, 1)
+        self.gpu_n = np.maximum(resident_s + queued_n, busy_n + interval_n + queued_n)
+        self.gpu_n = np.maximum(self.gpu_n, self.link_n + self._last_n)
+        self.gpu_n[0] = resident_s
+        self.all_n = np.maximum(np.maximum(self.link_n, self.cpu_n), self.gpu_n)
+        self.all_n[impossible_n] = np.inf
 
     def bound(self, count: int) -> str:
         """The lane that ends last; one that only waits for the link is the link's."""
-        link_end, cpu_end, gpu_end = self.ends(count)
-        if cpu_end >= max(link_end, gpu_end) and count < len(self.gpu):
+        link_end, cpu_end, gpu_end = self.link_n[count], self.cpu_n[count], self.gpu_n[count]
+        if cpu_end >= max(link_end, gpu_end) and count < len(self.all_n) - 1:
             return "cpu"
-        return "link" if count and link_end + self.gpu[count - 1] >= gpu_end else "gpu"
-
-    def ends(self, count: int) -> tuple[float, float, float]:
-        """(link, cpu, gpu); infinite for what the machine cannot do."""
-        costs, rest = self.costs, len(self.gpu) - count
-        if (count and not costs.has_link) or (rest and not costs.threads):
-            return math.inf, math.inf, math.inf
-        busy = self.link_busy_s
-        link = (busy + count * costs.link_s, busy + count * costs.link_overlapped_s) if count else (0.0, 0.0)
-        handed = costs.handover_s if rest else 0.0
-        cpu = (handed + self.cpu_behind[count], handed + self.cpu_overlapped_behind[count])
-        link_end, cpu_end = overlap(link, cpu)
-        if not count:
-            return 0.0, cpu_end, self.gpu_busy_s
-        queued = self.gpu_before[count]
-        interval = (link_end - busy) / count if link_end > busy else 0.0
-        gpu_end = max(self.gpu_busy_s + queued, busy + interval + queued, link_end + self.gpu[count - 1])
-        return link_end, cpu_end, gpu_end
+        return "link" if count and link_end + self._last_n[count] >= gpu_end else "gpu"
 
 
-def _running(values: Sequence[float]) -> list[float]:
-    """Sums of the first 0, 1, ... values."""
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
-    return sums
+def _behind(cost_M: np.ndarray) -> np.ndarray:
+    """[M+1] sums of all costs from the n-th on."""
+    return np.concatenate([[0.0], cost_M[::-1].cumsum()])[::-1]
 
 
 class CallPlanner:
@@ -279,23 +286,22 @@ def plan_phase(
     experts are known when the layer is reached. Of equally fast ways the simplest wins: cpu, stream or fetch, split.
     Raises PlanError if the machine has none.
     """
-    lanes = _Lanes(costs, sorted(missing_rows, reverse=True), total(map(costs.gpu_s, resident_rows)), 0.0)
-    every = len(missing_rows)
-    dense = layers * dense_s
+    lanes = _Lanes(costs, sorted(missing_rows, reverse=True), resident_rows, 0.0)
+    every, dense = len(missing_rows), layers * dense_s
     ways: dict[str, tuple[float, str]] = {}
     if not every:
-        ways[HIT] = (dense + layers * lanes.gpu_busy_s, "gpu")
+        ways[HIT] = (dense + layers * float(lanes.gpu_n[0]), "gpu")
     elif costs.threads:
-        ways[CPU] = (dense + layers * max(lanes.ends(0)), "cpu")
+        ways[CPU] = (dense + layers * float(lanes.all_n[0]), "cpu")
     if every and costs.has_link:
         if phase == "prefill":
-            link, gpu = every * costs.link_s, dense_s + lanes.gpu_busy_s + lanes.gpu_before[every]
+            link, gpu = every * costs.link_s, dense_s + total(map(costs.gpu_s, [*missing_rows, *resident_rows]))
             ways[STREAM] = (link + (layers - 1) * max(link, gpu) + gpu, "link" if link >= gpu else "gpu")
         else:
-            ways[FETCH] = (dense + layers * max(lanes.ends(every)), "link")
+            ways[FETCH] = (dense + layers * float(lanes.all_n[-1]), "link")
         if costs.threads and every > 1:
-            apart = min(range(1, every), key=lambda count: max(lanes.ends(count)))
-            ways[SPLIT] = (dense + layers * max(lanes.ends(apart)), lanes.bound(apart))
+            apart = 1 + int(lanes.all_n[1:-1].argmin())
+            ways[SPLIT] = (dense + layers * float(lanes.all_n[apart]), lanes.bound(apart))
     if not ways:
         raise PlanError(f"{phase}: {every} experts of a layer are missing, without a link and without CPU threads")
     mode = min(ways, key=lambda way: ways[way][0])

@@ -24,7 +24,10 @@ class Policy(ABC):
     Attributes:
         round: passes through the model so far; decoding makes one for each token.
         row: the layer of the newest call, -1 before the first.
+        uses_heads: whether :meth:`foresee` makes a difference.
     """
+
+    uses_heads = False
 
     def __init__(self, layers: int, experts: int) -> None:
         self.layers, self.experts = layers, experts
@@ -32,6 +35,13 @@ class Policy(ABC):
 
     def begin(self) -> None:  # noqa: B027 - most policies do not care
         """A new sequence starts."""
+
+    def foresee(self, ahead_2LE: np.ndarray) -> None:  # noqa: B027 - most policies do not care
+        """What lookahead heads say at the layer call that :meth:`use` tells of next.
+
+        Log odds that each expert is used in its layer's next turn, and within its next four
+        (:data:`inference.foresight.HORIZONS`). Not called where there are no heads.
+        """
 
     def use(self, row: int, experts_N: Sequence[int] | np.ndarray) -> None:
         """One layer call wants these distinct experts. Layers are called in order; an earlier one begins a round."""

@@ -19,6 +19,23 @@ import numpy as np
 
 from inference.activation import ActivationMatrix, ExpertMap
 
+LEAST_CHANCE = 0.05  # below it nothing is worth looking at
+
+
+def worth_fetching(chance: float, victim_chance: float, *, fetch_s: float, delay_s: float) -> bool:
+    """Whether a prefetch gains more than it costs on average.
+
+    If it is right, a fetch less is waited for. What it evicted, that fetch would have evicted too; so only if it is
+    wrong does the loss of the victim count, beside the time that other copies waited for a useless one.
+
+    Args:
+        chance: that the expert is wanted.
+        victim_chance: that what it takes the slot from is wanted at its layer's next turn; 0 for a free slot.
+        fetch_s: of one expert.
+        delay_s: for how long a useless copy holds up copies that are wanted.
+    """
+    return chance * fetch_s > (1 - chance) * (delay_s + victim_chance * fetch_s)
+
 
 @dataclass(frozen=True)
 class Suggestion:

@@ -10,26 +10,49 @@ from collections.abc import Sequence
 import numpy as np
 
 from inference.cache import ExpertCache
-from inference.predictors import Predictor, Suggestion
+from inference.predictors import LEAST_CHANCE, Predictor, Suggestion, worth_fetching
 from inference.transfer import Transfer, TransferEngine, Urgency
 from moe.refs import ExpertRef
 
-LEAST_CHANCE = 0.05  # below it nothing is worth looking at
 
+class AbsentChances:
+    """Corrects a predictor's chances for experts that are not resident.
 
-def worth_fetching(chance: float, victim_chance: float, *, fetch_s: float, delay_s: float) -> bool:
-    """Whether a prefetch gains more than it costs on average.
+    What a predictor is surest of is mostly resident already, so of the others fewer come true than of all. How many do
+    is counted by their place among the absent ones, for each distance.
 
-    If it is right, a fetch less is waited for. What it evicted, that fetch would have evicted too; so only if it is
-    wrong does the loss of the victim count, beside the time that other copies waited for a useless one.
-
-    Args:
-        chance: that the expert is wanted.
-        victim_chance: that what it takes the slot from is wanted at its layer's next turn; 0 for a free slot.
-        fetch_s: of one expert.
-        delay_s: for how long a useless copy holds up copies that are wanted.
+    Shapes: D distances, J places.
     """
-    return chance * fetch_s > (1 - chance) * (delay_s + victim_chance * fetch_s)
+
+    HALF_LIFE = 64  # layer calls
+    _PRIOR = 2.0  # experts that the predictor's own word weighs
+
+    def __init__(self, distances: int, places: int) -> None:
+        self.places = places
+        self._said_DJ = np.zeros((distances, places))
+        self._came_DJ = np.zeros((distances, places))
+        self._keep = 0.5 ** (1 / self.HALF_LIFE)
+        self._open: dict[int, list[tuple[int, int, list[int], np.ndarray]]] = {}
+
+    def chances(self, distance: int, chance_J: np.ndarray) -> np.ndarray:
+        """Of the first absent experts, the predictor's chances for which are given."""
+        said_J, came_J = self._said_DJ[distance - 1], self._came_DJ[distance - 1]
+        factor_J = (came_J + self._PRIOR) / (said_J + self._PRIOR)
+        return np.minimum(chance_J * factor_J[: len(chance_J)], 1.0)
+
+    def ask(self, call: int, row: int, distance: int, experts: list[int], chance_J: np.ndarray) -> None:
+        """These were absent, and may be wanted in the call of that number."""
+        self._open.setdefault(call, []).append((row, distance, experts, chance_J))
+
+    def answer(self, call: int, row: int, wanted: Sequence[int]) -> None:
+        """What the call of that number wanted."""
+        for asked_row, distance, experts, chance_J in self._open.pop(call, []):
+            if asked_row == row and experts:
+                said_J, came_J = self._said_DJ[distance - 1], self._came_DJ[distance - 1]
+                said_J *= self._keep
+                came_J *= self._keep
+                said_J[: len(experts)] += chance_J
+                came_J[: len(experts)] += np.isin(experts, wanted)
 
 
 class Prefetcher:
@@ -58,6 +81,7 @@ class Prefetcher:
         self._displaced = self._regretted = 0.0
         self._noted = (0, 0)
         self._forget_share = 0.5 ** (1 / 256)
+        self._absent = AbsentChances(max(predictor.lead, 1), 2 * predictor.top_k)
 
     @property
     def most(self) -> int:
@@ -95,6 +119,7 @@ class Prefetcher:
         self._rate_LE[row, list(experts)] += 1 - self._keep
         self._demanding += (float(demanded) - self._demanding) / 64
         self._note_regret()
+        self._absent.answer(self._calls, row, experts)
         self.predictor.observe(row, experts, ahead_DE)
         self._cancel_stale()
         for suggestion in self.predictor.suggest(row):
@@ -117,24 +142,26 @@ class Prefetcher:
                 self._target[ref] = self._calls + 1  # it has begun: let it arrive
 
     def _follow(self, suggestion: Suggestion) -> None:
-        layer = self.cache.store.layers[suggestion.row]
-        room = self.most - len(self.coming)
-        likely = suggestion.experts_N[suggestion.chance_N >= LEAST_CHANCE]
-        new = [int(e) for e in likely if self.cache.slot_LE[suggestion.row, e] < 0][: max(room, 0)]
-        if not new:
+        row, distance = suggestion.row, suggestion.distance
+        layer, absent_N = self.cache.store.layers[row], self.cache.slot_LE[row, suggestion.experts_N] < 0
+        absent_N &= suggestion.chance_N >= LEAST_CHANCE
+        first_J = np.flatnonzero(absent_N)[: self._absent.places]
+        experts, chance_J = suggestion.experts_N[first_J].tolist(), suggestion.chance_N[first_J]
+        self._absent.ask(self._calls + distance, row, distance, experts, chance_J)
+        if (room := min(len(experts), self.most - len(self.coming))) <= 0:
             return
-        chance = dict(zip(suggestion.experts_N.tolist(), suggestion.chance_N.tolist(), strict=True))
+        chances = self._absent.chances(distance, chance_J).tolist()
         takes: list[tuple[int, int] | None] = [None] * self.cache.free
-        takes += self.cache.victims(len(new) - len(takes))
+        takes += self.cache.victims(room - len(takes))
         taken = 0
-        for expert, victim in zip(new, takes, strict=False):
-            if not self._worth(chance[expert], victim):
+        for expert, chance, victim in zip(experts[:room], chances, takes, strict=False):
+            if not self._worth(chance, victim):
                 break  # the next expert is less likely, and what it would take is worth more
             ref = ExpertRef(layer, expert)
             self.cache.reserve_ahead(ref, victim)
-            urgency = Urgency.NEXT if suggestion.distance == 1 else Urgency.LATER
+            urgency = Urgency.NEXT if distance == 1 else Urgency.LATER
             self.coming[ref] = self.transfers.prefetch(ref, self.cache.block(ref), urgency)
-            self._target[ref] = self._calls + suggestion.distance
+            self._target[ref] = self._calls + distance
             taken += 1
         if taken:
             self.transfers.link.fence()

@@ -40,19 +40,19 @@ class ExpectedReuse(Policy):
         used_E = np.zeros(self.experts)
         used_E[experts_N] = 1
         x_FE = self._x_LFE[row]
-        gradient_F = x_FE @ (_logistic(self.weights_F @ x_FE) - used_E)
+        gradient_F = x_FE @ (logistic(self.weights_F @ x_FE) - used_E)
         self._squares_F += gradient_F**2
         self.weights_F -= self.STEP * gradient_F / np.sqrt(self._squares_F)
         rate_FE = self._rate_LFE[row]
         rate_FE *= self._decay_F1
         rate_FE += (1 - self._decay_F1) * used_E
         x_FE[:-1] = np.log(rate_FE + self._FLOOR)
-        self._chance_LE[row] = _logistic(self.weights_F @ x_FE)
+        self._chance_LE[row] = logistic(self.weights_F @ x_FE)
 
     def scores(self) -> Scores:
         wait_L = (np.arange(self.layers) - self.row - 1) % self.layers
         return np.asarray(-1 / self._chance_LE - (wait_L / self.layers)[:, None])
 
 
-def _logistic(z: np.ndarray) -> np.ndarray:
+def logistic(z: np.ndarray) -> np.ndarray:
     return np.asarray(1 / (1 + np.exp(-np.clip(z, -15, 15))))

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+ALIKE = 15  # blocks, up to which sequences count as equally long
+
 
 @dataclass(frozen=True)
 class Span:
@@ -102,19 +104,20 @@ def written(spans: Sequence[Span], block_size: int) -> list[int]:
 def groups(spans: Sequence[Span], block_size: int, window: int | None, device: torch.device) -> tuple[Group, ...]:
     """How the rows attend. ``window`` is how many keys a row sees, its own included; None: all before it.
 
-    Blocks that no row of a sequence sees are left out. A table is made even for one sequence on CUDA, where the next
-    call must find the same kind of group.
+    Sequences of one row are padded to the longest of their group, so those that are much longer than others are a
+    group of their own. Blocks that no row of a sequence sees are left out. A table is made even for one sequence on
+    CUDA, where the next call must find the same kind of group.
     """
-    found, first_row, single = [], 0, []
+    found, first_row = [], 0
+    single: dict[int, list[tuple[int, Span]]] = {}
     for span in spans:
         if span.rows == 1:
-            single.append((first_row, span))
+            size = len(_seen(span, block_size, window)[0]).bit_length()
+            single.setdefault(max(size, ALIKE.bit_length()), []).append((first_row, span))
         else:
             found.append(_chunk(span, first_row, block_size, window, device))
         first_row += span.rows
-    if single:
-        found.append(_decoding(single, block_size, window, device))
-    return tuple(found)
+    return (*found, *(_decoding(alike, block_size, window, device) for alike in single.values()))
 
 
 def _seen(span: Span, block_size: int, window: int | None) -> tuple[tuple[int, ...], int]:

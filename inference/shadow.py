@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from inference.activation import ExpertMap
+from inference.foresight import ForeseenReuse
 from inference.policies import LRFU, AgedLFU, Flags, LayeredLRU, Policy, Scores
 from inference.reuse import ExpectedReuse
 
@@ -18,7 +20,9 @@ CANDIDATES: dict[str, PolicyClass] = {
     "layered_lru": LayeredLRU,
     "lrfu": LRFU,
     "aged_lfu": AgedLFU,
+    "expert_map": ExpertMap,
 }
+WITH_HEADS: dict[str, PolicyClass] = {"foreseen_reuse": ForeseenReuse, **CANDIDATES}
 
 
 class Shadow:
@@ -99,9 +103,17 @@ class Hedge(Policy):
         self.leader = next(iter(self.shadows))
         self._decay, self._margin, self._counted = 0.5 ** (1 / half_life), margin, 0
 
+    @property
+    def uses_heads(self) -> bool:  # type: ignore[override]
+        return any(shadow.policy.uses_heads for shadow in self.shadows.values())
+
     def begin(self) -> None:
         for shadow in self.shadows.values():
             shadow.policy.begin()
+
+    def foresee(self, ahead_2LE: np.ndarray) -> None:
+        for shadow in self.shadows.values():
+            shadow.policy.foresee(ahead_2LE)
 
     def _note(self, row: int, experts_N: np.ndarray) -> None:
         if self.round != self._counted:

@@ -10,14 +10,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from inference.activation import ActivationMatrix, ExpertMap
+from inference.foresight import ForeseenReuse
 from inference.policies import LRFU, LRU, AgedLFU, LayeredLRU, PerLayerLRU, Policy, Scores
+from inference.recorded_heads import RecordedHeads, heads_file, read_heads
 from inference.reuse import ExpectedReuse
-from inference.shadow import Hedge, Shadow
+from inference.shadow import WITH_HEADS, Hedge, Shadow
 from moe.tracefile import Trace, TraceError, trace_file
 
 FIXED: dict[str, Callable[[int, int], Policy]] = {
@@ -30,63 +33,96 @@ FIXED: dict[str, Callable[[int, int], Policy]] = {
     "activation_matrix": ActivationMatrix,
     "expert_map": ExpertMap,
 }
-HEDGE, BELADY, BYPASS = "hedge", "belady", "belady_bypass"
+FORESEEN, HEDGE, BELADY, BYPASS = "foreseen_reuse", "hedge", "belady", "belady_bypass"
 POLICIES = (*FIXED, HEDGE)
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Recorded decoding: at each token every layer once, in order.
+    """Recorded passes through the model: in each every layer once, in order.
 
     Attributes:
         index_TLK: experts that each token used in each layer.
         experts: E.
         starts: tokens at which a sequence starts.
+        passes: the first token of each pass; None: each token was decoded alone.
+        heads: what lookahead heads say of each token; None: nothing was recorded.
     """
 
     index_TLK: np.ndarray
     experts: int
     starts: frozenset[int] = frozenset()
+    passes: tuple[int, ...] | None = None
+    heads: RecordedHeads | None = None
 
     @property
     def layers(self) -> int:
         return int(self.index_TLK.shape[1])
 
     def calls(self) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(token, row, distinct experts) in the order in which a decoder makes them."""
-        for token, index_LK in enumerate(self.index_TLK):
-            for row, index_K in enumerate(index_LK):
-                yield token, row, np.unique(index_K[index_K < self.experts])
+        """(first token, row, distinct experts) in the order in which a decoder makes them."""
+        for tokens in self.spans():
+            for row in range(self.layers):
+                index_N = self.index_TLK[tokens, row].reshape(-1)
+                yield tokens.start, row, np.unique(index_N[index_N < self.experts])
+
+    def spans(self) -> Iterator[slice]:
+        """The tokens of each pass."""
+        starts = range(len(self.index_TLK)) if self.passes is None else self.passes
+        for start, end in pairwise((*starts, len(self.index_TLK))):
+            yield slice(start, end)
+
+    def told_calls(self, uses_heads: bool) -> Iterator[tuple[int, int, np.ndarray, np.ndarray | None]]:
+        """The same with what heads say at each call [2,L,E], if that is wanted and was recorded."""
+        heads = self.heads if uses_heads else None
+        ends = {tokens.start: tokens for tokens in self.spans()} if heads else {}
+        for token, row, experts_N in self.calls():
+            yield token, row, experts_N, None if heads is None else heads.ahead(ends[token], row)
 
 
 def read_routing(path: str | os.PathLike[str], sequence: int = 0, tokens: int = 0) -> Routing:
-    """A rank's trace as if it had been decoded token by token.
+    """A rank's trace: as it was served, or what training and reading a text recorded as if decoded token by token.
 
     Args:
         path: of a run's folder, a trace folder, or a trace.
-        sequence: length of the sequences in a row; 0: none is known.
+        sequence: length of the sequences in a row, where the trace does not say; 0: none is known.
         tokens: at most how many are read, from the end, where the model has learnt most; 0: all.
 
     Raises TraceError.
     """
     file = _file_of(Path(path))
     trace = Trace(file)
-    layers, parts = trace.header.layers, []
+    layers, source = trace.header.layers, trace.header.source
     passes = list(dict.fromkeys((step, micro) for step, micro, _ in trace.keys))
-    taken = 0
+    parts, steps, taken = [], [], 0
     for step, micro in reversed(passes):
         records = [trace.record(step, micro, layer) for layer in layers]
         if any(record is None for record in records):
             continue  # cut short by a kill
         parts.append(np.stack([record.index_TK for record in records if record is not None], 1))
+        steps.append(step)
         taken += len(parts[-1])
         if tokens and taken >= tokens:
             break
     if not parts:
         raise TraceError(f"{file} holds no whole pass through the model; record a longer run")
-    index_TLK = np.concatenate(parts[::-1])
-    starts = range(0, len(index_TLK), sequence) if sequence else ()
-    return Routing(index_TLK, trace.header.num_experts, frozenset(starts))
+    parts, steps = parts[::-1], steps[::-1]
+    index_TLK = np.concatenate(parts)
+    firsts = [0, *np.cumsum([len(part) for part in parts[:-1]]).tolist()]
+    if source == "training":
+        starts = list(range(0, len(index_TLK), sequence)) if sequence else []
+    else:
+        starts = [first for i, first in enumerate(firsts) if not i or steps[i] != steps[i - 1]]
+    heads = read_heads(file)
+    if heads is not None and len(heads.codes_TLR) < len(index_TLK):
+        raise TraceError(f"{file}: more tokens than beside it in {heads_file(file).name}; record both again")
+    return Routing(
+        index_TLK,
+        trace.header.num_experts,
+        frozenset(starts),
+        tuple(firsts) if source == "serving" else None,
+        heads.tail(len(index_TLK)) if heads is not None else None,
+    )
 
 
 def _file_of(path: Path) -> Path:
@@ -141,9 +177,11 @@ def make_policy(name: str, routing: Routing, slots: int) -> Policy:
     if name in (BELADY, BYPASS):
         return Belady(routing)
     if name == HEDGE:
-        return Hedge(routing.layers, routing.experts, slots)
+        return Hedge(routing.layers, routing.experts, slots, WITH_HEADS if routing.heads is not None else None)
+    if name == FORESEEN and routing.heads is not None:
+        return ForeseenReuse(routing.layers, routing.experts)
     if name not in FIXED:
-        raise ValueError(f"no policy {name!r}; choose from {', '.join((*POLICIES, BELADY, BYPASS))}")
+        raise ValueError(f"no policy {name!r} here; choose from {', '.join((*POLICIES, BELADY, BYPASS))}")
     return FIXED[name](routing.layers, routing.experts)
 
 
@@ -152,9 +190,11 @@ def replay(routing: Routing, name: str, slots: int, warm_up: float = 0.25) -> Re
     shadow = Shadow(make_policy(name, routing, slots), slots, bypass=name == BYPASS)
     counted_from = int(len(routing.index_TLK) * warm_up)
     hits = misses = 0
-    for token, row, experts_N in routing.calls():
+    for token, row, experts_N, ahead_2LE in routing.told_calls(shadow.policy.uses_heads):
         if row == 0 and token in routing.starts:
             shadow.policy.begin()
+        if ahead_2LE is not None:
+            shadow.policy.foresee(ahead_2LE)
         missed = shadow.use(row, experts_N)
         if token >= counted_from:
             misses += missed
@@ -168,7 +208,9 @@ def gap_closed(hit_rate: float, lru: float, bound: float) -> float:
 
 
 def compare(routing: Routing, budgets: Sequence[float], names: Sequence[str] = POLICIES) -> dict[float, list[Replay]]:
-    """Every policy and both bounds at each budget, a share of all experts."""
+    """Every policy and both bounds at each budget, a share of all experts; one more where heads were recorded."""
+    if routing.heads is not None and names == POLICIES:
+        names = (*FIXED, FORESEEN, HEDGE)
     total = routing.layers * routing.experts
     wanted = [*dict.fromkeys(("lru", *names, BELADY, BYPASS))]
     return {budget: [replay(routing, name, max(round(budget * total), 1)) for name in wanted] for budget in budgets}

@@ -152,7 +152,10 @@ class TransferEngine:
         elif transfers:
             pairs = [(transfer.target_B, transfer.source_B) for transfer in transfers]
             ends = [*cuts, len(pairs)]
-            marks = self._guard(transfers[0], self.link.copy_all, pairs, ends)
+            try:
+                marks = self.link.copy_all(pairs, ends)
+            except RuntimeError as error:
+                raise _failed(", ".join(str(transfer.ref) for transfer in transfers), error) from error
             for turn, transfer in enumerate(transfers):
                 self._complete += 1
                 transfer.given, transfer.order = transfer.target_B.numel(), self._complete
@@ -250,10 +253,14 @@ class TransferEngine:
         try:
             return call(*args)
         except RuntimeError as error:  # CUDA's errors are
-            raise InferenceError(
-                f"{transfer.ref}: copying gate_up_proj and down_proj to the device failed: {error}; the device's state "
-                "is unknown: start again"
-            ) from error
+            raise _failed(str(transfer.ref), error) from error
+
+
+def _failed(which: str, error: RuntimeError) -> InferenceError:
+    return InferenceError(
+        f"{which}: copying gate_up_proj and down_proj to the device failed: {error}; the device's state is unknown: "
+        "start again"
+    )
 
 
 class SimulatedLink:

@@ -5,7 +5,8 @@ All integers are little-endian. A file is a header and records:
     header   8 bytes   b"PLNTRACE"
              u32       version, 1
              u32       n, the length of what follows
-             n bytes   JSON: model, layers, num_experts, top_k, rank, world, weights (whether records carry them)
+             n bytes   JSON: model, layers, num_experts, top_k, rank, world, weights (whether records carry them),
+                       source (files that lack it are of training)
              u32       CRC-32 of all of the above
     record   4 bytes   b"ROUT"
              u64       optimizer step
@@ -48,7 +49,11 @@ class TraceError(ValueError):
 
 @dataclass(frozen=True)
 class TraceHeader:
-    """What was recorded. ``model`` is the family's name, ``world`` the number of ranks, each with its own file."""
+    """What was recorded. ``model`` is the family's name, ``world`` the number of ranks, each with its own file.
+
+    ``source`` says what a record's step and micro-batch are. ``training``: those. ``text``: a sequence that a trained
+    model read in one pass, and 0. ``serving``: a sequence, and the pass of it, whose tokens were one call.
+    """
 
     model: str
     layers: tuple[int, ...]
@@ -57,6 +62,7 @@ class TraceHeader:
     rank: int = 0
     world: int = 1
     weights: bool = False
+    source: str = "training"
 
     def dump(self) -> bytes:
         text = json.dumps(dataclasses.asdict(self), sort_keys=True).encode()

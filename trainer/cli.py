@@ -16,6 +16,7 @@ from trainer.adapter_cli import add_adapter_verbs
 from trainer.checkpoint_cli import add_verbs
 from trainer.faults import POINTS
 from trainer.generate_cli import add_generate_verb
+from trainer.lookahead_cli import add_lookahead_verbs
 from trainer.model_cli import add_model_verbs
 from trainer.plan_inference_cli import add_plan_inference_verb
 from trainer.refusal import is_users_mistake, refused
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_verbs(verbs.add_parser("checkpoint", help="look at, check, compare or delete a run's checkpoints"))
     add_adapter_verbs(verbs.add_parser("adapter", help="write adapters for other tools, or read theirs"))
+    add_lookahead_verbs(verbs.add_parser("lookahead", help="train heads that foresee experts, or record routing"))
 
     keeper = verb("keeper", _keeper, "stop, or look at, the process that holds a run's state in memory")
     keeper.add_argument("action", choices=("stop", "status"), help="stop writes the newest step to disk first")

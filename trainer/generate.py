@@ -23,6 +23,7 @@ def main(
     vram: int | None = None,
     report: bool = False,
     kv_tokens: int | None = None,
+    trace: str | None = None,
     prefetch: str = "none",
     pin: bool = True,
     cpu_experts: bool = False,
@@ -30,8 +31,8 @@ def main(
 ) -> int:
     """Prints the prompt's continuation, then one line of figures. Returns 0, or 2 for a user's mistake.
 
-    One of ``expert_budget`` and ``vram`` (bytes) at most; ``report`` prints what bound it. ``prefetch``, ``pin``
-    and ``cpu_experts``: see :class:`inference.offload.Crossing`. ``settings`` are those of
+    One of ``expert_budget`` and ``vram`` (bytes) at most; ``report`` prints what bound it; ``trace`` is a file to make.
+    ``prefetch``, ``pin`` and ``cpu_experts``: see :class:`inference.offload.Crossing`. ``settings`` are those of
     :class:`inference.requests.SamplingParams`.
     """
     try:
@@ -39,8 +40,9 @@ def main(
             raise InferenceError(f"{idle[0]} changes nothing at temperature 0; give a temperature above 0, as 0.8")
         share = 1.0 if expert_budget is None else expert_budget
         crossing = Crossing(prefetch, pin=pin, cpu=cpu_experts)
-        llm = LLM(model_dir, share, adapter, kv_tokens=kv_tokens, vram=vram, crossing=crossing)
+        llm = LLM(model_dir, share, adapter, kv_tokens=kv_tokens, vram=vram, crossing=crossing, trace=trace)
         (generation,) = llm.generate([prompt], max_new_tokens, **settings)
+        llm.close()
     except (InferenceError, AdapterError) as error:
         print(f"planaria generate: {error}", file=sys.stderr)
         return 2

@@ -40,6 +40,7 @@ def add_generate_verb(
     for name, kind, metavar, text in _SAMPLING:
         generate.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
     generate.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    generate.add_argument("--trace", metavar="FILE", help="record the routing, for `planaria simulate`")
     generate.add_argument(
         "--cpu-experts",
         action="store_true",
@@ -68,6 +69,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         kv_tokens=arguments.kv_tokens,
         vram=arguments.vram,
         report=arguments.report,
+        trace=arguments.trace,
         prefetch=arguments.prefetch,
         pin=not arguments.no_pin,
         cpu_experts=arguments.cpu_experts,

@@ -7,14 +7,17 @@ import torch
 
 from inference.calibrate import (
     ExpertKind,
+    Trials,
+    _Bank,
     calibrate,
+    cpu_cores,
+    cpu_table,
     hardware,
     machine_profile,
     profile_file,
-    thread_counts,
 )
-from inference.costmodel import KernelTable, describe
-from inference.cpu_experts import kernels_for
+from inference.compiled_experts import compiled_kernels
+from inference.costmodel import describe
 
 CPU = torch.device("cpu")
 TINY = ExpertKind(64, 32, torch.bfloat16)
@@ -26,16 +29,27 @@ def cache(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_every_kernel_is_timed_with_one_row_and_every_product_with_many():
+def test_a_cpu_alone_is_measured_as_it_computes():
     profile = calibrate(TINY, CPU, budget_s=0.0)
-    timed = {(t.kernel, t.rows) for t in profile.cpu if t.threads == profile.threads}
-    assert timed == {("linear", 1), ("rows", 1), ("upcast", 1), ("linear", 16), ("upcast", 16)}
+    assert {(t.kernel, t.rows) for t in profile.cpu} == {("linear", 1), ("linear", 16)}
+    assert profile.threads == profile.team == cpu_cores()
     assert profile.link is None
     assert profile.dram.alone == profile.dram.overlapped >= profile.cpu_overlapped > 0
     assert profile.launch_s > 0
     assert (profile.dtype, profile.hidden, profile.intermediate) == ("bfloat16", 64, 32)
-    assert KernelTable(profile.cpu).best(1, profile.threads).kernel in kernels_for(torch.bfloat16)
     assert "no GPU" in describe(profile)[0]
+
+
+def test_beside_a_gpu_every_kernel_is_timed_with_one_row_and_every_product_with_many():
+    trials = Trials.of(TINY, cores=3, with_gpu=True)
+    assert trials.crews == ((2, 1), (2, 2), (1, 1)), "one core is left to launch the GPU's work"
+    assert Trials.of(TINY, cores=1, with_gpu=True).crews == ((1, 1),)
+    threads, team, timings = cpu_table(_Bank(TINY), trials, 0.0)
+    assert (threads, team) == (2, 1)
+    expected = {("linear", 1), ("rows", 1), ("upcast", 1), ("linear", 16), ("upcast", 16)}
+    if compiled_kernels(torch.bfloat16):
+        expected |= {("compiled", 1), ("compiled", 16)}
+    assert {(t.kernel, t.rows) for t in timings} == expected
 
 
 def test_a_profile_is_measured_once_and_again_when_asked_or_damaged(cache, monkeypatch):
@@ -71,10 +85,13 @@ def test_a_home_that_cannot_be_written_only_costs_time(tmp_path, monkeypatch):
     assert machine_profile(TINY, CPU) == "measured"
 
 
-def test_beside_a_gpu_one_core_is_left_to_launch_its_work():
-    assert thread_counts(16, with_gpu=True) == (7, 15)
-    assert thread_counts(2, with_gpu=False) == (1, 2)
-    assert thread_counts(1, with_gpu=True) == (1,)
+def test_a_kernel_that_cannot_be_compiled_is_not_offered(monkeypatch):
+    def refused():
+        raise PermissionError(13, "Permission denied", "/home/.cache")
+
+    monkeypatch.setattr("inference.compiled_experts.library", refused)
+    assert compiled_kernels(torch.bfloat16) == ()
+    assert "compiled" not in Trials.of(TINY, 4, with_gpu=True).kernels
 
 
 def test_hardware_is_named_the_same_every_time():

@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference.costmodel import (
@@ -49,6 +49,7 @@ MACHINE = MachineProfile(
 seconds = st.floats(1e-6, 1e-2)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 40), seconds, seconds)
 def test_the_balanced_fetch_is_the_best_of_all(misses, link_s, cpu_s):
     def ends(fetched):
@@ -58,11 +59,13 @@ def test_the_balanced_fetch_is_the_best_of_all(misses, link_s, cpu_s):
     assert ends(balanced_fetch(misses, link_s, cpu_s)) == ends(best)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), seconds, seconds, st.floats(1.0, 4.0))
 def test_a_faster_link_never_carries_less(misses, link_s, cpu_s, faster):
     assert balanced_fetch(misses, link_s / faster, cpu_s) >= balanced_fetch(misses, link_s, cpu_s)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 1000), st.floats(1e9, 1e11), st.floats(1e9, 1e11))
 def test_the_share_and_the_whole_number_agree(misses, link, cpu):
     assert abs(balanced_fetch(misses, 1e7 / link, 1e7 / cpu) - fetch_share(link, cpu) * misses) <= 1
@@ -73,6 +76,7 @@ def test_a_lane_that_is_not_there_gets_nothing():
     assert balanced_fetch(5, 1.0, math.inf) == 5
 
 
+@settings(deadline=None)
 @given(seconds, seconds, st.floats(1, 3), st.floats(1, 3))
 def test_overlapped_lanes_end_between_alone_and_overlapped(link, cpu, slow_link, slow_cpu):
     link_end, cpu_end = overlap((link, link * slow_link), (cpu, cpu * slow_cpu))
@@ -113,6 +117,8 @@ def test_costs_scale_with_the_size_of_an_expert():
     assert costs.cpu_overlapped_s(1) == pytest.approx(1.5e-4), "memory is what the link takes from the CPU"
     assert costs.cpu_overlapped_s(80) == costs.cpu_s(80), "many rows wait for the cores"
     assert ExpertCosts.of(MACHINE, 500, 1000, 2, threads=0).cpu_s(1) == math.inf
+    assert ExpertCosts.of(MACHINE, 500, 1000, 2, threads=1).cpu_s(1) == pytest.approx(4e-4), "four were measured"
+    assert ExpertCosts.of(MACHINE, 500, 1000, 2, threads=9).cpu_s(1) == pytest.approx(1e-4)
 
 
 def test_without_a_gpu_nothing_can_be_fetched():

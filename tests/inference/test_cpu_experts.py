@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
+from inference.compiled_experts import COMPILED, CompiledExperts, compiled_kernels
 from inference.costmodel import KernelTable, Timing
-from inference.cpu_experts import KERNELS, CpuExperts, HostExpert, expert_rows, kernels_for
+from inference.cpu_experts import KERNELS, CpuExperts, expert_rows, kernels_for
+from inference.host_expert import HostExpert
 from moe.form import PLAIN, ExpertForm
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -152,6 +154,47 @@ def test_the_table_chooses_the_kernel(opened, monkeypatch):
     cpu = opened(Weights(torch.bfloat16, 64, 32), gated, measured, 1)
     cpu.submit(3, [(0, 1), (1, 8)], torch.randn(9, 64).bfloat16()).result()
     assert used == ["rows"] * 3 + ["upcast"] * 3
+
+
+@pytest.mark.skipif(not compiled_kernels(torch.float32), reason="no C compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_compiled_kernel_takes_what_lies_in_blocks_and_leaves_the_rest(opened, dtype):
+    """Few rows of experts in blocks are the compiled kernel's; many rows, and experts in parts, are torch's."""
+    hidden, inner = 70, 150
+    weights = Weights(dtype, hidden, inner)
+    size = 3 * hidden * inner
+    blocks_EN = torch.cat([weights.gate_up_E2IH.flatten(1), weights.down_EHI.flatten(1)], 1)
+    assert blocks_EN.shape[1] == size
+
+    def where(layer, expert):
+        if expert == 5:
+            return weights(layer, expert)
+        gate_up_N, down_N = blocks_EN[expert].tensor_split([2 * hidden * inner])
+        return HostExpert(gate_up_N.view(-1, hidden), down_N.view(hidden, -1))
+
+    measured = KernelTable(
+        (
+            Timing(COMPILED, 2, 1, 1.0),
+            Timing(COMPILED, 2, 8, 8.0),
+            Timing("linear", 2, 1, 2.0),
+            Timing("linear", 2, 8, 2.0),
+        )
+    )
+    compiled = CompiledExperts(2, hidden, inner, dtype, 2 * hidden * inner)
+    taken = []
+    submit = compiled.submit
+    compiled.submit = lambda work, *rest: taken.append([rows for _, rows in work]) or submit(work, *rest)
+    cpu = opened(where, gated, measured, 2, 1, compiled)
+    work = [(0, 1), (4, 8), (5, 1), (2, 2)]
+    x_NH = torch.randn(12, hidden).to(dtype)
+    for _ in range(3):
+        y_NH = cpu.submit(3, work, x_NH).result()
+    assert taken == [[slice(0, 1), slice(10, 12)]] * 3
+    exact_NH = torch.cat([weights.exact(e, x) for (e, _), x in zip(work, x_NH.split([1, 8, 1, 2]), strict=True)])
+    for y_H, exact_H in zip(y_NH, exact_NH, strict=True):
+        assert_close(y_H, exact_H, dtype)
+    assert measured.best(1, 2, without=COMPILED).kernel == "linear"
+    assert KernelTable((Timing(COMPILED, 2, 1, 1.0),)).best(1, 2, without=COMPILED).kernel == "linear"
 
 
 def test_teams_share_the_threads(opened):

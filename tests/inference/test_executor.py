@@ -90,7 +90,7 @@ def test_prefill_streams_and_leaves_what_decoding_needs(store, resident):
     linked = Linked(store, 16, many_pairs=32)
     check(linked, resident, 4, 1, sticky=True)
     before = set(linked.cache.resident)
-    fetched = linked.cache.counts.misses
+    fetched, demanded = linked.cache.counts.misses, linked.transfers.counts.demanded_bytes
     for layer in range(LAYERS):
         call = batch(40, layer)
         last = set(call[1][-1].tolist())
@@ -100,13 +100,43 @@ def test_prefill_streams_and_leaves_what_decoding_needs(store, resident):
     assert len(kept) >= 16 - LAYERS * TOP_K
     assert linked.cache.counts.misses > fetched + 16, "more than the slots hold went by"
     # Layers behind the first were on their way while the one before was computed.
-    assert linked.transfers.counts.prefetched_bytes > 2 * linked.transfers.counts.demanded_bytes / 3
+    counts = linked.transfers.counts
+    assert counts.prefetched_bytes > 2 * (counts.demanded_bytes - demanded)
 
 
 def test_a_prefill_into_an_empty_cache_fills_it_evenly(store, resident):
     linked = Linked(store, 24, many_pairs=32)
     check(linked, resident, 1, 40)
     assert [linked.cache.held(layer) for layer in range(LAYERS)] == [6] * LAYERS
+
+
+def test_a_call_without_tokens_asks_for_nothing(store):
+    linked = Linked(store, 6, predictor=SameAsLast)
+    assert linked(1, *batch(0, 0)).shape == (0, 64)
+    assert linked.transfers.counts.demanded_bytes == 0
+
+
+def test_the_link_begins_before_the_policy_has_its_turn(store, resident):
+    """Where a slot is free, what is demanded is on the link when the policy hears of the call."""
+    linked = Linked(store, 32)
+    check(linked, resident, 3, 1)
+    heard = []
+    use = linked.cache.policy.use
+
+    def hear(row, experts):
+        heard.append(linked.transfers.counts.demanded_bytes)
+        use(row, experts)
+
+    linked.cache.policy.use = hear
+    misses, before, early = linked.cache.counts.misses, linked.transfers.counts.demanded_bytes, 0
+    for number in range(8):
+        free = linked.cache.free
+        linked(0, *batch(1, 500 + number))
+        early += heard[-1] > before and linked.cache.counts.misses - misses <= free
+        misses, before = linked.cache.counts.misses, linked.transfers.counts.demanded_bytes
+    assert early >= 3
+    assert linked.cache.free == 2
+    assert len(heard) == 8
 
 
 class Oracle(Lookahead):
@@ -185,7 +215,7 @@ def test_a_failed_copy_stops_the_run_and_names_the_expert(store, copies, late):
         for number in range(9):
             linked(number % LAYERS, *batch(1, number))
 
-    with pytest.raises(InferenceError, match=r"L0\d\.E0\d\d: copying .* failed: CUDA error"):
+    with pytest.raises(InferenceError, match=r"L0\d\.E0\d\d.*: copying .* failed: CUDA error"):
         decode()
     for ref in linked.cache.resident:
         gate, up, down = store.views(ref.layer, ref.expert)

@@ -10,8 +10,11 @@ from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM, GptOssConfig
 
 from inference.cache import ExpertCache
+from inference.compiled_experts import COMPILED, compiled_kernels
 from inference.costmodel import MachineProfile, Rates, Timing
+from inference.cpu_lane import LaneError
 from inference.engine import LLM
+from inference.errors import InferenceError
 from inference.experts import Arithmetic, OffloadedExperts
 from inference.hybrid import host_weights, open_cpu_lane
 from inference.store import ExpertShape, ExpertStore, TensorFiles
@@ -50,9 +53,9 @@ def hybrid(store):
     """Makes a linked model with both lanes, and closes it."""
     lanes = []
 
-    def make(slots, banks=True):
+    def make(slots, banks=True, profile=EVEN):
         linked = Linked(store, slots, banks=banks)
-        lanes.append(open_cpu_lane(linked.banks, linked.modules[0].arithmetic, EVEN))
+        lanes.append(open_cpu_lane(linked.banks, linked.modules[0].arithmetic, profile))
         linked.executor.cpu, linked.executor.plan = lanes[-1].experts, lanes[-1].plan
         return linked
 
@@ -94,6 +97,32 @@ def test_both_lanes_carry_their_part_and_results_are_close(hybrid, store, slots,
         assert 0.8 < fetched / computed < 3, "20 to 30 microseconds"
     assert linked.executor.plan.modes["split"] > 0
     assert linked.executor.plan.newest.reason().startswith(("split", "fetch", "cpu"))
+
+
+@pytest.mark.parametrize("banks", [True, False], ids=["banked", "mapped"])
+def test_the_compiled_kernel_is_used_where_it_was_fastest(hybrid, store, banks):
+    if not compiled_kernels(torch.float32):
+        pytest.skip("no C compiler")
+    profile = dataclasses.replace(EVEN, cpu=(*EVEN.cpu, Timing(COMPILED, 2, 1, 25e-6), Timing(COMPILED, 2, 64, 1e-3)))
+    linked = hybrid(12, banks, profile)
+    used = []
+    submit = linked.executor.cpu.compiled.submit
+    linked.executor.cpu.compiled.submit = lambda work, *rest: used.append(len(work)) or submit(work, *rest)
+    with torch.inference_mode():
+        run(linked, store, 1)
+    assert linked.executor.cpu_computed > 0
+    assert sum(used) == (linked.executor.cpu_computed if banks else 0)
+
+
+def test_a_profile_that_counts_on_a_compiler_says_so_without_one(store, monkeypatch):
+    def missing():
+        raise LaneError("no C compiler")
+
+    monkeypatch.setattr("inference.cpu_lane.library", missing)
+    profile = dataclasses.replace(EVEN, cpu=(Timing(COMPILED, 2, 1, 25e-6),))
+    linked = Linked(store, 1, banks=False)
+    with pytest.raises(InferenceError, match=r"profile of even counts on .* no C compiler; measure this machine"):
+        open_cpu_lane(linked.banks, linked.modules[0].arithmetic, profile)
 
 
 def test_experts_under_an_adapter_stay_on_the_device(hybrid, store):

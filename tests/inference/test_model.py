@@ -146,6 +146,14 @@ def test_a_window_that_reaches_back_leaves_out_the_blocks_before_it():
     assert group.mask.flatten().tolist() == [False, False, False, True, True, True]
 
 
+def test_a_long_sequence_does_not_pad_short_ones_to_its_length():
+    spans = [Span(tuple(range(blocks)), 4 * blocks - 1, 1) for blocks in (3, 60, 15, 40, 500)]
+    found = groups(spans, 4, None, torch.device("cpu"))
+    rows = [torch.arange(5)[group.rows].tolist() for group in found]
+    assert rows == [[0, 2], [1, 3], [4]]
+    assert [group.length for group in found] == [60, 240, 2000]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 30), st.one_of(st.just(1), st.integers(1, 12))), min_size=1, max_size=5),

@@ -113,6 +113,16 @@ def test_an_embedding_that_is_the_output_too_is_multiplied_by(tmp_path):
     assert sizes.dense_elements * 2 == sizes.dense_bytes
 
 
+def test_layers_past_the_last_are_not_counted(tmp_path):
+    """DeepSeek-V3's files have one more, which predicts the token after the next."""
+    folder = headers_of_a_large_model(tmp_path, layers=3, experts=4)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    (tmp_path / "two").mkdir()
+    two = model_sizes(headers_of_a_large_model(tmp_path / "two", layers=2, experts=4))
+    assert model_sizes(folder) == two
+
+
 def test_vram_is_filled_to_the_last_slot(sizes):
     placed = place(sizes, kv_tokens=4096, gpu=True, vram=parse_size("8GiB"))
     assert 0 < placed.slots < sizes.total_experts

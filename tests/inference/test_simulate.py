@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inference.policies import LRU
+from inference.policies import LRU, AgedLFU, LayeredLRU
 from inference.shadow import Hedge, Shadow
 from inference.simulate import (
     BELADY,
@@ -101,7 +101,7 @@ def test_the_hedge_is_within_a_point_of_the_best_fixed_policy(kind):
 
 def test_the_hedge_changes_its_mind_when_the_text_does():
     first, second = drawn("popular", seed=1), drawn("sticky", seed=1)
-    hedge, leaders = Hedge(4, 24, 12), []
+    hedge, leaders = Hedge(4, 24, 12, {"layered_lru": LayeredLRU, "aged_lfu": AgedLFU}), []
     for routing in (first, second):
         for _, row, experts_N in routing.calls():
             hedge.use(row, experts_N)

@@ -132,11 +132,24 @@ def test_a_failure_names_the_expert():
     transfers = TransferEngine(Broken(), Memory())
     with pytest.raises(InferenceError, match=r"L03\.E017: copying .*illegal memory access.*start again"):
         transfers.demand(ExpertRef(3, 17), target())
+    wanted = [(ExpertRef(3, expert), target()) for expert in (4, 9)]
+    with pytest.raises(InferenceError, match=r"L03\.E004, L03\.E009: copying .*illegal memory access"):
+        transfers.demand_all(wanted)
+
+
+@pytest.mark.parametrize("slow", [(), (2,)])
+def test_several_demands_at_once_are_each_whole_when_waited_for(slow):
+    transfers = engine(slow)
+    sent = transfers.demand_all([(ExpertRef(0, expert), target()) for expert in (1, 2, 3)])
+    transfers.wait(sent)
+    assert [float(one.target_B.unique()) for one in sent] == [1, 2, 3]
+    assert transfers.counts.demanded_bytes == 3 * 4 * SIZE
+    assert transfers.link.now == pytest.approx(12)
 
 
 ACTIONS = st.lists(
     st.one_of(
-        st.tuples(st.just("demand"), st.integers(0, 9)),
+        st.tuples(st.sampled_from(["demand", "demand two"]), st.integers(0, 8)),
         st.tuples(st.sampled_from(["next", "later"]), st.integers(0, 9)),
         st.tuples(st.sampled_from(["cancel", "wait"]), st.integers(0, 30)),
         st.tuples(st.sampled_from(["pump", "time"]), st.integers(1, 5)),
@@ -152,6 +165,8 @@ def test_whatever_happens_each_expert_is_whole_once_it_has_arrived(actions, chun
     for action, number in actions:
         if action == "demand":
             made.append(transfers.demand(ExpertRef(0, number), target()))
+        elif action == "demand two":
+            made += transfers.demand_all([(ExpertRef(0, expert), target()) for expert in (number, number + 1)])
         elif action in ("next", "later"):
             urgency = Urgency.NEXT if action == "next" else Urgency.LATER
             made.append(transfers.prefetch(ExpertRef(0, number), target(), urgency))

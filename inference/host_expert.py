@@ -1,0 +1,56 @@
+"""One expert as it lies in host memory, whatever its family's layout. Shapes: H hidden, I intermediate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe.form import ExpertForm
+
+
+@dataclass(frozen=True)
+class HostExpert:
+    """One expert in host memory, as views in any strides.
+
+    Attributes:
+        gate_up: gate and up, [I,H] each, or both as one [2I,H].
+        interleaved: in which gate and up take turns, gate first (gpt_oss); else gate's rows come first.
+        gate_up_bias, down_bias: [2I] laid out as the rows are, [H]; None without.
+    """
+
+    gate_up: tuple[Tensor, Tensor] | Tensor
+    down_HI: Tensor
+    interleaved: bool = False
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+    @classmethod
+    def of_parts(cls, parts: Sequence[Tensor], form: ExpertForm) -> HostExpert:
+        """From ``gate_up_proj`` and ``down_proj`` of one expert as its family lays them out, and their biases."""
+        gate_up_2IH, down_HI = (part.t() if form.transposed else part for part in parts[:2])
+        return cls(gate_up_2IH, down_HI, form.interleaved, *parts[2:])
+
+    @property
+    def gate_up_2IH(self) -> Tensor | None:
+        return self.gate_up if isinstance(self.gate_up, Tensor) else None
+
+    @property
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """gate and up [I,H]."""
+        if not isinstance(self.gate_up, Tensor):
+            return self.gate_up
+        if self.interleaved:
+            return self.gate_up[::2], self.gate_up[1::2]
+        gate_IH, up_IH = self.gate_up.chunk(2)
+        return gate_IH, up_IH
+
+    @property
+    def intermediate(self) -> int:
+        return self.down_HI.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.down_HI.dtype
