@@ -110,8 +110,8 @@ class LLM:
         model = Model(base.module, kv)
         if graphs and (adapter is not None or trace is not None):
             raise InferenceError(
-                "graphs=True captures steps of the base model, whose routing nobody can watch then; leave trace out, and "
-                "give the adapter in adapters"
+                "graphs=True captures steps of the base model, whose routing nobody can watch then; leave trace out, "
+                "and give the adapter in adapters"
             )
         models: dict[str | None, Model] = {None: capture_steps(model, base) if graphs else model}
         trees = adapt(base, adapters or {})
