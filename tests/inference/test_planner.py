@@ -79,9 +79,9 @@ def test_no_plan_is_better_in_all_subsets_and_orders_of_arrival(costs, missing, 
         fetched = sorted((n for (_, n), yes in zip(missing, chosen, strict=True) if yes), reverse=True)
         computed = [n for (_, n), yes in zip(missing, chosen, strict=True) if not yes]
         best = min(best, simulated(costs, fetched, computed, resident_rows, busy))
-    # A cut in order of rows is the best plan for the link and the CPU; the GPU, where it is the slowest of all, may
-    # gain what one expert takes.
-    assert plan.cut.seconds <= best + costs.gpu_s(64) + 1e-12
+    # A cut in order of rows is the best plan for the link and the CPU; where the GPU is the slowest of all, another
+    # order of arrivals may gain what an expert takes, and another choice as much again.
+    assert plan.cut.seconds <= best + 2 * costs.gpu_s(64) + 1e-12
 
 
 @settings(max_examples=60, deadline=None)
