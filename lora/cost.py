@@ -15,15 +15,16 @@ from lora.config import BankAt
 class Size:
     """Of one place.
 
-    ``linear``: a layer ``ins -> outs``. ``experts``: one stacked tensor of ``count`` experts, of which a token uses
-    ``active``. ``ffn``: a block with ``ins`` outside and ``outs`` inside. ``parallel``: a block beside which a branch
-    ``ins -> outs`` is put, with ``count`` experts of its own.
+    ``linear``: a layer ``ins -> outs``, in a model whose states are ``hidden`` wide. ``experts``: one stacked tensor of
+    ``count`` experts, of which a token uses ``active``. ``ffn``: a block with ``ins`` outside and ``outs`` inside.
+    ``parallel``: a block beside which a branch ``ins -> outs`` is put, with ``count`` experts of its own.
     """
 
     ins: int
     outs: int
     count: int = 0
     active: int = 0
+    hidden: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def parameters(here: BankAt, size: Size, tensor: str = "") -> Parameters:
         directions = experts * size.ins if full.score == "arrow" else 0
         width = experts * size.outs if full.score == "outputs" else size.ins
         return Parameters(0, _router(here, width) - directions, factors + directions)
-    return Parameters(0, factors + _router(here, size.ins))
+    return Parameters(0, factors + (size.hidden if full.router == "prompt" else _router(here, size.ins)))
 
 
 def _router(here: BankAt, width: int) -> int:
@@ -85,7 +86,7 @@ def added(here: BankAt, size: Size) -> int:
     """Operations that the bank adds for a token, forward and backward.
 
     Banks on linear layers work in rank space on all their experts, whatever a token chose; banks on blocks on the
-    experts that it chose, at most.
+    experts that it chose, at most. A router of prompts is asked once for a sample, which is nothing for a token.
     """
     full, experts, r, both = here.config, here.num_experts, here.r, size.ins + size.outs
     router = 0

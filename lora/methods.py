@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lora.config import Preset
+from lora.prompt_methods import milora
 from lora.trained_methods import arrow, mole
 
 EXPERT_TENSORS = ("gate_up_proj", "down_proj")
@@ -379,4 +380,5 @@ METHODS: dict[Preset, Method] = {
     "perft-s": perft_s,
     "arrow": arrow,
     "mole": mole,
+    "milora": milora,
 }

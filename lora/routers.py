@@ -124,13 +124,13 @@ class BankRouter(nn.Module):
             return self._above(probs_TE, logits_TE, h_TD)
         if config.combine == "top_p":
             chosen_TE = _nucleus(probs_TE, config.top_p)
-            gate_TE = _weights(logits_TE, probs_TE, chosen_TE, config.renormalise)
+            gate_TE = weights_of_chosen(logits_TE, probs_TE, chosen_TE, config.renormalise)
             return Decision(gate_TE, logits_TE, probs_TE, chosen_TE)
         k = 1 if config.combine == "switch" else config.top_k
         index_TK = logits_TE.detach().topk(k, dim=-1).indices
         chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, index_TK, True)
         renormalise = config.renormalise and config.combine == "top_k"
-        gate_TE = _weights(logits_TE, probs_TE, chosen_TE, renormalise)
+        gate_TE = weights_of_chosen(logits_TE, probs_TE, chosen_TE, renormalise)
         if config.combine == "switch":
             gate_TE = gate_TE * self._room(index_TK, gate_TE)
         return Decision(gate_TE, logits_TE, probs_TE, chosen_TE, index_TK)
@@ -177,7 +177,8 @@ class BankRouter(nn.Module):
         return h_TD.masked_fill(~known_T1, torch.nan) if task_T.is_cuda else h_TD
 
 
-def _weights(logits_TE: Tensor, probs_TE: Tensor, chosen_TE: Tensor, renormalise: bool | None) -> Tensor:
+def weights_of_chosen(logits_TE: Tensor, probs_TE: Tensor, chosen_TE: Tensor, renormalise: bool | None) -> Tensor:
+    """Probabilities of chosen experts, made to sum to one with ``renormalise``; zero for the others."""
     # Softmax over the chosen logits is softmax over all, renormalised over the chosen; but the rest get a gradient of
     # exactly zero, where the quotient leaves rounding noise that Adam would scale up.
     if renormalise:

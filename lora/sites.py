@@ -52,11 +52,12 @@ class Match:
 
 @dataclass(frozen=True)
 class Frame:
-    """What holds for the whole model: the seed, the expert-parallel degree, and the MoE blocks by layer."""
+    """What holds for the whole model: the seed, the expert-parallel degree, MoE blocks by layer, the hidden size."""
 
     seed: int
     ep: int
     blocks: Mapping[int, MoEBlock]
+    hidden: int = 0
 
 
 def global_size(parameters: Iterable[nn.Parameter]) -> int:

@@ -42,6 +42,9 @@ class BatchContext:
         segment_T: which of its row's samples each token belongs to, counted from 0, where rows are packed; None: a row
             is one sample.
         task_T: the task of each token's sample; None if the data names none.
+        prompt_T: true for tokens of their sample's prompt, which come before its first token with loss; None: what a
+            prompt is has not been said.
+        samples: the most samples that a row holds; needed beside prompts where rows are packed.
         slot_T: the adapter that each token belongs to, where several train at once; None: there is one.
         slots: the same as the host knows it, so that nothing has to be read back.
         micro_step: 0 in the first pass of an optimizer step.
@@ -57,6 +60,8 @@ class BatchContext:
     mask_T: Tensor | None = None
     segment_T: Tensor | None = None
     task_T: Tensor | None = None
+    prompt_T: Tensor | None = None
+    samples: int | None = None
     slot_T: Tensor | None = None
     slots: Slots | None = None
     micro_step: int = 0

@@ -196,6 +196,8 @@ class _Layer:
         kept = self._input(placed, size, full.dropout or 0.0)
         if full.router == "base":
             return kept + self.tokens * size.active * (self.width + 1)
+        if full.router == "prompt":
+            return kept + self._numbers(bank.r) + self._once(f"prompts of {placed.bank}", self._prompted(placed, size))
         live = self.live if "self_attn" in placed.path else self.after
         kept += self._router(bank) + (self._numbers(size.ins * (1 + live)) if full.jitter else 0)
         if full.kind == "scale":
@@ -257,6 +259,13 @@ class _Layer:
         if full.router == "task":
             kept += self.tokens * (full.num_tasks or 0) * self.width + self._numbers(full.task_embedding or 0)
         return kept
+
+    def _prompted(self, placed: Placed, size: Size) -> int:
+        """Weights of all tokens; of each row, taken as one sample, its mean, what the activation makes of it and, for
+        the gradient of the layer's input, each token's part in the mean."""
+        modules = sum(one.bank == placed.bank for one, _, _ in self.here)
+        samples = self.tokens // self.batch.sequence
+        return self.tokens * 4 * (modules + self.live) + samples * (2 * size.hidden + 3 * modules) * 4
 
     def _contrast(self, bank: BankAt, size: Size) -> int:
         pairs = _pairs(bank, self.tokens)

@@ -64,6 +64,10 @@ def banks_for(preset: str, family: str) -> dict[str, BankConfig]:
     targets = full.targets
     if family == "deepseek_v3" and full.site == "linear":
         targets = ("kv_a_proj_with_mqa", "layers.[12].self_attn.o_proj")
+        if full.router == "prompt":
+            targets = ("self_attn.kv_*", "o_proj")
+    elif preset == "milora":
+        targets = ("self_attn.[qkvo]_proj",)
     elif preset == "loramoe" and family != "deepseek_v3":
         targets = ("shared_expert.*_proj",) if family == "qwen2_moe" else ("q_proj", "o_proj")
     more |= {"adapters": ("a", "b", "c")} if preset in ("arrow", "mole") else {}
@@ -162,6 +166,8 @@ def built(preset: str, base: str, **more):
     shapes = shapes_of(model)
     full = expand(BankConfig(preset))
     targets = ("q_proj", "o_proj") if preset == "loramoe" and base != "llama" else ()
+    if preset == "milora" and base != "llama":
+        targets = ("self_attn.*_proj",)
     more |= {"num_tasks": 3} if full.router == "task" else {}
     more |= {"adapters": ("a", "b", "c")} if full.score != "linear" else {}
     banks = {"one": BankConfig(preset, targets, **more)}
