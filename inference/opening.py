@@ -165,7 +165,7 @@ def attach_all(base: Base, trees: Mapping[str, nn.Module], folders: Mapping[str,
     for name, folder in folders.items():
         adapter = load_adapter(folder)
         if why := needs_whole_prompts(adapter.banks):
-            raise AdapterError(f"{folder}: {why}; this runtime feeds prompts in pieces and shares their beginnings")
+            raise AdapterError(f"{folder}: {why}; this runtime runs prompts once, in pieces; use transformers")
         apply_adapter(trees[name], adapter, base_fingerprint=known)
         trees[name].to(base.device)
 

@@ -13,11 +13,13 @@ from lora.config import BankAt, BankConfig
 from lora.errors import AdapterError
 from lora.expert_site import attach_expert_tensor
 from lora.ffn_site import attach_ffn
+from lora.first_pass import run_first
 from lora.linear_site import attach_linear
 from lora.methods import EXPERT_TENSORS, FFN
 from lora.parallel_site import attach_beside
 from lora.presets import bank_at, check_banks
 from lora.prompt_router import join_layers
+from lora.routers import BankRouter
 from lora.sites import Frame, Match, global_size
 from lora.targets import OUTPUT, ROUTER, Placed, Places, resolve
 from moe.families import MoEBlock
@@ -89,6 +91,7 @@ def attach(
         count = (sites or _SITES)[place.site](model, place, here, frame)
         matches.append(Match(place.bank, place.host, place.target, count, place.site, here.num_experts, here.r))
     join_layers(model, ((place.bank, place.path) for place in placed if place.site == "linear"))
+    run_first(model, (m for m in model.modules() if isinstance(m, BankRouter) and m.here.config.score == "states"))
     # New modules begin in training mode; in a model that generates, dropout must stay off.
     model.train(model.training)
     return _report(model, matches)

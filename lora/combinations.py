@@ -70,7 +70,7 @@ _NEEDS: dict[str, tuple[Callable[[BankConfig], bool], str]] = {
     "score": (lambda full: full.router == "token", "router: token"),
     "temperature": (
         lambda full: full.router == "token" and full.score != "linear",
-        "router: token and score: arrow or outputs",
+        "router: token and score: arrow, outputs or states",
     ),
     "jitter": (lambda full: full.router == "token", "router: token"),
     "top_k": (lambda full: _weighs(full) and full.combine == "top_k", "a router of the bank's own and combine: top_k"),
@@ -199,10 +199,14 @@ def _kinds(full: BankConfig) -> Iterator[Finding]:
 def _trained(full: BankConfig) -> Iterator[Finding]:
     """Of banks whose experts are trained adapters."""
     if full.score != "linear" and not full.adapters:
-        yield (
-            "adapters",
-            f"adapters is empty, and score: {full.score} is of trained adapters; list two or more of their folders",
-        )
+        fresh = ", or write num_experts for experts that train too" if full.score == "states" else ""
+        if not fresh or 1 in _as_tuple(full.num_experts):
+            say = f"adapters is empty, and score: {full.score} is of trained adapters"
+            yield "adapters", f"{say}; list two or more of their folders{fresh}"
+        elif full.router != "token" or full.site == "linear":
+            yield from _scored(full)
+        else:
+            yield "score", f"score={full.score} is for linear layers, not for site: {full.site}; write score: linear"
     if not full.adapters:
         return
     if twice := [folder for i, folder in enumerate(full.adapters) if folder in full.adapters[:i]]:

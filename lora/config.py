@@ -30,13 +30,14 @@ Preset = Literal[
     "arrow",
     "mole",
     "milora",
+    "x-lora",
 ]
 Site = Literal["linear", "experts", "ffn", "parallel"]
 Share = Literal["none", "A", "all", "outer"]
 Kind = Literal["lowrank", "scale"]
 Scope = Literal["none", "base", "token", "task", "prompt"]
 Combine = Literal["static", "sum", "soft", "top_k", "top_p", "threshold", "switch"]
-Score = Literal["linear", "arrow", "outputs"]
+Score = Literal["linear", "arrow", "outputs", "states"]
 Balance = Literal["none", "switch", "localized_cv2", "product"]
 Count = int | tuple[int, ...]
 
@@ -72,7 +73,8 @@ class BankConfig:
         task_embedding: width of a task's embedding.
         num_tasks: how many tasks there are.
         score: of an expert, for a token's state x: ``linear``: w_e x, trained; ``arrow``: |v_e x|, where v_e is the
-            direction that a trained adapter amplifies most; ``outputs``: w_e times the outputs of all trained adapters.
+            direction that a trained adapter amplifies most; ``outputs``: w_e times the outputs of all trained adapters;
+            ``states``: w_e h + b_e, where h is the last hidden state of a first pass without adapters.
         temperature: what scores are divided by before the softmax, where ``score`` is not linear; trained if they are
             of outputs.
         jitter: multiplies the router's input by a uniform draw from [1 - jitter, 1 + jitter], in training.

@@ -60,9 +60,11 @@ def parameters(here: BankAt, size: Size, tensor: str = "") -> Parameters:
     factors = (1 if full.share == "A" else experts) * a + experts * (b + (r * r if full.mixer else 0))
     if full.adapters:
         directions = experts * size.ins if full.score == "arrow" else 0
-        width = experts * size.outs if full.score == "outputs" else size.ins
+        width = {"outputs": experts * size.outs, "states": size.hidden}.get(str(full.score), size.ins)
         return Parameters(0, _router(here, width) - directions, factors + directions)
-    return Parameters(0, factors + (size.hidden if full.router == "prompt" else _router(here, size.ins)))
+    if full.router == "prompt":
+        return Parameters(0, factors + size.hidden)
+    return Parameters(0, factors + _router(here, size.hidden if full.score == "states" else size.ins))
 
 
 def _router(here: BankAt, width: int) -> int:
@@ -73,6 +75,7 @@ def _router(here: BankAt, width: int) -> int:
         width = full.task_embedding or 0
         tasks = (full.num_tasks or 0) * width
     more = (width + 1 if full.combine == "threshold" else 0) + (full.score == "outputs")
+    more += here.num_experts * (full.score == "states")
     return here.num_experts * width + tasks + more
 
 
@@ -92,6 +95,8 @@ def added(here: BankAt, size: Size) -> int:
     router = 0
     if full.router == "token":
         router = (4 if full.score == "arrow" else 6) * size.ins * (experts + (full.combine == "threshold"))
+    if full.score == "states":  # which get no gradient
+        router = 4 * size.hidden * experts
     if full.score == "outputs":
         router = 4 * experts * r * size.ins + 6 * experts * experts * r
     if full.site == "experts":

@@ -47,10 +47,13 @@ def is_exactly_lora(banks: Mapping[str, BankConfig]) -> bool:
 
 
 def needs_whole_prompts(banks: Mapping[str, BankConfig]) -> str:
-    """Why a runtime that runs a prompt in pieces cannot run these banks; empty if it can."""
+    """Why a runtime that runs a prompt once and in pieces cannot run these banks; empty if it can."""
     for name, bank in banks.items():
-        if expand(bank).router == "prompt":
+        full = expand(bank)
+        if full.router == "prompt":
             return f"adapter.{name} ({bank.preset}) has to see a prompt whole before its first layer adapts anything"
+        if full.score == "states" and full.router == "token":
+            return f"adapter.{name} ({bank.preset}) runs the model twice"
     return ""
 
 

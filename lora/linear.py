@@ -71,7 +71,7 @@ class LinearBank(nn.Module):
         if config.router == "prompt":
             self.router = PromptRow(f"{path}.router", hidden, config, seed=seed, **place)
         elif config.router != "none":
-            seen = experts * out_features if config.score == "outputs" else in_features
+            seen = {"outputs": experts * out_features, "states": hidden}.get(str(config.score), in_features)
             self.router = BankRouter(f"{path}.router", seen, bank, seed=seed, **place)
         self.plain = config.router == "none" and not scales and not config.mixer and experts == 1
         self.observe: Callable[[Tensor], None] | None = None
@@ -176,6 +176,8 @@ class RoutedLinear(nn.Linear):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if not current().adapted:
+            return F.linear(x, self.weight, self.bias)
         x_TM = x.reshape(-1, self.in_features)
         y_TO = self.adapter(x_TM, F.linear(x_TM, self.weight, self.bias))
         return y_TO.view(*x.shape[:-1], self.out_features)

@@ -12,7 +12,7 @@ from typing import Any
 
 from lora.config import Preset
 from lora.prompt_methods import milora
-from lora.trained_methods import arrow, mole
+from lora.trained_methods import arrow, mole, x_lora
 
 EXPERT_TENSORS = ("gate_up_proj", "down_proj")
 ATTENTION = ("q_proj", "v_proj")
@@ -381,4 +381,5 @@ METHODS: dict[Preset, Method] = {
     "arrow": arrow,
     "mole": mole,
     "milora": milora,
+    "x-lora": x_lora,
 }

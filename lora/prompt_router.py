@@ -84,6 +84,8 @@ class LayerChoice:
         layer.register_forward_hook(self._after, always_call=True)
 
     def _before(self, _layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not current().adapted:
+            return
         x_BSD = args[0] if args else kwargs["hidden_states"]
         gate_TE = self._gates(x_BSD, kwargs.get("past_key_values"))
         for i, row in enumerate(self.rows):

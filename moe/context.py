@@ -47,6 +47,7 @@ class BatchContext:
         samples: the most samples that a row holds; needed beside prompts where rows are packed.
         slot_T: the adapter that each token belongs to, where several train at once; None: there is one.
         slots: the same as the host knows it, so that nothing has to be read back.
+        adapted: whether adapters add what they do; false in a first pass that asks for the base model's states.
         micro_step: 0 in the first pass of an optimizer step.
         record: called as ``record(layer, index_TK, weights_TK)`` with what each gate decided; in training once per
             layer, not again when a checkpointed layer is recomputed.
@@ -64,6 +65,7 @@ class BatchContext:
     samples: int | None = None
     slot_T: Tensor | None = None
     slots: Slots | None = None
+    adapted: bool = True
     micro_step: int = 0
     record: Record | None = None
     replay: Replay | None = None

@@ -65,6 +65,8 @@ def saved_bytes(model: ModelShapes, placed: Sequence[Resolved], batch: Batch) ->
     for layer in range(first, model.layers):
         here = [entry for entry in placed if entry[0].layer == layer]
         _Layer(model, layer, here, batch, live=layer > first).count(found)
+    if (states := next((one.bank for one, here, _ in placed if here.config.score == "states"), None)) is not None:
+        found[states] += batch.tokens * _hidden(model) * batch.width  # of the first pass, for all routers
     found[BASE] += _norm(_hidden(model), batch.tokens)
     # Rotary cosines and sines, which all layers share; the loss keeps log-probabilities and labels.
     queries = next((shape[1] for path, shape in model.linear.items() if path.endswith(".o_proj")), 0)
@@ -253,7 +255,7 @@ class _Layer:
         # Bytes a token and expert: probabilities; the chosen ones' own and who they are.
         each = {"soft": 4, "top_k": 9, "top_p": 5, "threshold": 13, "switch": 13}[str(full.combine)]
         more = {"threshold": 13, "switch": 9}.get(str(full.combine), 0)
-        if full.score != "linear":
+        if full.score in ("arrow", "outputs"):
             each += 4  # before their sign is dropped, or the trained temperature divides them
         kept = self.tokens * (each * experts + more)
         if full.router == "task":

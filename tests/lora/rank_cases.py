@@ -56,6 +56,19 @@ CASES: dict[str, dict[str, BankConfig]] = {
         "mola": BankConfig("mola", targets=("v_proj",), adapters=("a", "b", "c"), r=2, router_aux_loss_coef=0.1),
         "arrow": BankConfig("arrow", targets=("o_proj",), adapters=("a", "b", "c"), r=2, top_k=2),
     },
+    "linear, weighed by states": {
+        "experts": BankConfig("expert-lora", r=3, alpha=8.0),
+        "trained": BankConfig("x-lora", targets=("q_proj",), adapters=("a", "b", "c"), r=2),
+        "new": BankConfig(
+            "x-lora",
+            targets=("v_proj",),
+            num_experts=3,
+            r=2,
+            combine="top_k",
+            balance="switch",
+            router_aux_loss_coef=0.1,
+        ),
+    },
     "linear, chosen by prompt": {
         "milora": BankConfig("milora", ("self_attn.*_proj",), r=2, alpha=4.0, top_k=2, router_aux_loss_coef=0.1),
     },

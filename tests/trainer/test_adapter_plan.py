@@ -70,7 +70,7 @@ def banks_for(preset: str, family: str) -> dict[str, BankConfig]:
         targets = ("self_attn.[qkvo]_proj",)
     elif preset == "loramoe" and family != "deepseek_v3":
         targets = ("shared_expert.*_proj",) if family == "qwen2_moe" else ("q_proj", "o_proj")
-    more |= {"adapters": ("a", "b", "c")} if preset in ("arrow", "mole") else {}
+    more |= {"adapters": ("a", "b", "c")} if preset in ("arrow", "mole", "x-lora") else {}
     return {"one": BankConfig(preset, targets, **more)}
 
 
@@ -279,6 +279,12 @@ def test_the_plan_adds_up_and_says_what_can_be_had(tmp_path):
     routed = table(plan_adapters(load_recipe(path, ["adapter.attention={preset: mola}"])))
     assert "merges into the base  no: adapter.attention (mola)" in routed
     assert "exact exports  only the adapter folder itself" in routed
+    twice = plan_adapters(load_recipe(path, ["adapter.attention={preset: x-lora, num_experts: 2, r: 4}"]))
+    assert twice.first_pass == 2 * (2 * linear + 2 * 2 * (64 * 64 + 32 * 64)), "forward alone, without the output layer"
+    assert twice.floor == plan.floor
+    whole = twice.floor + twice.first_pass + sum(bank.added for bank in twice.banks)
+    assert f"{whole / twice.floor:.3f}x" in table(twice)
+    assert f"with a first pass without adapters, {twice.first_pass:,} operations" in table(twice)
     with pytest.raises(PlanError, match="no section adapter"):
         plan_adapters(load_recipe(path, ["adapter={}"]))
 
