@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
+from lora.attach import attach
+from lora.config import BankConfig
 from moe.context import BatchContext, batch_context
 from trainer.batches import make_batch
 from trainer.chat_data import IGNORED, ChatRow
@@ -244,3 +246,32 @@ def test_a_prompt_is_what_comes_before_its_samples_first_token_with_loss():
     ]
     prompt_T = make_batch(rows, CPU, 1.0).facts["prompt_T"]
     assert prompt_T.view(2, 10).int().tolist() == [[1, 1, 0, 0, 0, 1, 0, 1, 1, 0], [1, 1, 1, 1, 0, 0, 0, 0, 0, 0]]
+
+
+def test_packed_samples_are_weighed_by_their_own_prompts_and_by_their_own_first_pass():
+    model = built("llama", "sdpa")
+    banks = {
+        "prompted": BankConfig("milora", ("self_attn.*_proj",), r=2, top_k=2),
+        "twice": BankConfig("x-lora", ("down_proj",), num_experts=3, r=2),
+    }
+    attach(model, banks, [])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if ".adapter." in path:
+                parameter.normal_(0, 0.5, generator=generator)
+
+    def logits(batch, **changes):
+        inputs = {name: batch.inputs[name] for name in ("input_ids", "position_ids")}
+        with torch.no_grad(), batch_context(BatchContext(balance=False, **batch.facts | changes)):
+            return model.eval()(**inputs, use_cache=False).logits
+
+    samples, at = some_samples((9, 7, 11)), 0
+    batch = make_batch([row_of(samples, 30)], CPU, 1.0)
+    packed, everywhere = logits(batch), logits(batch, prompt_T=batch.facts["mask_T"])
+    for sample in samples:
+        length = len(sample[0])
+        alone = logits(make_batch([row_of([sample], length)], CPU, 1.0))[0]
+        torch.testing.assert_close(packed[0, at : at + length], alone, rtol=1e-4, atol=1e-5)
+        assert (everywhere[0, at : at + length] - alone).abs().max() > 1e-3
+        at += length
