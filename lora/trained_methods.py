@@ -55,11 +55,11 @@ def x_lora() -> Values:
 
     adapters must be given: folders of adapters that are exactly LoRA, trained on the same base and layers. r is the
     largest of their ranks. With num_experts instead of adapters the experts begin untrained and train as well. The
-    model runs twice, half as much again as a step on a frozen base. combine top_k keeps the largest weights
+    model runs twice, which adds about half of a step on a frozen base. combine top_k keeps the largest weights
     (renormalise: false keeps them as they are).
     Defaults: router token, score states, combine soft, temperature 1.
     Not verified: the paper was not looked up; the formula is that of PEFT's implementation with xlora_depth 1 and
-    layerwise_scalings, as its authors' published models have it. Deeper heads, with layers that modules share, and one
-    head for all modules are not offered.
+    layerwise_scalings, as the first of its authors' published models has it (a later one has depth 2). Deeper heads,
+    with layers that modules share, and one head for all modules are not offered.
     """
     return {"router": "token", "score": "states", "combine": "soft", "temperature": 1.0}
