@@ -29,6 +29,8 @@ from inference.recording import RoutingRecorder
 from inference.shadow import WITH_HEADS, Hedge
 from inference.skeleton import activation, build_skeleton, expert_shape, load_dense, offload_experts, share_dense
 from inference.store import ExpertStore, TensorFiles
+from lora.errors import AdapterError
+from lora.exactness import needs_whole_prompts
 from lora.format import apply_adapter, load_adapter
 from moe.families import MoEBlock, find_moe_blocks
 from moe.fingerprint import fingerprint
@@ -164,7 +166,10 @@ def attach_all(base: Base, trees: Mapping[str, nn.Module], folders: Mapping[str,
     # Reads the whole folder once: an adapter on another base gives fluent nonsense, never an error.
     known = fingerprint(base.path)
     for name, folder in folders.items():
-        apply_adapter(trees[name], load_adapter(folder), base_fingerprint=known)
+        adapter = load_adapter(folder)
+        if why := needs_whole_prompts(adapter.banks):
+            raise AdapterError(f"{folder}: {why}; this runtime runs prompts once, in pieces; use transformers")
+        apply_adapter(trees[name], adapter, base_fingerprint=known)
         trees[name].to(base.device)
 
 

@@ -13,10 +13,13 @@ from lora.config import BankAt, BankConfig
 from lora.errors import AdapterError
 from lora.expert_site import attach_expert_tensor
 from lora.ffn_site import attach_ffn
+from lora.first_pass import run_first
 from lora.linear_site import attach_linear
 from lora.methods import EXPERT_TENSORS, FFN
 from lora.parallel_site import attach_beside
 from lora.presets import bank_at, check_banks
+from lora.prompt_router import join_layers
+from lora.routers import BankRouter
 from lora.sites import Frame, Match, global_size
 from lora.targets import OUTPUT, ROUTER, Placed, Places, resolve
 from moe.families import MoEBlock
@@ -80,13 +83,15 @@ def attach(
             raise AdapterError(f"{path} already has an adapter; attach all banks at once to a model without any")
     placed = resolve(banks, places_of(model, blocks))
     model.requires_grad_(False)
-    frame = Frame(seed, layout_ep, {block.layer: block for block in blocks})
+    frame = Frame(seed, layout_ep, {block.layer: block for block in blocks}, _hidden(model))
     layers, active = _layers(model), _experts_per_token(model, blocks)
     matches = []
     for place in placed:
         here = bank_at(banks[place.bank], place.layer, layers, _routed(frame, place.layer), active)
         count = (sites or _SITES)[place.site](model, place, here, frame)
         matches.append(Match(place.bank, place.host, place.target, count, place.site, here.num_experts, here.r))
+    join_layers(model, ((place.bank, place.path) for place in placed if place.site == "linear"))
+    run_first(model, (m for m in model.modules() if isinstance(m, BankRouter) and m.here.config.score == "states"))
     # New modules begin in training mode; in a model that generates, dropout must stay off.
     model.train(model.training)
     return _report(model, matches)
@@ -123,6 +128,10 @@ def _experts_per_token(model: nn.Module, blocks: Sequence[MoEBlock]) -> int:
     names = ("num_experts_per_tok", "top_k")
     homes = [getattr(model, "config", None), *(block.gate for block in blocks)] if blocks else []
     return next((n for home in homes for name in names if isinstance(n := getattr(home, name, None), int)), 0)
+
+
+def _hidden(model: nn.Module) -> int:
+    return getattr(getattr(model, "config", None), "hidden_size", None) or 0
 
 
 def _layers(model: nn.Module) -> int:

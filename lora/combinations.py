@@ -17,7 +17,7 @@ from lora.methods import EXPERT_TENSORS
 Finding = tuple[str, str]
 
 _ROUTERS = {
-    "linear": ("none", "token", "task"),
+    "linear": ("none", "token", "task", "prompt"),
     "experts": ("base",),
     "ffn": ("token", "task"),
     "parallel": ("none", "base", "token", "task"),
@@ -27,12 +27,17 @@ _COMBINES = {
     "base": ("top_k",),
     "token": ("soft", "top_k", "top_p", "threshold", "switch"),
     "task": ("soft", "top_k"),
+    "prompt": ("soft", "top_k"),
 }
 _SHARES = {"linear": ("none", "A"), "experts": ("none", "all", "outer"), "ffn": ("none",), "parallel": ("none", "A")}
 
 
 def _own(full: BankConfig) -> bool:
     return full.router in ("token", "task")
+
+
+def _weighs(full: BankConfig) -> bool:
+    return _own(full) or full.router == "prompt"
 
 
 def _trains_factors(full: BankConfig) -> bool:
@@ -57,20 +62,20 @@ _NEEDS: dict[str, tuple[Callable[[BankConfig], bool], str]] = {
     "dropout": (lambda full: full.kind == "lowrank", "kind: lowrank"),
     "a_init": (_trains_factors, "kind: lowrank without adapters"),
     "router_init": (
-        lambda full: _own(full) and full.score != "arrow",
-        "router: token or task, and a score that trains",
+        lambda full: _weighs(full) and full.score != "arrow",
+        "router: token, task or prompt, and a score that trains",
     ),
     "task_embedding": (lambda full: full.router == "task", "router: task"),
     "num_tasks": (lambda full: full.router == "task", "router: task"),
     "score": (lambda full: full.router == "token", "router: token"),
     "temperature": (
         lambda full: full.router == "token" and full.score != "linear",
-        "router: token and score: arrow or outputs",
+        "router: token and score: arrow, outputs or states",
     ),
     "jitter": (lambda full: full.router == "token", "router: token"),
-    "top_k": (lambda full: _own(full) and full.combine == "top_k", "a router of the bank's own and combine: top_k"),
+    "top_k": (lambda full: _weighs(full) and full.combine == "top_k", "a router of the bank's own and combine: top_k"),
     "renormalise": (
-        lambda full: _own(full) and full.combine in ("top_k", "top_p"),
+        lambda full: _weighs(full) and full.combine in ("top_k", "top_p"),
         "a router of the bank's own and combine: top_k or top_p",
     ),
     "top_p": (lambda full: full.combine == "top_p", "combine: top_p"),
@@ -105,7 +110,7 @@ def idle(full: BankConfig, given: Iterable[str]) -> Iterator[Finding]:
 
 def faults(full: BankConfig) -> Iterator[Finding]:
     """What no model can carry: values out of range, and fields that contradict each other."""
-    found = [*_ranges(full), *_choices(full), *_kinds(full), *_trained(full)]
+    found = [*_ranges(full), *_choices(full), *_kinds(full), *_trained(full), *_prompted(full)]
     yield from found or (*_losses(full), *_counts(full))
 
 
@@ -148,6 +153,7 @@ def _choices(full: BankConfig) -> Iterator[Finding]:
             "experts": "routed experts are chosen by the model's own router",
             "ffn": "the experts of a feed-forward bank have to be chosen",
             "linear": "a linear layer does not see the model's router",
+            "parallel": "a prompt chooses among the linear layers of one layer",
         }[site]
         yield "router", f"router={router} with site: {site}: {why}; write {_one_of('router', _ROUTERS[site])}"
     elif full.combine not in _COMBINES[router]:
@@ -156,6 +162,7 @@ def _choices(full: BankConfig) -> Iterator[Finding]:
             "base": "the model's router chooses its top k",
             "token": "a router has to be asked",
             "task": "a task's weights are the same for all its tokens",
+            "prompt": "a prompt's weights are the same for all tokens after it",
         }[router]
         allowed = _one_of("combine", _COMBINES[router])
         more = " or give the bank a router (router: token)" if router == "none" and "token" in _ROUTERS[site] else ""
@@ -192,10 +199,14 @@ def _kinds(full: BankConfig) -> Iterator[Finding]:
 def _trained(full: BankConfig) -> Iterator[Finding]:
     """Of banks whose experts are trained adapters."""
     if full.score != "linear" and not full.adapters:
-        yield (
-            "adapters",
-            f"adapters is empty, and score: {full.score} is of trained adapters; list two or more of their folders",
-        )
+        fresh = ", or write num_experts for experts that train too" if full.score == "states" else ""
+        if not fresh or 1 in _as_tuple(full.num_experts):
+            say = f"adapters is empty, and score: {full.score} is of trained adapters"
+            yield "adapters", f"{say}; list two or more of their folders{fresh}"
+        elif full.router != "token" or full.site == "linear":
+            yield from _scored(full)
+        else:
+            yield "score", f"score={full.score} is for linear layers, not for site: {full.site}; write score: linear"
     if not full.adapters:
         return
     if twice := [folder for i, folder in enumerate(full.adapters) if folder in full.adapters[:i]]:
@@ -220,6 +231,22 @@ def _trained(full: BankConfig) -> Iterator[Finding]:
         yield from _scored(full)
 
 
+def _prompted(full: BankConfig) -> Iterator[Finding]:
+    """Of banks whose experts are the modules of a layer, one low-rank product each."""
+    if full.router != "prompt" or full.site != "linear":
+        return
+    for field, needed in (("kind", "lowrank"), ("share", "none"), ("mixer", False)):
+        if (value := getattr(full, field)) != needed:
+            say = f"{field}={shown(value)}, and with router: prompt each module is one expert, A and B"
+            yield field, f"{say}; write {field}: {shown(needed)}"
+    if full.balance not in ("none", "switch"):
+        say = f"balance={full.balance} is for weights of tokens, and router: prompt weighs samples"
+        yield "balance", f"{say}; write balance: switch or balance: none"
+    if full.balance_pooled:
+        say = "balance_pooled=true, and router: prompt evens out the modules of each layer"
+        yield "balance_pooled", f"{say}; write balance_pooled: false"
+
+
 def _scored(full: BankConfig) -> Iterator[Finding]:
     """Of scores that are not a trained row for each expert."""
     if full.router != "token":
@@ -235,7 +262,7 @@ def _scored(full: BankConfig) -> Iterator[Finding]:
 
 
 def _losses(full: BankConfig) -> Iterator[Finding]:
-    if full.balance != "none" and full.router != "token":
+    if full.balance != "none" and full.router not in ("token", "prompt"):
         yield (
             "balance",
             f"balance={full.balance} evens out what a router of the bank's own does for each token, and router is "
@@ -260,7 +287,7 @@ def _losses(full: BankConfig) -> Iterator[Finding]:
 def _counts(full: BankConfig) -> Iterator[Finding]:
     used = used_fields(full)
     counts = _as_tuple(full.num_experts)
-    if "top_k" in used and (full.top_k or 1) > min(counts):
+    if "top_k" in used and _own(full) and (full.top_k or 1) > min(counts):
         yield "top_k", f"top_k={full.top_k} is more than num_experts={shown(full.num_experts)}; choose fewer"
     yield from _settled(full)
     if full.router == "task" and (full.num_tasks or 1) < 2:
@@ -277,9 +304,9 @@ def _counts(full: BankConfig) -> Iterator[Finding]:
 
 def _settled(full: BankConfig) -> Iterator[Finding]:
     """Routers whose weights are 1 whatever they learn: a softmax over a single logit."""
-    if not _own(full) or full.score == "arrow":  # which trains nothing
+    if not _weighs(full) or full.score == "arrow":  # which trains nothing
         return
-    if 1 in _as_tuple(full.num_experts):
+    if _own(full) and 1 in _as_tuple(full.num_experts):
         less = ", or for one expert that all tokens use router: none and combine: static"
         yield (
             "num_experts",

@@ -29,13 +29,15 @@ Preset = Literal[
     "perft-s",
     "arrow",
     "mole",
+    "milora",
+    "x-lora",
 ]
 Site = Literal["linear", "experts", "ffn", "parallel"]
 Share = Literal["none", "A", "all", "outer"]
 Kind = Literal["lowrank", "scale"]
-Scope = Literal["none", "base", "token", "task"]
+Scope = Literal["none", "base", "token", "task", "prompt"]
 Combine = Literal["static", "sum", "soft", "top_k", "top_p", "threshold", "switch"]
-Score = Literal["linear", "arrow", "outputs"]
+Score = Literal["linear", "arrow", "outputs", "states"]
 Balance = Literal["none", "switch", "localized_cv2", "product"]
 Count = int | tuple[int, ...]
 
@@ -65,12 +67,14 @@ class BankConfig:
         mixer: a trained [r, r] matrix between A and B (MoSLoRA).
         dropout: of the adapter's input, in training.
         a_init, router_init: ``kaiming`` uniform with a = sqrt 5, or the standard deviation of a normal.
-        router: what chooses: nobody, the ``base`` model's own MoE router, each ``token``'s hidden state, or the
-            ``task`` of the sample.
+        router: what chooses: nobody, the ``base`` model's own MoE router, each ``token``'s hidden state, the
+            ``task`` of the sample, or its ``prompt``: once for all of its tokens, among the modules of a layer, each of
+            which is an expert.
         task_embedding: width of a task's embedding.
         num_tasks: how many tasks there are.
         score: of an expert, for a token's state x: ``linear``: w_e x, trained; ``arrow``: |v_e x|, where v_e is the
-            direction that a trained adapter amplifies most; ``outputs``: w_e times the outputs of all trained adapters.
+            direction that a trained adapter amplifies most; ``outputs``: w_e times the outputs of all trained adapters;
+            ``states``: w_e h + b_e, where h is the last hidden state of a first pass without adapters.
         temperature: what scores are divided by before the softmax, where ``score`` is not linear; trained if they are
             of outputs.
         jitter: multiplies the router's input by a uniform draw from [1 - jitter, 1 + jitter], in training.

@@ -15,15 +15,16 @@ from lora.config import BankAt
 class Size:
     """Of one place.
 
-    ``linear``: a layer ``ins -> outs``. ``experts``: one stacked tensor of ``count`` experts, of which a token uses
-    ``active``. ``ffn``: a block with ``ins`` outside and ``outs`` inside. ``parallel``: a block beside which a branch
-    ``ins -> outs`` is put, with ``count`` experts of its own.
+    ``linear``: a layer ``ins -> outs``, in a model whose states are ``hidden`` wide. ``experts``: one stacked tensor of
+    ``count`` experts, of which a token uses ``active``. ``ffn``: a block with ``ins`` outside and ``outs`` inside.
+    ``parallel``: a block beside which a branch ``ins -> outs`` is put, with ``count`` experts of its own.
     """
 
     ins: int
     outs: int
     count: int = 0
     active: int = 0
+    hidden: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,11 @@ def parameters(here: BankAt, size: Size, tensor: str = "") -> Parameters:
     factors = (1 if full.share == "A" else experts) * a + experts * (b + (r * r if full.mixer else 0))
     if full.adapters:
         directions = experts * size.ins if full.score == "arrow" else 0
-        width = experts * size.outs if full.score == "outputs" else size.ins
+        width = {"outputs": experts * size.outs, "states": size.hidden}.get(str(full.score), size.ins)
         return Parameters(0, _router(here, width) - directions, factors + directions)
-    return Parameters(0, factors + _router(here, size.ins))
+    if full.router == "prompt":
+        return Parameters(0, factors + size.hidden)
+    return Parameters(0, factors + _router(here, size.hidden if full.score == "states" else size.ins))
 
 
 def _router(here: BankAt, width: int) -> int:
@@ -72,6 +75,7 @@ def _router(here: BankAt, width: int) -> int:
         width = full.task_embedding or 0
         tasks = (full.num_tasks or 0) * width
     more = (width + 1 if full.combine == "threshold" else 0) + (full.score == "outputs")
+    more += here.num_experts * (full.score == "states")
     return here.num_experts * width + tasks + more
 
 
@@ -85,12 +89,14 @@ def added(here: BankAt, size: Size) -> int:
     """Operations that the bank adds for a token, forward and backward.
 
     Banks on linear layers work in rank space on all their experts, whatever a token chose; banks on blocks on the
-    experts that it chose, at most.
+    experts that it chose, at most. A router of prompts is asked once for a sample, which is nothing for a token.
     """
     full, experts, r, both = here.config, here.num_experts, here.r, size.ins + size.outs
     router = 0
     if full.router == "token":
         router = (4 if full.score == "arrow" else 6) * size.ins * (experts + (full.combine == "threshold"))
+    if full.score == "states":  # which get no gradient
+        router = 4 * size.hidden * experts
     if full.score == "outputs":
         router = 4 * experts * r * size.ins + 6 * experts * experts * r
     if full.site == "experts":

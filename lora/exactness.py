@@ -46,6 +46,17 @@ def is_exactly_lora(banks: Mapping[str, BankConfig]) -> bool:
     return bool(banks) and not obstacles(banks)["peft"]
 
 
+def needs_whole_prompts(banks: Mapping[str, BankConfig]) -> str:
+    """Why a runtime that runs a prompt once and in pieces cannot run these banks; empty if it can."""
+    for name, bank in banks.items():
+        full = expand(bank)
+        if full.router == "prompt":
+            return f"adapter.{name} ({bank.preset}) has to see a prompt whole before its first layer adapts anything"
+        if full.score == "states" and full.router == "token":
+            return f"adapter.{name} ({bank.preset}) runs the model twice"
+    return ""
+
+
 def _of_bank(full: BankConfig) -> dict[str, str]:
     lora = _not_lora(full)
     task = "" if full.router == "task" and full.site == "linear" and full.combine == "soft" else lora
@@ -65,7 +76,7 @@ def _not_lora(full: BankConfig) -> str:
         return "adds a branch beside the block, which is no update of one of its weights"
     if full.kind != "lowrank":
         return "scales outputs by vectors instead of adding a low-rank product"
-    if full.router in ("token", "task"):
+    if full.router in ("token", "task", "prompt"):
         return f"weighs its experts by a router for each {full.router}"
     if full.site == "linear" and _most(full) > 1 and full.combine != "sum":
         return f"has several experts on a linear layer and combine: {full.combine}"

@@ -19,6 +19,7 @@ from lora.factors import stacked_init
 from lora.routers import BankRouter, Decision
 from lora.shared_ffn import Scales, Stacks, mix
 from moe.assignment import Assignment, assign
+from moe.context import current
 from moe.form import ExpertForm
 from moe.kernels.activation import has_derivative
 from moe.refs import TensorAddress
@@ -139,6 +140,8 @@ class MixedFfn(nn.Module):
         self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not current().adapted:
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
         x_TH = x.reshape(-1, x.shape[-1])
         down = self.down_proj
         m_TI, d_TH, sum_T = self.adapter(x_TH, self.gate_proj(x_TH), self.up_proj(x_TH), self.form)

@@ -18,6 +18,7 @@ from lora.factors import stacked_init
 from lora.fused import refuses_fused
 from lora.objectives import contrastive_loss, real_tokens
 from lora.output_scores import output_scores
+from lora.prompt_router import PromptRow
 from lora.rank_space import RankSpace, ScaledOutput, add_low_rank
 from lora.routers import BankRouter, Decision
 from moe.balance import inject
@@ -32,6 +33,8 @@ class LinearBank(nn.Module):
     ``router``. B starts at zero. Banks of kind ``scale`` have only B, [E, O, 1]. Those whose experts are trained
     adapters do not train A and B; :func:`lora.trained.fill` loads them.
 
+    With ``router: prompt`` the router is one row of the layer's, and what it is worth comes from there.
+
     Which banks there are :mod:`lora.combinations` says.
     """
 
@@ -42,6 +45,7 @@ class LinearBank(nn.Module):
         out_features: int,
         bank: BankAt,
         *,
+        hidden: int = 0,
         seed: int = 0,
         device=None,
         dtype=None,
@@ -64,8 +68,10 @@ class LinearBank(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.address = TensorAddress(f"{path}.{name}", tuple(parameter.shape))
         self.router = None
-        if config.router != "none":
-            seen = experts * out_features if config.score == "outputs" else in_features
+        if config.router == "prompt":
+            self.router = PromptRow(f"{path}.router", hidden, config, seed=seed, **place)
+        elif config.router != "none":
+            seen = {"outputs": experts * out_features, "states": hidden}.get(str(config.score), in_features)
             self.router = BankRouter(f"{path}.router", seen, bank, seed=seed, **place)
         self.plain = config.router == "none" and not scales and not config.mixer and experts == 1
         self.observe: Callable[[Tensor], None] | None = None
@@ -91,6 +97,8 @@ class LinearBank(nn.Module):
             return y_TO
         decision = self._decision(x_TM)
         gate_TE = None if decision is None else decision.gate_TE
+        if self.here.config.router == "prompt":
+            gate_TE = self.router(len(x_TM))
         if self.observe is not None and gate_TE is not None:
             self.observe(gate_TE)
         b_EOR = self.B.to(x_TM.dtype)
@@ -116,7 +124,7 @@ class LinearBank(nn.Module):
         return refuses_fused(x_TM.device, dtype, self.here.r, self.here.num_experts * self.here.r)
 
     def _decision(self, x_TM: Tensor) -> Decision | None:
-        if self.router is None:
+        if self.router is None or self.here.config.router == "prompt":
             return None
         if self.here.config.score != "outputs":
             return self.router(x_TM)
@@ -151,7 +159,7 @@ class RoutedLinear(nn.Linear):
     with them their names in checkpoints and exports, stay as they were.
     """
 
-    def __init__(self, base: nn.Linear, bank: BankAt, path: str, *, seed: int = 0) -> None:
+    def __init__(self, base: nn.Linear, bank: BankAt, path: str, *, hidden: int = 0, seed: int = 0) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight = base.weight
@@ -161,12 +169,15 @@ class RoutedLinear(nn.Linear):
             base.in_features,
             base.out_features,
             bank,
+            hidden=hidden,
             seed=seed,
             device=base.weight.device,
             dtype=base.weight.dtype,
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if not current().adapted:
+            return F.linear(x, self.weight, self.bias)
         x_TM = x.reshape(-1, self.in_features)
         y_TO = self.adapter(x_TM, F.linear(x_TM, self.weight, self.bias))
         return y_TO.view(*x.shape[:-1], self.out_features)

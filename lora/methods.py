@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from lora.config import Preset
-from lora.trained_methods import arrow, mole
+from lora.prompt_methods import milora
+from lora.trained_methods import arrow, mole, x_lora
 
 EXPERT_TENSORS = ("gate_up_proj", "down_proj")
 ATTENTION = ("q_proj", "v_proj")
@@ -379,4 +380,6 @@ METHODS: dict[Preset, Method] = {
     "perft-s": perft_s,
     "arrow": arrow,
     "mole": mole,
+    "milora": milora,
+    "x-lora": x_lora,
 }

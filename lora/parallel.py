@@ -35,6 +35,7 @@ from lora.factors import aligned, stacked_init
 from lora.linear import LinearBank
 from lora.pairs import collect_rows, spread_rows
 from moe.assignment import Assignment, assign
+from moe.context import current
 from moe.kernels.grouped import choose_backend, grouped_linear
 from moe.refs import TensorAddress
 
@@ -112,6 +113,8 @@ def put_beside(
         if not routing:
             raise AdapterError(f"{path}: its experts were not called, so there are no choices to follow")
         index_TK, weights_TK = routing.pop()
+        if not current().adapted:
+            return output
         x = _input(args, kwargs)
         delta_TH = block.adapter(x.reshape(-1, hidden), index_TK, weights_TK)
         return _with(output, lambda y: y + delta_TH.view_as(y))
@@ -122,6 +125,8 @@ def put_beside(
 
 
 def _add_own(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    if not current().adapted:
+        return output
     x = _input(args, kwargs)
     x_TH = x.reshape(-1, x.shape[-1])
     # The bank adds in place, and the block's own output may be kept for its backward.

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from lora.config import BankAt
 from lora.errors import AdapterError
 from lora.factors import start_init, uniform_init
+from lora.first_pass import FirstPass
 from lora.objectives import inject_losses, real_tokens
 from moe.capacity import capacity, within_capacity
 from moe.context import current
@@ -58,14 +59,16 @@ class BankRouter(nn.Module):
       weight zero (Switch Transformer, arXiv 2101.03961, eq. 2-3).
 
     With ``score: arrow`` it is ``p = softmax(|V h| / temperature)``, and the rows of V do not train; they are loaded.
-    With ``score: outputs`` scores come from :mod:`lora.output_scores`, and a trained ``temperature`` divides them.
+    With ``score: states`` it is ``p = softmax((W h + b) / temperature)``, and h is the base model's last state of the
+    token, from :mod:`lora.first_pass`. With ``score: outputs`` scores are those of :mod:`lora.output_scores`, and a
+    trained ``temperature`` divides them.
 
     ``jitter`` multiplies h by a uniform draw from [1 - jitter, 1 + jitter] in training. It is drawn from the device's
     default generator, which checkpoints hold and activation checkpointing restores.
 
     Args:
         path: path of this module in the model, which ends in ``.adapter.router``.
-        in_features: M; with ``score: outputs`` the experts' outputs together.
+        in_features: M; with ``score: outputs`` the experts' outputs together, with ``score: states`` the hidden size.
     """
 
     def __init__(self, path: str, in_features: int, here: BankAt, *, seed: int = 0, device=None, dtype=None) -> None:
@@ -81,6 +84,10 @@ class BankRouter(nn.Module):
             self._add("weight", torch.full((here.num_experts, width), torch.nan)).requires_grad_(False)
         else:
             self._add("weight", start_init((here.num_experts, width), config.router_init, f"{self._key}.weight"))
+        self.first_pass: FirstPass | None = None
+        if config.score == "states":
+            # As wide as the weight's, which the bound of the draw depends on; a linear layer's bias starts like that.
+            self._add("bias", uniform_init((here.num_experts, width), f"{self._key}.bias")[:, 0].clone())
         if config.score == "outputs":
             self._add("temperature", torch.full((1,), float(config.temperature)))
         if by_task:
@@ -98,6 +105,10 @@ class BankRouter(nn.Module):
 
     def forward(self, x_TM: Tensor) -> Decision:
         """Raises AdapterError if tokens have to be routed by tasks that the batch does not name."""
+        if self.here.config.score == "states":
+            h_TD = self._states(len(x_TM))
+            logits_TE = wide_linear(h_TD, self.weight)
+            return self.weigh(logits_TE + self.bias.to(logits_TE.dtype), h_TD)
         h_TD = self._tasks(x_TM) if self.here.config.router == "task" else x_TM
         jitter = self.here.config.jitter
         if jitter and self.training:
@@ -110,7 +121,7 @@ class BankRouter(nn.Module):
     def weigh(self, scores_TE: Tensor, h_TD: Tensor) -> Decision:
         """The combine rule on scores, divided by the temperature if there is one, and the losses. ``h_TD``: routed."""
         score = self.here.config.score
-        if score == "arrow":
+        if score in ("arrow", "states"):
             scores_TE = scores_TE / self.here.config.temperature
         elif score == "outputs":
             scores_TE = scores_TE / self.temperature.to(scores_TE.dtype)
@@ -124,13 +135,13 @@ class BankRouter(nn.Module):
             return self._above(probs_TE, logits_TE, h_TD)
         if config.combine == "top_p":
             chosen_TE = _nucleus(probs_TE, config.top_p)
-            gate_TE = _weights(logits_TE, probs_TE, chosen_TE, config.renormalise)
+            gate_TE = weights_of_chosen(logits_TE, probs_TE, chosen_TE, config.renormalise)
             return Decision(gate_TE, logits_TE, probs_TE, chosen_TE)
         k = 1 if config.combine == "switch" else config.top_k
         index_TK = logits_TE.detach().topk(k, dim=-1).indices
         chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, index_TK, True)
         renormalise = config.renormalise and config.combine == "top_k"
-        gate_TE = _weights(logits_TE, probs_TE, chosen_TE, renormalise)
+        gate_TE = weights_of_chosen(logits_TE, probs_TE, chosen_TE, renormalise)
         if config.combine == "switch":
             gate_TE = gate_TE * self._room(index_TK, gate_TE)
         return Decision(gate_TE, logits_TE, probs_TE, chosen_TE, index_TK)
@@ -155,6 +166,11 @@ class BankRouter(nn.Module):
         wanted_T1 = None if mask_T is None else mask_T[:, None]
         return within_capacity(index_T1, gate_TE.gather(1, index_T1), experts, limit, wanted_TK=wanted_T1)
 
+    def _states(self, tokens: int) -> Tensor:
+        if self.first_pass is None:
+            raise AdapterError(f"{self.path}: score: states needs the whole model; attach the bank to it")
+        return self.first_pass.states(tokens, self.path)
+
     def _tasks(self, x_TM: Tensor) -> Tensor:
         """The embedding of each token's task, [T,D]. A task that there is none of must not pass for another one."""
         task_T, tasks = current().task_T, self.here.config.num_tasks
@@ -177,7 +193,8 @@ class BankRouter(nn.Module):
         return h_TD.masked_fill(~known_T1, torch.nan) if task_T.is_cuda else h_TD
 
 
-def _weights(logits_TE: Tensor, probs_TE: Tensor, chosen_TE: Tensor, renormalise: bool | None) -> Tensor:
+def weights_of_chosen(logits_TE: Tensor, probs_TE: Tensor, chosen_TE: Tensor, renormalise: bool | None) -> Tensor:
+    """Probabilities of chosen experts, made to sum to one with ``renormalise``; zero for the others."""
     # Softmax over the chosen logits is softmax over all, renormalised over the chosen; but the rest get a gradient of
     # exactly zero, where the quotient leaves rounding noise that Adam would scale up.
     if renormalise:

@@ -14,8 +14,9 @@ prove that it trains, it is :class:`Probed`:
   host's output, in its order, one column for each expert on the first axis of its probes; exactly zero where a token
   does not use an expert. An expert that no token with loss used is not expected to have a gradient. The tensor is
   detached by the watch; nothing may depend on the call.
-* Probes that all tokens use (shared factors, one expert without a router) have a first axis of 1, or belong to an
-  adapter without ``observe``.
+* Probes that all tokens use (shared factors, one expert without a router) have a first axis of 1 beside gates of
+  several experts, or belong to an adapter without ``observe``. An adapter with one expert that some tokens do not use,
+  as where a prompt chooses among modules, reports gates [T, 1].
 """
 
 from __future__ import annotations
@@ -52,11 +53,12 @@ class Match:
 
 @dataclass(frozen=True)
 class Frame:
-    """What holds for the whole model: the seed, the expert-parallel degree, and the MoE blocks by layer."""
+    """What holds for the whole model: the seed, the expert-parallel degree, MoE blocks by layer, the hidden size."""
 
     seed: int
     ep: int
     blocks: Mapping[int, MoEBlock]
+    hidden: int = 0
 
 
 def global_size(parameters: Iterable[nn.Parameter]) -> int:

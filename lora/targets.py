@@ -63,8 +63,8 @@ class Placed:
 def resolve(banks: Mapping[str, BankConfig], places: Places) -> tuple[Placed, ...]:
     """Every place that the banks are put on, in the order of banks, targets and ``places``.
 
-    Raises AdapterError for a target that matches nothing (naming what is there) or something that no bank may have, and
-    for a place that two targets name.
+    Raises AdapterError for a target that matches nothing (naming what is there) or something that no bank may have, for
+    a place that two targets name, and for a layer whose modules are fewer than what a prompt should choose of them.
     """
     found = [placed for name, bank in banks.items() for placed in _of_bank(name, expand(bank), places)]
     owners: dict[tuple[str, str], Placed] = {}
@@ -76,6 +76,7 @@ def resolve(banks: Mapping[str, BankConfig], places: Places) -> tuple[Placed, ..
                 f"adapter.{other.bank} ({other.target!r}); give each place to one target of one bank"
             )
     _check_nested(found)
+    _check_prompted(found, banks)
     return tuple(found)
 
 
@@ -121,4 +122,20 @@ def _check_nested(found: list[Placed]) -> None:
             raise AdapterError(
                 f"adapter.{placed.bank}: {placed.path} is inside {outer.path}, which adapter.{outer.bank} runs as a "
                 f"whole; leave {placed.target!r} out of one of them"
+            )
+
+
+def _check_prompted(found: list[Placed], banks: Mapping[str, BankConfig]) -> None:
+    """Where a prompt chooses among a layer's modules, there have to be as many."""
+    counts: dict[tuple[str, int], int] = {}
+    for placed in found:
+        if expand(banks[placed.bank]).router == "prompt":
+            counts[placed.bank, placed.layer] = counts.get((placed.bank, placed.layer), 0) + 1
+    for (name, layer), count in counts.items():
+        full = expand(banks[name])
+        wanted = max(2, full.top_k or 1) if full.combine == "top_k" else 2
+        if count < wanted:
+            raise AdapterError(
+                f"adapter.{name}: router: prompt chooses among {wanted} or more modules of a layer, and its targets "
+                f"name {count} in layer {layer}; add targets{', or lower top_k' if wanted > 2 else ''}"
             )

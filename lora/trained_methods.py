@@ -44,3 +44,22 @@ def mole() -> Values:
         "balance_pooled": True,
         "router_aux_loss_coef": 0.5,
     }
+
+
+def x_lora() -> Values:
+    """X-LoRA (arXiv 2402.07148): trained LoRAs, weighed by what the base model makes of the text. The head trains.
+
+    y_m = W_m x + sum_e g_me s_e B_me A_me x,  g_m = softmax((W_g h + b)_m / temperature), for each adapted module m
+    h = the model's last hidden state of the token, after its last norm, in a first pass without any adapter and without
+    gradients;  each module has E rows of W_g and of b
+
+    adapters must be given: folders of adapters that are exactly LoRA, trained on the same base and layers. r is the
+    largest of their ranks. With num_experts instead of adapters the experts begin untrained and train as well. The
+    model runs twice, which adds about half of a step on a frozen base. combine top_k keeps the largest weights
+    (renormalise: false keeps them as they are).
+    Defaults: router token, score states, combine soft, temperature 1.
+    Not verified: the paper was not looked up; the formula is that of PEFT's implementation with xlora_depth 1 and
+    layerwise_scalings, as the first of its authors' published models has it (a later one has depth 2). Deeper heads,
+    with layers that modules share, and one head for all modules are not offered.
+    """
+    return {"router": "token", "score": "states", "combine": "soft", "temperature": 1.0}

@@ -36,7 +36,7 @@ class _Site:
 
     def expect(self, live_T: Tensor, used_TE: Tensor | None) -> None:
         """Note who has to get a gradient: ``live_T`` had one themselves, ``used_TE`` says where they went."""
-        if used_TE is None or len(self.names) == 1:
+        if used_TE is None or (len(self.names) == 1 and used_TE.shape[1] != 1):
             self.seen |= live_T.any()
         elif used_TE.shape == (len(live_T), len(self.names)):
             self.seen |= (used_TE & live_T.unsqueeze(1)).any(0)

@@ -42,8 +42,12 @@ class BatchContext:
         segment_T: which of its row's samples each token belongs to, counted from 0, where rows are packed; None: a row
             is one sample.
         task_T: the task of each token's sample; None if the data names none.
+        prompt_T: true for tokens of their sample's prompt, which come before its first token with loss; None: what a
+            prompt is has not been said.
+        samples: the most samples that a row holds; needed beside prompts where rows are packed.
         slot_T: the adapter that each token belongs to, where several train at once; None: there is one.
         slots: the same as the host knows it, so that nothing has to be read back.
+        adapted: whether adapters add what they do; false in a first pass that asks for the base model's states.
         micro_step: 0 in the first pass of an optimizer step.
         record: called as ``record(layer, index_TK, weights_TK)`` with what each gate decided; in training once per
             layer, not again when a checkpointed layer is recomputed.
@@ -57,8 +61,11 @@ class BatchContext:
     mask_T: Tensor | None = None
     segment_T: Tensor | None = None
     task_T: Tensor | None = None
+    prompt_T: Tensor | None = None
+    samples: int | None = None
     slot_T: Tensor | None = None
     slots: Slots | None = None
+    adapted: bool = True
     micro_step: int = 0
     record: Record | None = None
     replay: Replay | None = None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.assignment import Assignment
+from moe.context import current
 from moe.dispatch import EXCHANGES, Dispatcher, Local, Routed, mix_everywhere
 from moe.dispatch_choice import choose_dispatch
 from moe.form import PLAIN, ExpertForm
@@ -98,11 +99,16 @@ class Experts(nn.Module):
         return Site(weight.device, weight.dtype, *sizes, self.form, biased, self._adapted)
 
     @property
+    def _added(self) -> nn.Module | None:
+        """The adapter, but for passes that are the base model's alone."""
+        return self.adapter if current().adapted else None
+
+    @property
     def _adapted(self) -> Adapted:
-        if self.adapter is None:
+        if self._added is None:
             return "no"
         trains = any(parameter.requires_grad for parameter in self._parameters.values() if parameter is not None)
-        return "whole" if hasattr(self.adapter, "mix") and not trains else "pieces"
+        return "whole" if hasattr(self._added, "mix") and not trains else "pieces"
 
     @property
     def backend(self) -> Backend:
@@ -131,14 +137,14 @@ class Experts(nn.Module):
         """Each row's local experts, weighted and summed: [R,H]. A row none of whose choices is local gives zeros."""
         name = choose(self.site, self.wanted_backend).name
         if name == "grouped_mm":
-            x_NH, many = x_RH[assignment.row_N], getattr(self.adapter, "compute", None)
+            x_NH, many = x_RH[assignment.row_N], getattr(self._added, "compute", None)
             y_NH = many(self, x_NH, assignment) if many else self.compute(x_NH, assignment.counts_L)
             weights_N = assignment.spread(weights_RK)
             return assignment.combine(y_NH * weights_N.unsqueeze(-1).to(y_NH.dtype))
         stack = Stack(self.gate_up_proj, self.down_proj, *self.biases, self.form)
         if name == "reference":
             return reference_mix(x_RH, weights_RK, stack, assignment)
-        if self.adapter is not None:
+        if self._added is not None:
             return self.adapter.mix(x_RH, weights_RK, stack, assignment)
         return minimal_mix(passes(self.site, name), x_RH, weights_RK, stack, assignment)
 
@@ -146,11 +152,11 @@ class Experts(nn.Module):
         """Every row through its local expert, unweighted, in differentiable pieces between which an adapter fits."""
         gate_up_bias, down_bias = self.biases
         h_N2I = self._product(x_NH, self.gate_up_proj, gate_up_bias, counts_L)
-        if self.adapter is not None:
+        if self._added is not None:
             h_N2I = h_N2I + self.adapter.gate_up_delta(x_NH, counts_L)
         a_NI = between(h_N2I, self.form)
         y_NH = self._product(a_NI, self.down_proj, down_bias, counts_L)
-        if self.adapter is not None:
+        if self._added is not None:
             y_NH = y_NH + self.adapter.down_delta(a_NI, counts_L)
         return y_NH
 

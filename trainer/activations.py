@@ -65,6 +65,8 @@ def saved_bytes(model: ModelShapes, placed: Sequence[Resolved], batch: Batch) ->
     for layer in range(first, model.layers):
         here = [entry for entry in placed if entry[0].layer == layer]
         _Layer(model, layer, here, batch, live=layer > first).count(found)
+    if (states := next((one.bank for one, here, _ in placed if here.config.score == "states"), None)) is not None:
+        found[states] += batch.tokens * _hidden(model) * batch.width  # of the first pass, for all routers
     found[BASE] += _norm(_hidden(model), batch.tokens)
     # Rotary cosines and sines, which all layers share; the loss keeps log-probabilities and labels.
     queries = next((shape[1] for path, shape in model.linear.items() if path.endswith(".o_proj")), 0)
@@ -196,6 +198,8 @@ class _Layer:
         kept = self._input(placed, size, full.dropout or 0.0)
         if full.router == "base":
             return kept + self.tokens * size.active * (self.width + 1)
+        if full.router == "prompt":
+            return kept + self._numbers(bank.r) + self._once(f"prompts of {placed.bank}", self._prompted(placed, size))
         live = self.live if "self_attn" in placed.path else self.after
         kept += self._router(bank) + (self._numbers(size.ins * (1 + live)) if full.jitter else 0)
         if full.kind == "scale":
@@ -251,12 +255,19 @@ class _Layer:
         # Bytes a token and expert: probabilities; the chosen ones' own and who they are.
         each = {"soft": 4, "top_k": 9, "top_p": 5, "threshold": 13, "switch": 13}[str(full.combine)]
         more = {"threshold": 13, "switch": 9}.get(str(full.combine), 0)
-        if full.score != "linear":
+        if full.score in ("arrow", "outputs"):
             each += 4  # before their sign is dropped, or the trained temperature divides them
         kept = self.tokens * (each * experts + more)
         if full.router == "task":
             kept += self.tokens * (full.num_tasks or 0) * self.width + self._numbers(full.task_embedding or 0)
         return kept
+
+    def _prompted(self, placed: Placed, size: Size) -> int:
+        """Weights of all tokens; of each row, taken as one sample, its mean, what the activation makes of it and, for
+        the gradient of the layer's input, each token's part in the mean."""
+        modules = sum(one.bank == placed.bank for one, _, _ in self.here)
+        samples = self.tokens // self.batch.sequence
+        return self.tokens * 4 * (modules + self.live) + samples * (2 * size.hidden + 3 * modules) * 4
 
     def _contrast(self, bank: BankAt, size: Size) -> int:
         pairs = _pairs(bank, self.tokens)

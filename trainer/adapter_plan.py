@@ -57,6 +57,7 @@ class AdapterPlan:
         peak: of a worker in backward: weights, gradients, optimizer, what is kept, and the former, all at once.
         exports: by form, why it is not exact, or nothing if it is.
         tenants: how many copies of the banks there are, if they are tenants'.
+        first_pass: operations a token of a pass without adapters, which routers of its states need before the step's.
     """
 
     banks: tuple[BankPlan, ...]
@@ -68,6 +69,7 @@ class AdapterPlan:
     run: Plan
     exports: dict[str, str]
     tenants: int = 0
+    first_pass: int = 0
 
     @property
     def trainable(self) -> int:
@@ -112,9 +114,11 @@ def plan_adapters(recipe: Recipe) -> AdapterPlan:
         )
     peak = run.weight_bytes + run.gradient_bytes + run.optimizer_bytes + sum(saved.values()) + working
     whole, exports = sum(run.total.values()), obstacles(recipe.adapter)
+    twice = any(here.config.score == "states" for _, here, _ in placed)
     return AdapterPlan(
-        tuple(banks), whole, _floor(model, shapes), saved[BASE], working, peak, run, exports, len(recipe.tenants)
-    )
+        tuple(banks), whole, _floor(model, shapes), saved[BASE], working, peak, run, exports, len(recipe.tenants),
+        2 * _layers(model) if twice else 0,
+    )  # fmt: skip
 
 
 def _rows(shapes: Shapes, name: str) -> int:
@@ -123,10 +127,14 @@ def _rows(shapes: Shapes, name: str) -> int:
 
 def _floor(model: ModelShapes, shapes: Shapes) -> int:
     """Of the whole model: linear layers, the experts that a token uses, the output layer."""
-    linear = sum(map(prod, model.linear.values()))
-    experts = sum(model.active * outs * ins for _, outs, ins in model.experts.values())
     output = prod(next((shape for path, shape in shapes.items() if path.endswith("embed_tokens.weight")), (0,)))
-    return 4 * (linear + experts + output)
+    return 4 * (_layers(model) + output)
+
+
+def _layers(model: ModelShapes) -> int:
+    """Weights that a token meets in the decoder layers."""
+    linear = sum(map(prod, model.linear.values()))
+    return linear + sum(model.active * outs * ins for _, outs, ins in model.experts.values())
 
 
 def table(plan: AdapterPlan) -> str:
@@ -144,7 +152,7 @@ def _lines(plan: AdapterPlan) -> Iterator[str]:
         share = f"{100 * bank.trainable / plan.total:.3f} %"
         numbers = (str(bank.places), str(bank.layers), f"{bank.trainable:,}", share, f"{bank.added:,}")
         cells.append((bank.name, *numbers, of_floor, size(bank.saved)))
-    more = sum(bank.added for bank in plan.banks)
+    more = sum(bank.added for bank in plan.banks) + plan.first_pass
     share = f"{100 * plan.trainable / plan.total:.3f} %"
     whole = f"{1 + more / plan.floor:.3f}x"
     cells.append(("in all", "", "", f"{plan.trainable:,}", share, f"{more:,}", whole, size(plan.kept - plan.saved)))
@@ -152,6 +160,8 @@ def _lines(plan: AdapterPlan) -> Iterator[str]:
         yield f"{name:<14}" + "".join(f" {text:>12}" for text in columns)
     yield "operations: added to a token's forward and backward; of floor: with them, times the frozen places' own (in"
     yield f"all: the whole frozen model's {plan.floor:,}); kept: for the backward of a micro-batch"
+    if plan.first_pass:
+        yield f"in all: with a first pass without adapters, {plan.first_pass:,} operations a token"
     if plan.tenants:
         yield f"trainable, kept, memory: of all {plan.tenants} tenants; operations: a token meets one tenant's copy"
     yield ""

@@ -106,6 +106,16 @@ def _tasks(view: View, bank: str) -> Iterator[Finding]:
         yield f"{bank}.{'router' if full.router == 'task' else 'balance'}", f"{bank}{need}"
 
 
+def _prompts(view: View, bank: str) -> Iterator[Finding]:
+    """Of plain text a whole row would be the prompt, and its router would see the tokens that are to be predicted."""
+    if expanded(view, bank).router == "prompt" and view("data.format") != "chat":
+        yield (
+            f"{bank}.router",
+            f"{bank} routes by prompt, and only chat tells prompts from answers; write data.format: chat, or choose a "
+            "preset that routes by tokens",
+        )
+
+
 BANK_RULES: tuple[Callable[[View, str], Iterator[Finding]], ...] = (
     _empty,
     _faults,
@@ -115,4 +125,5 @@ BANK_RULES: tuple[Callable[[View, str], Iterator[Finding]], ...] = (
     _adapters,
     _nothing_trains,
     _tasks,
+    _prompts,
 )

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.chat_data import ChatDataset, ChatRow
+from trainer.chat_data import IGNORED, ChatDataset, ChatRow
 from trainer.data import PackedDataset, batch_ids, sample_order
 from trainer.schema import Recipe
 
@@ -47,21 +47,37 @@ def make_batch(rows: Sequence[Any], device: torch.device, mean_over: float | Non
         return Batch({"input_ids": ids_BS, "labels": ids_BS}, {"shape": tuple(ids_BS.shape)}, consumed)
     named = [name for name in _CHAT_FIELDS if getattr(rows[0], name) is not None]
     stacked = {name: np.stack([getattr(row, name) for row in rows]) for name in named}
+    stacked["prompt_S"] = _prompts(stacked["labels_S"], stacked["segment_S"], stacked["mask_S"])
     # One copy for all, to be split there.
     there_FBS = sent(
         torch.from_numpy(np.stack([array.astype(np.int64, copy=False) for array in stacked.values()])), device
     )
     there = dict(zip(stacked, there_FBS.unbind(0), strict=True))
-    there["mask_S"] = there["mask_S"] != 0
+    for name in ("mask_S", "prompt_S"):
+        there[name] = there[name] != 0
     inputs = {
         "input_ids": there["ids_S"],
         "labels": there["labels_S"],
         "position_ids": there["position_S"],
         "num_items_in_batch": mean_over,
     }
-    facts = {f"{name}_T": there[f"{name}_S"].flatten() for name in ("mask", "segment", "task") if f"{name}_S" in there}
-    consumed = b"".join(array.tobytes() for array in stacked.values())
+    told = [name for name in ("mask", "segment", "task", "prompt") if f"{name}_S" in there]
+    facts: dict[str, Any] = {f"{name}_T": there[f"{name}_S"].flatten() for name in told}
+    facts["samples"] = int(stacked["segment_S"].max()) + 1
+    consumed = b"".join(stacked[name].tobytes() for name in named)
     return Batch(inputs, {"shape": tuple(there["ids_S"].shape), **facts}, consumed)
+
+
+def _prompts(labels_BS: np.ndarray, segment_BS: np.ndarray, mask_BS: np.ndarray) -> np.ndarray:
+    """Bool [B,S]: the real tokens of each sample before its first one with loss; samples stand one after another."""
+    has_BS = labels_BS != IGNORED
+    count_BS = np.cumsum(has_BS, axis=1)  # up to here, this one too
+    before_BS = count_BS - has_BS
+    starts_BS = np.zeros_like(has_BS)
+    starts_BS[:, :1] = True
+    starts_BS[:, 1:] = segment_BS[:, 1:] != segment_BS[:, :-1]
+    base_BS = np.maximum.accumulate(np.where(starts_BS, before_BS, 0), axis=1)
+    return (mask_BS != 0) & (count_BS == base_BS)
 
 
 def sent(host: torch.Tensor, device: torch.device) -> torch.Tensor:

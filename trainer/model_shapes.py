@@ -49,7 +49,7 @@ class ModelShapes:
             return Size(ins, outs, count, self.active)
         if placed.site == "linear":
             outs, ins = self.linear[placed.path]
-            return Size(ins, outs)
+            return Size(ins, outs, hidden=self.norms.get("model.norm", 0))
         if placed.site == "ffn":
             outs, ins = self.linear[f"{placed.path}.{FFN[0]}"]
             return Size(ins, outs)

@@ -162,7 +162,7 @@ class Tenants:
         length, device = ids[0].shape[1], ids[0].device
         rows = tuple(share.sequences * length for share in shares)
         slot_T = sent(torch.arange(len(rows)).repeat_interleave(torch.tensor(rows), output_size=sum(rows)), device)
-        names = [name for name in there[0].facts if name != "shape"]
+        names = [name for name in there[0].facts if name.endswith("_T")]
         facts = {name: torch.cat([batch.facts[name] for batch in there]) for name in names}
         return BatchContext(
             aux_scale=1 / self.recipe.accumulation,
@@ -170,6 +170,7 @@ class Tenants:
             slot_T=slot_T,
             slots=Slots(rows, streams),
             micro_step=micro,
+            samples=max(batch.facts.get("samples", 1) for batch in there),
             **facts,
         )
 

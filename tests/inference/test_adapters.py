@@ -158,6 +158,16 @@ def test_adapters_that_are_asked_for_wrongly_are_refused(model_folder, expert_ad
         llm.generate([[1]], 4, adapter="law")
 
 
+def test_adapters_that_have_to_see_a_prompt_whole_or_twice_are_refused(model_folder, tmp_path):
+    banks = {"prompted": BankConfig("milora", ("self_attn.*_proj",), r=2, top_k=2)}
+    folder = save(tmp_path / "prompted", model_folder, banks)
+    with pytest.raises(AdapterError, match=r"adapter\.prompted \(milora\) has to see a prompt whole .* in pieces"):
+        LLM(model_folder, adapter=folder, device="cpu")
+    folder = save(tmp_path / "twice", model_folder, {"twice": BankConfig("x-lora", ("q_proj",), num_experts=2, r=2)})
+    with pytest.raises(AdapterError, match=r"adapter\.twice \(x-lora\) runs the model twice; this runtime"):
+        LLM(model_folder, adapter=folder, device="cpu")
+
+
 def test_an_adapter_of_another_base_is_refused(model_folder, expert_adapter, tmp_path):
     other = shutil.copytree(model_folder, tmp_path / "other")
     tensors = load_file(other / "model.safetensors")

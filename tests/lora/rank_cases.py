@@ -56,6 +56,22 @@ CASES: dict[str, dict[str, BankConfig]] = {
         "mola": BankConfig("mola", targets=("v_proj",), adapters=("a", "b", "c"), r=2, router_aux_loss_coef=0.1),
         "arrow": BankConfig("arrow", targets=("o_proj",), adapters=("a", "b", "c"), r=2, top_k=2),
     },
+    "linear, weighed by states": {
+        "experts": BankConfig("expert-lora", r=3, alpha=8.0),
+        "trained": BankConfig("x-lora", targets=("q_proj",), adapters=("a", "b", "c"), r=2),
+        "new": BankConfig(
+            "x-lora",
+            targets=("v_proj",),
+            num_experts=3,
+            r=2,
+            combine="top_k",
+            balance="switch",
+            router_aux_loss_coef=0.1,
+        ),
+    },
+    "linear, chosen by prompt": {
+        "milora": BankConfig("milora", ("self_attn.*_proj",), r=2, alpha=4.0, top_k=2, router_aux_loss_coef=0.1),
+    },
     "beside MoE blocks, following their router": {"perft-e": BankConfig("perft-e", r=2)},
     "beside MoE blocks, own router": {
         "perft-r": BankConfig(
@@ -90,10 +106,11 @@ def is_dense(case: str) -> bool:
 
 
 def context_of(tokens_BT: Tensor, aux_scale: float = 1.0) -> BatchContext:
-    """The batch's rows are samples, of task 0 and 1 by turns."""
+    """The batch's rows are samples, of task 0 and 1 by turns; each begins with a prompt."""
     rows, length = tokens_BT.shape
+    prompt_T = (torch.arange(length) < length // 2).repeat(rows)
     task_T = (torch.arange(rows) % 2).repeat_interleave(length)
-    return BatchContext(aux_scale=aux_scale, shape=(rows, length), task_T=task_T)
+    return BatchContext(aux_scale=aux_scale, shape=(rows, length), task_T=task_T, prompt_T=prompt_T)
 
 
 def file_of(case: str, world: int = 2, ep: int = 2) -> str:

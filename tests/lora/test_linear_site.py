@@ -39,6 +39,7 @@ def test_there_are_presets_of_linear_layers():
 @pytest.mark.parametrize("preset", LINEAR)
 def test_a_preset_trains_every_parameter_and_comes_back_from_its_folder(tiny_moe, tmp_path, preset):
     tasks = {"num_tasks": 2} if preset == "moelora-task" else {}
+    tasks |= {"top_k": 2} if preset == "milora" else {}  # of the two modules of a layer
     banks = {"a": BankConfig(preset, targets=("q_proj", "v_proj"), **tasks)}
     model = tiny_moe()
     before = logits(model)

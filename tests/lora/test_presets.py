@@ -40,7 +40,12 @@ def test_a_docstring_has_the_formula_the_paper_the_defaults_and_what_is_open(nam
         assert re.search(rf"\b{key} {re.escape(shown)}\b", words), (key, shown, words)
 
 
-NEEDED = {"moelora-task": {"num_tasks": 3}, "arrow": {"adapters": ("a", "b", "c")}, "mole": {"adapters": ("a", "b")}}
+NEEDED = {
+    "moelora-task": {"num_tasks": 3},
+    "arrow": {"adapters": ("a", "b", "c")},
+    "mole": {"adapters": ("a", "b")},
+    "x-lora": {"adapters": ("a", "b")},
+}
 
 
 def test_every_preset_is_a_method_that_can_be_trained():
@@ -129,6 +134,15 @@ def test_every_combination_is_either_trained_or_refused_by_a_field_that_is_part_
         (BankConfig("mixlora", adapters=("a", "b")), "adapters are for site: linear, not ffn"),
         (BankConfig("lora", adapters=("a", "b")), "router=none weighs no adapters"),
         (BankConfig("mola", adapters=("a", "b"), top_k=1), "renormalise=true makes the only weight of top_k=1"),
+        (
+            BankConfig("x-lora"),
+            "adapters is empty, and score: states is of trained adapters; list two or more",
+        ),
+        (BankConfig("x-lora", num_experts=3, combine="switch"), "combine=switch is for score: linear"),
+        (BankConfig("x-lora", num_experts=3, jitter=0.1), "jitter=0.1 is for score: linear"),
+        (BankConfig("x-lora", ("mlp",), "parallel", num_experts=3), "score=states is for linear layers, not for site:"),
+        (BankConfig("x-lora", adapters=("a", "b"), mixer=True), "mixer=true is for factors that train"),
+        (BankConfig("x-lora", adapters=("a", "b"), num_experts=3), "num_experts=3, and adapters names 2"),
         (BankConfig("mola", temperature=2.0), "temperature has no effect"),
         (BankConfig("lora", dropout=1.0), "dropout must be at least 0 and less than 1, not 1.0"),
         (BankConfig("lora", num_experts=4), "num_experts has no effect here: it belongs to a bank with a router"),

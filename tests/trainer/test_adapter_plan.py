@@ -64,9 +64,13 @@ def banks_for(preset: str, family: str) -> dict[str, BankConfig]:
     targets = full.targets
     if family == "deepseek_v3" and full.site == "linear":
         targets = ("kv_a_proj_with_mqa", "layers.[12].self_attn.o_proj")
+        if full.router == "prompt":
+            targets = ("self_attn.kv_*", "o_proj")
+    elif preset == "milora":
+        targets = ("self_attn.[qkvo]_proj",)
     elif preset == "loramoe" and family != "deepseek_v3":
         targets = ("shared_expert.*_proj",) if family == "qwen2_moe" else ("q_proj", "o_proj")
-    more |= {"adapters": ("a", "b", "c")} if preset in ("arrow", "mole") else {}
+    more |= {"adapters": ("a", "b", "c")} if preset in ("arrow", "mole", "x-lora") else {}
     return {"one": BankConfig(preset, targets, **more)}
 
 
@@ -162,6 +166,8 @@ def built(preset: str, base: str, **more):
     shapes = shapes_of(model)
     full = expand(BankConfig(preset))
     targets = ("q_proj", "o_proj") if preset == "loramoe" and base != "llama" else ()
+    if preset == "milora" and base != "llama":
+        targets = ("self_attn.*_proj",)
     more |= {"num_tasks": 3} if full.router == "task" else {}
     more |= {"adapters": ("a", "b", "c")} if full.score != "linear" else {}
     banks = {"one": BankConfig(preset, targets, **more)}
@@ -273,6 +279,12 @@ def test_the_plan_adds_up_and_says_what_can_be_had(tmp_path):
     routed = table(plan_adapters(load_recipe(path, ["adapter.attention={preset: mola}"])))
     assert "merges into the base  no: adapter.attention (mola)" in routed
     assert "exact exports  only the adapter folder itself" in routed
+    twice = plan_adapters(load_recipe(path, ["adapter.attention={preset: x-lora, num_experts: 2, r: 4}"]))
+    assert twice.first_pass == 2 * (2 * linear + 2 * 2 * (64 * 64 + 32 * 64)), "forward alone, without the output layer"
+    assert twice.floor == plan.floor
+    whole = twice.floor + twice.first_pass + sum(bank.added for bank in twice.banks)
+    assert f"{whole / twice.floor:.3f}x" in table(twice)
+    assert f"with a first pass without adapters, {twice.first_pass:,} operations" in table(twice)
     with pytest.raises(PlanError, match="no section adapter"):
         plan_adapters(load_recipe(path, ["adapter={}"]))
 

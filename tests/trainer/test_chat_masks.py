@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
+from lora.attach import attach
+from lora.config import BankConfig
 from moe.context import BatchContext, batch_context
 from trainer.batches import make_batch
 from trainer.chat_data import IGNORED, ChatRow
@@ -138,7 +141,7 @@ class _Copies(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("tasks", "fields"), [([1, 0], 6), (None, 5)])
+@pytest.mark.parametrize(("tasks", "fields"), [([1, 0], 7), (None, 6)])
 def test_a_batch_is_copied_to_its_device_at_once(tasks, fields):
     rows = [row_of(some_samples((3, 4)), 8, tasks), row_of(some_samples((6, 2)), 8, tasks)]
     with _Copies() as copies:
@@ -226,7 +229,49 @@ def test_padding_is_marked_and_tasks_belong_to_their_samples():
     assert facts["mask_T"].tolist() == [True] * 7 + [False] * 3 + [True] * 10
     assert facts["segment_T"].tolist() == [0] * 4 + [1] * 3 + [2] * 3 + [0] * 10
     assert facts["task_T"].tolist() == [2] * 4 + [1] * 3 + [0] * 3 + [1] * 10
+    assert facts["samples"] == 3
     unnamed = make_batch([row_of(some_samples((4, 3)), 10)], CPU, 1.0)
     assert BatchContext(**unnamed.facts).task_T is None, "else adapters would take all samples for ones of task 0"
     assert batch.inputs["position_ids"][0].tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1, 2]
     assert batch.inputs["labels"][0, 4] == IGNORED, "no sample's first token is predicted from the sample before"
+
+
+def test_a_prompt_is_what_comes_before_its_samples_first_token_with_loss():
+    labels_BS = np.array([[-100, -100, 5, -100, 6, -100, 7, -100, -100, -100], [-100] * 4 + [1] * 6])
+    segment_BS = np.array([[0, 0, 0, 0, 0, 1, 1, 2, 2, 2], [0] * 10])
+    row = row_of(some_samples((10,)), 10)
+    rows = [
+        replace(row, labels_S=labels, segment_S=segment, mask_S=np.arange(10) < (9 if i == 0 else 10))
+        for i, (labels, segment) in enumerate(zip(labels_BS, segment_BS, strict=True))
+    ]
+    prompt_T = make_batch(rows, CPU, 1.0).facts["prompt_T"]
+    assert prompt_T.view(2, 10).int().tolist() == [[1, 1, 0, 0, 0, 1, 0, 1, 1, 0], [1, 1, 1, 1, 0, 0, 0, 0, 0, 0]]
+
+
+def test_packed_samples_are_weighed_by_their_own_prompts_and_by_their_own_first_pass():
+    model = built("llama", "sdpa")
+    banks = {
+        "prompted": BankConfig("milora", ("self_attn.*_proj",), r=2, top_k=2),
+        "twice": BankConfig("x-lora", ("down_proj",), num_experts=3, r=2),
+    }
+    attach(model, banks, [])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if ".adapter." in path:
+                parameter.normal_(0, 0.5, generator=generator)
+
+    def logits(batch, **changes):
+        inputs = {name: batch.inputs[name] for name in ("input_ids", "position_ids")}
+        with torch.no_grad(), batch_context(BatchContext(balance=False, **batch.facts | changes)):
+            return model.eval()(**inputs, use_cache=False).logits
+
+    samples, at = some_samples((9, 7, 11)), 0
+    batch = make_batch([row_of(samples, 30)], CPU, 1.0)
+    packed, everywhere = logits(batch), logits(batch, prompt_T=batch.facts["mask_T"])
+    for sample in samples:
+        length = len(sample[0])
+        alone = logits(make_batch([row_of([sample], length)], CPU, 1.0))[0]
+        torch.testing.assert_close(packed[0, at : at + length], alone, rtol=1e-4, atol=1e-5)
+        assert (everywhere[0, at : at + length] - alone).abs().max() > 1e-3
+        at += length
