@@ -23,8 +23,8 @@ class SamplingParams:
        r, a negative one multiplied (Keskar et al. 2019, CTRL).
     3. ``presence_penalty`` is subtracted once from every token of the answer so far, and ``frequency_penalty`` times
        the number of its occurrences there. As OpenAI and vLLM define them, the prompt does not count.
-    4. ``temperature``: logits are divided by it. At 0 the largest logit wins (the lowest id among equals), and the
-       steps below do nothing.
+    4. ``temperature``: logits are divided by it, or by 1e-5 if it is smaller. At 0 the largest logit wins (the lowest
+       id among equals), and the steps below do nothing.
     5. ``top_k``: only the k largest logits stay. Tokens that equal the k-th stay too.
     6. ``top_p``: of the softmax over what is left, the fewest tokens whose probabilities add up to at least p stay,
        most probable first, the lowest id first among equals (Holtzman et al. 2020).

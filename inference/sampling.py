@@ -21,6 +21,8 @@ from inference.requests import SamplingParams, TokenLogprobs
 # A nucleus is looked for among so many of the largest logits first; sorting a large vocabulary takes far longer.
 NUCLEUS_CANDIDATES = (64, 1024)
 _OFF = float("-inf")
+# Below, every other token has lost already, and quotients would leave fp32's range. So would tiny repetition penalties.
+_COLDEST, _MOST = 1e-5, 1e30
 
 
 class TokenChooser:
@@ -108,6 +110,7 @@ def _draw(logits_RV: Tensor, choosers: Sequence[TokenChooser]) -> list[int]:
     for logits_V, chooser in zip(logits_RV, choosers, strict=True):
         if chooser.adjusts:
             chooser.adjust(logits_V)
+            logits_V.clamp_(max=_MOST)
     tokens = [0] * len(choosers)
     cold = [row for row, chooser in enumerate(choosers) if chooser.params.temperature == 0]
     warm = [row for row, chooser in enumerate(choosers) if chooser.params.temperature > 0]
@@ -117,7 +120,7 @@ def _draw(logits_RV: Tensor, choosers: Sequence[TokenChooser]) -> list[int]:
         return tokens
     params = [choosers[row].params for row in warm]
     scaled_RV = logits_RV if not cold else logits_RV[warm]
-    scaled_RV /= torch.tensor([p.temperature for p in params])[:, None]
+    scaled_RV /= torch.tensor([max(p.temperature, _COLDEST) for p in params])[:, None]
     keep_top_k(scaled_RV, [p.top_k for p in params])
     keep_top_p(scaled_RV, [p.top_p for p in params])
     keep_min_p(scaled_RV, [p.min_p for p in params])

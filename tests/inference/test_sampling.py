@@ -140,6 +140,17 @@ def test_equals_of_the_last_stay():
         assert scores[0].isfinite().tolist() == [True, True, True, False]
 
 
+@pytest.mark.parametrize(
+    "extreme", [{"temperature": 1e-300}, {"repetition_penalty": 1e-300}, {"repetition_penalty": 1e300}]
+)
+def test_extreme_settings_still_draw_tokens(extreme):
+    logits_RV = torch.tensor([[1.0, 3.0, -2.0, 2.9]])
+    params = SamplingParams(**{"temperature": 1.0, "seed": 0} | extreme)
+    (chosen,) = choose(logits_RV, [TokenChooser(params, (1,))])
+    winner = {"temperature": [1], "repetition_penalty": [1] if params.repetition_penalty < 1 else [0, 2, 3]}
+    assert chosen.token in winner[next(iter(extreme))]
+
+
 def test_logprobs_are_of_the_raw_logits():
     logits = torch.randn(2, V, generator=torch.Generator().manual_seed(1))
     odd = SamplingParams(temperature=0.5, top_k=1, logit_bias=((4, 50.0),), seed=0, logprobs=3)
