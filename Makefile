@@ -18,7 +18,9 @@ PURE := moe/refs.py moe/layout.py moe/family_table.py moe/dispatch_choice.py moe
         trainer/checkpoint_checks.py trainer/mode_plan.py trainer/disk_rules.py trainer/routing_rules.py trainer/loss_verdict.py trainer/checkpoints.py \
         trainer/checkpoint_cli.py trainer/adapter_cli.py lora/exactness.py lora/base_facts.py checkpointing/phases.py trainer/phases.py trainer/endings.py trainer/supervisor.py \
         trainer/timesplit.py checkpointing/keeper/faults.py trainer/leftovers.py trainer/matrix.py \
-        trainer/matrix_verdict.py trainer/bank_rules.py trainer/dense_rules.py trainer/tenant_recipe.py trainer/admission.py trainer/family_checks.py trainer/family_shapes.py benchmarks/report.py benchmarks/layer_report.py benchmarks/lora_quality_report.py benchmarks/inference_report.py
+        trainer/matrix_verdict.py trainer/bank_rules.py trainer/dense_rules.py trainer/tenant_recipe.py trainer/admission.py trainer/family_checks.py trainer/family_shapes.py benchmarks/report.py benchmarks/layer_report.py benchmarks/lora_quality_report.py benchmarks/inference_report.py \
+        inference/prompts.py inference/chat.py inference/server/errors.py inference/server/metrics.py inference/server/fields.py inference/server/engine_thread.py \
+        inference/server/bodies.py inference/server/service.py inference/server/app.py inference/server/gate.py inference/server/serve.py inference/runtime.py trainer/runtime_cli.py trainer/serve_cli.py
 
 .PHONY: install demo test lint clean
 
@@ -27,7 +29,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev,serve]"
 	touch $@
 
 demo: install

@@ -20,6 +20,7 @@ from trainer.lookahead_cli import add_lookahead_verbs
 from trainer.model_cli import add_model_verbs
 from trainer.plan_inference_cli import add_plan_inference_verb
 from trainer.refusal import is_users_mistake, refused
+from trainer.serve_cli import add_serve_verbs
 from trainer.simulate_cli import add_simulate_verb
 
 FAILED, USER_MISTAKE = 1, 2
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_matrix_options(matrix)
     add_model_verbs(verb)
     add_simulate_verb(verb)
+    add_serve_verbs(verb, _count, _fraction)
     add_plan_inference_verb(verb, _fraction, _count)
     _add_doctor_options(verb("doctor", _doctor, "compare a model with transformers, and look for what would not train"))
 

@@ -1,0 +1,35 @@
+"""How `planaria serve` and `chat` open a model, as a value. No torch before it is opened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from inference.engine import LLM
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What the command line says of memory and of the way of experts; see :class:`inference.engine.LLM`.
+
+    Attributes:
+        expert_budget: share of the experts; None: all, or what ``vram`` has room for.
+        vram: bytes, in place of ``expert_budget``.
+        prefetch, cpu_experts: see :class:`inference.offload.Crossing`.
+    """
+
+    expert_budget: float | None = None
+    vram: int | None = None
+    kv_tokens: int | None = None
+    prefetch: str = "none"
+    cpu_experts: bool = False
+
+    def open(self, model_dir: str, **more: Any) -> LLM:
+        """``more`` goes to LLM as it is. Raises what LLM raises."""
+        from inference.engine import LLM
+        from inference.offload import Crossing
+
+        share = 1.0 if self.expert_budget is None else self.expert_budget
+        crossing = Crossing(self.prefetch, cpu=self.cpu_experts)
+        return LLM(model_dir, share, kv_tokens=self.kv_tokens, vram=self.vram, crossing=crossing, **more)

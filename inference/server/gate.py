@@ -1,0 +1,104 @@
+"""Around the application: HTTP itself, request ids, the API key, counts of what was answered, and the log."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import re
+import sys
+import time
+import traceback
+import uuid
+from datetime import datetime
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from inference.server.app import CALL
+from inference.server.engine_thread import Call
+from inference.server.errors import bad_request, wrong_key
+from inference.server.metrics import Metrics
+
+# Labels of metrics: any other path is one that does not exist, and there is no end of those.
+_PATHS = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics")
+
+
+class Http(H11Protocol):
+    """uvicorn's HTTP/1.1, which also refuses what is no HTTP in the API's shape."""
+
+    def send_400_response(self, msg: str) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            body = json.dumps(bad_request(msg, code="invalid_http").body).encode()
+            self.transport.write(
+                b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
+                b"content-length: %d\r\n\r\n%s" % (len(body), body)
+            )
+        self.transport.close()
+
+
+class Gate:
+    """An ASGI application around another.
+
+    Args:
+        app: what is behind it.
+        metrics: where requests are counted.
+        api_key: what ``/v1`` asks for; None: nothing. ``/health`` and ``/metrics`` are open.
+        log: write a line for each request, without what was asked or answered, to stderr.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str | None, log: bool) -> None:
+        self.app, self.metrics, self.api_key, self.log = app, metrics, api_key, log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status = time.monotonic(), 0
+        request_id = f"req_{uuid.uuid4().hex}"
+
+        async def send_marked(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            if refusal := self._refusal(scope):
+                await refusal(scope, receive, send_marked)
+            else:
+                await self.app(scope, receive, send_marked)
+        except Exception:
+            traceback.print_exc(file=sys.stderr)
+            status = status or 500
+        finally:
+            self.metrics.requests.add(path=_label(scope["path"]), status=str(status))
+            if self.log:
+                print(_line(scope, request_id, status, time.monotonic() - began), file=sys.stderr, flush=True)
+
+    def _refusal(self, scope: Scope) -> JSONResponse | None:
+        if self.api_key is None or not scope["path"].startswith("/v1"):
+            return None
+        given = re.fullmatch(r"[Bb]earer +(\S+)", Headers(scope=scope).get("authorization", ""))
+        if given and hmac.compare_digest(given[1].encode(), self.api_key.encode()):
+            return None
+        error = wrong_key(given is not None)
+        return JSONResponse(error.body, error.status, headers={"www-authenticate": "Bearer"})
+
+
+def _label(path: str) -> str:
+    if path in _PATHS:
+        return path
+    return "/v1/models" if path.startswith("/v1/models/") else "other"
+
+
+def _line(scope: Scope, request_id: str, status: int, seconds: float) -> str:
+    when = datetime.now().isoformat(timespec="milliseconds")
+    line = f"{when} {request_id} {scope['method']} {scope['path']!r} {status} {seconds:.3f} s"
+    call = scope.get(CALL)
+    if isinstance(call, Call):
+        first = "none" if call.first_token_s is None else f"{call.first_token_s:.3f} s"
+        line += f", {len(call.index)} answers, {call.new_tokens} new tokens, first after {first}"
+    return line

@@ -1,0 +1,201 @@
+"""``planaria serve``: a model behind the OpenAI API until a signal ends it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.metadata
+import ipaddress
+import resource
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from inference.errors import InferenceError
+from inference.prompts import read_template
+from inference.runtime import Runtime
+from inference.server.app import Limits, make_app
+from inference.server.engine_thread import EngineThread
+from inference.server.gate import Gate, Http
+from inference.server.metrics import Metrics
+from inference.server.service import Served, Service
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from inference.batching import Engine
+    from inference.engine import LLM
+
+_AFTER_DRAIN_S = 5  # for the answers that the drain has ended to reach their clients
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What the command line says; ``planaria serve --help`` explains each."""
+
+    model_dir: str
+    runtime: Runtime
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    model_name: str | None = None
+    adapters: tuple[tuple[str, str], ...] = ()
+    chat_template: str | None = None
+    max_running: int = 64
+    max_queue: int = 256
+    max_new_tokens: int = 4096
+    max_body: int = 4 * 2**20
+    body_s: float = 30.0
+    drain_s: float = 30.0
+    log_requests: bool = False
+
+
+def serve(options: ServeOptions) -> int:
+    """Blocks until SIGTERM or SIGINT. Returns the exit status: 0, or 1 if the engine died.
+
+    Raises InferenceError or AdapterError for a folder or setting that cannot be served.
+    """
+    listener = _listen(options.host, options.port)
+    template = read_template(options.chat_template)
+    metrics = Metrics()
+    engine, served, tokenizer = _open(options, metrics)
+    server = make_server(engine, served, tokenizer, options, metrics, template)
+    if options.api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+        print(f"warning: anybody who reaches {options.host} may use this server; give --api-key", file=sys.stderr)
+
+    def end(*_: object) -> None:
+        # For signals before uvicorn takes them over, and for the one that it sends itself again when it has ended well.
+        server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    server.run(sockets=[listener])
+    return 1 if server.engine.failure else 0
+
+
+def make_server(
+    engine: Engine,
+    served: Served,
+    tokenizer: PreTrainedTokenizerBase,
+    options: ServeOptions,
+    metrics: Metrics,
+    template: str | None = None,
+) -> Server:
+    """A server over an engine that is there already; ``run(sockets=[listener])`` starts it."""
+    thread = EngineThread(engine, metrics, options.max_queue)
+    metrics.gauge("planaria_answers_waiting", "Answers without a token yet", lambda: thread.waiting)
+    metrics.gauge("planaria_answers_running", "Answers that have begun", lambda: thread.running)
+    metrics.gauge("process_resident_memory_bytes", "Memory of this process", _resident_bytes)
+    # A copy: the engine's thread decodes with its own while ours encodes.
+    service = Service(thread, served, copy.deepcopy(tokenizer), template)
+    limits = Limits(options.max_body, options.body_s)
+    config = uvicorn.Config(
+        Gate(make_app(service, limits), metrics, options.api_key, options.log_requests),
+        http=Http,
+        ws="none",
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=int(options.drain_s) + _AFTER_DRAIN_S,
+    )
+    return Server(config, service, options.drain_s)
+
+
+class Server(uvicorn.Server):
+    """Prints the ready line when it listens; at the first signal lets the engine finish what it has."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, drain_s: float) -> None:
+        super().__init__(config)
+        self.service, self.engine, self._drain_s = service, service.engine, drain_s
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            print(_ready_line(listener, self.service), flush=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self.engine.draining:
+            self.engine.drain(self._drain_s)
+        super().handle_exit(sig, frame)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Taken before the model is loaded: a port that is in use is said at once."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, OverflowError) as error:
+        raise InferenceError(
+            f"cannot listen on {host}, port {port}: {error}; give another --host or --port (0: any that is free)"
+        ) from error
+    return listener
+
+
+def _ready_line(listener: socket.socket, service: Service) -> str:
+    host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    models = ", ".join(service.served.models)
+    chat = "" if service.has_chat_template else "; no chat template, so plain completions only"
+    return f"ready: http://{host}:{port}/v1 serves {models}{chat}"
+
+
+def _open(options: ServeOptions, metrics: Metrics) -> tuple[Engine, Served, PreTrainedTokenizerBase]:
+    """The engine over the folder, with its figures among ``metrics``."""
+    from inference.batching import MAX_ROWS
+
+    names = [name for name, _ in options.adapters]
+    if len(set(names)) < len(names):
+        raise InferenceError(f"--adapter: two adapters have one name in {', '.join(names)}; give each its own")
+    llm = options.runtime.open(
+        options.model_dir,
+        adapters=dict(options.adapters),
+        max_sequences=options.max_running,
+        max_rows=max(MAX_ROWS, options.max_running),
+    )
+    if llm.tokenizer is None:
+        raise InferenceError(f"{options.model_dir} has no tokenizer, which serving needs; add tokenizer.json")
+    limits = llm.engine.limits
+    positions = limits.kv_tokens if limits.positions is None else min(limits.positions, limits.kv_tokens)
+    folder = Path(options.model_dir).resolve()
+    served = Served(
+        name=options.model_name or folder.name,
+        adapters=tuple(names),
+        positions=positions,
+        vocabulary=limits.vocabulary,
+        max_new_tokens=min(options.max_new_tokens, positions),
+        fingerprint=_fingerprint(folder),
+    )
+    _add_figures(llm, metrics)
+    return llm.engine, served, llm.tokenizer
+
+
+def _fingerprint(folder: Path) -> str:
+    """Of the model's files, without reading the weights, and of what computes."""
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.safetensors"))]
+    versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
+    text = repr((files, versions, (folder / "config.json").read_text()))
+    return f"fp_{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def _add_figures(llm: LLM, metrics: Metrics) -> None:
+    from inference.cache import CacheCounts
+
+    counts = CacheCounts() if llm.cache is None else llm.cache.counts
+    metrics.total("planaria_expert_hits_total", "Experts found resident", lambda: counts.hits)
+    metrics.total("planaria_expert_misses_total", "Experts that had to be fetched", lambda: counts.misses)
+    metrics.total("planaria_expert_bytes_total", "Bytes of experts fetched", lambda: counts.bytes_fetched)
+    metrics.gauge("planaria_kv_blocks", "Blocks of the key-value cache", lambda: llm.engine.load().blocks)
+    metrics.gauge("planaria_kv_blocks_used", "Blocks that running requests hold", lambda: llm.engine.load().used)
+
+
+def _resident_bytes() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

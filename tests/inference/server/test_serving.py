@@ -1,0 +1,190 @@
+"""What the server does with an engine that is slow, full, failing or about to end; the engine does as it is told."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import threading
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
+openai = pytest.importorskip("openai", reason="the extra 'dev' is not installed")
+
+from inference.errors import RequestError  # noqa: E402
+
+PLAIN = {"model": "tiny", "prompt": [2, 3], "max_tokens": 4}
+
+
+def in_thread(work):
+    """Runs ``work`` beside the test; the function that is returned waits for its result."""
+    results = []
+
+    def run():
+        try:
+            results.append(work())
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+
+    def result():
+        thread.join(timeout=30)
+        assert results, "no answer: it hangs"
+        return results[0]
+
+    return result
+
+
+def running(address, count):
+    address.until(lambda m: m["planaria_answers_waiting"] + m["planaria_answers_running"] == count)
+
+
+def begun_stream(engine, address, count):
+    """A stream of which the first token was read. It is the ``count``-th answer of the server."""
+    opened = in_thread(lambda: iter(address.client().completions.create(**PLAIN, stream=True)))
+    running(address, count)
+    engine.allow(1)
+    stream = opened()
+    assert next(stream).choices[0].text == "A"
+    return stream
+
+
+def test_an_engine_that_dies_fails_requests_and_health_instead_of_hanging(told, capfd):
+    engine, address, _ = told()
+    assert address.raw("GET", "/health")[0] == 200
+    first = in_thread(lambda: address.post("/v1/completions", PLAIN))
+    running(address, 1)
+    stream = begun_stream(engine, address, 2)
+    engine.raises = MemoryError("no room")
+    status, _, body = first()
+    assert status == 500
+    assert body["error"]["type"] == "server_error"
+    assert "MemoryError" in body["error"]["message"]
+    with pytest.raises(openai.APIError, match="The engine failed"):
+        list(stream)
+    status, _, text = address.raw("GET", "/health")
+    assert (status, json.loads(text)["status"]) == (503, "failed")
+    assert address.post("/v1/completions", PLAIN)[0] == 500
+    assert "MemoryError: no room" in capfd.readouterr().err
+
+
+def test_an_answer_that_fails_alone_is_a_500_and_a_good_one_mends_the_health(told):
+    engine, address, _ = told()
+    engine.fails = "a bad expert"
+    engine.allow(1)
+    status, _, body = address.post("/v1/completions", PLAIN)
+    assert status == 500
+    assert "a bad expert" in body["error"]["message"]
+    assert address.raw("GET", "/health")[0] == 503
+    engine.fails = None
+    engine.allow(4)
+    assert address.post("/v1/completions", PLAIN)[2]["choices"][0]["text"] == "AAAA"
+    assert address.raw("GET", "/health")[0] == 200
+
+
+def test_a_full_queue_refuses_with_429_and_takes_again_later(told):
+    engine, address, _ = told(max_queue=2)
+    waiting = in_thread(lambda: address.post("/v1/completions", PLAIN | {"n": 2}))
+    running(address, 2)
+    with pytest.raises(openai.RateLimitError, match="2 answers are waiting") as refused:
+        address.client().completions.create(**PLAIN)
+    assert refused.value.response.headers["retry-after"] == "1"
+    status, _, body = address.post("/v1/completions", PLAIN | {"n": 3})
+    assert (status, body["error"]["param"]) == (400, "n")  # it would never fit
+    engine.allow(4)
+    assert [choice["text"] for choice in waiting()[2]["choices"]] == ["AAAA", "AAAA"]
+    engine.allow(4)
+    assert address.post("/v1/completions", PLAIN)[0] == 200
+
+
+def test_of_several_answers_all_are_taken_or_none(told):
+    engine, address, _ = told()
+    engine.refuses = RequestError("prompt_ids", "too long for the cache")
+    status, _, body = address.post("/v1/completions", PLAIN | {"prompt": [[2], [3], [1]]})
+    assert (status, body["error"]["param"]) == (400, "prompt")
+    assert "too long for the cache" in body["error"]["message"]
+    metrics = address.metrics()
+    assert metrics["planaria_answers_waiting"] == metrics["planaria_prompt_tokens_total"] == 0
+    engine.allow(4)
+    assert address.post("/v1/completions", PLAIN)[0] == 200
+    assert len(engine.cancelled) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("tokens_before", [0, 2])
+def test_a_client_that_vanishes_is_cancelled_in_the_next_step(told, stream, tokens_before):
+    engine, address, _ = told()
+    with address.open_request("/v1/completions", PLAIN | {"max_tokens": 100, "n": 2, "stream": stream}):
+        running(address, 2)
+        engine.allow(tokens_before)
+        address.until(lambda m: m["planaria_new_tokens_total"] == 2 * tokens_before)
+    metrics = address.until(lambda m: m["planaria_cancelled_total"] == 1)
+    assert metrics["planaria_answers_waiting"] == metrics["planaria_answers_running"] == 0
+    engine.allow(1)
+    address.until(lambda _: not engine.has_work())
+    assert len(engine.cancelled) == 2
+    assert max(engine.made.values()) == tokens_before
+
+
+def test_told_to_end_it_finishes_what_it_has_and_takes_no_more(told):
+    engine, address, server = told()
+    open_answer = in_thread(lambda: address.post("/v1/completions", PLAIN))
+    running(address, 1)
+    stream = begun_stream(engine, address, 2)
+    server.engine.drain(30)
+    assert address.raw("GET", "/health")[0] == 503
+    with pytest.raises(openai.InternalServerError, match="shutting down") as refused:
+        address.client().completions.create(**PLAIN)
+    assert refused.value.status_code == 503
+    server.handle_exit(signal.SIGTERM, None)
+    engine.allow(3)
+    assert open_answer()[2]["choices"][0]["text"] == "AAAA"
+    assert "".join(piece.choices[0].text for piece in stream) == "AAA"
+
+
+def test_what_is_not_finished_by_the_deadline_fails_with_a_shape(told):
+    engine, address, server = told(drain_s=0.0)
+    open_answer = in_thread(lambda: address.post("/v1/completions", PLAIN))
+    running(address, 1)
+    stream = begun_stream(engine, address, 2)
+    server.handle_exit(signal.SIGTERM, None)
+    status, _, body = open_answer()
+    assert (status, body["error"]["code"]) == (503, "shutting_down")
+    with pytest.raises(openai.APIError, match="shutting down"):
+        list(stream)
+
+
+def test_a_mistake_of_the_server_itself_is_a_500_with_a_shape(told, capfd):
+    engine, address, _ = told()
+    engine.refuses = ZeroDivisionError("ours")
+    status, headers, body = address.post("/v1/completions", PLAIN | {"prompt": [1]})
+    assert (status, body["error"]["code"]) == (500, "internal_error")
+    assert headers["x-request-id"].startswith("req_")
+    assert "ours" not in body["error"]["message"]
+    address.until(lambda m: m.get('planaria_requests_total{path="/v1/completions",status="500"}') == 1)
+    assert "ZeroDivisionError: ours" in capfd.readouterr().err
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for(told):
+    _, address, _ = told(body_s=0.1)
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {address.key}\r\n"
+    head += "content-type: application/json\r\ncontent-length: 10\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", address.port), timeout=30) as connection:
+        connection.sendall(head.encode() + b"{")
+        assert connection.recv(12) == b"HTTP/1.1 408"
+
+
+def test_times_of_tokens_are_counted_once_for_each(told):
+    engine, address, _ = told()
+    engine.allow(4)
+    address.post("/v1/completions", PLAIN | {"n": 3})
+    metrics = address.metrics()
+    assert metrics["planaria_new_tokens_total"] == 12
+    assert metrics["planaria_prompt_tokens_total"] == 2
+    assert metrics["planaria_time_to_first_token_seconds_count"] == 3
+    assert metrics["planaria_inter_token_seconds_count"] == 9
+    assert metrics['planaria_inter_token_seconds_bucket{le="+Inf"}'] == 9
+    assert metrics['planaria_requests_total{path="/v1/completions",status="200"}'] == 1
