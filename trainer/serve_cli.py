@@ -55,8 +55,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         print(
-            f"planaria serve needs {' and '.join(missing)}, not installed here: pip install 'planaria[serve]', or "
-            "pip install fastapi uvicorn",
+            f"planaria serve needs {' and '.join(missing)}, not installed here: pip install fastapi uvicorn, which is "
+            "the extra 'serve'",
             file=sys.stderr,
         )
         return 2
