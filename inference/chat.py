@@ -178,11 +178,11 @@ def chat(options: ChatOptions) -> int:
     limits = llm.engine.limits
     positions = limits.kv_tokens if limits.positions is None else min(limits.positions, limits.kv_tokens)
     print(HELP)
-    converse(
-        Conversation(llm.engine, prompts, params, options.max_new_tokens, positions, system=options.system),
-        terminal_reader(),
-        sys.stdout,
-    )
+    conversation = Conversation(llm.engine, prompts, params, options.max_new_tokens, positions, system=options.system)
+    try:
+        converse(conversation, terminal_reader(), sys.stdout)
+    finally:
+        llm.close()
     print(llm.stats())
     return 0
 

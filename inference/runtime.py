@@ -16,14 +16,17 @@ class Runtime:
     Attributes:
         expert_budget: share of the experts; None: all, or what ``vram`` has room for.
         vram: bytes, in place of ``expert_budget``.
-        prefetch, cpu_experts: see :class:`inference.offload.Crossing`.
+        prefetch, no_pin, cpu_experts: see :class:`inference.offload.Crossing`.
+        trace: file to make, in which routing is recorded; ``LLM.close`` ends it.
     """
 
     expert_budget: float | None = None
     vram: int | None = None
     kv_tokens: int | None = None
     prefetch: str = "none"
+    no_pin: bool = False
     cpu_experts: bool = False
+    trace: str | None = None
 
     def open(self, model_dir: str, **more: Any) -> LLM:
         """``more`` goes to LLM as it is. Raises what LLM raises."""
@@ -31,5 +34,6 @@ class Runtime:
         from inference.offload import Crossing
 
         share = 1.0 if self.expert_budget is None else self.expert_budget
-        crossing = Crossing(self.prefetch, cpu=self.cpu_experts)
-        return LLM(model_dir, share, kv_tokens=self.kv_tokens, vram=self.vram, crossing=crossing, **more)
+        crossing = Crossing(self.prefetch, pin=not self.no_pin, cpu=self.cpu_experts)
+        size: dict[str, Any] = {"kv_tokens": self.kv_tokens, "vram": self.vram}
+        return LLM(model_dir, share, crossing=crossing, trace=self.trace, **size, **more)

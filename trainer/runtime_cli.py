@@ -28,6 +28,10 @@ def add_runtime_options(
         action="store_true",
         help="have the CPU compute missing experts beside a GPU where that is faster; results are close, not equal",
     )
+    parser.add_argument(
+        "--no-pin", action="store_true", help="on a GPU: keep no page-locked copy of all experts in memory, read files"
+    )
+    parser.add_argument("--trace", metavar="FILE", help="record the routing, for `planaria simulate`")
 
 
 def runtime(arguments: argparse.Namespace) -> Runtime:

@@ -64,8 +64,9 @@ def serve(options: ServeOptions) -> int:
     listener = _listen(options.host, options.port)
     template = read_template(options.chat_template)
     metrics = Metrics()
-    engine, served, tokenizer = _open(options, metrics)
-    server = make_server(engine, served, tokenizer, options, metrics, template)
+    llm, served = _open(options)
+    _add_figures(llm, metrics)
+    server = make_server(llm.engine, served, llm.tokenizer, options, metrics, template)
     if options.api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
         print(f"warning: anybody who reaches {options.host} may use this server; give --api-key", file=sys.stderr)
 
@@ -75,7 +76,10 @@ def serve(options: ServeOptions) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
-    server.run(sockets=[listener])
+    try:
+        server.run(sockets=[listener])
+    finally:
+        llm.close()
     return 1 if server.engine.failure else 0
 
 
@@ -148,8 +152,7 @@ def _ready_line(listener: socket.socket, service: Service) -> str:
     return f"ready: http://{host}:{port}/v1 serves {models}{chat}"
 
 
-def _open(options: ServeOptions, metrics: Metrics) -> tuple[Engine, Served, PreTrainedTokenizerBase]:
-    """The engine over the folder, with its figures among ``metrics``."""
+def _open(options: ServeOptions) -> tuple[LLM, Served]:
     from inference.batching import MAX_ROWS
 
     names = [name for name, _ in options.adapters]
@@ -166,7 +169,7 @@ def _open(options: ServeOptions, metrics: Metrics) -> tuple[Engine, Served, PreT
     limits = llm.engine.limits
     positions = limits.kv_tokens if limits.positions is None else min(limits.positions, limits.kv_tokens)
     folder = Path(options.model_dir).resolve()
-    served = Served(
+    return llm, Served(
         name=options.model_name or folder.name,
         adapters=tuple(names),
         positions=positions,
@@ -174,8 +177,6 @@ def _open(options: ServeOptions, metrics: Metrics) -> tuple[Engine, Served, PreT
         max_new_tokens=min(options.max_new_tokens, positions),
         fingerprint=_fingerprint(folder),
     )
-    _add_figures(llm, metrics)
-    return llm.engine, served, llm.tokenizer
 
 
 def _fingerprint(folder: Path) -> str:
