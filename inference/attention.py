@@ -94,7 +94,7 @@ class GroupedAttention:
 
     def __call__(self, x_RH: Tensor, step: Step) -> Tensor:
         turned = self._heads + self._kv_heads
-        qkv_RXD = self._projected(x_RH).unflatten(-1, (-1, self._width))
+        qkv_RXD = self._projected(x_RH).view(x_RH.shape[0], -1, self._width)
         if self._kernels is not None and step.table_RM is not None:
             return self._out(self._decoded(qkv_RXD, step))
         qk_RXD = qkv_RXD[:, :turned]
@@ -140,7 +140,7 @@ class GroupedAttention:
     def _attended(self, q_RHD: Tensor, group: Group) -> Tensor:
         """[R, H*D] of a group's rows."""
         cached_BLCD = gathered(self._kv.layers_NSCD[self._layer], group)
-        k_BKLD, v_BKLD = cached_BLCD.transpose(1, 2).split(self._kv_heads, dim=1)
+        k_BKLD, v_BKLD = cached_BLCD.transpose(1, 2).chunk(2, dim=1)
         rows = q_RHD.shape[0]
         if group.queries == 1:  # the heads that share a key are the rows of one product
             q_BKGD = q_RHD.view(rows, self._kv_heads, -1, self._width)
@@ -164,9 +164,10 @@ class GroupedAttention:
 
 def gathered(layer_NSCD: Tensor, group: Group) -> Tensor:
     """The cached positions [B,L,C,D] of a group's sequences; a view if they lie in a row."""
+    size = layer_NSCD.shape[1]
     if isinstance(group.keys, slice):
-        return layer_NSCD[group.keys].flatten(0, 1)[None, : group.length]
-    blocks, size = group.keys.shape[1], layer_NSCD.shape[1]
+        return layer_NSCD.flatten(0, 1).narrow(0, group.keys.start * size, group.length).unsqueeze(0)
+    blocks = group.keys.shape[1]
     taken = layer_NSCD.index_select(0, group.keys.reshape(-1))
     return taken.view(group.sequences, blocks * size, *layer_NSCD.shape[2:])[:, : group.length]
 

@@ -158,7 +158,7 @@ class OffloadedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if self.executor is not None:
             return self.executor.run(self, hidden_states, top_k_index, top_k_weights)
-        if len(top_k_index) == 1 and self.adapter is None:
+        if top_k_index.shape[0] == 1 and self.adapter is None:
             return self._one(hidden_states, top_k_index, top_k_weights)
         call = Call.of(top_k_index.numpy(), self.num_experts)
         return self.compute(call, hidden_states, top_k_weights, self.cache.lend(self.layer, call.experts))
@@ -220,7 +220,7 @@ class OffloadedExperts(nn.Module):
             delta_N2I = adapter.gate_up_delta(x_NH, counts_E)
         a_NI = None if adapter is None else x_NH.new_empty(x_NH.shape[0], self.intermediate_size)
         for group in groups:
-            if adapter is None and len(x_NH) <= FEW_ROWS:
+            if adapter is None and x_NH.shape[0] <= FEW_ROWS:
                 share = partial(self._few, x_NH, rows, y_NH)
                 if x_NH.device.type == "cpu":
                     LANES.run(share, group, len(group) * self.cache.layout.nbytes)
