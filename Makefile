@@ -18,7 +18,7 @@ PURE := moe/refs.py moe/layout.py moe/family_table.py moe/dispatch_choice.py moe
         trainer/checkpoint_checks.py trainer/mode_plan.py trainer/disk_rules.py trainer/routing_rules.py trainer/loss_verdict.py trainer/checkpoints.py \
         trainer/checkpoint_cli.py trainer/adapter_cli.py lora/exactness.py lora/base_facts.py checkpointing/phases.py trainer/phases.py trainer/endings.py trainer/supervisor.py \
         trainer/timesplit.py checkpointing/keeper/faults.py trainer/leftovers.py trainer/matrix.py \
-        trainer/matrix_verdict.py trainer/bank_rules.py trainer/dense_rules.py trainer/tenant_recipe.py trainer/admission.py trainer/family_checks.py trainer/family_shapes.py benchmarks/report.py benchmarks/layer_report.py benchmarks/lora_quality_report.py
+        trainer/matrix_verdict.py trainer/bank_rules.py trainer/dense_rules.py trainer/tenant_recipe.py trainer/admission.py trainer/family_checks.py trainer/family_shapes.py benchmarks/report.py benchmarks/layer_report.py benchmarks/lora_quality_report.py benchmarks/inference_report.py
 
 .PHONY: install demo test lint clean
 

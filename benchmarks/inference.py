@@ -149,6 +149,10 @@ def _lru(layers: int, experts: int, _slots: int) -> Policy:
     return LRU(layers, experts)
 
 
+def _hedge(layers: int, experts: int, slots: int) -> Policy:
+    return Hedge(layers, experts, slots, stride=min(4, layers))
+
+
 def _layered(layers: int, experts: int, _slots: int) -> Policy:
     return LayeredLRU(layers, experts)
 
@@ -183,11 +187,11 @@ def run(config: Config, folder: Path, args: argparse.Namespace, began: float) ->
     every, some = config.shape.total, bench.slots
     percent = f"{config.share:.0%} resident"
     bench.add(ALL, bench.ours(every, _lru, lane=False))
-    bench.add(f"ours, {percent}", bench.ours(some, Hedge, lane=True))
+    bench.add(f"ours, {percent}", bench.ours(some, _hedge, lane=True))
     bench.add(f"ours, {percent}, layered LRU", bench.ours(some, _layered, lane=True))
     quarter = max(round(0.25 * every), 2 * config.shape.choices)
-    bench.add("ours, a quarter resident", bench.ours(quarter, Hedge, lane=True))
-    bench.add(f"ours, {percent}, link only", bench.ours(some, Hedge, lane=False))
+    bench.add("ours, a quarter resident", bench.ours(quarter, _hedge, lane=True))
+    bench.add(f"ours, {percent}, link only", bench.ours(some, _hedge, lane=False))
     bench.add(f"ours, {percent}, on demand, LRU, graphs", bench.ours(some, _lru, lane=False))
     bench.add(f"ours, {percent}, on demand, LRU", bench.ours(some, _lru, lane=False, graphs=False))
     for experts in ("batched_mm", "grouped_mm"):

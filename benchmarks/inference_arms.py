@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from benchmarks.inference_model import ForcedRouting
-from inference.banks import CudaRegistrar, ExpertBanks
+from inference.banks import CudaRegistrar, ExpertBanks, NoRegistrar
 from inference.cache import ExpertCache
 from inference.cpu_lane import CpuLane
 from inference.decode import DecodeStep
@@ -35,19 +35,9 @@ CONTEXT = 256  # positions; an arm that reaches the end goes back to the prompt'
 PROMPT = 32
 
 
-class Unlocked:
-    """For machines without a GPU: nothing needs its memory page-locked."""
-
-    def register(self, address: int, nbytes: int) -> None:
-        pass
-
-    def unregister(self, address: int) -> None:
-        pass
-
-
 def open_banks(store: ExpertStore, layout: ExpertBlock, device: torch.device) -> ExpertBanks:
     """All experts in host memory, page-locked where there is a GPU."""
-    banks = ExpertBanks(store, layout, CudaRegistrar(device) if device.type == "cuda" else Unlocked())
+    banks = ExpertBanks(store, layout, CudaRegistrar(device) if device.type == "cuda" else NoRegistrar())
     banks.join()
     return banks
 

@@ -28,7 +28,7 @@ def _per_token(shape: Any, rates: Any, name: str, row: Mapping[str, Any]) -> dic
     tokens = sum(figures["tokens"] for figures in row["figures"])
 
     def mean(key: str) -> float:
-        return sum(figures[key] for figures in row["figures"]) / tokens
+        return float(sum(figures[key] for figures in row["figures"]) / tokens)
 
     used = shape.layers * shape.choices
     resident = float(used) if name == ALL else mean("resident")

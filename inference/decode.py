@@ -86,8 +86,12 @@ class DecodeStep:
         before = [module.executor for module in self._modules]
         for module in self._modules:
             module.executor = self._experts
+        if self._experts is not None:
+            self._experts.begin()
         try:
             yield
         finally:
             for module, executor in zip(self._modules, before, strict=True):
                 module.executor = executor
+        if self._experts is not None:
+            self._experts.finish()

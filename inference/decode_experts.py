@@ -28,17 +28,23 @@ from inference.cpu_lane import CpuLane, LaneCall
 from inference.errors import InferenceError
 from inference.experts import OffloadedExperts
 from inference.graphs import StepGraph, Uncaptured
-from inference.slot_kernels import combine, compute, publish
+from inference.slot_kernels import adopt, combine, compute, publish
 from inference.transfer import Transfer, TransferEngine
 from moe.refs import ExpertRef
 
-Split = Callable[[int], tuple[int, int]]  # misses of a call -> how many to fetch, how many to bring for later
+# Of a call's misses: how many the link brings, and how many of the others it brings behind those, for later.
+Split = Callable[[int], tuple[int, int]]
 
 
 @dataclass
 class DecodeCounts:
-    """Experts of calls by what became of them (``behind``: computed by the CPU and brought as well), and the host's
-    seconds: waiting for the GPU to say which experts it wants, giving out work, keeping books, waiting for the lane.
+    """Experts of calls by what became of them, and where the host's seconds went.
+
+    Attributes:
+        behind: of those that the CPU ``computed``, the ones that the link brought as well.
+        asked_s: waiting for the GPU to say which experts it wants.
+        given_s, books_s: giving out work, keeping the cache's books.
+        lane_s: waiting for the CPU lane.
     """
 
     calls: int = 0
@@ -132,6 +138,16 @@ class DecodeExperts:
                 self.cache.commit(ref)
         self._table_L3E[:, 0] = torch.from_numpy(self.cache.slot_LE).to(self._table_L3E.device)
 
+    def begin(self) -> None:
+        """A step begins: what another lent from the slots is done with, and there must be room for the first call."""
+        if not self.all_resident:
+            self.cache.release(self._layers[0])
+            self.cache.make_room(self._spare)
+
+    def finish(self) -> None:
+        """A step ends: what was brought for later is waited for on the device, so that another may use the slots."""
+        self._settle(self._behind)
+
     def run(self, module: OffloadedExperts, x_TH: Tensor, expert_TK: Tensor, score_TK: Tensor) -> Tensor:
         """A call of ``module``, as its executor."""
         assert expert_TK.shape == self._shape, (expert_TK.shape, self._shape)
@@ -146,7 +162,7 @@ class DecodeExperts:
             return out_TH
         publish(*call, self._x_TH, self._expert_TK, self._score_TK)
         self.graph.cut(partial(self._give_out, row))
-        table_3E.copy_(self._new_L3E[row], non_blocking=True)
+        adopt(self._new_L3E[row], table_3E)
         compute(*call, table_3E[0], *weights, self._a_PI, self._y_PH)
         self.graph.cut(partial(self._take_in, row))
         compute(*call, table_3E[1], *weights, self._a_PI, self._y_PH)
@@ -171,11 +187,11 @@ class DecodeExperts:
         if away:
             table_3E[2, away] = 1
         self._settle(self._behind)
-        if fetch:
-            self._coming += self._bring(row, fetch)
+        if fetch or behind:
+            brought = self._bring(row, fetch, behind)
+            self._coming += brought[: len(fetch)]
+            self._behind += brought[len(fetch) :]
             table_3E[1, fetch] = slots_E[fetch]
-        if behind:
-            self._behind += self._bring(row, behind)
         experts = self._experts = sorted(held)
         counts = self.counts
         counts.calls += 1
@@ -190,11 +206,13 @@ class DecodeExperts:
         counts.asked_s += asked - began
         counts.given_s += time.perf_counter() - asked
 
-    def _bring(self, row: int, experts: Sequence[int]) -> list[Transfer]:
-        got = self.cache.reserve(self._layers[row], experts)
-        assert len(got) == len(experts), (got, experts)
+    def _bring(self, row: int, fetch: list[int], behind: list[int]) -> list[Transfer]:
+        wanted = fetch + behind
+        got = self.cache.reserve(self._layers[row], wanted)
+        assert got == wanted, (got, wanted)
         refs, slots = self._refs[row], self.cache.slot_LE[row, got].tolist()
-        return self.transfer.demand_all([(refs[e], self._blocks[slot]) for e, slot in zip(got, slots, strict=True)])
+        pairs = [(refs[expert], self._blocks[slot]) for expert, slot in zip(got, slots, strict=True)]
+        return self.transfer.demand_all(pairs, [len(fetch)] if fetch and behind else [])
 
     def _settle(self, transfers: list[Transfer]) -> None:
         """What the GPU is given from here on finds these experts in their slots."""
@@ -205,7 +223,7 @@ class DecodeExperts:
             transfers.clear()
 
     def _divided(self, row: int, missing: list[int]) -> tuple[list[int], list[int], list[int]]:
-        """(to fetch, for the CPU, of these to bring as well): first what was used last, likeliest to be wanted."""
+        """(to fetch, for the CPU, of these to bring too); first what was used last: likeliest to be wanted again."""
         fetch, behind = len(missing), 0
         if self.lane is not None and self._split is not None:
             fetch, behind = self._split(fetch)

@@ -22,6 +22,7 @@ from inference.opening import (
     MakePolicy,
     adapt,
     attach_all,
+    capture_steps,
     end_tokens,
     open_base,
     open_kv,
@@ -61,6 +62,7 @@ class LLM:
         crossing: how experts reach a GPU: what predicts and prefetches them, and whether all are page-locked.
         vram: in place of ``expert_budget``, memory for all of the model: bytes, or text as ``8GiB``. What the dense
             part, the keys and values and half a gibibyte for CUDA leave is given to experts.
+        graphs: capture decode steps of few sequences as CUDA graphs, see :mod:`inference.graphed`.
         trace: file to make, in which the routing of everything that is served is recorded, with what lookahead heads
             say if the folder has any; :meth:`close` ends it.
         max_rows, max_sequences, reuse: see :class:`~inference.batching.Engine`.
@@ -84,6 +86,7 @@ class LLM:
         kv_tokens: int | None = None,
         crossing: Crossing | None = None,
         vram: int | str | None = None,
+        graphs: bool = False,
         trace: str | Path | None = None,
         max_rows: int = MAX_ROWS,
         max_sequences: int = MAX_SEQUENCES,
@@ -104,7 +107,13 @@ class LLM:
         if adapter is not None:
             attach_all(base, {"adapter": base.module}, {"adapter": adapter})
         kv = open_kv(base, kv_tokens)
-        models: dict[str | None, Model] = {None: Model(base.module, kv)}
+        model = Model(base.module, kv)
+        if graphs and (adapter is not None or trace is not None):
+            raise InferenceError(
+                "graphs=True captures steps of the base model, whose routing nobody can watch then; leave trace out, "
+                "and give the adapter in adapters"
+            )
+        models: dict[str | None, Model] = {None: capture_steps(model, base) if graphs else model}
         trees = adapt(base, adapters or {})
         models |= {name: Model(module, kv) for name, module in trees.items()}
         self._recorder = watch(base, [base.module, *trees.values()], trace)

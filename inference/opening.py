@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from inference.executor import Executor
 from inference.experts import Arithmetic, OffloadedExperts
 from inference.heads import Heads, has_heads, load_heads, tell_policy
 from inference.kv import BLOCK_SIZE, KVShape, PagedKV
+from inference.model import Model
 from inference.offload import Crossing, open_executor
 from inference.placement import KV_SHARE, KV_TOKENS, Placement, model_sizes, parse_size, place
 from inference.policies import LRU, Policy
@@ -30,6 +32,7 @@ from inference.store import ExpertStore, TensorFiles
 from lora.format import apply_adapter, load_adapter
 from moe.families import MoEBlock, find_moe_blocks
 from moe.fingerprint import fingerprint
+from moe.kernels.probe import runs_triton
 from moe.tracefile import TraceHeader
 
 MakePolicy = Callable[[int, int, int], Policy]  # (layers, experts, slots)
@@ -247,3 +250,15 @@ def end_tokens(path: Path, config) -> frozenset[int]:
     if named is None:
         return frozenset()
     return frozenset([named] if isinstance(named, int) else named)
+
+
+def capture_steps(model: Model, base: Base) -> Model:
+    """``model`` with its decode steps captured. Raises InferenceError where they cannot be."""
+    if base.executor is None or not runs_triton(base.device):
+        raise InferenceError(
+            f"graphs=True captures decode steps of a mixture of experts on a GPU, with Triton; this is "
+            f"{'a dense model' if base.cache is None else base.device}: leave it out"
+        )
+    graphed = importlib.import_module("inference.graphed")
+    modules = [module for module in base.module.modules() if isinstance(module, OffloadedExperts)]
+    return graphed.GraphedModel(model, modules, base.executor)

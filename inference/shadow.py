@@ -80,6 +80,8 @@ class Hedge(Policy):
     Args:
         slots: of the cache that asks.
         candidates: by name.
+        stride: only every so many-th layer is shadowed, in a share of the slots (set sampling, Qureshi et al., ISCA
+            2006): layers are alike enough to tell which policy is best, and watching costs that much less.
     """
 
     def __init__(
@@ -90,10 +92,13 @@ class Hedge(Policy):
         candidates: Mapping[str, PolicyClass] | None = None,
         half_life: float = 64.0,
         margin: float = 0.01,
+        stride: int = 1,
     ) -> None:
         super().__init__(layers, experts)
         chosen = candidates or CANDIDATES
-        self.shadows = {name: Shadow(make(layers, experts), slots) for name, make in chosen.items()}
+        self._stride = stride
+        share = max(round(slots * len(range(0, layers, stride)) / layers), 1) if slots else 0
+        self.shadows = {name: Shadow(make(layers, experts), share) for name, make in chosen.items()}
         self.misses = dict.fromkeys(self.shadows, 0.0)
         self.leader = next(iter(self.shadows))
         self._decay, self._margin, self._counted = 0.5 ** (1 / half_life), margin, 0
@@ -119,7 +124,10 @@ class Hedge(Policy):
             if self.misses[best] < (1 - self._margin) * self.misses[self.leader]:
                 self.leader = best
         for name, shadow in self.shadows.items():
-            self.misses[name] += shadow.use(row, experts_N)
+            if row % self._stride:
+                shadow.policy.use(row, experts_N)
+            else:
+                self.misses[name] += shadow.use(row, experts_N)
 
     def scores(self) -> Scores:
         return self.shadows[self.leader].policy.scores()

@@ -110,6 +110,19 @@ def publish(
     )
 
 
+@triton.jit
+def _adopt(source, target, numbers, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(target + at, tl.load(source + at, mask=at < numbers, other=0), mask=at < numbers)
+
+
+def adopt(host_table: Tensor, table: Tensor) -> None:
+    """Read a small table from pinned host memory by a kernel: a copy would queue behind all that the link brings."""
+    assert host_table.is_contiguous()
+    assert table.is_contiguous()
+    _adopt[(1,)](host_table, table, table.numel(), BLOCK=triton.next_power_of_2(table.numel()))
+
+
 def compute(
     x_TH: Tensor,
     expert_TK: Tensor,

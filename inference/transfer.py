@@ -14,6 +14,7 @@ Shapes: B elements of a block.
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,8 +47,8 @@ class Link(Protocol):
     def copy(self, target_B: Tensor, source_B: Tensor) -> None:
         """Begin a copy; the source must stay as it is until it is done."""
 
-    def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Begin copies of (target, source), in order."""
+    def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]], ends: Sequence[int]) -> list[Mark]:
+        """Begin copies of (target, source), in order; marks behind the first ``ends[0]``, ``ends[1]``, ... of them."""
 
     def mark(self) -> Mark:
         """A mark behind everything given so far."""
@@ -139,22 +140,26 @@ class TransferEngine:
         self._give(transfer, target_B.numel())
         return transfer
 
-    def demand_all(self, wanted: Sequence[tuple[ExpertRef, Tensor]]) -> list[Transfer]:
-        """:meth:`demand` of several at once, which costs the host little more than of one: they are marked together."""
+    def demand_all(self, wanted: Sequence[tuple[ExpertRef, Tensor]], cuts: Sequence[int] = ()) -> list[Transfer]:
+        """:meth:`demand` of several at once, which costs the host little more than of one.
+
+        They are marked together, behind the last; those before each of ``cuts``, positions in ascending order, apart.
+        """
         transfers = [Transfer(ref, target_B, Urgency.DEMAND) for ref, target_B in wanted]
         if not all(self._direct(transfer) for transfer in transfers):
             for transfer in transfers:
                 self._give(transfer, transfer.target_B.numel())
         elif transfers:
             pairs = [(transfer.target_B, transfer.source_B) for transfer in transfers]
+            ends = [*cuts, len(pairs)]
             try:
-                self.link.copy_all(pairs)
-                mark = self.link.mark()
+                marks = self.link.copy_all(pairs, ends)
             except RuntimeError as error:
                 raise _failed(", ".join(str(transfer.ref) for transfer in transfers), error) from error
-            for transfer in transfers:
+            for turn, transfer in enumerate(transfers):
                 self._complete += 1
-                transfer.given, transfer.mark, transfer.order = transfer.target_B.numel(), mark, self._complete
+                transfer.given, transfer.order = transfer.target_B.numel(), self._complete
+                transfer.mark = marks[bisect_right(ends, turn)]
                 self.counts.demanded_bytes += transfer.target_B.nbytes
         return transfers
 
@@ -283,9 +288,13 @@ class SimulatedLink:
         self.busy_until = max(self.now, self.busy_until) + self.latency_s + target_B.nbytes / self.rate
         self._flying.append((self.busy_until, target_B, source_B))
 
-    def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        for target_B, source_B in pairs:
+    def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]], ends: Sequence[int]) -> list[float]:
+        marks = []
+        for given, (target_B, source_B) in enumerate(pairs, start=1):
             self.copy(target_B, source_B)
+            if given in ends:
+                marks.append(self.mark())
+        return marks
 
     def mark(self) -> float:
         return self.busy_until
@@ -327,12 +336,17 @@ class CudaLink:
         return self._stall_s
 
     def copy(self, target_B: Tensor, source_B: Tensor) -> None:
-        self.copy_all([(target_B, source_B)])
-
-    def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         with torch.cuda.stream(self._stream):
-            for target_B, source_B in pairs:
+            target_B.copy_(source_B, non_blocking=True)
+
+    def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]], ends: Sequence[int]) -> list[torch.cuda.Event]:
+        marks = []
+        with torch.cuda.stream(self._stream):
+            for given, (target_B, source_B) in enumerate(pairs, start=1):
                 target_B.copy_(source_B, non_blocking=True)
+                if given in ends:
+                    marks.append(self.mark())
+        return marks
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event()

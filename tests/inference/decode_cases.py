@@ -10,10 +10,12 @@ from inference.cache import ExpertCache
 from inference.cpu_lane import CpuLane
 from inference.decode import DecodeStep
 from inference.decode_experts import DecodeExperts
+from inference.engine import LLM
 from inference.errors import InferenceError
 from inference.graphs import SegmentedGraph, Uncaptured
 from inference.kv import KVShape, PagedKV
 from inference.model import Model, Rows, Span
+from inference.offload import Crossing
 from inference.shadow import Hedge
 from inference.skeleton import build_skeleton, expert_shape, load_dense, offload_experts
 from inference.store import ExpertStore, TensorFiles
@@ -22,7 +24,7 @@ from inference.transfer import CudaLink, SimulatedLink, TransferEngine
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TABLES = [[3, 1, 4, 6], [5, 2, 7, 8]]
 CHOICES = 4
-STEPS = 5
+STEPS = 4
 
 
 class Served:
@@ -121,3 +123,22 @@ def test_the_cpu_lane_is_close(resident, model_folder, share):
 def test_too_few_slots_are_refused(model_folder):
     with pytest.raises(InferenceError, match="15 slots are too few to decode 2 rows"):
         Served(model_folder, 15)
+
+
+def test_the_engine_captures_what_it_decodes(model_folder):
+    prompts = [[5, 60, 200, 17], [9, 300]]
+    answers, graphed = [], None
+    for graphs in (False, True):
+        crossing = Crossing() if DEVICE.type == "cuda" else Crossing(link=SimulatedLink())
+        llm = LLM(model_folder, expert_budget=0.25, device=DEVICE, crossing=crossing, graphs=graphs, poison=True)
+        llm.executor.transfers.source.join()
+        answers.append([generation.token_ids for generation in llm.generate(prompts, max_new_tokens=3)])
+        graphed = llm.engine.models[None]
+    assert answers[0] == answers[1]
+    assert set(graphed._steps) == {(2, 16)}
+    assert graphed._steps[2, 16]._experts.counts.calls > 0
+
+
+def test_where_nothing_can_be_captured_it_is_said(model_folder):
+    with pytest.raises(InferenceError, match="graphs=True"):
+        LLM(model_folder, device="cpu", graphs=True)

@@ -164,3 +164,15 @@ def test_the_command_prints_a_table_and_meets_mistakes_in_a_sentence(tmp_path, c
         assert told in capsys.readouterr().err
     assert main(["simulate", str(tmp_path / "none")]) == 2
     assert "give the path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["popular", "sticky"])
+def test_a_hedge_that_watches_some_layers_follows_the_same_policies(kind):
+    routing = drawn(kind, tokens=300, layers=8)
+
+    def hits(stride: int) -> float:
+        shadow = Shadow(Hedge(8, routing.experts, 20, stride=stride), 20)
+        missed = [shadow.use(row, routing.index_TLK[t, row]) for t in range(300) for row in range(8)]
+        return 1 - sum(missed[800:]) / (routing.index_TLK.shape[2] * len(missed[800:]))
+
+    assert abs(hits(1) - hits(4)) < 0.015

@@ -9,16 +9,29 @@ from pathlib import Path
 import pytest
 import torch
 
+FILES = ["slot_cases.py", "slot_call_cases.py", "attention_cases.py", "decode_cases.py"]
+
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run them on")
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize("file", ["slot_cases.py", "slot_call_cases.py", "attention_cases.py", "decode_cases.py"])
+@pytest.mark.parametrize("file", FILES)
+def test_cases_interpreted(file):
+    _run(file, {"TRITON_INTERPRET": "1"})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("file", FILES)
 def test_cases(file):
-    environment = dict(os.environ)
-    if not torch.cuda.is_available():
-        environment["TRITON_INTERPRET"] = "1"
+    _run(file, {})
+
+
+def _run(file: str, more: dict[str, str]) -> None:
     cases = Path(__file__).with_name(file)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
+    environment = {**os.environ, **more}
     done = subprocess.run(command, env=environment, timeout=270, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "skipped" not in done.stdout

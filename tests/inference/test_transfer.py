@@ -190,3 +190,24 @@ def test_whatever_happens_each_expert_is_whole_once_it_has_arrived(actions, chun
         assert one.target_B.isnan().all() if one.cancelled else (one.target_B == one.ref.expert).all()
     moved = transfers.counts.demanded_bytes + transfers.counts.prefetched_bytes
     assert moved == 4 * SIZE * sum(not one.cancelled for one in made)
+
+
+def test_demands_given_together_are_marked_where_cut():
+    sources = {ExpertRef(0, e): torch.full((8,), float(e)) for e in range(3)}
+
+    class Banks:
+        def block(self, ref):
+            return sources[ref]
+
+    link = SimulatedLink(rate=32.0)  # a second for each
+    engine = TransferEngine(link, Banks(), chunk_bytes=32, window_bytes=32)
+    targets = torch.zeros(3, 8)
+    transfers = engine.demand_all([(ref, targets[ref.expert]) for ref in sources], cuts=[2])
+    assert engine.counts.demanded_bytes == 96
+    assert not engine.arrived(transfers[0])
+    engine.wait(transfers[:2])
+    assert link.now == 2.0
+    assert targets[:, 0].tolist() == [0.0, 1.0, 0.0], "the third is not waited for"
+    engine.wait(transfers)
+    assert (link.now, targets[2, 0].item()) == (3.0, 2.0)
+    assert engine.demand_all([]) == []

@@ -1,0 +1,129 @@
+"""Floors, splits, drawn routing and ratios of the inference benchmark. The arms themselves need a GPU or patience."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.inference_report import ALL, summarise
+
+
+@dataclass(frozen=True)
+class FlatRates:
+    """A second for every missed expert."""
+
+    def floor(self, shape, resident, fetched, computed):
+        return {"s": fetched + computed, "bound": "host"}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    layers: int = 2
+    choices: int = 4
+
+
+def _row(seconds: list[float], **counted: float) -> dict:
+    keys = ("resident", "fetched", "computed", "behind", "asked_s", "given_s", "books_s", "lane_s")
+    figures = {"tokens": 2, **dict.fromkeys(keys, 0.0), **counted}
+    return {"s": float(np.median(seconds)), "times_s": seconds, "figures": [figures] * len(seconds), "note": ""}
+
+
+def test_ratios_are_the_right_way_up():
+    rows = {
+        ALL: _row([1.0]),
+        "ours, 10% resident": _row([8.0], resident=4.0, fetched=8.0, computed=4.0),
+        "ours, 10% resident, on demand, LRU": _row([20.0]),
+        "transformers, all resident, batched_mm": _row([6.0, 4.0, 5.0]),
+        "FreeToken 0.1.3, 10% resident, offload": _row([6.0]),
+    }
+    found = summarise(Sizes(), FlatRates(), rows)
+    ours = found["arms"]["ours, 10% resident"]
+    assert ours["hit_rate"] == pytest.approx(2 / 8)
+    assert (ours["fetched"], ours["computed"]) == (4.0, 2.0)
+    assert ours["share_of_floor"] == pytest.approx(6 / 8)
+    assert found["arms"][ALL]["hit_rate"] == 1.0
+    assert found["ratios"] == pytest.approx(
+        {
+            "ours, 10% resident / ours, 10% resident, on demand, LRU": 2.5,
+            f"{ALL} / transformers, all resident, batched_mm": 5.0,
+            f"{ALL} / transformers, all resident, batched_mm, its best round": 4.0,
+            "ours, 10% resident / FreeToken 0.1.3, 10% resident, offload": 0.75,
+            f"ours, 10% resident / {ALL}": 0.125,
+        }
+    )
+
+
+class TestWithTriton:
+    """What imports the kernels."""
+
+    pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+    def test_floor_is_what_binds(self):
+        from benchmarks.inference_model import Shape
+        from benchmarks.inference_rates import Rates
+
+        shape = Shape(1, 10, 10, 8, 4, 1, 1, 10, 10, torch.bfloat16)
+        assert shape.expert_bytes == 600
+        rates = Rates(link=60.0, link_beside=40.0, lane=90.0, lane_beside=80.0, memory=1e9, lane_s=(8.0,) * 4)
+        split = rates.floor(shape, 0, 1, 3)
+        assert (split["bound"], split["s"]) == ("host", pytest.approx(4 * 600 / 120))
+        fetched = rates.floor(shape, 0, 4, 0)
+        assert (fetched["bound"], fetched["s"]) == ("link", pytest.approx(4 * 600 / 60))
+
+    def test_the_slower_lane_ends_soonest(self):
+        from benchmarks.inference_model import Shape
+        from benchmarks.inference_rates import Rates
+
+        shape = Shape(1, 10, 10, 8, 4, 1, 1, 10, 10, torch.bfloat16)
+        rates = Rates(60.0, 100.0, 90.0, 80.0, 1e9, lane_s=(5.0, 9.0, 13.0, 17.0))  # 6 s to fetch one
+        assert rates.splits(shape, 4, call_s=0.0, idle_s=0.0) == [(0, 0), (0, 0), (1, 0), (1, 0), (2, 0)]
+        # Two misses: both lanes end after 6 s; with 7 s of idle link behind them, the computed one comes too.
+        assert rates.splits(shape, 2, call_s=0.0, idle_s=7.0)[2] == (1, 1)
+
+    def test_drawn_routing_has_the_locality_it_claims(self):
+        from benchmarks.inference_model import Shape, draw_trace, locality
+
+        shape = Shape(3, 8, 8, 128, 8, 1, 1, 8, 8, torch.float32)
+        trace = draw_trace(shape, 600)
+        assert all(len(set(row)) == 8 for row in trace.reshape(-1, 8).tolist())
+        found = locality(trace, 128)
+        assert 0.28 < found["shared_with_last"] < 0.34
+        assert 0.58 < found["popular_half"] < 0.68
+        assert (trace == draw_trace(shape, 600)).all()
+
+    def test_forced_routing_follows_the_trace(self):
+        from benchmarks.inference_model import ForcedRouting
+
+        class Gate(torch.nn.Module):
+            def forward(self, hidden_states):
+                rows = hidden_states.shape[0]
+                return torch.zeros(rows, 4), torch.tensor([[0.7, 0.3]]), torch.zeros(rows, 2, dtype=torch.int64)
+
+        trace = np.arange(12).reshape(3, 2, 2)
+        gates, routing = [Gate(), Gate()], ForcedRouting(trace, torch.device("cpu"))
+        routing.attach(gates)
+        routing.start(2)
+        chosen = [[gate(torch.zeros(1, 3))[2].tolist() for gate in gates] for _ in range(2)]
+        assert chosen == [[[[8, 9]], [[10, 11]]], [[[0, 1]], [[2, 3]]]], "behind the last token comes the first"
+        assert gates[0](torch.zeros(2, 3))[2].tolist() == [[0, 0], [0, 0]], "prompts are routed as they are"
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(200)
+    def test_the_script_runs_to_its_end(self, tmp_path):
+        out = tmp_path / "result.json"
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path)}
+        command = [sys.executable, "-m", "benchmarks.inference", "--config", "tiny", "--json", str(out)]
+        done = subprocess.run(command, env=environment, timeout=190, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        result = json.loads(out.read_text())
+        assert not result["skipped"]
+        assert all(found["same_tokens"] for found in result["exact"].values())
+        assert all(found["same_bits"] for name, found in result["exact"].items() if "link only" in name)
