@@ -44,7 +44,7 @@ def misses(policy, index_TLK, ahead=None, slots=9):
         for row, index_K in enumerate(index_LK):
             if ahead is not None:
                 policy.foresee(ahead[token, row])
-            missed += shadow.use(row, index_K)
+            missed += shadow.use(row, np.unique(index_K))
     return missed
 
 
@@ -63,6 +63,20 @@ def test_heads_that_talk_nonsense_are_soon_ignored():
     nonsense = oracle(index, doubt=0.5)
     told = misses(ForeseenReuse(LAYERS, EXPERTS), index, nonsense, slots=12)
     assert told <= 1.05 * misses(ExpectedReuse(LAYERS, EXPERTS), index, slots=12)
+
+
+def test_expected_reuse_learns_which_expert_follows_which():
+    """Experts are drawn, but behind each even one comes the next odd one."""
+    rng = np.random.default_rng(0)
+    policy, expert = ExpectedReuse(1, 16), 0
+    for _ in range(1500):
+        expert = int(rng.integers(16)) if expert % 2 else expert + 1
+        policy.use(0, [expert])
+    policy.use(0, [6])
+    ranked = np.argsort(policy.scores()[0])
+    assert ranked[-1] == 7
+    chance = -1 / policy.scores()[0]
+    assert chance[7] > 3 * np.median(chance)
 
 
 def test_without_heads_it_is_expected_reuse():
