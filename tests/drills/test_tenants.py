@@ -17,7 +17,8 @@ from trainer import export
 from trainer.admission import AdmissionError
 from trainer.drill import judge
 from trainer.faults import KillSpec
-from trainer.plan import admission, card
+from trainer.plan import admission
+from trainer.plan_card import card
 
 pytestmark = [pytest.mark.drill, pytest.mark.slow]
 RECIPE = Path(__file__).parent / "tenants.yaml"

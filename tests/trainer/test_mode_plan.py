@@ -9,7 +9,8 @@ import pytest
 
 from checkpointing.cost import Bandwidths, Partition, StepTimes, budget_share, wal_memory
 from trainer.mode_plan import Share, basis_of, budget_of, mode_rows
-from trainer.plan import PlanError, card, plan_run
+from trainer.plan import PlanError, plan_run
+from trainer.plan_card import card
 from trainer.recipe import load_recipe
 from trainer.schema import Recipe
 
