@@ -69,6 +69,19 @@ def test_host_memory_measures_every_kind_of_pages(tmp_path):
     assert result["0.0625 GiB, 4k"]["prefault_s"] > 0
 
 
+@pytest.mark.timeout(90)
+def test_contention_measures_every_loop_beside_every_load(tmp_path):
+    out = tmp_path / "contention.json"
+    options = ["--gib", "0.01", "--hashers", "1", "--rounds", "1", "--turns", "40", "--json", str(out)]
+    printed = run([sys.executable, "-m", "benchmarks.contention", *options], timeout=80)
+    found = json.loads(out.read_text())["us"]
+    assert set(found) == {"0", "1"}
+    for loads in found.values():
+        assert set(loads) == {"alone", "copies of 1 MiB", "copies of 4 MiB", "copies of 32 MiB"}
+        assert all(us > 0 for loops in loads.values() for us in loops.values())
+    assert "beside 1 hashing threads" in printed
+
+
 @pytest.mark.timeout(120)
 def test_moe_layer_compares_every_arm_that_runs_here(tmp_path):
     out = tmp_path / "layer.json"
