@@ -4,8 +4,9 @@
 
 Three loops stand for a training thread that the device waits for: launches of a tiny kernel, small forward and backward
 passes, plain Python. Each runs alone, beside copies by the copy engine in pieces of several sizes, and beside a process
-that hashes with so many threads; in turn, and medians are compared with those of the loop alone. Without a GPU all loops run on the CPU and a thread copies. Prints a table and writes JSON
-to --json, or contention.json in the folder that OUT names.
+that hashes with so many threads; in turn, and medians are compared with those of the loop alone. Without a GPU all
+loops run on the CPU and a thread copies. Prints a table and writes JSON to --json, or contention.json in the folder
+that OUT names.
 """
 
 from __future__ import annotations
