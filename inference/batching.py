@@ -130,19 +130,16 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
-        """One step: what it adds to the answers. A request whose computation fails ends with finish ``error``."""
+        """One step: what it adds to the answers. A request whose computation fails ends with finish ``error``, if it
+        fails by itself, too.
+        """
         started = time.perf_counter()
         outputs = self._take_in()
         by_adapter: dict[str | None, list[Chunk]] = {}
         for chunk in self._scheduler.schedule():
             by_adapter.setdefault(chunk.sequence.adapter, []).append(chunk)
         for adapter, chunks in by_adapter.items():
-            try:
-                chosen = self._choose(adapter, chunks)
-            except Exception as error:  # whatever it is, it must not end the requests of others
-                outputs += self._fail(chunks, error)
-            else:
-                outputs += self._advance(chunks, chosen)
+            outputs += self._pass(adapter, chunks)
         self._forget(output.id for output in outputs if output.finish is not None)
         self.counts.steps += 1
         self.counts.seconds += time.perf_counter() - started
@@ -177,6 +174,17 @@ class Engine:
             if self._joined is not None:
                 self._joined()
         return [self._remove(name).output(finish="cancelled") for name in sorted(cancelled)]
+
+    def _pass(self, adapter: str | None, chunks: Sequence[Chunk]) -> list[Output]:
+        """Computes chunks together. If that fails, each by itself: what is wrong with one must not end others."""
+        try:
+            chosen = self._choose(adapter, chunks)
+        except Exception as error:
+            if len(chunks) == 1:
+                return self._fail(chunks, error)
+            _log.warning("a pass of %d requests failed, each is computed by itself: %s", len(chunks), error)
+            return [output for chunk in chunks for output in self._pass(adapter, [chunk])]
+        return self._advance(chunks, chosen)
 
     def _choose(self, adapter: str | None, chunks: Sequence[Chunk]) -> dict[str, Chosen | None]:
         """One forward pass; the next token of each sequence that has all of its tokens computed, by id."""

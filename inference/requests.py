@@ -12,6 +12,7 @@ from inference.errors import RequestError
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
+MAX_SHIFT = 1e4  # of biases, penalties and the factor of repetitions: any logit is far below, fp32 far above
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class SamplingParams:
        id among equals), and the steps below do nothing.
     5. ``top_k``: only the k largest logits stay. Tokens that equal the k-th stay too.
     6. ``top_p``: of the softmax over what is left, the fewest tokens whose probabilities add up to at least p stay,
-       most probable first, the lowest id first among equals (Holtzman et al. 2020).
+       most probable first (Holtzman et al. 2020). Tokens that equal the last of them stay too.
     7. ``min_p``: of the softmax over what is left, tokens less probable than ``min_p`` times the most probable one go
        (Nguyen et al. 2024).
     8. One draw from the softmax over what is left, by this request's own generator.
@@ -40,9 +41,9 @@ class SamplingParams:
         top_k: 1 or more; 0 switches it off.
         top_p: above 0, up to 1; 1 switches it off.
         min_p: 0 to 1; 0 switches it off.
-        repetition_penalty: above 0; 1 switches it off.
-        presence_penalty, frequency_penalty: any number; 0 switches them off.
-        logit_bias: (token, what to add) pairs.
+        repetition_penalty: 1e-4 to 1e4; 1 switches it off.
+        presence_penalty, frequency_penalty: -1e4 to 1e4; 0 switches them off.
+        logit_bias: (token, what to add) pairs; -1e4 to 1e4.
         seed: of this request's generator, any integer of 64 bits; None: one that nobody can foresee.
         stop: the answer ends before the first of these strings, wherever tokens begin or end.
         stop_token_ids: the answer ends after any of these tokens, as it does after the model's own end of sequence.
@@ -78,9 +79,11 @@ class SamplingParams:
         _in_range("top_k", self.top_k, self.top_k >= 0, "0 (off) or more")
         _in_range("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
         _in_range("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1")
-        _in_range("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0")
-        if not all(math.isfinite(bias) for _, bias in self.logit_bias):
-            raise RequestError("logit_bias", "logit_bias holds a number that is not finite")
+        within = 1 / MAX_SHIFT <= self.repetition_penalty <= MAX_SHIFT
+        _in_range("repetition_penalty", self.repetition_penalty, within, f"{1 / MAX_SHIFT:g} to {MAX_SHIFT:g}")
+        shifts = [(name, getattr(self, name)) for name in ("presence_penalty", "frequency_penalty")]
+        for name, shift in [*shifts, *(("logit_bias", bias) for _, bias in self.logit_bias)]:
+            _in_range(name, shift, abs(shift) <= MAX_SHIFT, f"{-MAX_SHIFT:g} to {MAX_SHIFT:g}")
         _in_range("seed", self.seed, self.seed is None or -(2**63) <= self.seed < 2**63, "an integer of 64 bits")
         _in_range("logprobs", self.logprobs, 0 <= (self.logprobs or 0) <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}")
         if isinstance(self.stop, str):

@@ -21,8 +21,7 @@ from inference.requests import SamplingParams, TokenLogprobs
 # A nucleus is looked for among so many of the largest logits first; sorting a large vocabulary takes far longer.
 NUCLEUS_CANDIDATES = (64, 1024)
 _OFF = float("-inf")
-# Below, every other token has lost already, and quotients would leave fp32's range. So would tiny repetition penalties.
-_COLDEST, _MOST = 1e-5, 1e30
+_COLDEST = 1e-5  # below, every other token has lost already, and quotients would leave fp32's range
 
 
 class TokenChooser:
@@ -37,6 +36,7 @@ class TokenChooser:
         self.params = params
         self.seen = set(prompt_ids) if params.repetition_penalty != 1 else set()
         self.made: Counter[int] = Counter()
+        self._drawn_1: Tensor | None = None
         self.generator = torch.Generator()
         if params.seed is None:
             self.generator.seed()
@@ -68,8 +68,15 @@ class TokenChooser:
             times_N = torch.tensor(list(self.made.values()), dtype=torch.float32)
             logits_V[made_N] -= p.presence_penalty + p.frequency_penalty * times_N
 
+    def draw(self) -> Tensor:
+        """The number [1] that decides the next token; the same one until :meth:`note`."""
+        if self._drawn_1 is None:
+            self._drawn_1 = torch.rand(1, generator=self.generator, dtype=torch.float64)
+        return self._drawn_1
+
     def note(self, token: int) -> None:
         """``token`` was chosen."""
+        self._drawn_1 = None
         self.made[token] += 1
         self.seen.add(token)
 
@@ -83,7 +90,9 @@ class Chosen:
 
 
 def choose(logits_RV: Tensor, choosers: Sequence[TokenChooser]) -> list[Chosen | None]:
-    """The next token of every row, noted in its chooser; None for a row whose largest logit is not finite.
+    """The next token of every row, noted in its chooser; None for a row whose logits are not finite, as given or adjusted.
+
+    Nothing is noted if this raises: asked again, it answers as if for the first time.
 
     Args:
         logits_RV: raw scores, on any device and in any float type. They are not changed.
@@ -102,15 +111,14 @@ def choose(logits_RV: Tensor, choosers: Sequence[TokenChooser]) -> list[Chosen |
     for token, chooser in zip(tokens, choosers, strict=True):
         if token >= 0:
             chooser.note(token)
-    return [Chosen(tokens[row], logprobs.get(row)) if good else None for row, good in enumerate(finite)]
+    return [Chosen(token, logprobs.get(row)) if token >= 0 else None for row, token in enumerate(tokens)]
 
 
 def _draw(logits_RV: Tensor, choosers: Sequence[TokenChooser]) -> list[int]:
-    """Tokens of rows that need more than the largest raw logit. Changes ``logits_RV``."""
+    """Tokens of rows that need more than the largest raw logit, -1 where none can be drawn. Changes ``logits_RV``."""
     for logits_V, chooser in zip(logits_RV, choosers, strict=True):
         if chooser.adjusts:
             chooser.adjust(logits_V)
-            logits_V.clamp_(max=_MOST)
     tokens = [0] * len(choosers)
     cold = [row for row, chooser in enumerate(choosers) if chooser.params.temperature == 0]
     warm = [row for row, chooser in enumerate(choosers) if chooser.params.temperature > 0]
@@ -124,12 +132,13 @@ def _draw(logits_RV: Tensor, choosers: Sequence[TokenChooser]) -> list[int]:
     keep_top_k(scaled_RV, [p.top_k for p in params])
     keep_top_p(scaled_RV, [p.top_p for p in params])
     keep_min_p(scaled_RV, [p.min_p for p in params])
-    uniform_R = torch.cat([torch.rand(1, generator=choosers[row].generator, dtype=torch.float64) for row in warm])
+    uniform_R = torch.cat([choosers[row].draw() for row in warm])
     # torch adds up in fp64 here and rounds each sum.
     cumulated_RV = torch.softmax(scaled_RV, dim=-1).cumsum(dim=-1)
     total_R = cumulated_RV[:, -1]
     target_R = torch.minimum((uniform_R * total_R).float(), torch.nextafter(total_R, torch.zeros(())))
     drawn_R = torch.searchsorted(cumulated_RV, target_R[:, None], right=True)[:, 0]
+    drawn_R.masked_fill_(~(total_R > 0), -1)  # softmax of what is not finite adds up to nothing
     for row, token in zip(warm, drawn_R.tolist(), strict=True):
         tokens[row] = token
     return tokens

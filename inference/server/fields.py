@@ -52,7 +52,7 @@ class Generation(_Fields):
     user: str | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=1e-4, le=1e4)] | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
 

@@ -198,6 +198,25 @@ def test_a_failing_pass_ends_its_own_requests_only(model_folder, prompts, caplog
     assert llm.engine.pool.free == llm.engine.pool.num_blocks
 
 
+def test_one_that_cannot_be_computed_does_not_end_those_of_its_step(model_folder, prompts, caplog):
+    settings = {"temperature": 1.0}
+    expected = LLM(model_folder, device="cpu").generate([prompts[0], prompts[1]], 6, **settings)
+    llm = LLM(model_folder, device="cpu")
+
+    def fail(made):
+        if any(chunk.sequence.id == "bad" and chunk.start > 0 for chunk in made.chunks):
+            raise IndexError("index out of range in self")
+
+    llm.engine.watch = fail
+    names = ["0", "bad", "1"]
+    ways = {name: SamplingParams(temperature=1.0, seed=int(name == "1")) for name in names}
+    asked = {"0": prompts[0], "1": prompts[1], "bad": prompts[2]}
+    outputs = drive(llm.engine, [(0, Request(name, tuple(asked[name]), ways[name], 6)) for name in names])
+    assert outputs["bad"][-1].error == "IndexError: index out of range in self"
+    assert [tuple(tokens(outputs[name])) for name in ("0", "1")] == [one.token_ids for one in expected]
+    assert "a pass of 3 requests failed" in caplog.text
+
+
 def test_a_token_that_the_tokenizer_does_not_know_ends_its_own_request_only(model_folder, prompts, caplog):
     llm = LLM(model_folder, device="cpu")
     bad, good = llm.generate([prompts[0], prompts[1]], 8)

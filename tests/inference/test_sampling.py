@@ -141,7 +141,7 @@ def test_equals_of_the_last_stay():
 
 
 @pytest.mark.parametrize(
-    "extreme", [{"temperature": 1e-300}, {"repetition_penalty": 1e-300}, {"repetition_penalty": 1e300}]
+    "extreme", [{"temperature": 1e-300}, {"repetition_penalty": 1e-4}, {"repetition_penalty": 1e4}]
 )
 def test_extreme_settings_still_draw_tokens(extreme):
     logits_RV = torch.tensor([[1.0, 3.0, -2.0, 2.9]])
@@ -149,6 +149,41 @@ def test_extreme_settings_still_draw_tokens(extreme):
     (chosen,) = choose(logits_RV, [TokenChooser(params, (1,))])
     winner = {"temperature": [1], "repetition_penalty": [1] if params.repetition_penalty < 1 else [0, 2, 3]}
     assert chosen.token in winner[next(iter(extreme))]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("logit_bias", ((0, 1e300),)),
+        ("logit_bias", ((0, 1.0), (1, -1e5))),
+        ("logit_bias", ((0, math.nan),)),
+        ("presence_penalty", 1e308),
+        ("frequency_penalty", -1e308),
+        ("repetition_penalty", 1e-5),
+        ("repetition_penalty", 1e5),
+    ],
+)
+def test_settings_that_leave_the_range_of_fp32_are_refused(field, value):
+    with pytest.raises(RequestError, match=f"{field}=.* is out of range") as caught:
+        SamplingParams(**{field: value})
+    assert caught.value.field == field
+
+
+def test_a_row_from_which_nothing_can_be_drawn_is_no_token():
+    """As if it were damaged; never a token outside the vocabulary, and other rows do not notice."""
+    logits_RV = torch.tensor([[1.0, 3e38, 2.0], [1.0, 3.0, 2.0]])
+    params = SamplingParams(temperature=0.1, seed=0, logprobs=1)
+    broken, whole = choose(logits_RV, [TokenChooser(params, ()), TokenChooser(params, ())])
+    assert broken is None
+    assert whole.token == choose(logits_RV[1:], [TokenChooser(params, ())])[0].token
+
+
+def test_a_draw_that_is_asked_for_again_is_the_same():
+    chooser, again = (TokenChooser(SamplingParams(temperature=1.0, seed=3), ()) for _ in range(2))
+    logits_RV = torch.zeros(1, 1000)
+    sampling._draw(logits_RV.clone(), [again])  # and then it failed
+    for _ in range(3):
+        assert choose(logits_RV, [again])[0].token == choose(logits_RV, [chooser])[0].token
 
 
 def test_logprobs_are_of_the_raw_logits():
