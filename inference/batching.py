@@ -76,7 +76,7 @@ class Engine:
         max_rows: int = MAX_ROWS,
         max_sequences: int = MAX_SEQUENCES,
         reuse: bool = True,
-        joined: Callable[[], None] | None = None,
+        joined: Callable[[], object] | None = None,
     ) -> None:
         if not max_rows >= max_sequences >= 1:
             raise InferenceError(
@@ -98,6 +98,7 @@ class Engine:
         self._decode, self._joined = decode, joined
         self._scheduler = Scheduler(self.pool, max_rows=max_rows, max_sequences=max_sequences)
         self._answers: dict[str, Answer] = {}
+        self._closed = False
         self._lock = threading.Lock()  # of the three below
         self._arrived: deque[Request] = deque()
         self._cancelled: set[str] = set()
@@ -105,12 +106,21 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Takes a request; its outputs come from ``step``. Raises RequestError if it can never be served."""
+        self._refuse_closed()
         self.limits.check(request)
         with self._lock:
             if request.id in self._ids:
                 raise RequestError("id", f"a request {request.id!r} is being served already; give another id")
             self._ids.add(request.id)
             self._arrived.append(request)
+
+    def close(self) -> None:
+        """What the models read from is gone: nothing is served any more."""
+        self._closed = True
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise InferenceError("the model was closed; open it again")
 
     def cancel(self, request_id: str) -> None:
         """Ends a request in the next step, which gives its last output. Nothing happens if it has ended."""
@@ -133,6 +143,7 @@ class Engine:
         """One step: what it adds to the answers. A request whose computation fails ends with finish ``error``, if it
         fails by itself, too.
         """
+        self._refuse_closed()
         started = time.perf_counter()
         outputs = self._take_in()
         by_adapter: dict[str | None, list[Chunk]] = {}
@@ -148,6 +159,7 @@ class Engine:
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int], adapter: str | None = None) -> Tensor:
         """Scores [S, V] of every position of one sequence, in one pass. Not to be called during a step."""
+        self._refuse_closed()
         self.limits.check_adapter(adapter)
         self.limits.check_tokens("token_ids", token_ids)
         self.limits.check_length(len(token_ids), 0)
@@ -241,7 +253,8 @@ class Engine:
 
     def _fail(self, chunks: Sequence[Chunk], error: Exception) -> list[Output]:
         """Ends sequences that could not be computed."""
-        _log.error("%d requests end: %s", len(chunks), error, exc_info=error)
+        told = isinstance(error, InferenceError)  # such a sentence says all there is
+        _log.error("%d requests end: %s", len(chunks), error, exc_info=None if told else error)
         self.failure = error
         reason = f"{type(error).__name__}: {error}"
         outputs = []

@@ -21,6 +21,7 @@ from inference.runtime import Runtime
 
 if TYPE_CHECKING:
     from inference.batching import Engine
+    from inference.engine import LLM
 
 # What a model writes must not steer the terminal.
 _VISIBLE = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
@@ -170,7 +171,13 @@ def chat(options: ChatOptions) -> int:
     """
     params = SamplingParams(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
     template = read_template(options.chat_template)
-    llm = options.runtime.open(options.model_dir, adapter=options.adapter)
+    with options.runtime.open(options.model_dir, adapter=options.adapter) as llm:
+        _talk(llm, options, params, template)
+    print(llm.stats())
+    return 0
+
+
+def _talk(llm: LLM, options: ChatOptions, params: SamplingParams, template: str | None) -> None:
     if llm.tokenizer is None:
         raise InferenceError(f"{options.model_dir} has no tokenizer, which a conversation needs; add tokenizer.json")
     prompts = ChatPrompts(llm.tokenizer, template)
@@ -179,12 +186,7 @@ def chat(options: ChatOptions) -> int:
     positions = limits.kv_tokens if limits.positions is None else min(limits.positions, limits.kv_tokens)
     print(HELP)
     conversation = Conversation(llm.engine, prompts, params, options.max_new_tokens, positions, system=options.system)
-    try:
-        converse(conversation, terminal_reader(), sys.stdout)
-    finally:
-        llm.close()
-    print(llm.stats())
-    return 0
+    converse(conversation, terminal_reader(), sys.stdout)
 
 
 def terminal_reader() -> Callable[[], str]:

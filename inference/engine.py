@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -116,30 +117,38 @@ class LLM:
         models: dict[str | None, Model] = {None: capture_steps(model, base) if graphs else model}
         trees = adapt(base, adapters or {})
         models |= {name: Model(module, kv) for name, module in trees.items()}
-        self._recorder = watch(base, [base.module, *trees.values()], trace)
         self.tokenizer = open_tokenizer(self.path)
+        begins = [base.begin]  # called when a sequence starts
         self.engine = Engine(
             models,
-            decode=None if self.tokenizer is None else self._decode,
+            decode=None if self.tokenizer is None else partial(_decode, self.tokenizer),
             eos=end_tokens(self.path, base.module.config),
             max_rows=max_rows,
             max_sequences=max_sequences,
             reuse=reuse,
-            joined=self._joined,
+            joined=lambda: [begin() for begin in begins],
         )
+        self._recorder = watch(base, [base.module, *trees.values()], trace)
+        if self._recorder is not None:
+            begins.append(self._recorder.begin)
         self._numbers = count()
 
-    def _joined(self) -> None:
-        """A new sequence starts."""
-        self._base.begin()
-        if self._recorder is not None:
-            self._recorder.begin()
-
     def close(self) -> None:
-        """Ends the recording of routing; nothing else needs it."""
+        """Ends the recording of routing, and gives back host memory, threads and files; figures stay.
+
+        To be called when nobody drives the engine; it serves nothing from then on.
+        """
+        self.engine.close()
         if self._recorder is not None:
             self._recorder.close()
             self._recorder = None
+        self._base.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def generate(
         self,
@@ -157,7 +166,8 @@ class LLM:
         :class:`~inference.requests.SamplingParams`. Not to be called while somebody else drives ``engine``.
 
         Raises InferenceError for settings out of range, and for prompts that are empty, too long for the model or the
-        cache or outside its vocabulary, before anything is generated.
+        cache or outside its vocabulary, before anything is generated; and while it is, if a file cannot be read any
+        more or the logits are not finite.
         """
         if isinstance(prompts, str):
             raise InferenceError("prompts is one string; give a list of prompts")
@@ -185,7 +195,10 @@ class LLM:
                     if output.id in waited_for:
                         outputs[output.id].append(output)
                         if output.finish == "error":
-                            raise RuntimeError(f"generation failed: {output.error}") from self.engine.failure
+                            failure = self.engine.failure
+                            if isinstance(failure, InferenceError):
+                                raise InferenceError(f"generation failed: {failure}") from failure
+                            raise RuntimeError(f"generation failed: {output.error}") from failure
                         if output.finish is not None:
                             waited_for.remove(output.id)
         finally:
@@ -262,8 +275,9 @@ class LLM:
             raise InferenceError(f"{self.path} has no tokenizer; give token ids, or add tokenizer.json")
         return tuple(self.tokenizer(prompt)["input_ids"])
 
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def _generation(request: Request, outputs: Sequence[Output]) -> Generation:

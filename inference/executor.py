@@ -39,6 +39,8 @@ class CpuLane(Protocol):
 
     def submit(self, layer: int, work: Sequence[tuple[int, int]], x_NH: Tensor) -> Any: ...
 
+    def close(self) -> None: ...
+
 
 class SlotLane(Protocol):
     """Computes a call of few rows; see :class:`inference.slot_calls.SlotCalls`."""
@@ -112,6 +114,12 @@ class Executor:
         """Have what is under way arrive, so that another may serve calls from the same slots."""
         if self.prefetcher is not None:
             self.prefetcher.finish()
+
+    def close(self) -> None:
+        """Give back the CPU's threads and the host's copy of the experts, when nothing is computed any more."""
+        if self.cpu is not None:
+            self.cpu.close()
+        self.transfers.close()
 
     def begin(self) -> None:
         """A new sequence starts."""

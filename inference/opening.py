@@ -48,6 +48,7 @@ class Base:
     """
 
     path: Path
+    files: TensorFiles
     module: nn.Module
     cache: ExpertCache | None
     dtype: torch.dtype
@@ -61,6 +62,14 @@ class Base:
             self.executor.begin()
         elif self.cache is not None:
             self.cache.policy.begin()
+
+    def close(self) -> None:
+        """Files, and what host memory and threads an executor has."""
+        if self.executor is not None:
+            self.executor.close()
+        if self.cache is not None:
+            self.cache.store.forget()
+        self.files.close()
 
 
 def open_base(
@@ -102,7 +111,7 @@ def open_base(
         raise InferenceError(f"{path} is a dense model without experts: {crossing.asks} means nothing; leave it out")
     load_dense(module, files, device)
     dtype_used = module.get_input_embeddings().weight.dtype
-    return Base(path, module, cache, dtype_used, device, executor, heads)
+    return Base(path, files, module, cache, dtype_used, device, executor, heads)
 
 
 def _expert_cache(
@@ -240,16 +249,28 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def open_tokenizer(path: Path):
-    """The folder's tokenizer, or None if it has none."""
+    """The folder's tokenizer, or None if it has none. Raises InferenceError if it is damaged."""
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
-    return AutoTokenizer.from_pretrained(path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # transformers and tokenizers raise all kinds, bare Exception among them
+        raise InferenceError(
+            f"{path}: its tokenizer cannot be opened ({type(error).__name__}: {error}); copy tokenizer.json and "
+            "tokenizer_config.json again"
+        ) from error
 
 
 def end_tokens(path: Path, config) -> frozenset[int]:
-    """The ids that end a text: generation_config.json's if it names any, else config.json's."""
+    """The ids that end a text: generation_config.json's if it names any, else config.json's.
+
+    Raises InferenceError if that file is damaged.
+    """
     file = path / "generation_config.json"
-    named = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+    try:
+        named = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise InferenceError(f"{file}: not a generation config ({error!r}); copy it again, or remove it") from error
     if named is None:
         named = getattr(config, "eos_token_id", None)
     if named is None:

@@ -90,7 +90,8 @@ class Chosen:
 
 
 def choose(logits_RV: Tensor, choosers: Sequence[TokenChooser]) -> list[Chosen | None]:
-    """The next token of every row, noted in its chooser; None for a row whose logits are not finite, as given or adjusted.
+    """The next token of every row, noted in its chooser; None for a row whose logits, as given or adjusted, are
+    not finite.
 
     Nothing is noted if this raises: asked again, it answers as if for the first time.
 

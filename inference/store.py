@@ -80,6 +80,14 @@ class TensorFiles:
                 f"{self.folder / file}: damaged or cut short ({error}); copy the folder again"
             ) from error
 
+    def close(self) -> None:
+        """Nothing can be read from here on. Views that somebody has stay valid."""
+        for file, _, _ in self._raw.values():
+            file.close()
+        self._raw.clear()
+        self._views.clear()
+        self._handles.clear()
+
     def __contains__(self, name: str) -> bool:
         return name in self._home
 
@@ -100,6 +108,8 @@ class TensorFiles:
 
     def place(self, name: str, start: int = 0) -> tuple[int, int]:
         """The file descriptor, and where byte ``start`` of the tensor is in that file."""
+        if not self._raw:
+            raise InferenceError(f"{self.folder} was closed; open the model again")
         file, header, data = self._raw[self._home[name]]
         return file.fileno(), data + header[name]["data_offsets"][0] + start
 
@@ -184,6 +194,10 @@ class ExpertStore:
     def total(self) -> int:
         """Routed experts in the whole model."""
         return len(self._layers) * self.shape.num_experts
+
+    def forget(self) -> None:
+        """Where experts are in open files, since these are about to be closed."""
+        self._runs.clear()
 
     def views(self, layer: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """gate [I,H], up [I,H] and down [H,I] of one expert of the plain form, views of the mapped file."""

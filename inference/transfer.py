@@ -78,6 +78,9 @@ class Source(Protocol):
     def staged(self, ref: ExpertRef, settle: Callable[[Mark], None]) -> tuple[Tensor, Callable[[Mark], None]]:
         """The expert read into a staging buffer, and whom to tell the mark behind which the buffer is free again."""
 
+    def close(self) -> None:
+        """Give the memory back. No copy may be under way."""
+
 
 @dataclass
 class TransferCounts:
@@ -162,6 +165,14 @@ class TransferEngine:
                 transfer.mark = marks[bisect_right(ends, turn)]
                 self.counts.demanded_bytes += transfer.target_B.nbytes
         return transfers
+
+    def close(self) -> None:
+        """Let what is on the link arrive, then give up the source."""
+        try:
+            self.link.settle(self.link.mark())
+        except RuntimeError:
+            return  # the device failed, as was said by then; what it has registered ends with the process
+        self.source.close()
 
     def prefetch(self, ref: ExpertRef, target_B: Tensor, urgency: Urgency) -> Transfer:
         """Queue an expert that may be wanted; :meth:`pump` hands it over."""

@@ -40,9 +40,8 @@ def main(
             raise InferenceError(f"{idle[0]} changes nothing at temperature 0; give a temperature above 0, as 0.8")
         share = 1.0 if expert_budget is None else expert_budget
         crossing = Crossing(prefetch, pin=pin, cpu=cpu_experts)
-        llm = LLM(model_dir, share, adapter, kv_tokens=kv_tokens, vram=vram, crossing=crossing, trace=trace)
-        (generation,) = llm.generate([prompt], max_new_tokens, **settings)
-        llm.close()
+        with LLM(model_dir, share, adapter, kv_tokens=kv_tokens, vram=vram, crossing=crossing, trace=trace) as llm:
+            (generation,) = llm.generate([prompt], max_new_tokens, **settings)
     except (InferenceError, AdapterError) as error:
         print(f"planaria generate: {error}", file=sys.stderr)
         return 2

@@ -65,6 +65,13 @@ def serve(options: ServeOptions) -> int:
     template = read_template(options.chat_template)
     metrics = Metrics()
     llm, served = _open(options)
+    with llm:
+        return _run(llm, served, options, metrics, template, listener)
+
+
+def _run(
+    llm: LLM, served: Served, options: ServeOptions, metrics: Metrics, template: str | None, listener: socket.socket
+) -> int:
     _add_figures(llm, metrics)
     server = make_server(llm.engine, served, llm.tokenizer, options, metrics, template)
     if options.api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
@@ -76,10 +83,7 @@ def serve(options: ServeOptions) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
-    try:
-        server.run(sockets=[listener])
-    finally:
-        llm.close()
+    server.run(sockets=[listener])
     return 1 if server.engine.failure else 0
 
 
@@ -193,7 +197,7 @@ def _add_figures(llm: LLM, metrics: Metrics) -> None:
     counts = CacheCounts() if llm.cache is None else llm.cache.counts
     metrics.total("planaria_expert_hits_total", "Experts found resident", lambda: counts.hits)
     metrics.total("planaria_expert_misses_total", "Experts that had to be fetched", lambda: counts.misses)
-    metrics.total("planaria_expert_bytes_total", "Bytes of experts fetched", lambda: counts.bytes_fetched)
+    metrics.total("planaria_expert_bytes_total", "Bytes of experts fetched", lambda: llm.stats().bytes_fetched)
     metrics.gauge("planaria_kv_blocks", "Blocks of the key-value cache", lambda: llm.engine.load().blocks)
     metrics.gauge("planaria_kv_blocks_used", "Blocks that running requests hold", lambda: llm.engine.load().used)
 
