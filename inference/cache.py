@@ -296,12 +296,10 @@ class ExpertCache:
 
     def release(self, layer: int) -> None:
         """What was lent of this call has been used: it may be evicted, and is where nothing is kept."""
-        row, experts = self._row[layer], self._lent[1]
-        self._lent = (row, [])
+        self._lent = (self._row[layer], [])
         if self.slots == 0:
-            for expert in experts:
-                if self._resident_LE[row, expert]:
-                    self._evict(row, expert)
+            for row, expert in zip(*np.nonzero(self._resident_LE), strict=True):
+                self._evict(int(row), int(expert))
 
     def holds(self, layer: int, expert: int) -> bool:
         """Whether an expert is resident."""

@@ -58,6 +58,7 @@ def test_bits_are_those_of_the_resident_path(store, resident, slots, banks, pred
     for tokens in (1, 5):
         linked = Linked(store, slots, banks=banks, predictor=predictor)
         check(linked, resident, 6, tokens, sticky=True)
+        assert slots or not linked.cache.resident
         counts, moved = linked.cache.counts, linked.transfers.counts
         assert moved.demanded_bytes == counts.misses * BLOCK == counts.bytes_fetched
         assert (moved.staged_bytes == 0) == banks
