@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from inference.batching import MAX_ROWS, MAX_SEQUENCES, Engine
-from inference.cache import CacheCounts
 from inference.calibrate import ExpertKind, machine_profile
 from inference.costmodel import MachineProfile
 from inference.errors import InferenceError
@@ -208,16 +207,20 @@ class LLM:
 
     def stats(self) -> Stats:
         cache, counts = self.cache, self.engine.counts
-        experts = CacheCounts() if cache is None else cache.counts
+        if cache is None:
+            return Stats(0, 0, 0, 0, 0, 0, counts.new_tokens, counts.seconds)
+        measured = self._measured()
         return Stats(
-            hits=experts.hits,
-            misses=experts.misses,
-            bytes_fetched=experts.bytes_fetched,
-            slots=0 if cache is None else cache.slots,
-            resident=0 if cache is None else len(cache.resident),
-            total_experts=0 if cache is None else cache.store.total,
+            hits=measured.hits,
+            misses=measured.misses,
+            bytes_fetched=measured.fetched_bytes,
+            slots=cache.slots,
+            resident=len(cache.resident),
+            total_experts=cache.store.total,
             new_tokens=counts.new_tokens,
             seconds=counts.seconds,
+            cpu_experts=measured.cpu_experts,
+            prefetched=measured.prefetched,
         )
 
     def report(self, profile: MachineProfile | None = None) -> Report:

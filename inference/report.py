@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from inference.costmodel import Floor, MachineProfile, distinct_experts, physical_floor
 from inference.placement import ModelSizes, show_size
+from inference.stats import hit_rate
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Measured:
 
     @property
     def hit_rate(self) -> float:
-        return self.hits / max(self.hits + self.misses + self.cpu_experts, 1)
+        return hit_rate(self.hits, self.misses, self.cpu_experts)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,21 @@ class Generation:
     finish: str
 
 
+def hit_rate(hits: int, misses: int, cpu_experts: int) -> float:
+    """Of the experts that layer calls wanted; what the CPU computed was not resident either."""
+    return hits / max(hits + misses + cpu_experts, 1)
+
+
 @dataclass(frozen=True)
 class Stats:
-    """Totals since the model was opened. Seconds are wall time of the engine's steps, prompts included."""
+    """Totals since the model was opened. Seconds are wall time of the engine's steps, prompts included.
+
+    Attributes:
+        hits, misses, cpu_experts: one for each distinct expert of a layer call: resident or on its way, fetched for the
+            call, or computed by the CPU beside a GPU.
+        bytes_fetched: over the link, on demand or ahead. Without a GPU, copied into slots, as stored in the files.
+        prefetched: experts that were fetched ahead and have since been used (hits) or evicted unused.
+    """
 
     hits: int
     misses: int
@@ -34,10 +46,12 @@ class Stats:
     total_experts: int
     new_tokens: int
     seconds: float
+    cpu_experts: int = 0
+    prefetched: int = 0
 
     @property
     def hit_rate(self) -> float:
-        return self.hits / max(self.hits + self.misses, 1)
+        return hit_rate(self.hits, self.misses, self.cpu_experts)
 
     @property
     def tokens_per_second(self) -> float:
@@ -47,9 +61,11 @@ class Stats:
         speed = f"{self.new_tokens} tokens in {self.seconds:.2f} s, {self.tokens_per_second:.1f} tokens/s"
         if not self.total_experts:
             return f"a dense model, all of it resident; {speed}"
+        on_cpu = f", {self.cpu_experts} computed by the CPU" if self.cpu_experts else ""
+        ahead = f", {self.prefetched} experts ahead" if self.prefetched else ""
         return (
-            f"experts: {self.hits} hits, {self.misses} misses ({self.hit_rate:.1%} hits), "
-            f"{self.bytes_fetched / 1e6:.1f} MB fetched, {self.resident}/{self.total_experts} resident; {speed}"
+            f"experts: {self.hits} hits, {self.misses} misses{on_cpu} ({self.hit_rate:.1%} hits), "
+            f"{self.bytes_fetched / 1e6:.1f} MB fetched{ahead}, {self.resident}/{self.total_experts} resident; {speed}"
         )
 
 

@@ -123,6 +123,9 @@ def test_what_crossed_a_link_is_reported(model_folder, prompts):
     found, moved = llm.report(H200), llm.executor.transfers.counts
     assert found.measured.fetched_bytes == moved.demanded_bytes + moved.prefetched_bytes > 0
     assert found.measured.stall_s == link.stall_s > 0
+    stats = llm.stats()
+    assert stats.bytes_fetched == found.measured.fetched_bytes > stats.misses * llm.cache.store.bytes_per_expert
+    assert f"{stats.bytes_fetched / 1e6:.1f} MB fetched, {found.measured.prefetched} experts ahead, " in str(stats)
     assert found.measured.prefetched >= found.measured.wasted
     assert found.measured.prefetched > 0
     assert "prefetch: " in str(found)
