@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from inference.attention import GroupedAttention, Step
 from inference.dense import Function, Norm, feed_forward, linear
+from inference.errors import InferenceError
 from inference.kv import PagedKV
 from inference.lanes import LANES
 from inference.latent_attention import LatentAttention, interleaved
 from inference.rope import RopeTable
 from inference.rows import Group, Rows, Span, groups, written
-from inference.store import InferenceError
 
 __all__ = ["Model", "Rows", "Segment", "Span"]
 

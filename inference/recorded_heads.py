@@ -9,9 +9,11 @@ Shapes: T tokens, L MoE layers (by row), R rank, E experts; O = 2 * L * E.
 from __future__ import annotations
 
 import hashlib
+import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -64,6 +66,43 @@ class RecordedHeads:
             trace=digest,
         )
         return path
+
+
+class SpilledRows:
+    """Rows [T,L,C] in fp16 that come layer by layer, in nameless files in ``folder`` until all are there.
+
+    A recording may last as long as a server does: in memory it would grow for ever.
+    """
+
+    def __init__(self, folder: Path, layers: int) -> None:
+        self._folder = folder
+        self._files = [self._file() for _ in range(layers)]
+        self._columns = 0
+
+    def _file(self) -> Any:
+        return tempfile.TemporaryFile(dir=self._folder)
+
+    def add(self, row: int, rows_TC: np.ndarray) -> None:
+        """Of the next tokens, in one layer."""
+        self._columns = rows_TC.shape[1]
+        self._files[row].write(rows_TC.astype(np.float16, copy=False).tobytes())
+
+    def whole(self) -> np.ndarray:
+        """Of all tokens that every layer has, mapped into memory."""
+        tokens = min(file.tell() for file in self._files) // max(2 * self._columns, 1)
+        shape = (tokens, len(self._files), self._columns)
+        if not tokens:
+            return np.empty(shape, np.float16)
+        with self._file() as file:
+            rows_TLC = np.memmap(file, np.float16, "w+", shape=shape)
+        for row, file in enumerate(self._files):
+            file.flush()
+            rows_TLC[:, row] = np.memmap(file, np.float16, "r", shape=shape[::2])
+        return rows_TLC
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
 
 
 def heads_file(trace: str | Path) -> Path:

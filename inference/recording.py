@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from inference.errors import InferenceError
 from inference.heads import Heads
 from inference.lookahead import token_scores
-from inference.recorded_heads import RecordedHeads, heads_file
+from inference.recorded_heads import RecordedHeads, SpilledRows, heads_file
 from moe.tracefile import TraceError, TraceHeader, TraceRecord, TraceWriter
 
 
@@ -53,8 +53,8 @@ class RoutingRecorder:
         self._row = {layer: row for row, layer in enumerate(header.layers)}
         self._heads, self._gates = heads, gates
         self._sequence, self._pass, self._last = 0, -1, -1
-        self._codes: list[list[np.ndarray]] = [[] for _ in header.layers]
-        self._scores: list[list[np.ndarray]] = [[] for _ in header.layers]
+        # Of each token: the heads' codes, then the next gate's scores.
+        self._said = None if heads is None else SpilledRows(self.path.parent, len(header.layers))
         self._handles: list[RemovableHandle] = []
 
     def begin(self) -> None:
@@ -72,16 +72,18 @@ class RoutingRecorder:
         index = index_TK.reshape(-1, self._writer.header.top_k).cpu().numpy()
         try:
             self._writer.write(TraceRecord(self._sequence, self._pass, layer, index))
-        except TraceError as error:
-            raise InferenceError(str(error)) from error
-        if self._heads is None:
-            return
-        self._codes[row].append(self._heads.codes(row, x_TH).half().cpu().numpy())
+            if self._heads is not None and self._said is not None:
+                self._said.add(row, self._what_is_said(self._heads, row, x_TH.reshape(len(index), -1)))
+        except (TraceError, OSError) as error:
+            raise InferenceError(f"recording {self.path}: {error}") from error
+
+    def _what_is_said(self, heads: Heads, row: int, x_TH: Tensor) -> np.ndarray:
+        codes_TR = heads.codes(row, x_TH).half()
         if row + 1 < len(self._gates):
-            scores_TE = token_scores(self._gates[row + 1], x_TH.reshape(len(index), -1))
+            scores_TE = token_scores(self._gates[row + 1], x_TH).half()
         else:
-            scores_TE = torch.full((len(index), self._heads.num_experts), float("nan"))
-        self._scores[row].append(scores_TE.half().cpu().numpy())
+            scores_TE = torch.full_like(codes_TR[:, :1], float("nan")).expand(-1, heads.num_experts)
+        return torch.cat([codes_TR, scores_TE], 1).cpu().numpy()
 
     def attach(self, experts: Mapping[int, nn.Module]) -> None:
         """Note every call of these modules, by layer."""
@@ -101,11 +103,11 @@ class RoutingRecorder:
             handle.remove()
         self._handles.clear()
         self._writer.close()
-        if self._heads is None or not self._codes[0]:
+        if self._heads is None or self._said is None:
             return
-        tokens = min(sum(map(len, calls)) for calls in self._codes)
-        codes_TLR, gate_TLE = (
-            np.stack([np.concatenate(calls)[:tokens] for calls in kept], 1) for kept in (self._codes, self._scores)
-        )
-        maps = (self._heads.outward_LRO.cpu().numpy(), self._heads.bias_LO.cpu().numpy())
-        RecordedHeads(codes_TLR, *maps, gate_TLE).save(self.path)
+        said_TLC, heads, self._heads = self._said.whole(), self._heads, None
+        self._said.close()
+        if len(said_TLC):
+            rank = said_TLC.shape[2] - heads.num_experts
+            maps = (heads.outward_LRO.cpu().numpy(), heads.bias_LO.cpu().numpy())
+            RecordedHeads(said_TLC[:, :, :rank], *maps, said_TLC[:, :, rank:]).save(self.path)

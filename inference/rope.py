@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from inference.store import InferenceError
+from inference.errors import InferenceError
 
 _STATEFUL = ("dynamic", "longrope")
 

@@ -11,9 +11,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from inference.cache import ExpertCache
+from inference.errors import InferenceError
 from inference.executor import Executor
+from inference.expert_block import ExpertShape
 from inference.experts import OffloadedExperts
-from inference.store import ExpertShape, InferenceError, TensorFiles, stored_names
+from inference.store import TensorFiles, stored_names
 from moe.convert import form_of
 from moe.families import FamilyError, MoEBlock, find_moe_blocks
 from moe.family_table import DENSE

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from inference.engine import LLM
+from inference.errors import InferenceError
 from inference.offload import Crossing
-from inference.store import InferenceError
 from lora.attach import attach
 from lora.config import BankConfig
 from lora.format import collect_adapter, save_adapter

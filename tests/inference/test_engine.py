@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from inference.engine import LLM
-from inference.store import InferenceError
+from inference.errors import InferenceError
 from trainer import cli, generate
 
 BUDGETS = [0.0, 0.1, 1.0]

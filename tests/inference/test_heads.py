@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from inference.errors import InferenceError
 from inference.foresight import ForeseenReuse
 from inference.heads import FOLDER, MANIFEST, WEIGHTS, Heads, any_of, load_heads, save_heads
 from inference.offload import Crossing
-from inference.recorded_heads import MAX_ROWS, heads_file, read_heads
+from inference.recorded_heads import MAX_ROWS, SpilledRows, heads_file, read_heads
 from inference.shadow import Hedge, Shadow
 from inference.simulate import FORESEEN, read_routing, replay
 from inference.transfer import SimulatedLink
@@ -172,6 +173,21 @@ def test_recorded_heads_say_what_heads_said(folder, prompts, tmp_path):
     codes_TR = torch.from_numpy(recorded.codes_TLR[:3, 1].astype(np.float32))
     z_TO = codes_TR @ heads.outward_LRO[1] + heads.bias_LO[1]
     np.testing.assert_allclose(recorded.ahead(slice(0, 3), 1).reshape(-1), any_of(z_TO).numpy(), rtol=1e-3, atol=1e-3)
+
+
+def test_what_heads_say_is_not_kept_in_memory_while_it_is_recorded(tmp_path):
+    rows = SpilledRows(tmp_path, 2)
+    wanted = np.random.default_rng(0).normal(size=(40_000, 2, 64)).astype(np.float16)
+    tracemalloc.start()
+    for start in range(0, len(wanted), 1000):
+        for row in range(2):
+            rows.add(row, wanted[start : start + 1000, row])
+    rows.add(0, wanted[:1, 0])  # of a pass that was broken off
+    assert tracemalloc.get_traced_memory()[0] < 1e6 < wanted.nbytes
+    tracemalloc.stop()
+    assert np.array_equal(rows.whole(), wanted)
+    rows.close()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_trace_that_is_there_is_not_written_over(model_folder, tmp_path):

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from inference.attention import gathered
+from inference.errors import InferenceError
 from inference.kv import KVShape, PagedKV
 from inference.model import Model, Rows, Span
 from inference.rows import groups, written
-from inference.store import InferenceError
 from lora.attach import attach
 from lora.config import BankConfig
 

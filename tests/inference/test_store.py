@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
 from inference.engine import LLM
-from inference.expert_block import ExpertBlock
-from inference.store import ExpertShape, ExpertStore, InferenceError, TensorFiles
+from inference.errors import InferenceError
+from inference.expert_block import ExpertBlock, ExpertShape
+from inference.store import ExpertStore, TensorFiles
 
 PATHS = {layer: f"model.layers.{layer}.mlp.experts" for layer in range(4)}
 SHAPE = ExpertShape(num_experts=16, hidden=64, intermediate=32)
