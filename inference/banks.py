@@ -151,14 +151,6 @@ class ExpertBanks:
 
         return self._staging[turn], release
 
-    def views(self, layer: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
-        """gate [I,H], up [I,H] and down [H,I] of an expert of the plain form: in the bank, or else in its file."""
-        if layer not in self._shared.ready:
-            return self.store.views(layer, expert)
-        gate_up_2IH, down_HI = self.layout.split(self._shared.filled[layer][expert])
-        gate_IH, up_IH = gate_up_2IH.chunk(2)
-        return gate_IH, up_IH, down_HI
-
     def address(self, ref: ExpertRef) -> int:
         """Where an expert's block begins. Its layer must be ready: see :meth:`join`."""
         bank_EB = self._shared.filled[ref.layer]

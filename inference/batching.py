@@ -20,7 +20,7 @@ from inference.answers import Answer
 from inference.blocks import BlockPool
 from inference.errors import InferenceError, RequestError
 from inference.limits import Limits
-from inference.model import Model
+from inference.model import Forward
 from inference.requests import Output, Request
 from inference.rows import Rows, Span
 from inference.sampling import Chosen, choose
@@ -69,7 +69,7 @@ class Engine:
 
     def __init__(
         self,
-        models: Mapping[str | None, Model],
+        models: Mapping[str | None, Forward],
         *,
         decode: Decode | None = None,
         eos: frozenset[int] = frozenset(),

@@ -102,7 +102,7 @@ class ExpertCache:
         assert (self.policy.layers, self.policy.experts) == (len(self._row), shape.num_experts)
         allocated = max(slots, 1)
         self.blocks_CB = _allocate(allocated, self.layout, device)
-        self.gate_up_C2IH, self.down_CHI, *self.biases = self.layout.stacked(self.blocks_CB)
+        self.gate_up_C2IH, self.down_CHI, *_ = self.layout.stacked(self.blocks_CB)
         self._views = [self.layout.views(block_B) for block_B in self.blocks_CB]
         self._loans: dict[tuple[int, int], Loan] = {}
         # The slot of each expert, -1 for none; and whether it may be evicted: committed, and not of the current call.
@@ -119,11 +119,6 @@ class ExpertCache:
     def resident(self) -> tuple[ExpertRef, ...]:
         layers = self.store.layers
         return tuple(ExpertRef(layers[row], int(e)) for row, e in zip(*np.nonzero(self._resident_LE), strict=True))
-
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes allocated for experts, the staging slot included."""
-        return self.blocks_CB.untyped_storage().nbytes()
 
     def row(self, layer: int) -> int:
         return self._row[layer]

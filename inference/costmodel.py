@@ -273,23 +273,6 @@ def _gb(rate: float) -> str:
     return f"{rate / 1e9:.3g} GB/s"
 
 
-def fetch_share(link: float, cpu: float) -> float:
-    """Which part of the misses the link carries when both lanes end together, from their overlapped rates."""
-    return link / (link + cpu)
-
-
-def balanced_fetch(misses: int, link_s: float, cpu_s: float) -> int:
-    """How many of equal misses to fetch so that the slower lane ends soonest; the fewest of equally good ones.
-
-    The real optimum is ``misses * cpu_s / (link_s + cpu_s)``; the integer one is beside it.
-    """
-    if math.isinf(link_s) or math.isinf(cpu_s):
-        return 0 if math.isinf(link_s) else misses
-    low = math.floor(misses * cpu_s / (link_s + cpu_s))
-    ends = [(max(n * link_s, (misses - n) * cpu_s), n) for n in (low, min(low + 1, misses))]
-    return min(ends)[1]
-
-
 def overlap(link: tuple[np.ndarray, np.ndarray], cpu: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """When each lane ends if both start together; elementwise, numbers are welcome.
 

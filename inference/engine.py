@@ -16,7 +16,7 @@ from inference.batching import MAX_ROWS, MAX_SEQUENCES, Engine
 from inference.calibrate import ExpertKind, machine_profile
 from inference.costmodel import MachineProfile
 from inference.errors import InferenceError
-from inference.model import Model
+from inference.model import Forward, Model
 from inference.offload import Crossing
 from inference.opening import (
     MakePolicy,
@@ -113,7 +113,7 @@ class LLM:
                 "graphs=True captures steps of the base model, whose routing nobody can watch then; leave trace out, "
                 "and give the adapter in adapters"
             )
-        models: dict[str | None, Model] = {None: capture_steps(model, base) if graphs else model}
+        models: dict[str | None, Forward] = {None: capture_steps(model, base) if graphs else model}
         trees = adapt(base, adapters or {})
         models |= {name: Model(module, kv) for name, module in trees.items()}
         self.tokenizer = open_tokenizer(self.path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from inference.latent_attention import LatentAttention, interleaved
 from inference.rope import RopeTable
 from inference.rows import Group, Rows, Span, groups, written
 
-__all__ = ["Model", "Rows", "Segment", "Span"]
+__all__ = ["Forward", "Model", "Rows", "Segment", "Span"]
 
 Segment = Callable[[Tensor, Tensor | None, Step], tuple[Tensor, Tensor]]
 
@@ -34,6 +35,16 @@ FAMILIES: dict[str, type[GroupedAttention] | type[LatentAttention]] = {
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"), GroupedAttention),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), LatentAttention),
 }
+
+
+class Forward(Protocol):
+    """What an engine asks of a model: :class:`Model`, or one whose steps are captured."""
+
+    config: Any
+    kv: PagedKV
+
+    def forward(self, rows: Rows) -> Tensor:
+        """Scores [L,V] of ``rows.logit_rows``; the keys and values of all rows are kept."""
 
 
 class DenseSegment:

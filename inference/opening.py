@@ -21,7 +21,7 @@ from inference.executor import Executor
 from inference.experts import Arithmetic, OffloadedExperts
 from inference.heads import Heads, has_heads, load_heads, tell_policy
 from inference.kv import BLOCK_SIZE, KVShape, PagedKV
-from inference.model import Model
+from inference.model import Forward, Model
 from inference.offload import Crossing, open_executor
 from inference.placement import KV_SHARE, KV_TOKENS, Placement, model_sizes, parse_size, place
 from inference.policies import LRU, Policy
@@ -278,7 +278,7 @@ def end_tokens(path: Path, config) -> frozenset[int]:
     return frozenset([named] if isinstance(named, int) else named)
 
 
-def capture_steps(model: Model, base: Base) -> Model:
+def capture_steps(model: Model, base: Base) -> Forward:
     """``model`` with its decode steps captured. Raises InferenceError where they cannot be."""
     if base.executor is None or not runs_triton(base.device):
         raise InferenceError(

@@ -68,10 +68,6 @@ class Scheduler:
         self.running: list[Sequence] = []  # oldest first, and all of them older than all that wait
         self.preemptions = 0
 
-    @property
-    def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
-
     def add(self, sequence: Sequence) -> None:
         """The caller has made sure that its tokens, with all that may be generated, fit the pool."""
         self.waiting.append(sequence)

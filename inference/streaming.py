@@ -43,11 +43,6 @@ class LayerStream:
         self._buffers: list[_Buffer] = []
         self._experts = cache.store.shape.num_experts
 
-    @property
-    def nbytes(self) -> int:
-        """Of both buffers."""
-        return 2 * self._experts * self.cache.layout.nbytes
-
     def groups(self, layer: int, call: Call, last: Sequence[int]) -> Iterator[list[Loan]]:
         """The experts of a call as they become usable, those of the next layer on their way behind them.
 

@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import save_file
 
 from inference.cache import ExpertCache
+from inference.expert_block import ExpertShape
 from inference.experts import OffloadedExperts
 from inference.predictors import SameAsLast
 from inference.slot_calls import SlotCalls
-from inference.store import ExpertShape, ExpertStore, TensorFiles
+from inference.store import ExpertStore, TensorFiles
 from tests.inference.linked import Linked
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INNER = 2, 8, 2, 16, 24

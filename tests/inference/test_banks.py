@@ -37,8 +37,6 @@ def test_all_experts_end_up_in_registered_arenas_of_just_their_size(store, dtype
         assert torch.equal(block_B, expected)
         assert filled.address(ref) == block_B.data_ptr()
         assert torch.equal(filled.stacked(ref.layer)[1][ref.expert], layout.split(block_B)[1])
-        for mine, theirs in zip(filled.views(ref.layer, ref.expert), store.views(ref.layer, ref.expert), strict=True):
-            assert torch.equal(mine, theirs.to(dtype))
     filled.close()
     assert not registry.live
 
@@ -72,7 +70,6 @@ def test_serving_begins_before_all_is_registered(store):
     assert filling.block(ExpertRef(1, 3)) is None
     block_B, release = filling.staged(ExpertRef(1, 3), settle=None)
     assert torch.equal(layout.split(block_B)[1], store.views(1, 3)[2])
-    assert torch.equal(filling.views(1, 3)[2], store.views(1, 3)[2])
     release(0.0)
     allow.set()
     filling.join()

@@ -6,9 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from inference.cache import ExpertCache, _allocate
-from inference.expert_block import ExpertBlock
+from inference.expert_block import ExpertBlock, ExpertShape
 from inference.policies import LRU
-from inference.store import ExpertShape, ExpertStore, TensorFiles
+from inference.store import ExpertStore, TensorFiles
 from moe.refs import ExpertRef
 
 CALLS = st.lists(
@@ -65,12 +65,12 @@ def test_lends_the_right_weights_and_counts_as_a_simulated_lru(store, calls, slo
 def test_slots_are_one_allocation_of_the_budget(store):
     cache = ExpertCache(store, 6)
     before = (cache.gate_up_C2IH.data_ptr(), cache.down_CHI.data_ptr())
-    assert cache.resident_bytes == 6 * store.bytes_per_expert
+    assert cache.blocks_CB.untyped_storage().nbytes() == 6 * store.bytes_per_expert
     for layer in range(4):
         for _ in cache.lend(layer, range(16)):
             pass
     assert before == (cache.gate_up_C2IH.data_ptr(), cache.down_CHI.data_ptr())
-    assert cache.resident_bytes == 6 * store.bytes_per_expert
+    assert cache.blocks_CB.untyped_storage().nbytes() == 6 * store.bytes_per_expert
     assert len(cache.resident) == 6
 
 

@@ -17,9 +17,7 @@ from inference.costmodel import (
     Rates,
     Timing,
     at,
-    balanced_fetch,
     distinct_experts,
-    fetch_share,
     named_profile,
     overlap,
     physical_floor,
@@ -47,33 +45,6 @@ MACHINE = MachineProfile(
     gpu_flops=1e14,
 )  # fmt: skip
 seconds = st.floats(1e-6, 1e-2)
-
-
-@settings(deadline=None)
-@given(st.integers(0, 40), seconds, seconds)
-def test_the_balanced_fetch_is_the_best_of_all(misses, link_s, cpu_s):
-    def ends(fetched):
-        return max(fetched * link_s, (misses - fetched) * cpu_s)
-
-    best = min(range(misses + 1), key=lambda n: (ends(n), n))
-    assert ends(balanced_fetch(misses, link_s, cpu_s)) == ends(best)
-
-
-@settings(deadline=None)
-@given(st.integers(1, 40), seconds, seconds, st.floats(1.0, 4.0))
-def test_a_faster_link_never_carries_less(misses, link_s, cpu_s, faster):
-    assert balanced_fetch(misses, link_s / faster, cpu_s) >= balanced_fetch(misses, link_s, cpu_s)
-
-
-@settings(deadline=None)
-@given(st.integers(1, 1000), st.floats(1e9, 1e11), st.floats(1e9, 1e11))
-def test_the_share_and_the_whole_number_agree(misses, link, cpu):
-    assert abs(balanced_fetch(misses, 1e7 / link, 1e7 / cpu) - fetch_share(link, cpu) * misses) <= 1
-
-
-def test_a_lane_that_is_not_there_gets_nothing():
-    assert balanced_fetch(5, math.inf, 1.0) == 0
-    assert balanced_fetch(5, 1.0, math.inf) == 5
 
 
 @settings(deadline=None)

@@ -10,10 +10,11 @@ from torch.nn.functional import silu
 
 from inference.cache import ExpertCache
 from inference.errors import InferenceError
+from inference.expert_block import ExpertShape
 from inference.experts import OffloadedExperts
 from inference.policies import LRU
 from inference.predictors import Lookahead, SameAsLast
-from inference.store import ExpertShape, ExpertStore, TensorFiles
+from inference.store import ExpertStore, TensorFiles
 from inference.transfer import SimulatedLink
 from tests.inference.linked import Linked
 

@@ -7,8 +7,9 @@ from torch.nn.functional import silu
 
 from inference.cache import ExpertCache
 from inference.errors import InferenceError
+from inference.expert_block import ExpertShape
 from inference.experts import Call, OffloadedExperts
-from inference.store import ExpertShape, ExpertStore, TensorFiles
+from inference.store import ExpertStore, TensorFiles
 from moe.form import ExpertForm
 
 LAYER = 2

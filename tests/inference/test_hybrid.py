@@ -15,9 +15,10 @@ from inference.costmodel import MachineProfile, Rates, Timing
 from inference.cpu_lane import LaneError
 from inference.engine import LLM
 from inference.errors import InferenceError
+from inference.expert_block import ExpertShape
 from inference.experts import Arithmetic, OffloadedExperts
 from inference.hybrid import host_weights, open_cpu_lane
-from inference.store import ExpertShape, ExpertStore, TensorFiles
+from inference.store import ExpertStore, TensorFiles
 from moe.refs import ExpertRef
 from tests.inference.linked import Linked
 

@@ -11,12 +11,12 @@ from inference.cache import ExpertCache
 from inference.engine import LLM
 from inference.errors import InferenceError
 from inference.executor import Executor
-from inference.expert_block import ExpertBlock
+from inference.expert_block import ExpertBlock, ExpertShape
 from inference.experts import OffloadedExperts
 from inference.offload import Crossing
 from inference.predictors import PREDICTORS, SameAsLast
 from inference.prefetch import Prefetcher
-from inference.store import ExpertShape, ExpertStore, TensorFiles
+from inference.store import ExpertStore, TensorFiles
 from inference.streaming import LayerStream
 from inference.transfer import CudaLink, TransferEngine, Urgency
 from moe.refs import ExpertRef

@@ -65,5 +65,5 @@ def test_the_cpu_lane_leaves_texts_as_they_are_and_spares_the_link(model_folder,
     assert llm.executor.cpu_computed > 50
     stats = llm.stats()
     assert stats.hit_rate == llm.report(EVEN).measured.hit_rate < stats.hits / (stats.hits + stats.misses)
-    assert f" misses, {llm.executor.cpu_computed} computed by the CPU (" in str(stats)
+    assert f" misses, {stats.cpu_experts} computed by the CPU (" in str(stats)
     assert llm.executor.transfers.counts.demanded_bytes < plain.cache.counts.bytes_fetched

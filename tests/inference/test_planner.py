@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inference.costmodel import ExpertCosts, MachineProfile, Rates, Timing, balanced_fetch, overlap
+from inference.costmodel import ExpertCosts, MachineProfile, Rates, Timing, overlap
 from inference.planner import CallPlanner, PlanError, plan_call, plan_phase
 
 
@@ -104,10 +104,12 @@ def test_a_plan_is_never_slower_than_one_lane_alone(costs, missing, resident_row
 def test_equal_misses_are_split_as_the_closed_form_says(link, cpu_us, misses):
     costs = costs_of(link=link, cpu_us=(cpu_us, cpu_us), gpu_us=(1e-6, 1e-6))
     plan = plan_call(costs, [(e, 1) for e in range(misses)])
-    expected = balanced_fetch(misses, costs.link_s, costs.cpu_s(1))
-    assert max(len(plan.fetch) * costs.link_s, len(plan.cpu) * costs.cpu_s(1)) == pytest.approx(
-        max(expected * costs.link_s, (misses - expected) * costs.cpu_s(1))
-    )
+
+    def ends(fetched):
+        return max(fetched * costs.link_s, (misses - fetched) * costs.cpu_s(1))
+
+    expected = min(range(misses + 1), key=ends)
+    assert ends(len(plan.fetch)) == pytest.approx(ends(expected))
     assert abs(len(plan.fetch) - expected) <= 1
     # Neither lane ends later than the other by more than one expert that the other could have taken over.
     assert len(plan.fetch) * costs.link_s <= (len(plan.cpu) + 1) * costs.cpu_s(1) + 1e-9
