@@ -16,11 +16,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from inference.costmodel import BYTES, ExpertCosts, MachineProfile, distinct_experts
+from inference.costmodel import BYTES, ExpertCosts, MachineProfile
 from inference.errors import InferenceError
-from inference.forecast import DECODE, PREFILL, Forecast, Use, dense_seconds
+from inference.forecast import DECODE, PREFILL, Forecast, assumed_forecast, dense_seconds, lane_costs
 from inference.placement import ModelSizes, Placement, parse_size, place, show_size
-from inference.planner import plan_call, plan_phase
+from inference.planner import plan_call
 
 COUNTS = ("layers", "experts", "top_k", "hidden", "intermediate")
 OPTIONS = ("dtype", "dense", "kv")
@@ -146,37 +146,20 @@ def answer(
     accuracy: float,
     *,
     hit_rate: float | None = None,
-    threads: int | None = None,
+    cpu_experts: bool = False,
     prompts: tuple[int, ...] = (1024, 4096),
 ) -> Answer:
     """Raises InferenceError where the machine has no link: without one there is nothing to prefetch."""
     if profile.link is None:
         raise ShapeError(f"profile {profile.name!r} has no GPU behind a link; give one that has, as --profile h200")
     placement = place(sizes, gpu=True, expert_budget=capacity)
-    costs = ExpertCosts.of(profile, sizes.hidden, sizes.intermediate, sizes.itemsize, threads)
+    costs = lane_costs(profile, sizes, cpu_experts)
     rate = placement.share if hit_rate is None else hit_rate
     dense_s = dense_seconds(costs, placement, DECODE, 1) / sizes.moe_layers
     misses, hits = (1 - rate) * sizes.top_k, rate * sizes.top_k
     plain, ahead = (decode_with_prefetch(costs, sizes, dense_s, misses, hits, a) for a in (0.0, accuracy))
-    return Answer(placement, rate, plain, ahead, tuple(_prompt(costs, placement, tokens) for tokens in prompts))
-
-
-def _prompt(costs: ExpertCosts, placement: Placement, tokens: int) -> Forecast:
-    """Reading a prompt: almost every expert is used, so what is not resident streams through."""
-    sizes = placement.sizes
-    use = Use(distinct_experts(sizes.experts, sizes.top_k, tokens), placement.share, "assumed: even routing")
-    distinct = max(round(use.distinct), 1)
-    missing = round(distinct * (1 - use.hits))
-    rows = max(round(tokens * sizes.top_k / use.distinct), 1)
-    plan = plan_phase(
-        PREFILL,
-        costs,
-        layers=sizes.moe_layers,
-        missing_rows=[rows] * missing,
-        resident_rows=[rows] * (distinct - missing),
-        dense_s=dense_seconds(costs, placement, PREFILL, tokens) / sizes.moe_layers,
-    )
-    return Forecast(PREFILL, tokens, use, plan)
+    read = tuple(assumed_forecast(costs, placement, PREFILL, tokens) for tokens in prompts)
+    return Answer(placement, rate, plain, ahead, read)
 
 
 def answer_lines(found: Answer) -> list[str]:

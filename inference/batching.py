@@ -19,7 +19,7 @@ from torch import Tensor
 from inference.answers import Answer
 from inference.blocks import BlockPool
 from inference.errors import InferenceError, RequestError
-from inference.limits import Limits
+from inference.limits import MAX_ROWS, MAX_SEQUENCES, Limits
 from inference.model import Forward
 from inference.requests import Output, Request
 from inference.rows import Rows, Span
@@ -27,9 +27,6 @@ from inference.sampling import Chosen, choose
 from inference.scheduler import Chunk, Scheduler
 from inference.stats import EngineCounts, Load
 from inference.text import Decode
-
-MAX_ROWS = 512
-MAX_SEQUENCES = 64
 
 _log = logging.getLogger(__name__)
 _NOT_FINITE = "the model's logits are not finite; its weights are damaged, or its precision is too low for this prompt"

@@ -1,18 +1,21 @@
 """How fast a model would run on a machine, and what binds it: the planner's answer for typical passes. No torch here.
 
-A pass is decoding one token of each of so many sequences, or reading a prompt. For each, the experts that a layer uses
-and how many of them are resident are counted (from a trace) or assumed (without one), and :func:`plan_phase` compares
-the ways. What is left out: attention's own arithmetic over a long context, sampling, and the server.
+Decoding one token of each of so many sequences, or reading a prompt, which takes a pass for each chunk of it. The
+experts that a layer uses and how many of them are resident are counted (from a trace) or assumed (without one), and
+:func:`plan_phase` says how long the way takes that the runtime goes. What is left out: attention's own arithmetic over
+a long context, sampling, and the server.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from inference.costmodel import ExpertCosts, MachineProfile, cpu_flops, distinct_experts
+from inference.limits import MAX_ROWS
 from inference.placement import ModelSizes, Placement, PlacementError, show_size
 from inference.planner import PhasePlan, plan_phase
 from inference.simulate import HEDGE, Routing, replay
@@ -20,8 +23,8 @@ from inference.simulate import HEDGE, Routing, replay
 DECODE, PREFILL = "decode", "prefill"
 PASSES = ((DECODE, 1), (DECODE, 16), (PREFILL, 1024), (PREFILL, 4096))
 CONTEXT = 1024
-# Operations of a layer that are issued one by one: all of them on a CPU; on a GPU the dense ones are one graph.
-CPU_OPERATIONS, GPU_LAUNCHES = 80, 8
+# Operations of a layer, issued one by one as long as nobody asks for graphs.
+CPU_OPERATIONS, GPU_LAUNCHES = 80, 45
 
 
 @dataclass(frozen=True)
@@ -79,22 +82,41 @@ def traced_use(sizes: ModelSizes, routing: Routing, slots: int, batch: int) -> U
 
 
 def forecast(
-    profile: MachineProfile, placement: Placement, *, threads: int | None = None, routing: Routing | None = None
+    profile: MachineProfile, placement: Placement, *, cpu_experts: bool = False, routing: Routing | None = None
 ) -> list[Forecast]:
-    """Every pass of :data:`PASSES`. Raises PlacementError as :func:`traced_use` does."""
+    """All of :data:`PASSES`. Raises PlacementError as :func:`traced_use` does.
+
+    Args:
+        cpu_experts: the CPU may compute missing experts beside a GPU.
+    """
     sizes = placement.sizes
-    costs = ExpertCosts.of(profile, sizes.hidden, sizes.intermediate, sizes.itemsize, threads)
+    costs = lane_costs(profile, sizes, cpu_experts)
     found = []
     for phase, tokens in PASSES:
         if routing is not None and phase == DECODE:
             use = traced_use(sizes, routing, placement.slots, tokens)
+            found.append(Forecast(phase, tokens, use, _plan(costs, placement, phase, tokens, use)))
         else:
-            use = assumed_use(sizes, placement.share, tokens)
-        found.append(Forecast(phase, tokens, use, _plan(costs, placement, phase, tokens, use)))
+            found.append(assumed_forecast(costs, placement, phase, tokens))
     return found
 
 
+def lane_costs(profile: MachineProfile, sizes: ModelSizes, cpu_experts: bool) -> ExpertCosts:
+    """Of a model's experts. Beside a GPU the CPU computes none unless asked, as in the runtime."""
+    threads = None if cpu_experts or profile.link is None else 0
+    return ExpertCosts.of(profile, sizes.hidden, sizes.intermediate, sizes.itemsize, threads)
+
+
+def assumed_forecast(costs: ExpertCosts, placement: Placement, phase: str, tokens: int) -> Forecast:
+    """With even routing. A prompt is read in chunks of :data:`MAX_ROWS`, and ``use`` is that of a chunk."""
+    chunks = math.ceil(tokens / MAX_ROWS) if phase == PREFILL else 1
+    rows = math.ceil(tokens / chunks)
+    use = assumed_use(placement.sizes, placement.share, rows)
+    return Forecast(phase, tokens, use, _plan(costs, placement, phase, rows, use).repeated(chunks))
+
+
 def _plan(costs: ExpertCosts, placement: Placement, phase: str, tokens: int, use: Use) -> PhasePlan:
+    """Of one pass."""
     sizes = placement.sizes
     distinct = max(round(use.distinct), 1)
     missing = round(use.distinct * (1 - use.hits)) if costs.has_link else distinct

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from inference.errors import RequestError
 from inference.requests import Request
 
+MAX_ROWS = 512  # rows of a step, as the engine is opened by default: longer prompts are read in chunks
+MAX_SEQUENCES = 64  # that are computed at once, likewise
+
 
 @dataclass(frozen=True)
 class Limits:

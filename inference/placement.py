@@ -15,6 +15,7 @@ from typing import Any
 
 from inference.costmodel import BYTES
 from inference.errors import InferenceError
+from inference.shards import read_header, shard_names
 from moe.family_table import FAMILIES, known_families
 
 WORKSPACE = 512 << 20  # of a GPU: CUDA's own context, activations and buffers
@@ -89,7 +90,7 @@ class ModelSizes:
 
 
 def model_sizes(folder: str | Path, dtype: str | None = None) -> ModelSizes:
-    """Raises PlacementError for a folder that cannot be read, or is not a mixture of experts of a known family."""
+    """Raises InferenceError for a folder that cannot be read, or is not a mixture of experts of a known family."""
     folder = Path(folder)
     config = _json(folder / "config.json")
     kind = str(config.get("model_type"))
@@ -171,16 +172,14 @@ def _kv_numbers(number: _Numbers) -> int:
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Of all tensors in the folder's safetensors, from the headers. Raises PlacementError."""
-    index = folder / "model.safetensors.index.json"
-    files = sorted(set(_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    """Of all tensors in the folder's safetensors, from the headers. Raises InferenceError."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
+    for file in shard_names(folder):
         try:
             with (folder / file).open("rb") as opened:
-                header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+                header, _ = read_header(opened)
             shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-        except (OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError) as error:
             raise PlacementError(f"{folder / file}: not a safetensors file ({error}); copy the folder again") from error
     return shapes
 

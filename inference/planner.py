@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -242,9 +242,9 @@ class PhasePlan:
     Attributes:
         mode: ``fetch`` (decode: when needed), ``stream`` (prefill: the next layer's experts behind this layer's work),
             ``cpu``, ``split``, or ``resident``.
-        seconds: of one pass through the model.
+        seconds: of the whole.
         bound: what that time is made of, mostly.
-        alternatives: seconds of each way that the machine can go.
+        alternatives: seconds of each way that the machine could go.
     """
 
     phase: str
@@ -252,6 +252,11 @@ class PhasePlan:
     seconds: float
     bound: str
     alternatives: Mapping[str, float]
+
+    def repeated(self, passes: int) -> PhasePlan:
+        """The same pass so many times."""
+        every = {mode: passes * s for mode, s in self.alternatives.items()}
+        return replace(self, seconds=passes * self.seconds, alternatives=every)
 
     def reason(self) -> str:
         others = {mode: s for mode, s in self.alternatives.items() if mode != self.mode}
@@ -283,7 +288,8 @@ def plan_phase(
 
     Prefill knows that it will use almost every expert, so it may fetch the next layer while this one is computed:
     the link and the GPU then work side by side over the whole pass, behind the first layer's fetch. Decode cannot, its
-    experts are known when the layer is reached. Of equally fast ways the simplest wins: cpu, stream or fetch, split.
+    experts are known when the layer is reached. Behind a link prefill always streams, as the executor does; the other
+    ways are reckoned for comparison. Decode goes the fastest way, of equally fast ones the simplest: cpu, fetch, split.
     Raises PlanError if the machine has none.
     """
     lanes = _Lanes(costs, sorted(missing_rows, reverse=True), resident_rows, 0.0)
@@ -304,7 +310,7 @@ def plan_phase(
             ways[SPLIT] = (dense + layers * float(lanes.all_n[apart]), lanes.bound(apart))
     if not ways:
         raise PlanError(f"{phase}: {every} experts of a layer are missing, without a link and without CPU threads")
-    mode = min(ways, key=lambda way: ways[way][0])
+    mode = STREAM if STREAM in ways else min(ways, key=lambda way: ways[way][0])
     seconds, bound = ways[mode]
     if dense > seconds / 2:
         bound = "the dense part"

@@ -8,7 +8,6 @@ Shapes: E experts, B elements of a block, I intermediate, H hidden.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from inference.errors import InferenceError
 from inference.expert_block import ExpertBlock, ExpertShape
+from inference.shards import read_header, shard_names
 from moe.refs import ExpertRef
 
 # How families call (gate, up, down) when every expert has its own tensors.
@@ -48,29 +48,11 @@ class TensorFiles:
         self._home: dict[str, str] = {}
         self._views: dict[str, Tensor] = {}
         self._raw: dict[str, tuple[BinaryIO, dict[str, Any], int]] = {}
-        for file in self._files():
+        for file in shard_names(self.folder):
             handle = self._open(file)
             self._handles[file] = handle
             self._raw[file] = self._open_raw(file)
             self._home |= dict.fromkeys(handle.keys(), file)
-
-    def _files(self) -> list[str]:
-        index = self.folder / "model.safetensors.index.json"
-        if not index.exists():
-            if (self.folder / "model.safetensors").exists():
-                return ["model.safetensors"]
-            raise InferenceError(
-                f"{self.folder}: no model.safetensors and no model.safetensors.index.json; the runtime reads "
-                "safetensors only: export the model again, or save it with `save_pretrained`"
-            )
-        try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InferenceError(f"{index}: not a safetensors index ({error!r}); copy the folder again") from error
-        for file in files:
-            if not (self.folder / file).exists():
-                raise InferenceError(f"{self.folder / file}: listed in {index.name} but missing; copy the folder again")
-        return files
 
     def _open(self, file: str):
         try:
@@ -136,8 +118,7 @@ class TensorFiles:
     def _open_raw(self, file: str) -> tuple[BinaryIO, dict[str, Any], int]:
         """The file, its header, and where its data begins. safetensors has checked the header."""
         handle = (self.folder / file).open("rb", buffering=0)
-        length = int.from_bytes(handle.read(8), "little")
-        return handle, json.loads(handle.read(length)), 8 + length
+        return handle, *read_header(handle)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def add_plan_inference_verb(
         "--profile", metavar="NAME", help="of a machine: h200, or a JSON file; default: this machine, measured once"
     )
     plan.add_argument("--recalibrate", action="store_true", help="measure this machine again")
-    plan.add_argument("--threads", type=_threads, metavar="N", help="CPU threads for experts; 0: the CPU computes none")
+    plan.add_argument("--cpu-experts", action="store_true", help="reckon with what `generate --cpu-experts` does")
     plan.add_argument("--trace", metavar="RUN", help="run folder or trace whose routing gives the hit rates")
 
 
@@ -62,12 +62,6 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _threads(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of threads")
-    return int(text)
-
-
 def _plan(arguments: argparse.Namespace) -> int:
     from inference.costmodel import describe
     from inference.forecast import forecast, forecast_table, placement_table
@@ -92,7 +86,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     except TraceError as error:
         print(error, file=sys.stderr)
         return 2
-    found = forecast(profile, placement, threads=arguments.threads, routing=routing)
+    found = forecast(profile, placement, cpu_experts=arguments.cpu_experts, routing=routing)
     print(
         f"{arguments.model_dir}: {sizes.family} in {sizes.dtype}, {sizes.moe_layers} layers of {sizes.experts} experts "
         f"of {show_size(sizes.expert_bytes)}, {sizes.top_k} for a token"

@@ -33,7 +33,9 @@ def add_simulate_verb(verb: Callable[[str, Any, str], argparse.ArgumentParser]) 
     simulate.add_argument("--tokens", type=int, default=2000, metavar="N", help="at most so many; 0: all")
     simulate.add_argument("--plot", metavar="FILE.svg", help="draw hit rates, and tokens/s, against the budget")
     timed = simulate.add_argument_group("on a machine's clock")
-    timed.add_argument("--profile", metavar="NAME", help="of a machine: h200, or a JSON file")
+    timed.add_argument(
+        "--profile", metavar="NAME", help="of a machine: h200, or a JSON file; without a trace the default is h200"
+    )
     timed.add_argument(
         "--shape",
         metavar="K=V,...",
@@ -41,7 +43,7 @@ def add_simulate_verb(verb: Callable[[str, Any, str], argparse.ArgumentParser]) 
         "dense (size of everything but experts), kv (size of a token's keys and values)",
     )
     timed.add_argument("--predictors", default="", metavar="NAME,...", help="of prefetches; default: none and the best")
-    timed.add_argument("--threads", type=int, metavar="N", help="CPU threads for experts; 0: the CPU computes none")
+    timed.add_argument("--cpu-experts", action="store_true", help="reckon with what `generate --cpu-experts` does")
     without = simulate.add_argument_group("without a trace: --shape, and")
     without.add_argument("--capacity", type=float, metavar="F", help="share of the experts that is resident")
     without.add_argument("--prefetch-accuracy", type=float, default=0.0, metavar="F", help="share of right guesses")
@@ -88,8 +90,8 @@ def _check_groups(arguments: argparse.Namespace) -> None:
         raise SimulateError("--capacity, --hit-rate and --prefetch-accuracy are for a shape without a TRACE; --budgets")
     if (arguments.profile is None) != (arguments.shape is None):
         raise SimulateError("times need both: --profile, as h200, and --shape hidden=..,intermediate=..")
-    if arguments.profile is None and (arguments.predictors or arguments.threads is not None):
-        raise SimulateError("--predictors and --threads make a difference on a clock only: give --profile, as h200")
+    if arguments.profile is None and (arguments.predictors or arguments.cpu_experts):
+        raise SimulateError("--predictors and --cpu-experts make a difference on a clock only: give --profile, as h200")
 
 
 def _budgets(text: str) -> list[float]:
@@ -141,8 +143,8 @@ def _draw(path: str, panels: list[Any]) -> None:
 
 def _timed(arguments: argparse.Namespace, routing: Routing, budgets: list[float], names: tuple[str, ...]) -> None:
     from inference.analytic import ShapeError, parse_shape
-    from inference.costmodel import ExpertCosts, named_profile
-    from inference.forecast import DECODE, dense_seconds
+    from inference.costmodel import named_profile
+    from inference.forecast import DECODE, dense_seconds, lane_costs
     from inference.placement import place
     from inference.predictors import PREDICTORS
     from inference.simulate import BYPASS, FORESEEN, HEDGE, POLICIES
@@ -153,7 +155,7 @@ def _timed(arguments: argparse.Namespace, routing: Routing, budgets: list[float]
     profile = named_profile(arguments.profile)
     if profile.link is None:
         raise ShapeError(f"profile {profile.name!r} has no GPU behind a link: nothing is ever fetched there")
-    costs = ExpertCosts.of(profile, sizes.hidden, sizes.intermediate, sizes.itemsize, arguments.threads)
+    costs = lane_costs(profile, sizes, arguments.cpu_experts)
     if names == POLICIES:
         names = ("lru", "expected_reuse", *([FORESEEN] if routing.heads is not None else []), HEDGE)
     known = [name for name in PREDICTORS if name not in ("heads", "next_gate") or routing.heads is not None]
@@ -201,7 +203,7 @@ def _without_trace(arguments: argparse.Namespace) -> int:
         arguments.capacity,
         arguments.prefetch_accuracy,
         hit_rate=arguments.hit_rate,
-        threads=arguments.threads,
+        cpu_experts=arguments.cpu_experts,
     )
     print(*describe(profile), *answer_lines(found), sep="\n")
     return 0

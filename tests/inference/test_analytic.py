@@ -54,7 +54,7 @@ def test_all_resident_nothing_is_fetched():
 
 
 def test_more_resident_is_faster_and_prompts_stream():
-    times = [answer(H200, SIZES, share, 0.0, threads=0) for share in (0.1, 0.5, 0.9)]
+    times = [answer(H200, SIZES, share, 0.0) for share in (0.1, 0.5, 0.9)]
     assert [one.plain.seconds for one in times] == sorted((one.plain.seconds for one in times), reverse=True)
     assert all(one.prompts[1].plan.mode == "stream" for one in times)
 
@@ -97,7 +97,7 @@ def test_the_command_answers(capsys):
         (["--shape", SHAPE, "--capacity", "0.1", "--profile", "abacus"], "no profile 'abacus'"),
         (["trace", "--capacity", "0.1"], "without a TRACE"),
         (["trace", "--profile", "h200"], "times need both"),
-        (["trace", "--threads", "2"], "on a clock only"),
+        (["trace", "--cpu-experts"], "on a clock only"),
         (["trace", "--plot", "x.png"], "ends in .svg"),
     ],
 )

@@ -22,8 +22,9 @@ from transformers import (
 from inference.costmodel import named_profile
 from inference.engine import LLM
 from inference.errors import InferenceError
-from inference.forecast import DECODE, PREFILL, assumed_use, forecast, traced_use
+from inference.forecast import DECODE, PREFILL, assumed_forecast, assumed_use, forecast, lane_costs, traced_use
 from inference.kv import KVShape
+from inference.limits import MAX_ROWS
 from inference.placement import WORKSPACE, PlacementError, model_sizes, parse_size, place, show_size
 from inference.simulate import Routing
 from moe.tracefile import TraceHeader, TraceRecord, TraceWriter, trace_file
@@ -183,7 +184,10 @@ def test_sizes_are_shown_with_three_digits():
     ]
 
 
-@pytest.mark.parametrize("damage", ["no folder", "no config", "dense", "no experts", "cut short", "no heads", "int8"])
+@pytest.mark.parametrize(
+    "damage",
+    ["no folder", "no config", "dense", "no experts", "cut short", "no heads", "int8", "index", "index list", "shard"],
+)
 def test_folders_that_cannot_be_planned_for_are_named(tmp_path, large, damage):
     config = json.loads((large / "config.json").read_text())
     header = (large / "model.safetensors").read_bytes()
@@ -200,24 +204,48 @@ def test_folders_that_cannot_be_planned_for_are_named(tmp_path, large, damage):
     if damage != "no config":
         (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes(header)
+    indices = {"index": {}, "index list": [], "shard": {"weight_map": {"a": "model-00001.safetensors"}}}
+    if damage in indices:
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(indices[damage]))
     folder = tmp_path / "nowhere" if damage == "no folder" else tmp_path
-    with pytest.raises(PlacementError, match=str(folder)):
+    with pytest.raises(InferenceError, match=str(folder)):
         model_sizes(folder)
 
 
-def test_the_h200_splits_a_decode_and_streams_a_long_prompt(sizes):
+def test_the_h200_splits_a_decode_if_told_and_streams_prompts(sizes):
     placed = place(sizes, kv_tokens=4096, gpu=True, vram=16 << 30)
-    found = {(one.phase, one.tokens): one for one in forecast(named_profile("h200"), placed)}
+    by_default = {(one.phase, one.tokens): one for one in forecast(named_profile("h200"), placed)}
+    assert [one.plan.mode for one in by_default.values()] == ["fetch", "fetch", "stream", "stream"]
+    assert by_default[PREFILL, 4096].plan.bound == "link"
+    told = forecast(named_profile("h200"), placed, cpu_experts=True)
+    found = {(one.phase, one.tokens): one for one in told}
     one = found[DECODE, 1]
     assert one.plan.mode == "split"
     assert set(one.plan.alternatives) == {"fetch", "cpu", "split"}
+    assert one.tokens_per_second > by_default[DECODE, 1].tokens_per_second
+    assert found[PREFILL, 1024].plan.mode == "stream", "the executor splits no prompt, whatever would be faster"
     assert set(found[PREFILL, 4096].plan.alternatives) == {"stream", "cpu", "split"}
-    alone = forecast(named_profile("h200"), placed, threads=0)[-1]
-    assert (alone.plan.mode, alone.plan.bound) == ("stream", "link")
     # By hand: misses of a layer over both lanes' rates, a floor that no plan may pass.
     missed = 48 * 8 * (1 - placed.share) * placed.sizes.expert_bytes
     assert one.plan.seconds > missed / (55.3e9 + 35.5e9)
     assert found[DECODE, 16].tokens_per_second > one.tokens_per_second
+
+
+def test_a_prompt_streams_all_layers_for_each_chunk(sizes):
+    placed = place(sizes, kv_tokens=4096, gpu=True, expert_budget=0.0)
+    profile = named_profile("h200")
+    once = assumed_forecast(lane_costs(profile, sizes, False), placed, PREFILL, MAX_ROWS).plan
+    for chunks in (2, 8):
+        plan = assumed_forecast(lane_costs(profile, sizes, False), placed, PREFILL, chunks * MAX_ROWS).plan
+        assert plan.seconds == pytest.approx(chunks * once.seconds)
+        assert plan.alternatives[plan.mode] == plan.seconds
+
+
+def test_without_graphs_launches_are_paid_for(sizes):
+    """All resident and one token: what is issued one by one takes longer than reading the weights."""
+    placed = place(sizes, kv_tokens=4096, gpu=True, expert_budget=1.0)
+    slow = dataclasses.replace(named_profile("h200"), launch_s=9e-6)
+    assert forecast(slow, placed)[0].plan.seconds > 48 * 40 * 9e-6
 
 
 def test_more_memory_is_never_slower(sizes):
@@ -265,7 +293,10 @@ def test_even_routing_is_the_assumption_without_a_trace(sizes):
 
 
 def test_the_command_prints_what_where_how_fast_and_why(large, tmp_path, capsys):
-    assert main(["plan-inference", str(large), "--vram", "8GiB", "--kv-tokens", "4096", "--profile", "h200"]) == 0
+    told = ["plan-inference", str(large), "--vram", "8GiB", "--kv-tokens", "4096", "--profile", "h200"]
+    assert main(told) == 0
+    assert "cpu ms" not in capsys.readouterr().out
+    assert main([*told, "--cpu-experts"]) == 0
     text = capsys.readouterr().out
     for part in ("dense part", "keys and values, 4096 tokens", "of 6144 experts", "host memory", "decode, batch 1 ",
                  "decode, batch 16", "prefill of 1024", "prefill of 4096", "bound by", "assumed: even routing",

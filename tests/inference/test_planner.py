@@ -193,9 +193,10 @@ def test_prefill_streams_where_the_link_is_strong_and_decode_splits():
     assert decode.seconds < min(decode.alternatives["fetch"], decode.alternatives["cpu"])
     assert "against" in decode.reason()
     weak_link = costs_of(link=5, beside=0.9, cpu_us=(170, 180))
-    assert plan_phase(
-        "prefill", weak_link, layers=4, missing_rows=[9] * 4, resident_rows=[], dense_s=0
-    ).mode in ("cpu", "split")  # fmt: skip
+    slow = plan_phase("prefill", weak_link, layers=4, missing_rows=[9] * 4, resident_rows=[], dense_s=0)
+    assert slow.mode == "stream", "the way that the executor goes"
+    assert slow.seconds == slow.alternatives["stream"] > slow.alternatives["cpu"]
+    assert slow.reason().startswith("stream takes 19.2 ms, against cpu ")
 
 
 def test_all_resident_and_all_on_the_cpu_are_phases_too():
