@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.inference_arms import Arm, Ours, Transformers, open_banks
+from benchmarks.inference_arms import Arm, Ours, Transformers, open_banks, warmed
 from benchmarks.inference_freetoken import FreeToken
 from benchmarks.inference_model import Shape, described, draw_trace, locality, write_model
 from benchmarks.inference_rates import Rates, measure
@@ -56,9 +57,13 @@ CONFIGS = {
 
 
 class Bench:
-    """The arms, made one after the other; one that cannot be made is left out, and the reader told why."""
+    """The arms, made one after the other; one that cannot be made is left out, and the reader told why.
 
-    def __init__(self, config: Config, folder: Path, only: list[str]) -> None:
+    ``stack`` closes them in the end.
+    """
+
+    def __init__(self, config: Config, folder: Path, only: list[str], stack: ExitStack) -> None:
+        self._stack = stack
         self.config, self.folder, self.only = config, folder, only
         self.device = torch.device(config.device)
         self.arms: list[Arm] = []
@@ -92,14 +97,12 @@ class Bench:
             return
         began = time.monotonic()
         try:
-            arm = make(name)
-            arm.warm(min(self.config.warm, arm.most or self.config.warm))
-            arm.figures()
+            arm = warmed(partial(make, name), self.config.warm)
         except Exception as error:  # a peer may fail in any way; the others go on, and the reader is told
             self.skipped[name] = f"{type(error).__name__}: {error}"
             say(f"left out: {name}: {self.skipped[name]}")
             return
-        self.arms.append(arm)
+        self.arms.append(self._stack.enter_context(closing(arm)))
         say(f"{name}: ready after {time.monotonic() - began:.1f} s")
 
     def ours(
@@ -182,7 +185,12 @@ def run(config: Config, folder: Path, args: argparse.Namespace, began: float) ->
     path = result_path("inference.json", args.json)
     write_model(folder, config.shape, torch.device(config.device))
     say(f"model written after {time.monotonic() - began:.0f} s")
-    bench = Bench(config, folder, args.only)
+    with ExitStack() as stack:
+        return _measured(Bench(config, folder, args.only, stack), folder, args, began, path)
+
+
+def _measured(bench: Bench, folder: Path, args: argparse.Namespace, began: float, path: Path) -> dict[str, Any]:
+    config = bench.config
     say(f"banks ready, rates measured after {time.monotonic() - began:.0f} s: {bench.rates}")
     every, some = config.shape.total, bench.slots
     percent = f"{config.share:.0%} resident"
@@ -219,9 +227,6 @@ def run(config: Config, folder: Path, args: argparse.Namespace, began: float) ->
     result["exact"] = exactness(bench)
     result["summary"] = summarise(config.shape, bench.rates, result["rows"])
     save(path, result)
-    for arm in bench.arms:
-        if isinstance(arm, FreeToken):
-            arm.close()
     return result
 
 

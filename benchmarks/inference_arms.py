@@ -58,6 +58,21 @@ class Arm(Protocol):
     def figures(self) -> dict[str, Any]:
         """What it counted since it was last asked."""
 
+    def close(self) -> None:
+        """End what would outlive it."""
+
+
+def warmed(make: Callable[[], Arm], tokens: int) -> Arm:
+    """An arm that has decoded ``tokens`` tokens, or its most. One that raises meanwhile is closed."""
+    arm = make()
+    try:
+        arm.warm(min(tokens, arm.most or tokens))
+        arm.figures()
+    except BaseException:
+        arm.close()
+        raise
+    return arm
+
 
 class _Decoding:
     """An arm in this process."""
@@ -80,6 +95,9 @@ class _Decoding:
 
     def figures(self) -> dict[str, Any]:
         return {}
+
+    def close(self) -> None:
+        """Nothing outlives it."""
 
 
 class Ours(_Decoding):

@@ -46,22 +46,25 @@ class FreeToken:
         self, name: str, wheels: str, folder: Path, trace_NLK: np.ndarray, slots: int, strategy: str, fetch: int = -1
     ) -> None:
         self.name, self.most, self._first, self._warm = name, None, 0, 64
-        self.log = Path(tempfile.mkstemp(prefix="freetoken-", suffix=".log")[1])
+        self._log = tempfile.TemporaryFile("a+")  # noqa: SIM115
         trace = folder / "trace.npy"
         np.save(trace, trace_NLK)
         command = [sys.executable, "-m", "benchmarks.inference_freetoken", str(folder), str(trace), str(slots)]
         path = os.pathsep.join([str(Path(__file__).parents[1]), wheels, os.environ.get("PYTHONPATH", "")])
-        with self.log.open("w") as log:
-            self._process = subprocess.Popen(
-                [*command, strategy, str(fetch)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env={**os.environ, "PYTHONPATH": path},
-            )
-        self._answer(80)
-        self._rest()
+        self._process = subprocess.Popen(
+            [*command, strategy, str(fetch)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        try:
+            self._answer(80)
+            self._rest()
+        except BaseException:
+            self.close()
+            raise
 
     def warm(self, tokens: int) -> None:
         """Each round warms up by itself."""
@@ -95,11 +98,14 @@ class FreeToken:
                     return line.removeprefix(_ANSWER).strip()
         finally:
             stuck.cancel()
-        raise FreeTokenError(f"ended or said nothing for {seconds:.0f} s: {self.log.read_text()[-1500:]}")
+        self._log.seek(0)
+        raise FreeTokenError(f"ended or said nothing for {seconds:.0f} s: {self._log.read()[-1500:]}")
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        """It may lie stopped, with its GPU memory."""
+        with self._process:  # closes its pipes and waits
+            self._process.kill()
+        self._log.close()
 
 
 def _serve(folder: str, trace: str, slots: int, strategy: str, fetch: int) -> None:

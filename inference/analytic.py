@@ -147,6 +147,7 @@ def answer(
     *,
     hit_rate: float | None = None,
     cpu_experts: bool = False,
+    graphs: bool = False,
     prompts: tuple[int, ...] = (1024, 4096),
 ) -> Answer:
     """Raises InferenceError where the machine has no link: without one there is nothing to prefetch."""
@@ -155,7 +156,7 @@ def answer(
     placement = place(sizes, gpu=True, expert_budget=capacity)
     costs = lane_costs(profile, sizes, cpu_experts)
     rate = placement.share if hit_rate is None else hit_rate
-    dense_s = dense_seconds(costs, placement, DECODE, 1) / sizes.moe_layers
+    dense_s = dense_seconds(costs, placement, DECODE, 1, graphs) / sizes.moe_layers
     misses, hits = (1 - rate) * sizes.top_k, rate * sizes.top_k
     plain, ahead = (decode_with_prefetch(costs, sizes, dense_s, misses, hits, a) for a in (0.0, accuracy))
     read = tuple(assumed_forecast(costs, placement, PREFILL, tokens) for tokens in prompts)

@@ -23,8 +23,9 @@ from inference.simulate import HEDGE, Routing, replay
 DECODE, PREFILL = "decode", "prefill"
 PASSES = ((DECODE, 1), (DECODE, 16), (PREFILL, 1024), (PREFILL, 4096))
 CONTEXT = 1024
-# Operations of a layer, issued one by one as long as nobody asks for graphs.
-CPU_OPERATIONS, GPU_LAUNCHES = 80, 45
+# Operations of a layer that are issued one by one; of a captured decode step those between its graphs, up to
+# so many sequences (inference.graphed).
+CPU_OPERATIONS, GPU_LAUNCHES, CAPTURED_LAUNCHES, CAPTURED_ROWS = 80, 45, 8, 8
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,18 @@ def traced_use(sizes: ModelSizes, routing: Routing, slots: int, batch: int) -> U
 
 
 def forecast(
-    profile: MachineProfile, placement: Placement, *, cpu_experts: bool = False, routing: Routing | None = None
+    profile: MachineProfile,
+    placement: Placement,
+    *,
+    cpu_experts: bool = False,
+    graphs: bool = False,
+    routing: Routing | None = None,
 ) -> list[Forecast]:
     """All of :data:`PASSES`. Raises PlacementError as :func:`traced_use` does.
 
     Args:
         cpu_experts: the CPU may compute missing experts beside a GPU.
+        graphs: decode steps are captured.
     """
     sizes = placement.sizes
     costs = lane_costs(profile, sizes, cpu_experts)
@@ -95,9 +102,9 @@ def forecast(
     for phase, tokens in PASSES:
         if routing is not None and phase == DECODE:
             use = traced_use(sizes, routing, placement.slots, tokens)
-            found.append(Forecast(phase, tokens, use, _plan(costs, placement, phase, tokens, use)))
+            found.append(Forecast(phase, tokens, use, _plan(costs, placement, phase, tokens, use, graphs)))
         else:
-            found.append(assumed_forecast(costs, placement, phase, tokens))
+            found.append(assumed_forecast(costs, placement, phase, tokens, graphs))
     return found
 
 
@@ -107,15 +114,17 @@ def lane_costs(profile: MachineProfile, sizes: ModelSizes, cpu_experts: bool) ->
     return ExpertCosts.of(profile, sizes.hidden, sizes.intermediate, sizes.itemsize, threads)
 
 
-def assumed_forecast(costs: ExpertCosts, placement: Placement, phase: str, tokens: int) -> Forecast:
+def assumed_forecast(
+    costs: ExpertCosts, placement: Placement, phase: str, tokens: int, graphs: bool = False
+) -> Forecast:
     """With even routing. A prompt is read in chunks of :data:`MAX_ROWS`, and ``use`` is that of a chunk."""
     chunks = math.ceil(tokens / MAX_ROWS) if phase == PREFILL else 1
     rows = math.ceil(tokens / chunks)
     use = assumed_use(placement.sizes, placement.share, rows)
-    return Forecast(phase, tokens, use, _plan(costs, placement, phase, rows, use).repeated(chunks))
+    return Forecast(phase, tokens, use, _plan(costs, placement, phase, rows, use, graphs).repeated(chunks))
 
 
-def _plan(costs: ExpertCosts, placement: Placement, phase: str, tokens: int, use: Use) -> PhasePlan:
+def _plan(costs: ExpertCosts, placement: Placement, phase: str, tokens: int, use: Use, graphs: bool) -> PhasePlan:
     """Of one pass."""
     sizes = placement.sizes
     distinct = max(round(use.distinct), 1)
@@ -127,11 +136,11 @@ def _plan(costs: ExpertCosts, placement: Placement, phase: str, tokens: int, use
         layers=sizes.moe_layers,
         missing_rows=[rows] * missing,
         resident_rows=[rows] * (distinct - missing),
-        dense_s=dense_seconds(costs, placement, phase, tokens) / sizes.moe_layers,
+        dense_s=dense_seconds(costs, placement, phase, tokens, graphs) / sizes.moe_layers,
     )
 
 
-def dense_seconds(costs: ExpertCosts, placement: Placement, phase: str, tokens: int) -> float:
+def dense_seconds(costs: ExpertCosts, placement: Placement, phase: str, tokens: int, graphs: bool = False) -> float:
     """Of everything but the routed experts in one pass: bytes read, products made, operations issued.
 
     Each sequence that decodes is taken to have :data:`CONTEXT` tokens behind it, if there is room for them.
@@ -141,7 +150,8 @@ def dense_seconds(costs: ExpertCosts, placement: Placement, phase: str, tokens: 
     nbytes = sizes.dense_bytes - sizes.table_bytes + context * sizes.kv_bytes
     products = 2 * sizes.dense_elements * tokens
     if profile.link is not None:
-        issued = GPU_LAUNCHES * profile.launch_s + profile.sync_s
+        captured = graphs and phase == DECODE and tokens <= CAPTURED_ROWS
+        issued = (CAPTURED_LAUNCHES if captured else GPU_LAUNCHES) * profile.launch_s + profile.sync_s
         return max(nbytes / profile.gpu_memory, products / profile.gpu_flops) + sizes.layers * issued
     issued = CPU_OPERATIONS * profile.launch_s
     return max(nbytes / profile.dram.alone, products / cpu_flops(profile)) + sizes.layers * issued

@@ -32,7 +32,7 @@ def add_plan_inference_verb(
         "--profile", metavar="NAME", help="of a machine: h200, or a JSON file; default: this machine, measured once"
     )
     plan.add_argument("--recalibrate", action="store_true", help="measure this machine again")
-    plan.add_argument("--cpu-experts", action="store_true", help="reckon with what `generate --cpu-experts` does")
+    add_way_options(plan)
     plan.add_argument("--trace", metavar="RUN", help="run folder or trace whose routing gives the hit rates")
 
 
@@ -51,6 +51,12 @@ def add_budget_options(parser: argparse.ArgumentParser, fraction: Callable[[str]
         metavar="SIZE",
         help="memory for the model, as 8GiB: what the dense part and the keys and values leave holds experts",
     )
+
+
+def add_way_options(parser: Any) -> None:
+    """What the prediction is to reckon with; by default neither, as in the runtime."""
+    parser.add_argument("--cpu-experts", action="store_true", help="as `generate --cpu-experts` computes them")
+    parser.add_argument("--graphs", action="store_true", help="with captured decode steps, as LLM(.., graphs=True)")
 
 
 def _size(text: str) -> int:
@@ -86,7 +92,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     except TraceError as error:
         print(error, file=sys.stderr)
         return 2
-    found = forecast(profile, placement, cpu_experts=arguments.cpu_experts, routing=routing)
+    found = forecast(profile, placement, cpu_experts=arguments.cpu_experts, graphs=arguments.graphs, routing=routing)
     print(
         f"{arguments.model_dir}: {sizes.family} in {sizes.dtype}, {sizes.moe_layers} layers of {sizes.experts} experts "
         f"of {show_size(sizes.expert_bytes)}, {sizes.top_k} for a token"

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.plan_inference_cli import add_way_options
+
 if TYPE_CHECKING:
     from inference.simulate import Replay, Routing
     from inference.timeline import TimedReplay
@@ -43,7 +45,7 @@ def add_simulate_verb(verb: Callable[[str, Any, str], argparse.ArgumentParser]) 
         "dense (size of everything but experts), kv (size of a token's keys and values)",
     )
     timed.add_argument("--predictors", default="", metavar="NAME,...", help="of prefetches; default: none and the best")
-    timed.add_argument("--cpu-experts", action="store_true", help="reckon with what `generate --cpu-experts` does")
+    add_way_options(timed)
     without = simulate.add_argument_group("without a trace: --shape, and")
     without.add_argument("--capacity", type=float, metavar="F", help="share of the experts that is resident")
     without.add_argument("--prefetch-accuracy", type=float, default=0.0, metavar="F", help="share of right guesses")
@@ -90,8 +92,8 @@ def _check_groups(arguments: argparse.Namespace) -> None:
         raise SimulateError("--capacity, --hit-rate and --prefetch-accuracy are for a shape without a TRACE; --budgets")
     if (arguments.profile is None) != (arguments.shape is None):
         raise SimulateError("times need both: --profile, as h200, and --shape hidden=..,intermediate=..")
-    if arguments.profile is None and (arguments.predictors or arguments.cpu_experts):
-        raise SimulateError("--predictors and --cpu-experts make a difference on a clock only: give --profile, as h200")
+    if arguments.profile is None and (arguments.predictors or arguments.cpu_experts or arguments.graphs):
+        raise SimulateError("--predictors, --cpu-experts and --graphs matter on a clock only: give --profile, as h200")
 
 
 def _budgets(text: str) -> list[float]:
@@ -165,7 +167,7 @@ def _timed(arguments: argparse.Namespace, routing: Routing, budgets: list[float]
     found: dict[float, list[TimedReplay]] = {}
     for budget in budgets:
         placement = place(sizes, gpu=True, expert_budget=budget)
-        dense_s = dense_seconds(costs, placement, DECODE, 1) / sizes.moe_layers
+        dense_s = dense_seconds(costs, placement, DECODE, 1, arguments.graphs) / sizes.moe_layers
         pairs = [(policy, predictor) for policy in names for predictor in predictors] + [(BYPASS, "none")]
         found[budget] = [
             Timeline(routing, policy, predictor, placement.slots, costs, dense_s).run() for policy, predictor in pairs
@@ -204,6 +206,7 @@ def _without_trace(arguments: argparse.Namespace) -> int:
         arguments.prefetch_accuracy,
         hit_rate=arguments.hit_rate,
         cpu_experts=arguments.cpu_experts,
+        graphs=arguments.graphs,
     )
     print(*describe(profile), *answer_lines(found), sep="\n")
     return 0

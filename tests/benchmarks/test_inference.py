@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.inference_freetoken import FreeToken, FreeTokenError
 from benchmarks.inference_report import ALL, summarise
 
 
@@ -28,6 +29,19 @@ class FlatRates:
 class Sizes:
     layers: int = 2
     choices: int = 4
+
+
+class Broken:
+    """An arm that takes two tokens at most and fails."""
+
+    most, warmed, closed = 2, 0, False
+
+    def warm(self, tokens):
+        self.warmed = tokens
+        raise RuntimeError("out of memory")
+
+    def close(self):
+        self.closed = True
 
 
 def _row(seconds: list[float], **counted: float) -> dict:
@@ -59,6 +73,15 @@ def test_ratios_are_the_right_way_up():
             f"ours, 10% resident / {ALL}": 0.125,
         }
     )
+
+
+def test_a_peer_that_cannot_start_leaves_no_process(tmp_path, monkeypatch):
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *given, **more: started.append(popen(*given, **more)) or started[0])
+    with pytest.raises(FreeTokenError, match="No module named 'freetoken'"):
+        FreeToken("peer", str(tmp_path), tmp_path, np.zeros((1, 1, 1), dtype=np.int64), 1, "offload")
+    assert started[0].returncode is not None
+    assert started[0].stdout.closed
 
 
 class TestWithTriton:
@@ -114,6 +137,14 @@ class TestWithTriton:
         chosen = [[gate(torch.zeros(1, 3))[2].tolist() for gate in gates] for _ in range(2)]
         assert chosen == [[[[8, 9]], [[10, 11]]], [[[0, 1]], [[2, 3]]]], "behind the last token comes the first"
         assert gates[0](torch.zeros(2, 3))[2].tolist() == [[0, 0], [0, 0]], "prompts are routed as they are"
+
+    def test_an_arm_that_fails_while_it_warms_up_is_closed(self):
+        from benchmarks.inference_arms import warmed
+
+        arm = Broken()
+        with pytest.raises(RuntimeError, match="out of memory"):
+            warmed(lambda: arm, 8)
+        assert (arm.warmed, arm.closed) == (2, True)
 
     @pytest.mark.slow
     @pytest.mark.timeout(200)

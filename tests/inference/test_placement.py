@@ -245,7 +245,9 @@ def test_without_graphs_launches_are_paid_for(sizes):
     """All resident and one token: what is issued one by one takes longer than reading the weights."""
     placed = place(sizes, kv_tokens=4096, gpu=True, expert_budget=1.0)
     slow = dataclasses.replace(named_profile("h200"), launch_s=9e-6)
-    assert forecast(slow, placed)[0].plan.seconds > 48 * 40 * 9e-6
+    plain, captured = forecast(slow, placed), forecast(slow, placed, graphs=True)
+    assert plain[0].plan.seconds > 48 * 40 * 9e-6 > captured[0].plan.seconds
+    assert plain[2:] == captured[2:], "prompts are not captured"
 
 
 def test_more_memory_is_never_slower(sizes):
