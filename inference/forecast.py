@@ -166,7 +166,7 @@ def placement_table(placement: Placement, profile: MachineProfile) -> list[str]:
         rows = [
             ("dense part", "host memory", sizes.dense_bytes),
             (f"keys and values, {placement.kv_tokens} tokens", "host memory", placement.kv_bytes),
-            (f"all {sizes.total_experts} experts", "mapped files", everything),
+            (f"all {sizes.total_experts} experts", "files", everything),
         ]
         note = f"no GPU here: the cores compute all experts where they lie; {slots} would have slots on one"
         return [*map(_line, rows), note]

@@ -1,6 +1,6 @@
 """Putting together what brings experts over a link: banks, transfers, a predictor, the executor.
 
-Without a link, on a CPU, there is nothing of this: what is mapped into memory is where it is computed.
+Without a link, on a CPU, there is nothing of this: experts are computed in the memory that holds them.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def open_executor(
     if link is None:
         if crossing.asks:
             raise InferenceError(
-                f"{crossing.asks} has nothing to save on {device}, where experts are computed where they are mapped; "
-                "leave it out, or compute on a GPU"
+                f"{crossing.asks} has nothing to save on {device}, where experts are computed in the memory that "
+                "holds them; leave it out, or compute on a GPU"
             )
         return None
     registrar = CudaRegistrar(device) if device.type == "cuda" else NoRegistrar()

@@ -1,8 +1,10 @@
 """Replay of recorded decoding on a machine's clock: predictors, prefetches and the split between link and CPU included.
 
-Policies, predictors, the worth of a prefetch and the planner are the runtime's own objects and functions, the costs a
-machine profile's. What is simplified: prefetches are handed over piece by piece with no window ahead, so a demand waits
-for one piece at most; the dense part takes the same time in all layers; nothing of the host's own work is counted.
+Policies, predictors and the planner are the runtime's own objects and functions, the costs a machine profile's. What is
+simplified: prefetches are handed over piece by piece with no window ahead, so a demand waits for one piece at most; of
+:class:`inference.prefetch.Prefetcher` only :func:`worth_fetching` is here, without corrected chances of absent experts,
+the limit to the first of them and the price of regretted evictions; calls of many rows are demanded, too, where the
+runtime streams them; the dense part takes the same time in all layers; nothing of the host's own work is counted.
 
 A prefetched expert is fetched: it counts in ``fetched`` whether it came in time, late or in vain, and only then is the
 time that it saved seen, in the clock. So a hit by prefetch is no miss avoided.

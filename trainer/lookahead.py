@@ -50,7 +50,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model did while it read: each layer's input ``x_NSLH``, fp16 where it fits, and what it chose."""
+    """What a model did while it read: each layer's input ``x_NSLH``, in bf16, and what it chose."""
 
     x_NSLH: Tensor
     index_NSLK: Tensor

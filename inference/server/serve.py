@@ -157,7 +157,7 @@ def _ready_line(listener: socket.socket, service: Service) -> str:
 
 
 def _open(options: ServeOptions) -> tuple[LLM, Served]:
-    from inference.batching import MAX_ROWS
+    from inference.limits import MAX_ROWS
 
     names = [name for name, _ in options.adapters]
     if len(set(names)) < len(names):
