@@ -7,7 +7,7 @@
 5. Results are added in ascending order of expert, so that nothing of all this reaches the bits. (Of the CPU's own
    products that cannot be said: with them results are close, not equal.)
 
-Calls of many rows stream through buffers of whole layers instead (:mod:`inference.streaming`): those of prompts, and of
+Calls of many rows stream through buffers of whole layers instead (:mod:`inference.layer_stream`): those of prompts, and of
 so many decoding sequences that they, too, want nearly all experts.
 
 Shapes: T tokens, K choices, N = T*K rows sorted by expert, L layers by row, E experts, D layer calls ahead, H hidden.
@@ -26,8 +26,8 @@ from torch import Tensor
 from inference.cache import ExpertCache, Loan, Wanted
 from inference.errors import InferenceError
 from inference.experts import Call, CpuRows, OffloadedExperts
+from inference.layer_stream import LayerStream
 from inference.prefetch import Prefetcher
-from inference.streaming import LayerStream
 from inference.transfer import Transfer, TransferEngine
 from moe.refs import ExpertRef
 
@@ -35,7 +35,7 @@ MANY_PAIRS = 256  # (token, choice) pairs above which a call streams
 _SPARE = 16  # one slot in so many is free before a call, so that the link need not wait for the policy
 
 
-class CpuLane(Protocol):
+class HostExperts(Protocol):
     """Computes experts where they lie in host memory; see :class:`inference.cpu_experts.CpuExperts`."""
 
     def submit(self, layer: int, work: Sequence[tuple[int, int]], x_NH: Tensor) -> Any: ...
@@ -97,7 +97,7 @@ class Executor:
         transfers: TransferEngine,
         *,
         prefetcher: Prefetcher | None = None,
-        cpu: CpuLane | None = None,
+        cpu: HostExperts | None = None,
         plan: Plan | None = None,
         stream: LayerStream | None = None,
         slot_calls: SlotLane | None = None,

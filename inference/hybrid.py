@@ -24,7 +24,7 @@ from moe.refs import ExpertRef
 
 
 @dataclass(frozen=True)
-class CpuLane:
+class CpuSide:
     """``experts`` computes what ``plan`` leaves to it."""
 
     experts: CpuExperts
@@ -36,7 +36,7 @@ class CpuLane:
 
 def open_cpu_lane(
     banks: ExpertBanks, arithmetic: Arithmetic, profile: MachineProfile, threads: int | None = None
-) -> CpuLane:
+) -> CpuSide:
     """``threads`` for experts, at least 1; by default as many as were fastest when the machine was measured.
 
     Raises InferenceError if the profile counts on the compiled kernel and there is no compiler here.
@@ -57,7 +57,7 @@ def open_cpu_lane(
                 "(planaria plan-inference --recalibrate), or install a compiler"
             ) from error
     experts = CpuExperts(host_weights(banks), arithmetic.gated, KernelTable(profile.cpu), threads, team, compiled)
-    return CpuLane(experts, CallPlanner(costs))
+    return CpuSide(experts, CallPlanner(costs))
 
 
 def host_weights(banks: ExpertBanks) -> HostWeights:

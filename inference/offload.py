@@ -20,10 +20,10 @@ from inference.errors import InferenceError
 from inference.executor import Executor, SlotLane
 from inference.experts import Arithmetic, computable
 from inference.hybrid import open_cpu_lane
-from inference.lookahead import DevicePart, next_gates
+from inference.layer_stream import LayerStream
+from inference.next_gates import DevicePart, next_gates
 from inference.predictors import PREDICTORS, Lookahead, Predictor
 from inference.prefetch import Prefetcher
-from inference.streaming import LayerStream
 from inference.transfer import WINDOW_BYTES, CudaLink, Link, TransferEngine
 
 

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from inference.errors import InferenceError
 from inference.heads import Heads
-from inference.lookahead import token_scores
+from inference.next_gates import token_scores
 from inference.recorded_heads import RecordedHeads, SpilledRows, heads_file
 from moe.tracefile import TraceError, TraceHeader, TraceRecord, TraceWriter
 

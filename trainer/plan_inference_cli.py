@@ -56,7 +56,7 @@ def add_budget_options(parser: argparse.ArgumentParser, fraction: Callable[[str]
 def add_way_options(parser: Any) -> None:
     """What the prediction is to reckon with; by default neither, as in the runtime."""
     parser.add_argument("--cpu-experts", action="store_true", help="as `generate --cpu-experts` computes them")
-    parser.add_argument("--graphs", action="store_true", help="with captured decode steps, as LLM(.., graphs=True)")
+    parser.add_argument("--graphs", action="store_true", help="with captured decode steps, as `generate --graphs`")
 
 
 def _size(text: str) -> int:

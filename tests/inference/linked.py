@@ -8,8 +8,8 @@ from inference.banks import ExpertBanks
 from inference.cache import ExpertCache
 from inference.executor import Executor
 from inference.experts import OffloadedExperts
+from inference.layer_stream import LayerStream
 from inference.prefetch import Prefetcher
-from inference.streaming import LayerStream
 from inference.transfer import SimulatedLink, TransferEngine
 
 

@@ -13,11 +13,11 @@ from inference.errors import InferenceError
 from inference.executor import Executor
 from inference.expert_block import ExpertBlock, ExpertShape
 from inference.experts import OffloadedExperts
+from inference.layer_stream import LayerStream
 from inference.offload import Crossing
 from inference.predictors import PREDICTORS, SameAsLast
 from inference.prefetch import Prefetcher
 from inference.store import ExpertStore, TensorFiles
-from inference.streaming import LayerStream
 from inference.transfer import CudaLink, TransferEngine, Urgency
 from moe.refs import ExpertRef
 from tests.inference.test_engine import FAMILIES, tiny
