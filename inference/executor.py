@@ -7,8 +7,8 @@
 5. Results are added in ascending order of expert, so that nothing of all this reaches the bits. (Of the CPU's own
    products that cannot be said: with them results are close, not equal.)
 
-Calls of many rows stream through buffers of whole layers instead (:mod:`inference.layer_stream`): those of prompts, and of
-so many decoding sequences that they, too, want nearly all experts.
+Calls of many rows stream through buffers of whole layers instead (:mod:`inference.layer_stream`): those of prompts, and
+of so many decoding sequences that they, too, want nearly all experts.
 
 Shapes: T tokens, K choices, N = T*K rows sorted by expert, L layers by row, E experts, D layer calls ahead, H hidden.
 """
