@@ -16,6 +16,7 @@ Shapes: T tokens, K choices, N = T*K rows sorted by expert, L layers by row, E e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -120,7 +121,9 @@ class Executor:
         """Give back the CPU's threads and the host's copy of the experts, when nothing is computed any more."""
         if self.cpu is not None:
             self.cpu.close()
-        self.transfers.close()
+        with suppress(RuntimeError):  # of a device that failed: what it has registered ends with the process
+            self.transfers.link.settle(self.transfers.link.mark())
+            self.transfers.source.close()
 
     def begin(self) -> None:
         """A new sequence starts."""

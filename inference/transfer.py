@@ -166,14 +166,6 @@ class TransferEngine:
                 self.counts.demanded_bytes += transfer.target_B.nbytes
         return transfers
 
-    def close(self) -> None:
-        """Let what is on the link arrive, then give up the source."""
-        try:
-            self.link.settle(self.link.mark())
-        except RuntimeError:
-            return  # the device failed, as was said by then; what it has registered ends with the process
-        self.source.close()
-
     def prefetch(self, ref: ExpertRef, target_B: Tensor, urgency: Urgency) -> Transfer:
         """Queue an expert that may be wanted; :meth:`pump` hands it over."""
         assert urgency > Urgency.DEMAND
