@@ -26,9 +26,9 @@ class CacheCounts:
     """What the cache did so far.
 
     One hit or miss per distinct expert of a layer call; what the CPU ``computed`` is neither. An expert that a prefetch
-    was already bringing is a hit, and ``late``. Bytes of misses as stored in the files. Of the experts that were prefetched
-    some were ``useful``, used before they were evicted, others ``wasted``; ``displaced`` experts were evicted for a
-    prefetch, and ``regretted`` of them wanted again within a round.
+    was already bringing is a hit, and ``late``. Bytes of misses as stored in the files. Of the experts that were
+    prefetched some were ``useful``, used before they were evicted, others ``wasted``; ``displaced`` experts were
+    evicted for a prefetch, and ``regretted`` of them wanted again within a round.
     """
 
     hits: int = 0

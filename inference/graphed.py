@@ -2,7 +2,8 @@
 
 A step counts as decoding if each of its rows is the newest of a sequence. For every number of rows, up to a few, and
 every power of two of blocks, the step is captured when it first comes up, which takes about a second, in which all
-requests wait. Captures keep memory of their own, so there are only so many: steps of other shapes are computed as they are.
+requests wait. Captures keep memory of their own, so there are only so many: steps of other shapes are computed as they
+are.
 
 Shapes: R rows, L rows whose scores are wanted, V vocabulary.
 """
@@ -55,7 +56,8 @@ class GraphedModel:
         self._lane: CpuLane | None = None
         self._split: Split | None = None
         if executor.cpu is not None and executor.plan is not None:
-            assert isinstance(executor.cpu, CpuExperts) and isinstance(executor.plan, CallPlanner)
+            assert isinstance(executor.cpu, CpuExperts)
+            assert isinstance(executor.plan, CallPlanner)
             self._lane = _lane(executor.cpu, cache)
             self._split = _split(executor.plan, min(self._most * choices, cache.store.shape.num_experts))
 

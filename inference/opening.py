@@ -266,8 +266,8 @@ def capture_steps(model: Model, base: Base) -> Model:
         )
     if base.heads is not None:
         raise InferenceError(
-            f"{base.path} has lookahead heads, which would look at every call of a captured step; leave graphs out, give "
-            "another policy, or take the folder's lookahead/ away"
+            f"{base.path} has lookahead heads, which would look at every call of a captured step; leave graphs out, "
+            "give another policy, or take the folder's lookahead/ away"
         )
     graphed = importlib.import_module("inference.graphed")
     modules = [module for module in base.module.modules() if isinstance(module, OffloadedExperts)]

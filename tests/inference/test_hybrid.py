@@ -180,7 +180,7 @@ def test_before_there_is_a_bank_a_file_that_ends_too_soon_is_said(model_folder, 
     cut = ExpertStore(TensorFiles(folder), paths, ExpertShape(EXPERTS, 64, 32))
     weights = host_weights(Linked(cut, 1, banks=False).banks)
     os.truncate(folder / "model.safetensors", 4096)
-    with pytest.raises(InferenceError, match="L02.E005"):
+    with pytest.raises(InferenceError, match=r"L02\.E005"):
         weights(2, 5)
 
 
