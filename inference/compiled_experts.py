@@ -49,7 +49,7 @@ class CompiledExperts:
     def takes(self, expert: HostExpert) -> bool:
         """Whether it lies as the lane reads."""
         fused_2IH, down_HI = expert.gate_up_2IH, expert.down_HI
-        if fused_2IH is None or expert.interleaved or expert.gate_up_bias is not None or expert.dtype != self._dtype:
+        if expert.interleaved or expert.gate_up_bias is not None or expert.dtype != self._dtype:
             return False
         apart = down_HI.data_ptr() - fused_2IH.data_ptr()
         whole = fused_2IH.is_contiguous() and down_HI.is_contiguous()
@@ -64,7 +64,7 @@ class CompiledExperts:
         for _, here in work:
             rows += range(here.start, here.stop)
             first.append(len(rows))
-        blocks = [expert.gate_up_2IH.data_ptr() for expert, _ in work if expert.gate_up_2IH is not None]
+        blocks = [expert.gate_up_2IH.data_ptr() for expert, _ in work]
         self.lane.submit(call, blocks, first, rows)
         self._busy = (call, x_NH, ones_N1, out_NH, list(work))
 

@@ -168,9 +168,9 @@ def test_weights_come_from_the_bank_once_it_is_there(store):
     linked = Linked(store, 1, banks=True)
     expert = host_weights(linked.banks)(2, 5)
     block_B = linked.banks.block(ExpertRef(2, 5))
-    assert expert.gate_up.data_ptr() == block_B.data_ptr(), "a view, no copy"
+    assert expert.gate_up_2IH.data_ptr() == block_B.data_ptr(), "a view, no copy"
     read = host_weights(Linked(store, 1, banks=False).banks)(2, 5)
-    assert torch.equal(read.gate_up, expert.gate_up)
+    assert torch.equal(read.gate_up_2IH, expert.gate_up_2IH)
     assert torch.equal(read.down_HI, expert.down_HI)
 
 
