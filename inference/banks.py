@@ -123,6 +123,11 @@ class ExpertBanks:
         """How much of the model is page-locked, 0 to 1."""
         return len(self._shared.ready) / len(self.store.layers)
 
+    @property
+    def filling(self) -> bool:
+        """Whether the model is, or comes to be, page-locked; without, every expert is staged."""
+        return self._shared.thread is not None
+
     def join(self) -> None:
         """Wait until all is page-locked. Raises what went wrong."""
         if self._shared.thread is not None:

@@ -25,15 +25,16 @@ from moe.refs import ExpertRef
 class CacheCounts:
     """What the cache did so far.
 
-    One hit or miss per distinct expert of a layer call; what the CPU computed is neither. An expert that a prefetch was
-    already bringing is a hit, and ``late``. Bytes of misses as stored in the files. Of the experts that were prefetched
-    some were ``useful``, used before they were evicted, others ``wasted``; ``displaced`` experts were evicted for a
-    prefetch, and ``regretted`` of them wanted again within a round.
+    One hit or miss per distinct expert of a layer call; what the CPU ``computed`` is neither. An expert that a prefetch
+    was already bringing is a hit, and ``late``. Bytes of misses as stored in the files. Of the experts that were
+    prefetched some were ``useful``, used before they were evicted, others ``wasted``; ``displaced`` experts were
+    evicted for a prefetch, and ``regretted`` of them wanted again within a round.
     """
 
     hits: int = 0
     misses: int = 0
     bytes_fetched: int = 0
+    computed: int = 0
     late: int = 0
     useful: int = 0
     wasted: int = 0
@@ -233,6 +234,11 @@ class ExpertCache:
         assert not self._resident_LE[row, ref.expert], ref
         self._untried.discard((row, ref.expert))
         self._give_up(row, ref.expert)
+
+    def abandon_all(self) -> None:
+        """:meth:`abandon` every expert whose slot is reserved and not filled."""
+        for row, expert in zip(*np.nonzero((self.slot_LE >= 0) & ~self._resident_LE), strict=True):
+            self.abandon(ExpertRef(self.store.layers[int(row)], int(expert)))
 
     def loan(self, layer: int, expert: int) -> Loan:
         """A committed expert."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from inference.compiled_experts import COMPILED, CompiledExperts, compiled_kernels
+from inference.cores import cpu_cores
 from inference.costmodel import BYTES, KernelTable, MachineProfile, ProfileError, Rates, Timing
 from inference.cpu_experts import CpuExperts, kernels_for
 from inference.host_expert import HostExpert
@@ -86,10 +87,6 @@ def hardware(device: torch.device) -> str:
     """In words, without what changes from one start to the next."""
     cores = f"{cpu_cores()} cores of {_cpu_name()}"
     return f"{torch.cuda.get_device_name(device)}, {cores}" if device.type == "cuda" else f"no GPU, {cores}"
-
-
-def cpu_cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def _cpu_name() -> str:

@@ -35,18 +35,21 @@ class CompiledExperts:
         threads: besides the caller's.
         down_start: the element of a block at which down begins.
 
+    Attributes:
+        lane: what computes; captured decode steps give it their calls themselves.
+
     Raises LaneError where there is no compiler, or for a precision that it does not know.
     """
 
     def __init__(self, threads: int, hidden: int, intermediate: int, dtype: torch.dtype, down_start: int) -> None:
-        self._lane = CpuLane(threads, hidden, intermediate, dtype, down_start)
+        self.lane = CpuLane(threads, hidden, intermediate, dtype, down_start)
         self._dtype, self._down_start = dtype, down_start
         self._busy: object = None  # what the call under way reads and writes
 
     def takes(self, expert: HostExpert) -> bool:
         """Whether it lies as the lane reads."""
         fused_2IH, down_HI = expert.gate_up_2IH, expert.down_HI
-        if fused_2IH is None or expert.interleaved or expert.gate_up_bias is not None or expert.dtype != self._dtype:
+        if expert.interleaved or expert.gate_up_bias is not None or expert.dtype != self._dtype:
             return False
         apart = down_HI.data_ptr() - fused_2IH.data_ptr()
         whole = fused_2IH.is_contiguous() and down_HI.is_contiguous()
@@ -61,14 +64,14 @@ class CompiledExperts:
         for _, here in work:
             rows += range(here.start, here.stop)
             first.append(len(rows))
-        blocks = [expert.gate_up_2IH.data_ptr() for expert, _ in work if expert.gate_up_2IH is not None]
-        self._lane.submit(call, blocks, first, rows)
+        blocks = [expert.gate_up_2IH.data_ptr() for expert, _ in work]
+        self.lane.submit(call, blocks, first, rows)
         self._busy = (call, x_NH, ones_N1, out_NH, list(work))
 
     def wait(self) -> None:
         """Until the results are there; the caller's thread helps."""
-        self._lane.wait()
+        self.lane.wait()
         self._busy = None
 
     def close(self) -> None:
-        self._lane.close()
+        self.lane.close()

@@ -78,7 +78,7 @@ def expert_rows(product: Product, gated: Gated, expert: HostExpert, x_RH: Tensor
 def _gate_and_up(product: Product, expert: HostExpert, x_RH: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     bias, fused_2IH = expert.gate_up_bias, expert.gate_up_2IH
     whole = columns.stop - columns.start == expert.intermediate
-    if fused_2IH is not None and (expert.interleaved or whole):
+    if expert.interleaved or whole:
         rows = slice(2 * columns.start, 2 * columns.stop)
         both_R2I = product(x_RH, fused_2IH if whole else fused_2IH[rows])
         if bias is not None:

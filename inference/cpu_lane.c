@@ -4,7 +4,7 @@ A call is cut into units: first all columns of all experts' gate and up, then al
 from one counter; a down unit waits until its expert's activation is whole. Every sum belongs to one unit and is added in
 one order, in fp32, so that neither the threads nor their number can reach the bits.
 
-Threads look for work without sleeping for a while after a call, since the next layer's comes within a millisecond.
+Threads look for work without sleeping for a millisecond after a call, since the next layer's comes within that.
 
 A block: gate [I,H], up [I,H] and, from element down_start on, down [H,I], row after row, bf16 or fp32. x [T,H], y [P,H] and scores [P] are fp32. */
 
@@ -13,12 +13,18 @@ A block: gate [I,H], up [I,H] and, from element down_start on, down [H,I], row a
 #include <stdint.h>
 #include <stdlib.h>
 #include <math.h>
+#include <time.h>
 
 #define UP_COLUMNS 16
 #define DOWN_ROWS 32
 #define MAX_EXPERTS 4096
 #define NONE_LEFT (1 << 30)
-#define PATIENCE 400000 /* looks before a thread goes to sleep */
+#define PATIENCE_NS 1000000 /* for which a thread looks before it goes to sleep */
+#define LOOKS 256           /* between two looks at the clock: a pause takes from 5 to 50 ns */
+
+#ifndef LATE
+#define LATE() ((void)0) /* where a thread may be late; a test lets it be */
+#endif
 
 typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t half_words __attribute__((vector_size(32), aligned(2), may_alias));
@@ -48,6 +54,12 @@ static inline void pause_cpu(void) {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
 #endif
+}
+
+static long now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000L + now.tv_nsec;
 }
 
 static inline vec widened(const uint16_t *p) {
@@ -123,10 +135,12 @@ static void down_unit(lane_t *lane, int expert, int part) {
 }
 
 static void work(lane_t *lane) {
-    int ups = lane->experts * lane->up_units;
+    LATE();
     for (;;) {
+        /* Nothing of the call may be read before this: a late thread may get its first unit of the next call here. */
         int unit = atomic_fetch_add(&lane->next, 1);
         if (unit >= lane->units) return;
+        int ups = lane->experts * lane->up_units;
         if (unit < ups) up_unit(lane, unit / lane->up_units, unit % lane->up_units);
         else down_unit(lane, (unit - ups) / lane->down_units, (unit - ups) % lane->down_units);
         atomic_fetch_add_explicit(&lane->done, 1, memory_order_release);
@@ -137,8 +151,9 @@ static void *run(void *argument) {
     lane_t *lane = argument;
     unsigned seen = 0;
     for (;;) {
-        for (long look = 0; atomic_load(&lane->call) == seen && !atomic_load(&lane->stop); look++) {
-            if (look < PATIENCE) { pause_cpu(); continue; }
+        long began = now_ns();
+        for (long look = 1; atomic_load(&lane->call) == seen && !atomic_load(&lane->stop); look++) {
+            if (look % LOOKS || now_ns() - began < PATIENCE_NS) { pause_cpu(); continue; }
             pthread_mutex_lock(&lane->lock);
             atomic_fetch_add(&lane->sleeping, 1);
             while (atomic_load(&lane->call) == seen && !atomic_load(&lane->stop))
@@ -147,6 +162,7 @@ static void *run(void *argument) {
             pthread_mutex_unlock(&lane->lock);
         }
         if (atomic_load(&lane->stop)) return NULL;
+        LATE();
         atomic_fetch_add(&lane->busy, 1);
         seen = atomic_load(&lane->call);
         work(lane);
@@ -181,6 +197,7 @@ int lane_submit(lane_t *lane, int experts, const char **block, const int32_t *fi
     /* A late thread may still ask for a unit of the last call: it must find none, whatever `units` is by then. */
     atomic_store(&lane->next, NONE_LEFT);
     while (atomic_load(&lane->busy)) pause_cpu();
+    LATE();
     long pairs = first[experts];
     lane->units = 0;
     if (experts > MAX_EXPERTS) return -1;

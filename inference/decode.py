@@ -51,9 +51,11 @@ class DecodeStep:
         self._rotations = model.rotations(blocks)  # the graph reads these tables, though the model may make longer ones
         # A warm-up writes the keys of position 0 of block 0, which may be somebody's.
         first = model.kv.pool_LNSCD[:, 0, 0].clone()
-        with self._seam(), torch.inference_mode():
-            graph.capture(self._compute)
-        model.kv.pool_LNSCD[:, 0, 0] = first
+        try:
+            with self._seam(), torch.inference_mode():
+                graph.capture(self._compute)
+        finally:
+            model.kv.pool_LNSCD[:, 0, 0] = first
 
     @torch.inference_mode()
     def run(
@@ -86,12 +88,16 @@ class DecodeStep:
         before = [module.executor for module in self._modules]
         for module in self._modules:
             module.executor = self._experts
-        if self._experts is not None:
-            self._experts.begin()
         try:
+            if self._experts is not None:
+                self._experts.begin()
             yield
+            if self._experts is not None:
+                self._experts.finish()
+        except BaseException as error:
+            if self._experts is not None:
+                self._experts.break_off(error)
+            raise
         finally:
             for module, executor in zip(self._modules, before, strict=True):
                 module.executor = executor
-        if self._experts is not None:
-            self._experts.finish()

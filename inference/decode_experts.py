@@ -128,18 +128,43 @@ class DecodeExperts:
         self._behind: list[Transfer] = []  # brought for later, not yet waited for
 
     def fill(self) -> None:
-        """Brings every expert, where all are to be resident, and tells the device where they are."""
+        """Brings every expert, where all are to be resident, and tells the device where they are.
+
+        Raises InferenceError if one cannot be read or copied, and from then on in every call, as an executor does.
+        """
         assert self.all_resident
-        for row, layer in enumerate(self._layers):
-            missing = [e for e in range(self._table_L3E.shape[2]) if self.cache.slot_LE[row, e] < 0]
-            refs = [ExpertRef(layer, expert) for expert in self.cache.reserve(layer, missing)]
-            self.transfer.wait([self.transfer.demand(ref, self.cache.block(ref)) for ref in refs])
-            for ref in refs:
-                self.cache.commit(ref)
+        self.transfer.check()
+        try:
+            for row, layer in enumerate(self._layers):
+                missing = [e for e in range(self._table_L3E.shape[2]) if self.cache.slot_LE[row, e] < 0]
+                refs = [ExpertRef(layer, expert) for expert in self.cache.reserve(layer, missing)]
+                self.transfer.wait([self.transfer.demand(ref, self.cache.block(ref)) for ref in refs])
+                for ref in refs:
+                    self.cache.commit(ref)
+        except BaseException as error:
+            self.break_off(error)
+            raise
         self._table_L3E[:, 0] = torch.from_numpy(self.cache.slot_LE).to(self._table_L3E.device)
 
+    def break_off(self, error: BaseException) -> None:
+        """A step was broken off: what was on its way is nobody's, and behind a failed transfer there is no other step.
+
+        A copy that is under way may still reach a slot that is free now; the next one into that slot is behind it.
+        """
+        if isinstance(error, InferenceError):
+            self.transfer.failure = self.transfer.failure or error
+        if self.lane is not None:
+            self.lane.wait()
+        self._coming.clear()
+        self._behind.clear()
+        self.cache.abandon_all()
+
     def begin(self) -> None:
-        """A step begins: what another lent from the slots is done with, and there must be room for the first call."""
+        """A step begins: what another lent from the slots is done with, and there must be room for the first call.
+
+        Raises InferenceError if a transfer failed before.
+        """
+        self.transfer.check()
         if not self.all_resident:
             self.cache.release(self._layers[0])
             self.cache.make_room(self._spare)
@@ -198,8 +223,9 @@ class DecodeExperts:
         self._calls += 1
         counts.resident += len(experts) - len(missing)
         self.cache.counts.hits += len(experts) - len(missing)
-        self.cache.counts.misses += len(missing)
-        self.cache.counts.bytes_fetched += (len(fetch) + len(behind)) * self.cache.store.bytes_per_expert
+        self.cache.counts.misses += len(fetch)
+        self.cache.counts.bytes_fetched += len(fetch) * self.cache.store.bytes_per_expert
+        self.cache.counts.computed += len(away)
         counts.behind += len(behind)
         counts.fetched += len(fetch)
         counts.computed += len(away)

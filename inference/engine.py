@@ -259,7 +259,7 @@ class LLM:
         newest = None if plan is None else plan.newest
         return {
             "fetched_bytes": moved.demanded_bytes + moved.prefetched_bytes,
-            "cpu_experts": executor.cpu_computed,
+            "cpu_experts": experts.computed,
             "prefetched": experts.useful + experts.wasted,
             "wasted": experts.wasted,
             "stall_s": executor.transfers.link.stall_s,

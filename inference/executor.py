@@ -108,14 +108,7 @@ class Executor:
         self.cache, self.transfers, self.prefetcher = cache, transfers, prefetcher
         self.cpu, self.plan, self.stream, self.slot_calls = cpu, plan, stream, slot_calls
         self.many_pairs = many_pairs
-        self.cpu_computed = 0  # experts, one for each call that the CPU computed them in
-        self._failure: InferenceError | None = None
         self._flying: dict[ExpertRef, Transfer] = {}  # of the current call, not yet waited for
-
-    def rest(self) -> None:
-        """Have what is under way arrive, so that another may serve calls from the same slots."""
-        if self.prefetcher is not None:
-            self.prefetcher.finish()
 
     def close(self) -> None:
         """Give back the CPU's threads and the host's copy of the experts, when nothing is computed any more."""
@@ -137,12 +130,11 @@ class Executor:
         Raises InferenceError if an expert cannot be read or copied, and from then on in every call: what is on the link
         is not known any more. Other errors leave slots and transfers in order.
         """
-        if self._failure is not None:
-            raise InferenceError(f"the runtime must be started again, since a transfer failed: {self._failure}")
+        self.transfers.check()
         try:
             return self._run(module, x_TH, index_TK, weights_TK)
         except InferenceError as error:
-            self._failure = error
+            self.transfers.failure = error
             raise
         except BaseException:
             self._land(module.layer)
@@ -199,7 +191,7 @@ class Executor:
         if not experts:
             return None
         assert self.cpu is not None
-        self.cpu_computed += len(experts)
+        self.cache.counts.computed += len(experts)
         tokens = np.concatenate([call.token_N[call.rows[expert]] for expert in experts])
         x_NH = x_TH.cpu()[torch.from_numpy(tokens)]
         work = [(expert, call.rows[expert].stop - call.rows[expert].start) for expert in experts]

@@ -1,18 +1,22 @@
 """A model whose decode steps are captured, for the engine: everything else is computed as it is.
 
 A step counts as decoding if each of its rows is the newest of a sequence. For every number of rows, up to a few, and
-every power of two of blocks, the step is captured when it first comes up, which takes about a second.
+every power of two of blocks, the step is captured when it first comes up, which takes about a second, in which all
+requests wait. Captures keep memory of their own, so there are only so many: steps of other shapes are computed as they
+are.
 
 Shapes: R rows, L rows whose scores are wanted, V vocabulary.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from torch import Tensor
 
+from inference.banks import ExpertBanks
+from inference.cache import ExpertCache
+from inference.cpu_experts import CpuExperts
 from inference.cpu_lane import CpuLane, LaneError
 from inference.decode import DecodeStep
 from inference.decode_experts import DecodeExperts, Split
@@ -21,9 +25,11 @@ from inference.executor import Executor
 from inference.experts import OffloadedExperts, computable
 from inference.graphs import SegmentedGraph, StepGraph, Uncaptured
 from inference.model import Model
+from inference.planner import CallPlanner
 from inference.rows import Rows
 
 MOST_ROWS = 8  # beyond, reading an expert once per row costs more than launches do
+MOST_STEPS = 16  # captured shapes
 _LEAST_BLOCKS = 16
 
 
@@ -32,17 +38,15 @@ class GraphedModel:
 
     Args:
         modules: the model's routed experts, without adapters.
-        executor: carries out their calls in steps that are not captured; its slots, transfers and split are shared.
+        executor: carries out their calls in steps that are not captured; its slots, transfers, plan and the CPU's
+            threads are shared.
 
     Raises:
-        InferenceError: the kernels do not know the experts' form.
+        InferenceError: steps of this model, or with this executor's settings, are not captured.
     """
 
     def __init__(self, model: Model, modules: Sequence[OffloadedExperts], executor: Executor) -> None:
-        if not computable(executor.cache.store.shape):
-            raise InferenceError(
-                "decode steps are captured with plain silu experts only, and this model has others; leave graphs out"
-            )
+        _check(executor, int(model.config.num_experts_per_tok))
         self.model, self.config, self.kv = model, model.config, model.kv
         self._modules, self._executor = tuple(modules), executor
         self._steps: dict[tuple[int, int], DecodeStep] = {}
@@ -52,26 +56,17 @@ class GraphedModel:
         self._lane: CpuLane | None = None
         self._split: Split | None = None
         if executor.cpu is not None and executor.plan is not None:
-            shape, layout = cache.store.shape, cache.layout
-            threads = max(len(os.sched_getaffinity(0)) - 2, 1)
-            try:
-                self._lane = CpuLane(threads, shape.hidden, shape.intermediate, layout.dtype, layout.parts[1].start)
-            except LaneError as error:
-                raise InferenceError(f"captured steps have no CPU lane: {error}; leave graphs or cpu out") from error
-            plan = executor.plan
-            most = min(self._most * choices, shape.num_experts)
-            fetched = [len(plan([(e, 1) for e in range(misses)], [])[0]) for misses in range(most + 1)]
-            self._split = lambda misses: (fetched[misses], 0)
+            assert isinstance(executor.cpu, CpuExperts)
+            assert isinstance(executor.plan, CallPlanner)
+            self._lane = _lane(executor.cpu, cache)
+            self._split = _split(executor.plan, min(self._most * choices, cache.store.shape.num_experts))
 
     def forward(self, rows: Rows) -> Tensor:
         """Scores [L,V]; see :meth:`Model.forward`."""
-        if not self._captures(rows):
+        step = self._step(rows) if self._captures(rows) else None
+        if step is None:
             return self.model.forward(rows)
-        self._executor.rest()
         size = self.kv.block_size
-        needed = max(-(-span.length // size) for span in rows.spans)
-        blocks = max(_LEAST_BLOCKS, 1 << (needed - 1).bit_length())
-        step = self._step(len(rows.spans), blocks)
         tables = [span.blocks[: -(-span.length // size)] for span in rows.spans]
         logits_RV = step.run(rows.position_R.tolist(), tables, rows.token_R.tolist())
         return logits_RV.clone()
@@ -84,8 +79,13 @@ class GraphedModel:
         source = self._executor.transfers.source
         return self._executor.cache.slots == self._executor.cache.store.total or source.ready_share == 1
 
-    def _step(self, rows: int, blocks: int) -> DecodeStep:
+    def _step(self, called: Rows) -> DecodeStep | None:
+        """The captured step for these rows; None if there are too many others."""
+        needed = max(-(-span.length // self.kv.block_size) for span in called.spans)
+        rows, blocks = len(called.spans), max(_LEAST_BLOCKS, 1 << (needed - 1).bit_length())
         if (rows, blocks) not in self._steps:
+            if len(self._steps) >= MOST_STEPS:
+                return None
             cuda = self.kv.device.type == "cuda"
             graph: StepGraph = SegmentedGraph(self.kv.device) if cuda else Uncaptured()
             experts = DecodeExperts(
@@ -102,3 +102,48 @@ class GraphedModel:
                 experts.fill()
             self._steps[rows, blocks] = DecodeStep(self.model, self._modules, experts, graph, rows, blocks)
         return self._steps[rows, blocks]
+
+
+def _check(executor: Executor, choices: int) -> None:
+    """Raises InferenceError for what would not be captured, or would do nothing while steps are."""
+    cache, source = executor.cache, executor.transfers.source
+    if not computable(cache.store.shape):
+        raise InferenceError(
+            "decode steps are captured with plain silu experts only, and this model has others; leave graphs out"
+        )
+    if executor.prefetcher is not None:
+        raise InferenceError("captured decode steps fetch nothing ahead, so leave prefetch or graphs out")
+    if cache.slots == cache.store.total:
+        return
+    if isinstance(source, ExpertBanks) and not source.filling:
+        raise InferenceError(
+            "captured decode steps take experts from page-locked memory; leave pin=False (--no-pin) or graphs out"
+        )
+    if cache.slots < 2 * choices:
+        raise InferenceError(
+            f"{cache.slots} slots are too few to decode in graphs: two calls of {choices} experts must have room; "
+            f"give at least {2 * choices} (expert budget {2 * choices / cache.store.total:.3g}), or leave graphs out"
+        )
+
+
+def _lane(cpu: CpuExperts, cache: ExpertCache) -> CpuLane:
+    """The threads that compute calls of steps that are not captured, too, where the compiled kernel is used there."""
+    if cpu.compiled is not None:
+        return cpu.compiled.lane
+    shape, layout = cache.store.shape, cache.layout
+    try:
+        return CpuLane(cpu.threads, shape.hidden, shape.intermediate, layout.dtype, layout.parts[1].start)
+    except LaneError as error:
+        raise InferenceError(f"captured steps have no CPU lane: {error}; leave graphs or cpu out") from error
+
+
+def _split(plan: CallPlanner, most: int) -> Split:
+    """``plan`` for up to ``most`` misses of one row each, all cuts made before the first call."""
+    splits = [plan.plan([(expert, 1) for expert in range(misses)], []) for misses in range(most + 1)]
+
+    def split(misses: int) -> tuple[int, int]:
+        if misses:
+            plan.count(splits[misses])
+        return len(splits[misses].fetch), 0
+
+    return split

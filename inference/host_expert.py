@@ -16,12 +16,11 @@ class HostExpert:
     """One expert in host memory, as views in any strides.
 
     Attributes:
-        gate_up: gate and up, [I,H] each, or both as one [2I,H].
-        interleaved: in which gate and up take turns, gate first (gpt_oss); else gate's rows come first.
+        interleaved: gate and up take turns, gate first (gpt_oss); else gate's rows come first.
         gate_up_bias, down_bias: [2I] laid out as the rows are, [H]; None without.
     """
 
-    gate_up: tuple[Tensor, Tensor] | Tensor
+    gate_up_2IH: Tensor
     down_HI: Tensor
     interleaved: bool = False
     gate_up_bias: Tensor | None = None
@@ -34,17 +33,11 @@ class HostExpert:
         return cls(gate_up_2IH, down_HI, form.interleaved, *parts[2:])
 
     @property
-    def gate_up_2IH(self) -> Tensor | None:
-        return self.gate_up if isinstance(self.gate_up, Tensor) else None
-
-    @property
     def halves(self) -> tuple[Tensor, Tensor]:
         """gate and up [I,H]."""
-        if not isinstance(self.gate_up, Tensor):
-            return self.gate_up
         if self.interleaved:
-            return self.gate_up[::2], self.gate_up[1::2]
-        gate_IH, up_IH = self.gate_up.chunk(2)
+            return self.gate_up_2IH[::2], self.gate_up_2IH[1::2]
+        gate_IH, up_IH = self.gate_up_2IH.chunk(2)
         return gate_IH, up_IH
 
     @property

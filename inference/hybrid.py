@@ -61,15 +61,11 @@ def open_cpu_lane(
 
 
 def host_weights(banks: ExpertBanks) -> HostWeights:
-    """Experts in their bank; until it is filled, in the mapped file, or read from there if its layout needs that."""
+    """Experts in their bank; until it is filled, read from the file: a mapped one could end while it is read."""
     form, store, layout = banks.store.shape.form, banks.store, banks.layout
-    plain = not (form.transposed or form.interleaved or store.shape.biased)
 
     def weights(layer: int, expert: int) -> HostExpert:
         block_B = banks.block(ExpertRef(layer, expert))
-        if block_B is None and plain:
-            gate_IH, up_IH, down_HI = store.views(layer, expert)
-            return HostExpert((gate_IH, up_IH), down_HI)
         if block_B is None:
             block_B = torch.empty(layout.elements, dtype=layout.dtype)
             store.read(layer, expert, layout, block_B)

@@ -285,6 +285,11 @@ def capture_steps(model: Model, base: Base) -> Forward:
             f"graphs=True captures decode steps of a mixture of experts on a GPU, with Triton; this is "
             f"{'a dense model' if base.cache is None else base.device}: leave it out"
         )
+    if base.heads is not None:
+        raise InferenceError(
+            f"{base.path} has lookahead heads, which would look at every call of a captured step; leave graphs out, "
+            "give another policy, or take the folder's lookahead/ away"
+        )
     graphed = importlib.import_module("inference.graphed")
     modules = [module for module in base.module.modules() if isinstance(module, OffloadedExperts)]
     return graphed.GraphedModel(model, modules, base.executor)

@@ -217,6 +217,14 @@ class CallPlanner:
         self, missing: Sequence[Missing], resident_rows: Sequence[int], worth: Mapping[int, float] | None = None
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(experts to fetch, experts for the CPU); see :func:`plan_call`."""
+        split = self.plan(missing, resident_rows, worth)
+        self.count(split)
+        return split.fetch, split.cpu
+
+    def plan(
+        self, missing: Sequence[Missing], resident_rows: Sequence[int], worth: Mapping[int, float] | None = None
+    ) -> Split:
+        """The same, not counted as a call."""
         order = in_order(missing, worth)
         key = tuple(rows for _, rows in order), tuple(sorted(resident_rows))
         cut = self._cuts.get(key)
@@ -225,11 +233,13 @@ class CallPlanner:
                 self._cuts.clear()
             cut = self._cuts[key] = best_cut(self.costs, *key)
         experts = tuple(expert for expert, _ in order)
-        plan = Split(experts[: cut.fetched], experts[cut.fetched :], cut)
-        self.modes[plan.mode] = self.modes.get(plan.mode, 0) + 1
-        if experts:
-            self.newest = plan
-        return plan.fetch, plan.cpu
+        return Split(experts[: cut.fetched], experts[cut.fetched :], cut)
+
+    def count(self, split: Split) -> None:
+        """A call went this way."""
+        self.modes[split.mode] = self.modes.get(split.mode, 0) + 1
+        if split.fetch or split.cpu:
+            self.newest = split
 
 
 _REMEMBERED = 4096

@@ -94,16 +94,6 @@ class Prefetcher:
             self._forget(ref)
             self.cache.commit(ref)
 
-    def finish(self) -> None:
-        """Drop what has not begun, and have the rest arrive and be resident."""
-        for ref in [ref for ref, transfer in self.coming.items() if self.transfers.cancel(transfer)]:
-            self._forget(ref)
-            self.cache.abandon(ref)
-        self.transfers.wait(list(self.coming.values()))
-        for ref in list(self.coming):
-            self._forget(ref)
-            self.cache.commit(ref)
-
     def take(self, ref: ExpertRef) -> Transfer:
         """An expert on its way is wanted now: the caller waits for it and commits it."""
         return self._forget(ref)

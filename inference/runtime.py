@@ -18,6 +18,7 @@ class Runtime:
         vram: bytes, in place of ``expert_budget``.
         prefetch, no_pin, cpu_experts: see :class:`inference.offload.Crossing`.
         trace: file to make, in which routing is recorded; ``LLM.close`` ends it.
+        graphs: capture decode steps.
     """
 
     expert_budget: float | None = None
@@ -27,6 +28,7 @@ class Runtime:
     no_pin: bool = False
     cpu_experts: bool = False
     trace: str | None = None
+    graphs: bool = False
 
     def open(self, model_dir: str, **more: Any) -> LLM:
         """``more`` goes to LLM as it is. Raises what LLM raises."""
@@ -36,4 +38,4 @@ class Runtime:
         share = 1.0 if self.expert_budget is None else self.expert_budget
         crossing = Crossing(self.prefetch, pin=not self.no_pin, cpu=self.cpu_experts)
         size: dict[str, Any] = {"kv_tokens": self.kv_tokens, "vram": self.vram}
-        return LLM(model_dir, share, crossing=crossing, trace=self.trace, **size, **more)
+        return LLM(model_dir, share, crossing=crossing, trace=self.trace, graphs=self.graphs, **size, **more)

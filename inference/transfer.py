@@ -123,6 +123,10 @@ class TransferEngine:
     Args:
         chunk_bytes: of one piece of a prefetch.
         window_bytes: how much of prefetches may be on the link at a time; what a demand waits for at most.
+
+    Attributes:
+        failure: what broke a layer call off, set by whoever carries calls out: what is on the link is not known any
+            more, so :meth:`check` refuses all others.
     """
 
     def __init__(
@@ -131,11 +135,17 @@ class TransferEngine:
         assert 0 < chunk_bytes <= window_bytes, (chunk_bytes, window_bytes)
         self.link, self.source = link, source
         self.counts = TransferCounts()
+        self.failure: InferenceError | None = None
         self._chunk_bytes, self._window_bytes = chunk_bytes, window_bytes
         self._queue: list[tuple[Urgency, int, Transfer]] = []
         self._order = self._complete = 0
         self._flying: deque[tuple[Mark, int]] = deque()
         self._flying_bytes = 0
+
+    def check(self) -> None:
+        """Raises InferenceError if a transfer failed before."""
+        if self.failure is not None:
+            raise InferenceError(f"the runtime must be started again, since a transfer failed: {self.failure}")
 
     def demand(self, ref: ExpertRef, target_B: Tensor) -> Transfer:
         """Copy an expert that is wanted now. Raises InferenceError if it cannot be read or copied."""

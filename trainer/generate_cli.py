@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from trainer.plan_inference_cli import add_budget_options
+from trainer.runtime_cli import GRAPHS
 
 _SAMPLING: tuple[tuple[str, Callable[[str], object], str, str], ...] = (
     ("temperature", float, "T", "0: always the most probable token (the default)"),
@@ -49,6 +50,7 @@ def add_generate_verb(
     generate.add_argument(
         "--no-pin", action="store_true", help="on a GPU: keep no page-locked copy of all experts in memory, read files"
     )
+    generate.add_argument("--graphs", action="store_true", help=GRAPHS)
     generate.add_argument("--report", action="store_true", help="say what bound it, and what to change")
 
 
@@ -73,5 +75,6 @@ def _generate(arguments: argparse.Namespace) -> int:
         prefetch=arguments.prefetch,
         pin=not arguments.no_pin,
         cpu_experts=arguments.cpu_experts,
+        graphs=arguments.graphs,
         **settings,
     )

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from inference.runtime import Runtime
 from trainer.plan_inference_cli import add_budget_options
 
+GRAPHS = "on a GPU: capture the decode steps of few sequences as CUDA graphs, which spares launches"
+
 
 def add_runtime_options(
     parser: argparse.ArgumentParser, count: Callable[[str], int], fraction: Callable[[str], float]
@@ -31,6 +33,7 @@ def add_runtime_options(
     parser.add_argument(
         "--no-pin", action="store_true", help="on a GPU: keep no page-locked copy of all experts in memory, read files"
     )
+    parser.add_argument("--graphs", action="store_true", help=GRAPHS)
     parser.add_argument("--trace", metavar="FILE", help="record the routing, for `planaria simulate`")
 
 

@@ -88,4 +88,4 @@ def test_what_the_cpu_computes_joins_in(store):
         for layer in range(LAYERS):
             call = batch(3, 10 * number + layer)
             torch.testing.assert_close(some(layer, *call), resident(layer, *call), rtol=1e-4, atol=1e-4)
-    assert lane.computed == some.executor.cpu_computed > 4
+    assert lane.computed == some.cache.counts.computed > 4

@@ -10,13 +10,13 @@ from inference.calibrate import (
     Trials,
     _Bank,
     calibrate,
-    cpu_cores,
     cpu_table,
     hardware,
     machine_profile,
     profile_file,
 )
 from inference.compiled_experts import compiled_kernels
+from inference.cores import cpu_cores
 from inference.costmodel import describe
 
 CPU = torch.device("cpu")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from inference import cpu_lane
 from inference.cpu_lane import CpuLane, LaneCall, LaneError, library
 
 
@@ -84,6 +89,14 @@ def test_threads_and_company_do_not_reach_the_bits():
             assert torch.equal(both[mine_P], alone[mine_P])
     for lane in lanes:
         lane.close()
+
+
+def test_threads_may_be_late_anywhere(tmp_path):
+    source, made = Path(__file__).with_name("late_lane.c"), tmp_path / "late"
+    include = f"-I{Path(cpu_lane.__file__).parent}"
+    command = [shutil.which("cc") or "gcc", "-O2", "-march=native", "-pthread", include, source, "-o", made, "-lm"]
+    subprocess.run(command, check=True, timeout=60)
+    assert subprocess.run([made], capture_output=True, text=True, timeout=60, check=False).stdout == "0 wrong\n"
 
 
 def test_down_may_begin_behind_a_gap():

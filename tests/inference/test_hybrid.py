@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 
 import pytest
 import torch
 from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM, GptOssConfig
 
+from inference.banks import ExpertBanks, NoRegistrar
 from inference.cache import ExpertCache
 from inference.compiled_experts import COMPILED, compiled_kernels
 from inference.costmodel import MachineProfile, Rates, Timing
 from inference.cpu_lane import LaneError
 from inference.engine import LLM
 from inference.errors import InferenceError
-from inference.expert_block import ExpertShape
+from inference.expert_block import ExpertBlock, ExpertShape
 from inference.experts import Arithmetic, OffloadedExperts
 from inference.hybrid import host_weights, open_cpu_lane
 from inference.store import ExpertStore, TensorFiles
@@ -85,13 +88,13 @@ def run(linked, store, tokens, passes=5, adapter=None):
             linked.link.advance(1e-4)
 
 
-@pytest.mark.parametrize("banks", [True, False], ids=["banked", "mapped"])
+@pytest.mark.parametrize("banks", [True, False], ids=["banked", "read"])
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("slots", [1, 12])
 def test_both_lanes_carry_their_part_and_results_are_close(hybrid, store, slots, tokens, banks):
     linked = hybrid(slots, banks)
     run(linked, store, tokens)
-    fetched, computed = linked.cache.counts.misses, linked.executor.cpu_computed
+    fetched, computed = linked.cache.counts.misses, linked.cache.counts.computed
     assert fetched > 0
     assert computed > 0
     if tokens == 1:
@@ -100,7 +103,7 @@ def test_both_lanes_carry_their_part_and_results_are_close(hybrid, store, slots,
     assert linked.executor.plan.newest.reason().startswith(("split", "fetch", "cpu"))
 
 
-@pytest.mark.parametrize("banks", [True, False], ids=["banked", "mapped"])
+@pytest.mark.parametrize("banks", [True, False], ids=["banked", "read"])
 def test_the_compiled_kernel_is_used_where_it_was_fastest(hybrid, store, banks):
     if not compiled_kernels(torch.float32):
         pytest.skip("no C compiler")
@@ -111,8 +114,8 @@ def test_the_compiled_kernel_is_used_where_it_was_fastest(hybrid, store, banks):
     linked.executor.cpu.compiled.submit = lambda work, *rest: used.append(len(work)) or submit(work, *rest)
     with torch.inference_mode():
         run(linked, store, 1)
-    assert linked.executor.cpu_computed > 0
-    assert sum(used) == (linked.executor.cpu_computed if banks else 0)
+    assert linked.cache.counts.computed > 0
+    assert sum(used) == linked.cache.counts.computed
 
 
 def test_a_profile_that_counts_on_a_compiler_says_so_without_one(store, monkeypatch):
@@ -136,7 +139,7 @@ def test_experts_under_an_adapter_stay_on_the_device(hybrid, store):
 
     linked = hybrid(12)
     run(linked, store, 3, passes=2, adapter=Deltas())
-    assert linked.executor.cpu_computed == 0
+    assert linked.cache.counts.computed == 0
     assert linked.cache.counts.misses > 0
 
 
@@ -165,10 +168,25 @@ def test_weights_come_from_the_bank_once_it_is_there(store):
     linked = Linked(store, 1, banks=True)
     expert = host_weights(linked.banks)(2, 5)
     block_B = linked.banks.block(ExpertRef(2, 5))
-    assert expert.gate_up.data_ptr() == block_B.data_ptr(), "a view, no copy"
-    mapped = host_weights(Linked(store, 1, banks=False).banks)(2, 5)
-    assert torch.equal(torch.cat(mapped.halves), expert.gate_up)
-    assert torch.equal(mapped.down_HI, expert.down_HI)
+    assert expert.gate_up_2IH.data_ptr() == block_B.data_ptr(), "a view, no copy"
+    read = host_weights(Linked(store, 1, banks=False).banks)(2, 5)
+    assert torch.equal(read.gate_up_2IH, expert.gate_up_2IH)
+    assert torch.equal(read.down_HI, expert.down_HI)
+
+
+def test_before_there_is_a_bank_a_file_that_ends_too_soon_is_said(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    paths = {layer: f"model.layers.{layer}.mlp.experts" for layer in range(LAYERS)}
+    cut = ExpertStore(TensorFiles(folder), paths, ExpertShape(EXPERTS, 64, 32))
+    weights = host_weights(Linked(cut, 1, banks=False).banks)
+    os.truncate(folder / "model.safetensors", 4096)
+    with pytest.raises(InferenceError, match=r"L02\.E005"):
+        weights(2, 5)
+
+
+def test_experts_have_the_precision_of_banks_before_there_is_one(store):
+    banks = ExpertBanks(store, ExpertBlock(store.shape, torch.bfloat16), NoRegistrar(), start=False)
+    assert host_weights(banks)(2, 5).dtype == torch.bfloat16
 
 
 def test_the_activation_between_products_is_one_function(store):

@@ -136,7 +136,7 @@ def test_what_the_cpu_computed_beside_the_link_is_reported(model_folder, prompts
     llm = LLM(model_folder, 0.1, device="cpu", crossing=Crossing(cpu=True, profile=EVEN, link=SimulatedLink(rate=5e7)))
     llm.generate(prompts[:2], 8)
     found = llm.report(EVEN)
-    assert found.measured.cpu_experts == llm.executor.cpu_computed > 0
+    assert found.measured.cpu_experts == llm.cache.counts.computed > 0
     assert sum(found.measured.ways.values()) > 4 * 7, "a plan for each layer and token"
     assert "layer calls: " in str(found)
     assert "the last: split: link" in str(found)

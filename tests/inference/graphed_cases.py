@@ -1,0 +1,134 @@
+"""Cases of captured steps that fail, and of what the engine captures; run by test_slot_kernels.py."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from inference import graphed
+from inference.compiled_experts import COMPILED
+from inference.costmodel import Timing
+from inference.decode import DecodeStep
+from inference.engine import LLM
+from inference.errors import InferenceError
+from inference.graphs import Uncaptured
+from inference.kv import PagedKV
+from inference.offload import Crossing
+from inference.opening import capture_steps
+from inference.transfer import SimulatedLink
+from tests.inference.decode_cases import DEVICE, TABLES, Served
+from tests.inference.test_hybrid import EVEN
+
+PROMPTS = [[5, 60, 200, 17], [9, 300]]
+AGAIN = "must be started again, since a transfer failed: "
+WITH_COMPILED = dataclasses.replace(EVEN, cpu=(*EVEN.cpu, Timing(COMPILED, 2, 1, 25e-6), Timing(COMPILED, 2, 64, 1e-3)))
+
+
+def opened(folder, budget=0.25, graphs=True, **crossing) -> LLM:
+    crossing = Crossing(link=None if DEVICE.type == "cuda" else SimulatedLink(), **crossing)
+    llm = LLM(folder, budget, device=DEVICE, crossing=crossing, graphs=graphs, poison=True)
+    llm.executor.transfers.source.join()
+    return llm
+
+
+def answers(llm: LLM, prompts=PROMPTS) -> list[tuple[int, ...]]:
+    return [generation.token_ids for generation in llm.generate(prompts, max_new_tokens=3)]
+
+
+def fails_once(monkeypatch, of, name: str, error: BaseException, after: int = 0) -> None:
+    """The call behind so many others raises ``error``."""
+    call, calls = getattr(of, name), []
+
+    def failing(*args, **more):
+        calls.append(name)
+        if len(calls) == after + 1:
+            raise error
+        return call(*args, **more)
+
+    monkeypatch.setattr(of, name, failing)
+
+
+def test_a_failed_copy_ends_all_steps(model_folder, monkeypatch):
+    served = Served(model_folder, 16)
+    fails_once(monkeypatch, served.experts.transfer.link, "copy_all", RuntimeError("CUDA error"), after=2)
+    with pytest.raises(InferenceError, match=r"L0\d\.E0\d\d.*: copying .* failed: CUDA error"):
+        served.tokens(3)
+    assert not (~served.cache._resident_LE & (served.cache.slot_LE >= 0)).any(), "nobody has a slot that was not filled"
+    for _ in range(2):
+        with pytest.raises(InferenceError, match=AGAIN + "L0"):
+            served.step.run([0, 0], TABLES, [5, 17])
+
+
+@pytest.mark.parametrize("after", [1, 6])
+def test_a_step_that_was_interrupted_leaves_nothing_behind(model_folder, monkeypatch, after):
+    served, other = (Served(model_folder, 16, share) for share in (0.5, None))
+    fails_once(monkeypatch, served.experts.transfer.link, "copy_all", KeyboardInterrupt(), after)
+    with pytest.raises(KeyboardInterrupt):
+        served.tokens(3)
+    logits, tokens = served.tokens(3)
+    want, chosen = other.tokens(3)
+    assert torch.allclose(logits, want, rtol=1e-4, atol=1e-4)
+    assert torch.equal(tokens, chosen)
+
+
+def test_a_failed_fill_ends_all_calls(model_folder, monkeypatch):
+    llm = opened(model_folder, 1.0)
+    fails_once(monkeypatch, llm.executor.transfers, "demand", InferenceError("L01.E003: cut short"), after=5)
+    with pytest.raises(Exception, match="cut short"):
+        answers(llm)
+    with pytest.raises(Exception, match=AGAIN + "L01.E003"):
+        answers(llm)
+
+
+def test_a_failed_capture_leaves_others_keys(model_folder):
+    class Failing(Uncaptured):
+        def capture(self, function):
+            function()
+            raise MemoryError
+
+    served = Served(model_folder, 64)
+    with pytest.raises(MemoryError):
+        DecodeStep(served.model, served.step._modules, served.experts, Failing(), 2, len(TABLES[0]))
+    kv: PagedKV = served.model.kv
+    assert (kv.pool_LNSCD[:, 0, 0] == 7.0).all()
+
+
+def test_other_shapes_are_computed_as_they_are(model_folder, monkeypatch):
+    monkeypatch.setattr(graphed, "MOST_STEPS", 1)
+    llm, plain = opened(model_folder), opened(model_folder, graphs=False)
+    for prompts in (PROMPTS, PROMPTS[:1]):
+        assert answers(llm, prompts) == answers(plain, prompts)
+    assert set(llm.engine.models[None]._steps) == {(2, 16)}
+
+
+def test_both_lanes_are_counted_as_elsewhere(model_folder):
+    llm = opened(model_folder, cpu=True, profile=EVEN)
+    assert llm._measured().ways == {}, "no call was made"
+    answers(llm)
+    counts, steps = llm.cache.counts, list(llm.engine.models[None]._steps.values())
+    calls = sum(step._experts.counts.calls for step in steps)
+    computed = sum(step._experts.counts.computed for step in steps)
+    assert counts.computed > computed > 0, "the prompts' and the steps'"
+    assert llm._measured().cpu_experts == counts.computed
+    assert counts.misses * llm.cache.store.bytes_per_expert == llm.executor.transfers.counts.demanded_bytes
+    assert sum(llm._measured().ways.values()) > calls / 2
+
+
+def test_captured_steps_have_the_threads_of_the_others(model_folder):
+    llm = opened(model_folder, cpu=True, profile=WITH_COMPILED)
+    assert llm.engine.models[None]._lane is llm.executor.cpu.compiled.lane
+    assert opened(model_folder, cpu=True, profile=EVEN).executor.cpu.compiled is None
+
+
+def test_what_graphs_would_not_do_is_refused(model_folder):
+    with pytest.raises(InferenceError, match="leave prefetch or graphs out"):
+        opened(model_folder, prefetch="next_gate")
+    with pytest.raises(InferenceError, match="leave pin=False"):
+        opened(model_folder, pin=False)
+    with pytest.raises(InferenceError, match=r"6 slots are too few .* give at least 8 \(expert budget 0.125\)"):
+        opened(model_folder, 0.1)
+    llm = opened(model_folder, graphs=False)
+    with pytest.raises(InferenceError, match="has lookahead heads"):
+        capture_steps(llm.model, dataclasses.replace(llm._base, heads=object()))
