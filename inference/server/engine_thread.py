@@ -22,6 +22,7 @@ from inference.server.metrics import Metrics
 if TYPE_CHECKING:
     from inference.batching import Engine
 
+_HUNG_S = 5.0  # how long after the drain a step may take
 _IDLE_S = 0.5  # how often an idle engine looks whether it should end
 
 
@@ -92,6 +93,12 @@ class EngineThread:
     @property
     def draining(self) -> bool:
         return self._drain_until is not None
+
+    @property
+    def drained(self) -> bool:
+        """Draining, and nothing is open any more, or the engine hangs in a step."""
+        until = self._drain_until
+        return until is not None and (not self._calls or time.monotonic() > until + _HUNG_S)
 
     @property
     def waiting(self) -> int:

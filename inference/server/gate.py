@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import re
@@ -26,7 +27,54 @@ _PATHS = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/
 
 
 class Http(H11Protocol):
-    """uvicorn's HTTP/1.1, which also refuses what is no HTTP in the API's shape."""
+    """uvicorn's HTTP/1.1, which also refuses what is no HTTP in the API's shape, and ends connections that ask nothing.
+
+    Where ``limit_concurrency`` connections are open, another takes the place of the one that has asked nothing for
+    longest, or is closed if all wait for answers.
+
+    Attributes:
+        headers_s: seconds that a connection has for the headers of a request.
+    """
+
+    headers_s = 10.0
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+        if self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency:
+            waiting = [(c._deadline.when(), c) for c in self.connections if isinstance(c, Http) and c._deadline]
+            min(waiting, key=lambda pair: pair[0])[1]._drop()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._unwatch()
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def _watch(self) -> None:
+        """While no request is being answered, a deadline runs: uvicorn's own ends with the first byte."""
+        asks_nothing = self.cycle is None or self.cycle.response_complete
+        if not asks_nothing or self.transport.is_closing():
+            self._unwatch()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(self.headers_s, self._drop)
+
+    def _unwatch(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _drop(self) -> None:
+        self._unwatch()
+        self.connections.discard(self)  # at once: others that come in this turn of the loop count
+        self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
         if self.cycle is None or self.cycle.response_complete:

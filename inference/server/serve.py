@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import hashlib
 import importlib.metadata
 import ipaddress
+import os
 import resource
 import signal
 import socket
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -33,6 +36,10 @@ if TYPE_CHECKING:
     from inference.engine import LLM
 
 _AFTER_DRAIN_S = 5  # for the answers that the drain has ended to reach their clients
+_HURRY_S = 0.5  # the same, after a second signal
+_QUEUE = 1024  # connections that the kernel keeps until they are accepted
+_AT_ONCE = 16  # connections that are accepted in one turn of the loop, before any of them can be closed
+_OTHER_FILES = 6 * _AT_ONCE  # descriptors that connections leave: the closed ones live for a few turns
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ def _run(
         print(f"warning: anybody who reaches {options.host} may use this server; give --api-key", file=sys.stderr)
 
     def end(*_: object) -> None:
-        # For signals before uvicorn takes them over, and for the one that it sends itself again when it has ended well.
+        # For signals before uvicorn takes them over.
         server.should_exit = True
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -111,27 +118,76 @@ def make_server(
         access_log=False,
         server_header=False,
         lifespan="on",
-        timeout_graceful_shutdown=int(options.drain_s) + _AFTER_DRAIN_S,
+        backlog=_AT_ONCE,
+        limit_concurrency=_most_connections() + 1,
+        timeout_graceful_shutdown=2 * _AFTER_DRAIN_S,
     )
     return Server(config, service, options.drain_s)
 
 
 class Server(uvicorn.Server):
-    """Prints the ready line when it listens; at the first signal lets the engine finish what it has."""
+    """Prints the ready line when it listens.
+
+    At the first signal it goes on listening, so that /health can say so, until the engine has finished what it has; at
+    the second one it ends.
+    """
 
     def __init__(self, config: uvicorn.Config, service: Service, drain_s: float) -> None:
         super().__init__(config)
         self.service, self.engine, self._drain_s = service, service.engine, drain_s
+        self._said_full = -float("inf")
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.loop.set_exception_handler(self._on_exception)
         await super().startup(sockets)
         for listener in sockets or ():
+            listener.listen(_QUEUE)
             print(_ready_line(listener, self.service), flush=True)
+
+    def _on_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """asyncio prints a traceback for each connection that it cannot accept, many times a second."""
+        if "socket.accept()" not in context["message"]:
+            loop.default_exception_handler(context)
+        elif time.monotonic() > self._said_full + 60:
+            self._said_full = time.monotonic()
+            print(f"cannot accept connections: {context.get('exception')}", file=sys.stderr, flush=True)
+
+    async def on_tick(self, counter: int) -> bool:
+        if self.engine.drained:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        late = self.loop.call_later(_AFTER_DRAIN_S, self._abort)
+        await super().shutdown(sockets)
+        late.cancel()
+
+    def _abort(self) -> None:
+        """Closes the connections of clients that do not read: uvicorn would cancel their tasks, with tracebacks."""
+        connections = list(self.server_state.connections)
+        if connections:
+            print(f"{len(connections)} connections did not end in time and were closed", file=sys.stderr, flush=True)
+        for connection in connections:
+            connection.transport.abort()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self.engine.draining:
             self.engine.drain(self._drain_s)
-        super().handle_exit(sig, frame)
+            return
+        self.engine.drain(0)
+        self.loop.call_soon_threadsafe(self.loop.call_later, _HURRY_S, self._abort)
+
+
+def _most_connections() -> int:
+    """As many as the limit of descriptors allows beside what is open now. Raises InferenceError if that is none."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = soft - len(os.listdir("/proc/self/fd")) - _OTHER_FILES
+    if most < 1:
+        raise InferenceError(
+            f"a process may open {soft} files here, which leaves none for clients; raise it, as with `ulimit -n 1024`"
+        )
+    return min(most, 4096)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -141,6 +197,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(_QUEUE)  # two that bind before either listens would both succeed
     except (OSError, OverflowError) as error:
         raise InferenceError(
             f"cannot listen on {host}, port {port}: {error}; give another --host or --port (0: any that is free)"
@@ -198,6 +255,7 @@ def _add_figures(llm: LLM, metrics: Metrics) -> None:
     metrics.total("planaria_expert_hits_total", "Experts found resident", lambda: counts.hits)
     metrics.total("planaria_expert_misses_total", "Experts that had to be fetched", lambda: counts.misses)
     metrics.total("planaria_expert_bytes_total", "Bytes of experts fetched", lambda: llm.stats().bytes_fetched)
+    metrics.gauge("planaria_recording_failed", "1 when --trace has stopped", lambda: llm.recording_failed)
     metrics.gauge("planaria_kv_blocks", "Blocks of the key-value cache", lambda: llm.engine.load().blocks)
     metrics.gauge("planaria_kv_blocks_used", "Blocks that running requests hold", lambda: llm.engine.load().used)
 

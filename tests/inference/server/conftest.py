@@ -236,7 +236,9 @@ def told(tokenizer):
         chosen = ServeOptions("tiny", Runtime(), api_key=KEY, **options)
         server = make_server(engine, served, tokenizer, chosen, Metrics())
         listener = socket.create_server(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # so that a client can be slow soon
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        server.thread = thread
         thread.start()
         started.append((engine, server, thread))
         return engine, Address(listener.getsockname()[1]), server

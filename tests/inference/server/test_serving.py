@@ -12,7 +12,9 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 openai = pytest.importorskip("openai", reason="the extra 'dev' is not installed")
 
-from inference.errors import RequestError  # noqa: E402
+from inference.errors import InferenceError, RequestError  # noqa: E402
+from inference.server.gate import Http  # noqa: E402
+from inference.server.serve import _listen, _most_connections  # noqa: E402
 
 PLAIN = {"model": "tiny", "prompt": [2, 3], "max_tokens": 4}
 
@@ -134,12 +136,11 @@ def test_told_to_end_it_finishes_what_it_has_and_takes_no_more(told):
     open_answer = in_thread(lambda: address.post("/v1/completions", PLAIN))
     running(address, 1)
     stream = begun_stream(engine, address, 2)
-    server.engine.drain(30)
-    assert address.raw("GET", "/health")[0] == 503
+    server.handle_exit(signal.SIGTERM, None)
+    assert address.raw("GET", "/health")[0] == 503  # a balancer is told before the port is gone
     with pytest.raises(openai.InternalServerError, match="shutting down") as refused:
         address.client().completions.create(**PLAIN)
     assert refused.value.status_code == 503
-    server.handle_exit(signal.SIGTERM, None)
     engine.allow(3)
     assert open_answer()[2]["choices"][0]["text"] == "AAAA"
     assert "".join(piece.choices[0].text for piece in stream) == "AAA"
@@ -155,6 +156,84 @@ def test_what_is_not_finished_by_the_deadline_fails_with_a_shape(told):
     assert (status, body["error"]["code"]) == (503, "shutting_down")
     with pytest.raises(openai.APIError, match="shutting down"):
         list(stream)
+
+
+def signalled(server):
+    """As the process gets it: in the thread that runs the server."""
+    server.loop.call_soon_threadsafe(server.handle_exit, signal.SIGTERM, None)
+
+
+def test_a_second_signal_ends_what_the_first_one_waits_for(told):
+    engine, address, server = told(drain_s=3600.0)
+    open_answer = in_thread(lambda: address.post("/v1/completions", PLAIN))
+    running(address, 1)
+    signalled(server)
+    address.until(lambda _: server.engine.draining)
+    assert address.raw("GET", "/health")[0] == 503
+    signalled(server)
+    assert open_answer()[2]["error"]["code"] == "shutting_down"
+
+
+def test_a_client_that_does_not_read_is_cut_off_at_the_end_without_a_traceback(told, capfd, monkeypatch):
+    monkeypatch.setattr("inference.server.serve._AFTER_DRAIN_S", 0.2)
+    engine, address, server = told(drain_s=0.0)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", address.port))
+        body = json.dumps(PLAIN | {"max_tokens": 199, "n": 20, "stream": True})
+        connection.sendall(
+            f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {address.key}\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode()
+        )
+        running(address, 20)
+        engine.allow(198)
+        address.until(lambda m: m["planaria_new_tokens_total"] == 20 * 198)
+        signalled(server)
+        server.thread.join(timeout=20)
+        assert not server.thread.is_alive()
+    errors = capfd.readouterr().err
+    assert "1 connections did not end in time" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nhost:", b"GET /health HTTP/1.1\r\nhost: x\r\n\r\nGET"])
+def test_a_connection_that_asks_nothing_is_closed(told, monkeypatch, sent):
+    monkeypatch.setattr(Http, "headers_s", 0.2)
+    _, address, _ = told()
+    with socket.create_connection(("127.0.0.1", address.port), timeout=30) as connection:
+        connection.sendall(sent)
+        received = b""
+        try:
+            while piece := connection.recv(4096):
+                received += piece
+        except ConnectionResetError:
+            pass
+        assert received.count(b"HTTP/1.1 200") == sent.count(b"\r\n\r\n")
+
+
+def test_silent_connections_do_not_take_the_server_away(told, monkeypatch):
+    monkeypatch.setattr("inference.server.serve._most_connections", lambda: 4)
+    engine, address, _ = told()
+    open_answer = in_thread(lambda: address.post("/v1/completions", PLAIN))
+    running(address, 1)
+    silent = [socket.create_connection(("127.0.0.1", address.port), timeout=30) for _ in range(40)]
+    assert address.raw("GET", "/health")[0] == 200
+    engine.allow(4)
+    assert open_answer()[0] == 200  # one that waits for its answer is none of them
+    for connection in silent:
+        connection.close()
+
+
+def test_the_limit_of_open_files_is_said_when_it_leaves_no_room(monkeypatch):
+    monkeypatch.setattr("resource.getrlimit", lambda _: (60, 60))
+    with pytest.raises(InferenceError, match="ulimit -n"):
+        _most_connections()
+
+
+def test_a_port_that_is_in_use_is_said_at_once():
+    taken = _listen("127.0.0.1", 0)
+    with taken, pytest.raises(InferenceError, match="give another --host or --port"):
+        _listen("127.0.0.1", taken.getsockname()[1])
 
 
 def test_a_mistake_of_the_server_itself_is_a_500_with_a_shape(told, capfd):
