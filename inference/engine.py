@@ -132,6 +132,11 @@ class LLM:
             begins.append(self._recorder.begin)
         self._numbers = count()
 
+    @property
+    def recording_failed(self) -> bool:
+        """The trace could not be written on; what is served is not touched by that."""
+        return self._recorder is not None and self._recorder.failure is not None
+
     def close(self) -> None:
         """Ends the recording of routing, and gives back host memory, threads and files; figures stay.
 

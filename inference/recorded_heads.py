@@ -8,7 +8,10 @@ Shapes: T tokens, L MoE layers (by row), R rank, E experts; O = 2 * L * E.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
+import os
 import tempfile
 import zipfile
 from dataclasses import dataclass
@@ -94,6 +97,7 @@ class SpilledRows:
         if not tokens:
             return np.empty(shape, np.float16)
         with self._file() as file:
+            os.posix_fallocate(file.fileno(), 0, 2 * math.prod(shape))  # a mapped page without room ends the process
             rows_TLC = np.memmap(file, np.float16, "w+", shape=shape)
         for row, file in enumerate(self._files):
             file.flush()
@@ -102,7 +106,8 @@ class SpilledRows:
 
     def close(self) -> None:
         for file in self._files:
-            file.close()
+            with contextlib.suppress(OSError):  # of a full disk, for rows that nobody will read
+                file.close()
 
 
 def heads_file(trace: str | Path) -> Path:

@@ -8,6 +8,7 @@ Shapes: T tokens, H hidden, K choices, E experts, L MoE layers, R rank of heads.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,10 @@ class RoutingRecorder:
         heads: None: nothing is written beside the trace.
         gates: of all MoE layers, in order: with heads, the next one is applied to each layer's input, too.
 
+    Attributes:
+        failure: why the recording has stopped, if it has: a full disk must not end what is served. The trace is whole
+            up to there, and nothing is beside it.
+
     Raises InferenceError if the file is there already or cannot be made.
     """
 
@@ -56,6 +61,7 @@ class RoutingRecorder:
         # Of each token: the heads' codes, then the next gate's scores.
         self._said = None if heads is None else SpilledRows(self.path.parent, len(header.layers))
         self._handles: list[RemovableHandle] = []
+        self.failure: str | None = None
 
     def begin(self) -> None:
         """A new sequence starts."""
@@ -65,6 +71,8 @@ class RoutingRecorder:
 
     def note(self, layer: int, x_TH: Tensor, index_TK: Tensor) -> None:
         """One layer call. Layers are called in order; an earlier one begins a pass. On a GPU this waits for it."""
+        if self.failure is not None:
+            return
         row = self._row[layer]
         if row <= self._last or self._pass < 0:
             self._pass += 1
@@ -74,8 +82,17 @@ class RoutingRecorder:
             self._writer.write(TraceRecord(self._sequence, self._pass, layer, index))
             if self._heads is not None and self._said is not None:
                 self._said.add(row, self._what_is_said(self._heads, row, x_TH.reshape(len(index), -1)))
-        except (TraceError, OSError) as error:
+        except TraceError as error:
             raise InferenceError(f"recording {self.path}: {error}") from error
+        except OSError as error:
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        self.failure = f"recording {self.path} has stopped: {error.strerror}; the trace holds what came before"
+        print(self.failure, file=sys.stderr, flush=True)
+        if self._said is not None:
+            self._said.close()
+            self._said = None
 
     def _what_is_said(self, heads: Heads, row: int, x_TH: Tensor) -> np.ndarray:
         codes_TR = heads.codes(row, x_TH).half()
@@ -105,8 +122,17 @@ class RoutingRecorder:
         self._writer.close()
         if self._heads is None or self._said is None:
             return
-        said_TLC, heads, self._heads = self._said.whole(), self._heads, None
-        self._said.close()
+        try:
+            self._save(self._said, self._heads)
+        except OSError as error:
+            heads_file(self.path).unlink(missing_ok=True)
+            self._fail(error)
+        else:
+            self._said.close()
+            self._said = None
+
+    def _save(self, said: SpilledRows, heads: Heads) -> None:
+        said_TLC = said.whole()
         if len(said_TLC):
             rank = said_TLC.shape[2] - heads.num_experts
             maps = (heads.outward_LRO.cpu().numpy(), heads.bias_LO.cpu().numpy())

@@ -110,7 +110,7 @@ class TraceWriter:
     def __init__(self, path: str | os.PathLike[str], header: TraceHeader) -> None:
         self.path, self.header = Path(path), header
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab")
+        self._file = self.path.open("ab", buffering=0)
         if self.path.stat().st_size:
             trace = Trace(self.path)
             if trace.header != header:
@@ -122,12 +122,18 @@ class TraceWriter:
             self._append(header.dump())
 
     def write(self, record: TraceRecord) -> None:
+        """Raises OSError if there is no room for all of it; the file then ends with the record before."""
         self._append(record.dump(self.header))
 
     def _append(self, blob: bytes) -> None:
         # At once to the kernel: what was written survives the death of this process.
-        self._file.write(blob)
-        self._file.flush()
+        end, left = self._file.seek(0, os.SEEK_END), memoryview(blob)
+        try:
+            while len(left):
+                left = left[self._file.write(left) :]
+        except OSError:
+            self._file.truncate(end)
+            raise
 
     def close(self) -> None:
         self._file.close()

@@ -108,6 +108,8 @@ def record(run_dir: str, out_dir: str, trace: str, tokens: int) -> int:
                 _pass(model, heldout[i * stride])
     finally:
         recorder.close()
+    if recorder.failure is not None:
+        raise InferenceError(f"{recorder.failure}; make room and record again")
     said = "with what its heads say" if heads is not None else "it has no lookahead heads"
     print(f"{trace}: {count * heldout.sequence_length:,} held-out tokens of {run_dir} through {out_dir}, {said}")
     return 0

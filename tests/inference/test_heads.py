@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import tracemalloc
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from inference.shadow import Hedge, Shadow
 from inference.simulate import FORESEEN, read_routing, replay
 from inference.transfer import SimulatedLink
 from moe.fingerprint import fingerprint
-from moe.tracefile import TraceError
+from moe.tracefile import Trace, TraceError
 
 LAYERS, EXPERTS, HIDDEN, RANK = 4, 16, 64, 8
 
@@ -188,6 +190,44 @@ def test_what_heads_say_is_not_kept_in_memory_while_it_is_recorded(tmp_path):
     assert np.array_equal(rows.whole(), wanted)
     rows.close()
     assert not list(tmp_path.iterdir())
+
+
+@contextmanager
+def room_in_files(nbytes):
+    """As on a disk that fills up: a file cannot grow beyond that."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("with_heads", [False, True])
+def test_a_full_disk_ends_the_recording_and_nothing_else(model_folder, folder, prompts, tmp_path, capsys, with_heads):
+    used, trace = folder if with_heads else model_folder, tmp_path / "t"
+    llm = LLM(used, 1.0, trace=trace)
+    (expected,) = llm.generate([prompts[0]], 2)
+    whole = len(Trace(trace).keys)
+    with room_in_files(trace.stat().st_size + 50):  # less than a record
+        (generation,) = llm.generate([prompts[0]], 4)
+    assert generation.token_ids[:2] == expected.token_ids
+    assert llm.recording_failed
+    llm.generate([prompts[0]], 4)
+    llm.close()
+    assert capsys.readouterr().err.count("has stopped") == 1
+    assert len(Trace(trace).keys) >= whole
+    assert "cut short" not in capsys.readouterr().err, "half a record is left"
+    assert not heads_file(trace).exists()
+
+
+def test_what_heads_said_may_find_the_disk_full_in_the_end(folder, prompts, tmp_path, capsys):
+    llm = LLM(folder, 1.0, trace=tmp_path / "t")
+    llm.generate([prompts[0]], 4)
+    with room_in_files(100):
+        llm.close()
+    assert "has stopped" in capsys.readouterr().err
+    assert not heads_file(tmp_path / "t").exists()
 
 
 def test_a_trace_that_is_there_is_not_written_over(model_folder, tmp_path):
