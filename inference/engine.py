@@ -32,6 +32,7 @@ from inference.opening import (
 )
 from inference.placement import model_sizes
 from inference.report import Measured, Report
+from inference.prompts import check_text
 from inference.requests import Output, Request, SamplingParams
 from inference.stats import Generation, Stats
 
@@ -280,7 +281,8 @@ class LLM:
         if not isinstance(prompt, str):
             return tuple(int(token) for token in prompt)
         if self.tokenizer is None:
-            raise InferenceError(f"{self.path} has no tokenizer; give token ids, or add tokenizer.json")
+            raise InferenceError(f"{self.path} has no tokenizer; add tokenizer.json, or give token ids to LLM.generate")
+        check_text(prompt)
         return tuple(self.tokenizer(prompt)["input_ids"])
 
 

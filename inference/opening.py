@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
+from checkpointing.keeper.memory import available_bytes
 from inference.cache import ExpertCache
 from inference.errors import InferenceError
 from inference.executor import Executor
@@ -97,6 +97,10 @@ def open_base(
         if has_heads(path) and (recorded or cache.policy.uses_heads or crossing.prefetch == "heads"):
             heads = _heads(path, cache, device)
         shape, top_k = cache.store.shape, module.config.num_experts_per_tok
+        if not 1 <= top_k <= shape.num_experts:
+            raise InferenceError(
+                f"{path}: config.json chooses num_experts_per_tok={top_k} of {shape.num_experts} experts; mend it"
+            )
         arithmetic = Arithmetic(shape.form, activation(blocks[0]), shape.biased)
         gates = [block.gate for block in blocks]
         part = None if heads is None else partial(heads.next_calls, lead=crossing.lead)
@@ -222,11 +226,12 @@ def open_kv(base: Base, kv_tokens: int | None, block_size: int = BLOCK_SIZE) -> 
     """Room for the keys and values of ``kv_tokens``, rounded up to whole blocks.
 
     None: 32768 tokens, or as many as a quarter of the free memory of the device holds if that is less.
-    Raises InferenceError if that is no room at all.
+    Raises InferenceError if that is no room at all, or more than is free.
     """
+    free = _free_bytes(base.device)
     per_block = PagedKV.bytes_per_block(base.module.config, base.dtype, block_size)
     if kv_tokens is None:
-        affordable = int(KV_SHARE * _free_bytes(base.device)) // per_block
+        affordable = int(KV_SHARE * free) // per_block
         blocks = min(-(-KV_TOKENS // block_size), affordable)
     else:
         blocks = -(-kv_tokens // block_size)
@@ -235,17 +240,16 @@ def open_kv(base: Base, kv_tokens: int | None, block_size: int = BLOCK_SIZE) -> 
             f"kv_tokens={kv_tokens} leaves no room for keys and values: one block of {block_size} tokens takes "
             f"{per_block / 1e6:.2f} MB; give at least {block_size}, or free some memory of {base.device}"
         )
+    if blocks * per_block > free:
+        raise InferenceError(
+            f"kv_tokens={kv_tokens}: keys and values of so many tokens take {blocks * per_block / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB of {base.device} are free; give {int(KV_SHARE * free) // per_block * block_size}"
+        )
     return PagedKV(KVShape.of(base.module.config), blocks, block_size, device=base.device, dtype=base.dtype)
 
 
 def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_bytes()
 
 
 def open_tokenizer(path: Path):

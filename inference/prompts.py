@@ -26,6 +26,14 @@ def read_template(path: str | None) -> str | None:
         raise InferenceError(f"--chat-template {path}: not UTF-8; give a Jinja file") from error
 
 
+def check_text(text: str) -> None:
+    """Raises InferenceError for what was not UTF-8 where it was read, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InferenceError(f"the text is not UTF-8 from character {error.start} on; convert it, as with iconv") from error
+
+
 class ChatPrompts:
     """Renders conversations with a chat template and tokenises them.
 
@@ -75,6 +83,7 @@ class ChatPrompts:
         return tuple(ids)
 
     def _shield(self, text: str) -> str:
+        check_text(text)
         if _PRIVATE.search(text):
             raise InferenceError("a message holds characters of Unicode's last private plane; remove them")
         for i, token in enumerate(self._special):

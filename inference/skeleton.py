@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -29,14 +31,17 @@ def build_skeleton(folder: Path, dtype: torch.dtype | None) -> tuple[nn.Module, 
     """
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers' own checks raise all kinds
         raise InferenceError(f"{folder}: transformers cannot read config.json here: {error}") from error
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    if not isinstance(dtype, torch.dtype):
+        raise InferenceError(f"{folder}: config.json says dtype {dtype!r}, which torch does not know; mend it")
     with init_empty_weights():
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        except ValueError as error:
-            raise InferenceError(f"{folder}: not a language model transformers can build: {error}") from error
+        except Exception as error:  # a KeyError for an activation without a name, and others
+            why = f"{type(error).__name__}: {error}"
+            raise InferenceError(f"{folder}: config.json is not of a language model to be built: {why}") from error
     if config.model_type in DENSE:
         return model.eval(), []
     try:
@@ -82,6 +87,7 @@ def load_dense(model: nn.Module, files: TensorFiles, device: torch.device) -> No
 
     Raises InferenceError naming the tensors that are missing or misshapen, and the file.
     """
+    _check_depth(model, files)
     missing = []
     for name, empty in model.state_dict(keep_vars=True).items():
         stored = next((n for n in stored_names(name) if n in files), None)
@@ -106,6 +112,23 @@ def load_dense(model: nn.Module, files: TensorFiles, device: torch.device) -> No
             "incomplete (export it again), or this family's files name their tensors in a way not served yet"
         )
     model.to(device)
+
+
+def _check_depth(model: nn.Module, files: TensorFiles) -> None:
+    """Raises InferenceError for layers beyond the config's, which would be left out without a word.
+
+    Files may hold layers that transformers ignores, too: those that predict later tokens stand behind the others.
+    """
+    config: Any = model.config
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    layers = config.num_hidden_layers + (getattr(config, "num_nextn_predict_layers", None) or 0)
+    for name in files.names:
+        found = re.match(r"model\.layers\.(\d+)\.", name)
+        if found and int(found[1]) >= layers and not any(pattern.search(name) for pattern in ignored):
+            raise InferenceError(
+                f"{files.file(name)} holds {name}, but config.json says num_hidden_layers={config.num_hidden_layers}; "
+                "the folder mixes two models: export it again"
+            )
 
 
 def share_dense(model: nn.Module, loaded: nn.Module) -> None:

@@ -9,7 +9,7 @@ Shapes: E experts, B elements of a block, I intermediate, H hidden.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -72,6 +72,11 @@ class TensorFiles:
 
     def __contains__(self, name: str) -> bool:
         return name in self._home
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of all tensors."""
+        return self._home.keys()
 
     def file(self, name: str) -> Path:
         return self.folder / self._home[name]

@@ -1,0 +1,66 @@
+"""Folders whose config.json does not fit, and settings that cannot be: each is refused in a sentence, at opening."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from inference.engine import LLM
+from inference.errors import InferenceError
+from inference.prompts import check_text
+
+
+@pytest.fixture
+def changed(model_folder, tmp_path):
+    def make(**fields):
+        copy = tmp_path / "model"
+        shutil.copytree(model_folder, copy)
+        file = copy / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+        return copy
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"num_experts_per_tok": 99}, "num_experts_per_tok=99 of 16"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok=0 of 16"),
+        ({"hidden_size": "64"}, "config.json"),
+        ({"hidden_size": None}, "config.json"),
+        ({"eos_token_id": "x"}, "config.json"),
+        ({"hidden_act": "nonsense"}, "config.json"),
+        ({"dtype": "float8"}, "config.json"),
+        ({"num_hidden_layers": 2}, r"holds model\.layers\.2\..*num_hidden_layers=2"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused_at_opening(changed, fields, said):
+    with pytest.raises(InferenceError, match=said):
+        LLM(changed(**fields))
+
+
+def test_layers_that_predict_later_tokens_may_stand_behind_the_others(changed, prompts):
+    with LLM(changed(num_hidden_layers=2, num_nextn_predict_layers=2)) as llm:
+        assert llm.generate([prompts[0]], 1)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json"])
+def test_a_damaged_tokenizer_is_refused(changed, name):
+    folder = changed()
+    (folder / name).write_text("[]")
+    with pytest.raises(InferenceError, match="tokenizer"):
+        LLM(folder)
+
+
+def test_more_keys_and_values_than_memory_are_refused_with_both_figures(model_folder):
+    with pytest.raises(InferenceError, match=r"take [\d.]+ GB, and [\d.]+ GB of cpu are free"):
+        LLM(model_folder, kv_tokens=10**12)
+
+
+def test_text_that_is_not_utf8_is_refused(model_folder):
+    check_text("ä€😀")
+    with LLM(model_folder) as llm, pytest.raises(InferenceError, match="not UTF-8 from character 3"):
+        llm.generate(["hi \udcff\udcfe"], 1)
