@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -31,6 +32,8 @@ ROWS = (1, 16, 64, 4)  # in this order, as far as the time goes
 GPU_ROWS = (1, 16, 256, 2048)
 _BANK_BYTES = 128 << 20  # of made-up experts: beyond most caches, quick to fill
 _FAR_BEHIND = 3.0
+_REPEATS = (3, 10)  # of a timing: at least, and at most for a short one
+_REPEAT_S = 0.05
 _WHOLE_CALL = 8  # experts of one call, as a token of a model with eight choices makes it
 
 
@@ -58,7 +61,10 @@ def this_machine(hidden: int, intermediate: int, dtype: str, *, recalibrate: boo
 
 
 def machine_profile(kind: ExpertKind, device: torch.device, *, recalibrate: bool = False) -> MachineProfile:
-    """This machine's profile: the kept one, or a new one, which is kept. A damaged file is measured again."""
+    """This machine's profile: the kept one, or a new one. A damaged file is measured again.
+
+    A new one is kept, unless the machine was busy while it was measured, which is said on stderr.
+    """
     file = profile_file(kind, device)
     if not recalibrate and file.exists():
         try:
@@ -66,6 +72,13 @@ def machine_profile(kind: ExpertKind, device: torch.device, *, recalibrate: bool
         except ProfileError:
             pass
     profile = calibrate(kind, device)
+    if why := profile.unsteady:
+        print(
+            f"this machine was busy while it was measured: {why}; what it is said to do is too slow, and is not kept: "
+            "measure again when nothing else runs",
+            file=sys.stderr,
+        )
+        return profile
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         written = file.with_suffix(f".{os.getpid()}")
@@ -123,6 +136,7 @@ def _calibrate(kind: ExpertKind, device: torch.device, budget_s: float) -> Machi
         "threads": threads,
         "team": team,
         "cpu": tuple(timings),
+        "spread": bank.spread,
     }
     dram = max(dram, alone)
     if gpu is None:
@@ -207,6 +221,7 @@ class _Bank:
         pattern_N = (torch.arange(each) % 251 - 125).float() / 4096
         self.weights_N.view(self.count, each).copy_(pattern_N)
         self._next = 0
+        self.spread = 1.0  # the worst of all timings, typical over best
 
     def __call__(self, _layer: int, expert: int) -> HostExpert:
         hidden, intermediate = self.kind.hidden, self.kind.intermediate
@@ -221,10 +236,13 @@ class _Bank:
         return CpuExperts(self, lambda gate, up: silu(gate) * up, table, threads, team, compiled)
 
     def timing(self, kernel: str, threads: int, team: int, rows: int) -> Timing:
-        calls = [_WHOLE_CALL if rows == 1 else 2 * threads] * 2
+        count, times = _WHOLE_CALL if rows == 1 else 2 * threads, []
         with self.experts(threads, team, KernelTable((Timing(kernel, threads, 1, 1.0),))) as experts:
-            seconds = min(self.call_s(experts, rows, count) / count for count in calls)
-        return Timing(kernel, threads, rows, seconds)
+            self.call_s(experts, rows, count)  # the first call starts threads
+            while len(times) < _REPEATS[0] or (len(times) < _REPEATS[1] and sum(times) < _REPEAT_S):
+                times.append(self.call_s(experts, rows, count))
+        self.spread = max(self.spread, median(times) / min(times))
+        return Timing(kernel, threads, rows, min(times) / count)
 
     def call_s(self, experts: CpuExperts, rows: int, count: int = _WHOLE_CALL) -> float:
         """Seconds of one call, with other experts each time."""

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, TextIO
 
 from inference.errors import InferenceError, RequestError
@@ -191,6 +192,8 @@ def _talk(llm: LLM, options: ChatOptions, params: SamplingParams, template: str 
 
 def terminal_reader() -> Callable[[], str]:
     """Reads lines from a terminal with editing and a prompt, else from a pipe without."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused, and the next one read
     if not sys.stdin.isatty():
         return input
     import contextlib

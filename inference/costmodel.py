@@ -21,6 +21,8 @@ from inference.errors import InferenceError
 _TINY = 1e-30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROFILES = Path(__file__).parent / "profiles"
+_UNSTEADY = 3.0  # typical over best of one timing's repeats
+_ABSURD = 8.0  # an expert of more rows that much faster: small experts differ by what a call costs, not so far
 
 
 class ProfileError(InferenceError):
@@ -71,6 +73,7 @@ class MachineProfile:
         launch_s: of one operation, as the runtime issues it.
         sync_s: one round trip to learn what the device computed; 0 without a GPU.
         handover_s: from giving work to the CPU experts until they begin, and back.
+        spread: of the repeats of a CPU timing, the typical over the best; the worst of all timings.
     """
 
     name: str
@@ -91,6 +94,7 @@ class MachineProfile:
     launch_s: float = 0.0
     sync_s: float = 0.0
     handover_s: float = 0.0
+    spread: float = 1.0
 
     def __post_init__(self) -> None:
         if self.dtype not in BYTES or min(self.hidden, self.intermediate, self.threads, self.team) < 1 or not self.cpu:
@@ -105,6 +109,18 @@ class MachineProfile:
         """Of the expert that was timed."""
         return 3 * self.hidden * self.intermediate * BYTES[self.dtype]
 
+    @property
+    def unsteady(self) -> str | None:
+        """What cannot be of an idle machine, in words."""
+        if self.spread > _UNSTEADY:
+            return f"the same work took {self.spread:.1f} times as long again"
+        for few in self.cpu:
+            for many in self.cpu:
+                same = (few.kernel, few.threads) == (many.kernel, many.threads)
+                if same and few.rows < many.rows and few.seconds > _ABSURD * many.seconds:
+                    return f"{few.rows} rows took {few.seconds * 1e3:.2f} ms, {many.rows} {many.seconds * 1e3:.2f} ms"
+        return None
+
     def dump(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
 
@@ -117,7 +133,7 @@ class MachineProfile:
             raw |= {lane: tuple(Timing(**entry) for entry in raw[lane]) for lane in ("cpu", "gpu")}
             return cls(**raw)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ProfileError(f"{path}: not a machine profile ({error}); measure again with --recalibrate") from error
+            raise ProfileError(f"{path}: not a machine profile ({error}); give the file of another") from error
 
 
 def named_profile(name: str) -> MachineProfile:

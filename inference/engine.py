@@ -31,8 +31,8 @@ from inference.opening import (
     watch,
 )
 from inference.placement import model_sizes
-from inference.report import Measured, Report
 from inference.prompts import check_text
+from inference.report import Measured, Report
 from inference.requests import Output, Request, SamplingParams
 from inference.stats import Generation, Stats
 

@@ -74,7 +74,9 @@ def traced_use(sizes: ModelSizes, routing: Routing, slots: int, batch: int) -> U
         )
     rounds = len(routing.index_TLK) // batch
     if rounds < 8:
-        raise PlacementError(f"the trace has {len(routing.index_TLK)} tokens, too few for a batch of {batch}")
+        raise PlacementError(
+            f"the trace has {len(routing.index_TLK)} tokens, too few for a batch of {batch}; record a longer one"
+        )
     side_by_side = routing.index_TLK[: rounds * batch].reshape(batch, rounds, routing.layers, -1)
     merged_TLK = np.moveaxis(side_by_side, 0, 2).reshape(rounds, routing.layers, -1)
     found = replay(Routing(merged_TLK, routing.experts), HEDGE, slots)

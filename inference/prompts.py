@@ -31,7 +31,9 @@ def check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InferenceError(f"the text is not UTF-8 from character {error.start} on; convert it, as with iconv") from error
+        raise InferenceError(
+            f"the text is not UTF-8 from character {error.start} on; convert it, as with iconv"
+        ) from error
 
 
 class ChatPrompts:

@@ -1,7 +1,7 @@
 """The ``planaria`` command. Nothing heavy is imported before a verb needs it.
 
 Exit status: 0 done, 1 failed, 2 the user's mistake (said on stderr, without a traceback), 75 stopped but
-resumable by the same command.
+resumable by the same command, 130 ended by ctrl-C.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trainer.refusal import is_users_mistake, refused
 from trainer.serve_cli import add_serve_verbs
 from trainer.simulate_cli import add_simulate_verb
 
-FAILED, USER_MISTAKE = 1, 2
+FAILED, USER_MISTAKE, INTERRUPTED = 1, 2, 130
 _OVERRIDES = "section.key=value, put over the recipe's own"
 
 
@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb: Callable[[argparse.Namespace], int] = arguments.run
     try:
         return verb(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     except ValueError as error:
         if not is_users_mistake(error):
             raise

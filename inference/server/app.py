@@ -95,7 +95,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 def _add_observation(app: FastAPI, service: Service) -> None:
     engine = service.engine
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])  # some probes ask for the head alone
     async def health() -> Response:
         if reason := engine.failure or engine.trouble:
             return JSONResponse({"status": "failed", "reason": reason}, 503)

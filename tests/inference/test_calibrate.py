@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -17,10 +19,22 @@ from inference.calibrate import (
 )
 from inference.compiled_experts import compiled_kernels
 from inference.cores import cpu_cores
-from inference.costmodel import describe
+from inference.costmodel import MachineProfile, Rates, Timing, describe
 
 CPU = torch.device("cpu")
 TINY = ExpertKind(64, 32, torch.bfloat16)
+STEADY = MachineProfile(
+    name="steady",
+    hardware="none",
+    source="made up",
+    dtype="bfloat16",
+    hidden=64,
+    intermediate=32,
+    threads=2,
+    dram=Rates(1e9, 1e9),
+    cpu=(Timing("linear", 2, 1, 1e-3), Timing("linear", 2, 16, 0.5e-3)),
+    cpu_overlapped=1e9,
+)
 
 
 @pytest.fixture
@@ -54,7 +68,7 @@ def test_beside_a_gpu_every_kernel_is_timed_with_one_row_and_every_product_with_
 
 def test_a_profile_is_measured_once_and_again_when_asked_or_damaged(cache, monkeypatch):
     calls = []
-    measured = calibrate(TINY, CPU, budget_s=0.0)
+    measured = STEADY
     monkeypatch.setattr("inference.calibrate.calibrate", lambda *_: calls.append(1) or measured)
     assert machine_profile(TINY, CPU) == measured
     assert machine_profile(TINY, CPU) == measured
@@ -69,6 +83,28 @@ def test_a_profile_is_measured_once_and_again_when_asked_or_damaged(cache, monke
     assert [path.suffix for path in (cache / "planaria" / "profiles").iterdir()] == [".json"], "nothing else is left"
 
 
+@pytest.mark.parametrize(
+    ("busy", "said"),
+    [
+        (replace(STEADY, spread=4.0), "4.0 times as long"),
+        (replace(STEADY, cpu=(Timing("linear", 2, 16, 43.5e-3), Timing("linear", 2, 64, 0.1e-3))), "16 rows took 43.5"),
+    ],
+)
+def test_what_was_measured_on_a_busy_machine_is_used_once_and_not_kept(cache, monkeypatch, capsys, busy, said):
+    monkeypatch.setattr("inference.calibrate.calibrate", lambda *_: busy)
+    assert machine_profile(TINY, CPU) == busy
+    assert said in capsys.readouterr().err
+    assert not profile_file(TINY, CPU).exists()
+    assert STEADY.unsteady is None
+
+
+def test_a_timing_is_the_best_of_its_repeats_and_says_how_they_differ(monkeypatch):
+    bank, times = _Bank(TINY), iter([9.0, 5.0, 1.0, 2.0])
+    monkeypatch.setattr(bank, "call_s", lambda *_: next(times))
+    assert bank.timing("linear", 1, 1, 1).seconds == 1.0 / 8
+    assert bank.spread == 2.0
+
+
 def test_profiles_are_kept_apart_by_kind(cache):
     files = {
         profile_file(ExpertKind(hidden, 32, dtype), CPU)
@@ -81,8 +117,8 @@ def test_profiles_are_kept_apart_by_kind(cache):
 def test_a_home_that_cannot_be_written_only_costs_time(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr("inference.calibrate.calibrate", lambda *_: "measured")
-    assert machine_profile(TINY, CPU) == "measured"
+    monkeypatch.setattr("inference.calibrate.calibrate", lambda *_: STEADY)
+    assert machine_profile(TINY, CPU) == STEADY
 
 
 def test_a_kernel_that_cannot_be_compiled_is_not_offered(monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from inference.chat import _VISIBLE, Conversation, converse
+from inference.chat import _VISIBLE, Conversation, converse, terminal_reader
 from inference.engine import LLM
 from inference.prompts import ChatPrompts
 from inference.requests import SamplingParams
@@ -130,6 +130,14 @@ def test_the_command_talks_in_a_terminal(model_folder, tmp_path):
     assert shown.startswith("/reset forgets the conversation")
     assert "user: hello" in shown
     assert "4 tokens in" in shown
+
+
+def test_a_line_that_is_not_utf8_is_refused_and_the_conversation_goes_on(conversation, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hi \xff\xfe\nhello\n"), encoding="utf-8"))
+    out = io.StringIO()
+    converse(conversation, terminal_reader(), out)
+    assert "the text is not UTF-8 from character 3 on" in out.getvalue()
+    assert [message["content"] for message in conversation.said[::2]] == ["hello"]
 
 
 def test_a_model_without_a_template_is_refused(model_folder, capsys):
