@@ -130,6 +130,9 @@ def lab(make_wal_job, run_dir, wait_until, tmp_path):
     for step in range(1, LAST + 1):
         job.run(step)
         wait_until(lambda due=step: due % EVERY or due in [found for found, _ in list_checkpoints(checkpoints)])
+    # The last thing done about a checkpoint is to remove an older one's folder.
+    kept = {f"step-{LAST // EVERY * EVERY - behind}" for behind in (0, EVERY)}
+    wait_until(lambda: {folder.name for folder in checkpoints.glob("step-*")} == kept)
     keeps = {}
     for name, client in zip(job.names, job.clients, strict=True):
         fd = os.memfd_create("flips", os.MFD_CLOEXEC)

@@ -335,7 +335,7 @@ def test_mistakes_are_said_in_a_sentence(sound, tmp_path, capsys, monkeypatch):
     ]:
         assert cli.main(["doctor", *arguments]) == 2
         assert words in capsys.readouterr().err
-    AutoConfig.for_model("llama").save_pretrained(tmp_path)
+    AutoConfig.for_model("gpt2").save_pretrained(tmp_path)
     assert cli.main(["doctor", str(tmp_path)]) == 2
     assert "no MoE block" in capsys.readouterr().err
     AutoConfig.for_model("qwen3_moe", **{**COMMON, **QWEN3}).save_pretrained(tmp_path)
