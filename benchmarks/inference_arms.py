@@ -6,6 +6,7 @@ Every arm has the same weights and the same forced routing, reads its newest tok
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,14 +75,15 @@ def warmed(make: Callable[[], Arm], tokens: int) -> Arm:
     return arm
 
 
-class _Decoding:
+class _Decoding(ABC):
     """An arm in this process."""
 
     device: torch.device
     most: int | None = None
 
+    @abstractmethod
     def decode(self, tokens: int) -> None:
-        raise NotImplementedError
+        """So many decode steps of one sequence."""
 
     def warm(self, tokens: int) -> None:
         self.decode(tokens)
@@ -96,7 +98,7 @@ class _Decoding:
     def figures(self) -> dict[str, Any]:
         return {}
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing to give back
         """Nothing outlives it."""
 
 

@@ -1,4 +1,4 @@
-"""How `planaria serve` and `chat` open a model, as a value. No torch before it is opened."""
+"""How `planaria generate`, `serve` and `chat` open a model, as a value. No torch before it is opened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options that `planaria serve` and `chat` share. No torch here."""
+"""The options that `planaria generate`, `serve` and `chat` share. No torch here."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 from inference.runtime import Runtime
 from trainer.plan_inference_cli import add_budget_options
-
-GRAPHS = "on a GPU: capture the decode steps of few sequences as CUDA graphs, which spares launches"
 
 
 def add_runtime_options(
@@ -33,7 +31,9 @@ def add_runtime_options(
     parser.add_argument(
         "--no-pin", action="store_true", help="on a GPU: keep no page-locked copy of all experts in memory, read files"
     )
-    parser.add_argument("--graphs", action="store_true", help=GRAPHS)
+    parser.add_argument(
+        "--graphs", action="store_true", help="on a GPU: capture the decode steps of few sequences as CUDA graphs"
+    )
     parser.add_argument("--trace", metavar="FILE", help="record the routing, for `planaria simulate`")
 
 

@@ -14,6 +14,7 @@ from inference.errors import InferenceError
 from inference.model import Model
 from inference.opening import adapt, open_base, open_kv
 from inference.requests import Request, SamplingParams
+from inference.runtime import Runtime
 from lora.attach import attach
 from lora.config import BankConfig
 from lora.errors import AdapterError
@@ -179,7 +180,7 @@ def test_an_adapter_of_another_base_is_refused(model_folder, expert_adapter, tmp
 
 def test_the_command_serves_an_adapter_and_refuses_a_damaged_one(model_folder, expert_adapter, tmp_path, capsys):
     def run(adapter):
-        return generate.main(str(model_folder), "The gate scores", adapter and str(adapter), 16, 0.25)
+        return generate.main(str(model_folder), "The gate scores", adapter and str(adapter), 16, Runtime(0.25))
 
     assert run(None) == 0
     plain = capsys.readouterr().out

@@ -17,6 +17,7 @@ from transformers import (
 
 from inference.engine import LLM
 from inference.errors import InferenceError
+from inference.runtime import Runtime
 from trainer import cli, generate
 
 BUDGETS = [0.0, 0.1, 1.0]
@@ -200,13 +201,13 @@ def test_bad_settings_are_refused(model_folder):
 
 
 def test_the_command_prints_text_and_figures(model_folder, capsys):
-    assert generate.main(str(model_folder), "The gate", None, 8, 0.25) == 0
+    assert generate.main(str(model_folder), "The gate", None, 8, Runtime(0.25)) == 0
     *text, line = capsys.readouterr().out.rstrip("\n").split("\n")
     (generation,) = LLM(model_folder).generate(["The gate"], 8)
     assert "\n".join(text) == generation.text
     assert line.startswith("experts: ")
     assert "/64 resident; 8 tokens in" in line
-    assert generate.main(str(model_folder / "nowhere"), "The gate", None, 8, 0.25) == 2
+    assert generate.main(str(model_folder / "nowhere"), "The gate", None, 8, Runtime(0.25)) == 2
     assert "no such folder" in capsys.readouterr().err
     command = ["generate", str(model_folder), "--prompt", "The gate", "--expert-budget", "0.25"]
     assert cli.main([*command, "--prefetch", "psychic"]) == 2
