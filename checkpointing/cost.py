@@ -1,8 +1,9 @@
 """What protecting a worker's state costs, and the schedule that follows: bandwidths, times and sizes in, a plan out.
 
-Bytes are those of one worker's flat optimizer partition: 12 per parameter (fp32 master weight and two moments) and, in
-a write-ahead log, the reduced gradient in 2 (bf16) or 4 (fp32) bytes. A capture of step t is copied while step t + 1
-runs forward and backward, and must be whole before its optimizer changes the state, so that
+Bytes are those of one worker's flat optimizer partition: 12 per parameter (fp32 master weight and AdamW's two moments;
+8 with an optimizer of one moment) and, in a write-ahead log, the reduced gradient in 2 (bf16) or 4 (fp32) bytes. A
+capture of step t is copied while step t + 1 runs forward and backward, and must be whole before its optimizer changes
+the state, so that
 
     stall = max(0, T_copy - T_F&B)
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-STATE_BYTES = 12  # per parameter: fp32 master weight, exp_avg, exp_avg_sq
+STATE_WIDTH = 12  # bytes per parameter: fp32 master weight, AdamW's exp_avg and exp_avg_sq
 SLACK = 3  # captures that may be under way beyond the committed step
 MAX_OVERHEAD = 0.035  # of a step's time, CheckFreq's bound
 _MAX_ROTATION = 256
@@ -78,15 +79,17 @@ class Partition:
         parameters: elements of its flat optimizer partitions.
         gradient_bytes: of one element in the log: 2 if bf16 holds it exactly, else 4.
         disk: whether checkpoints also go to disk during the run, which takes room for one more whole state.
+        state_width: bytes of one element's master weight and moments.
     """
 
     parameters: int
     gradient_bytes: int = 2
     disk: bool = False
+    state_width: int = STATE_WIDTH
 
     @property
     def state_bytes(self) -> int:
-        return self.parameters * STATE_BYTES
+        return self.parameters * self.state_width
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ def capture_cost(
 
 def wal_bytes_per_step(partition: Partition, rotation: int) -> float:
     """The log of one step and 1/rotation of the state."""
-    return partition.parameters * (partition.gradient_bytes + STATE_BYTES / rotation)
+    return partition.parameters * (partition.gradient_bytes + partition.state_width / rotation)
 
 
 def wal_memory(partition: Partition, rotation: int) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from math import ceil
 
-from checkpointing.cost import SLACK, STATE_BYTES, Bandwidths, Cost, StepTimes, capture_cost, does_not_fit, figures
+from checkpointing.cost import SLACK, STATE_WIDTH, Bandwidths, Cost, StepTimes, capture_cost, does_not_fit, figures
 from checkpointing.units import Range, expert_of
 from moe.refs import ExpertRef
 
@@ -249,12 +249,17 @@ class Ages:
 
 @dataclass(frozen=True)
 class SparsePartition:
-    """One worker's parameters, those of experts apart. ``count``: N. ``disk``: as in ``cost.Partition``."""
+    """One worker's parameters, those of experts apart. ``count``: N. The rest is as in ``cost.Partition``."""
 
     others: int
     experts: int
     count: int
     disk: bool = False
+    state_width: int = STATE_WIDTH
+
+    @property
+    def state_bytes(self) -> int:
+        return (self.others + self.experts) * self.state_width
 
 
 @dataclass(frozen=True)
@@ -268,16 +273,15 @@ class PecSchedule:
 
 
 def pec_bytes(partition: SparsePartition, k: int) -> float:
-    """C_pec = (P_ne + K/N P_e) (B_w + B_o) of MoC-System, per worker. Here B_w + B_o is 12: the bf16 weights
-    are the rounded masters and need not be kept."""
-    return (partition.others + partition.experts * k / partition.count) * STATE_BYTES
+    """C_pec = (P_ne + K/N P_e) (B_w + B_o) of MoC-System, per worker. Here B_w + B_o is ``state_width``: the
+    bf16 weights are the rounded masters and need not be kept."""
+    return (partition.others + partition.experts * k / partition.count) * partition.state_width
 
 
 def pec_memory(partition: SparsePartition, k: int) -> int:
     """Bytes of all slots: the newest copy of everything, with a disk tier a second one that is being written, and room
     for captures under way."""
-    newest = (partition.others + partition.experts) * STATE_BYTES
-    return newest * (1 + partition.disk) + ceil(pec_bytes(partition, k) * SLACK)
+    return partition.state_bytes * (1 + partition.disk) + ceil(pec_bytes(partition, k) * SLACK)
 
 
 def choose_k(
@@ -321,5 +325,5 @@ def choose_k(
 
 
 def _pec_cost(partition: SparsePartition, k: int, every: int, times: StepTimes, rates: Bandwidths) -> Cost:
-    whole = (partition.others + partition.experts) * STATE_BYTES
-    return capture_cost(pec_bytes(partition, k), pec_memory(partition, k), every, times, rates, whole, 0)
+    memory = pec_memory(partition, k)
+    return capture_cost(pec_bytes(partition, k), memory, every, times, rates, partition.state_bytes, 0)

@@ -12,12 +12,12 @@ from math import prod
 from typing import Any
 
 from checkpointing.cost import size
+from checkpointing.moments import state_width
 from lora.cost import parameters
 from trainer.activations import micro_batches, saved_bytes, working_bytes
 from trainer.model_shapes import Shapes, model_shapes
 from trainer.schema import Recipe
 
-_MOMENTS_AND_MASTER = 12  # bytes: fp32 weight and two fp32 AdamW moments
 _FP32 = 4
 _GIB = 1 << 30
 
@@ -113,9 +113,10 @@ def admit(recipe: Recipe, shapes: Shapes, active: int, width: int, heads: int, f
     trained = sum(parameters(here, site, one.path.rpartition(".")[2]).total for one, here, site in placed)
     base = sum(map(prod, shapes.values())) * width
     vocabulary = next((shape[0] for name, shape in shapes.items() if name.endswith("embed_tokens.weight")), 0)
+    optimizer = state_width(recipe.train.optimizer)
     needs = []
     for name, batch in zip(recipe.tenants, micro_batches(recipe, width, heads, vocabulary), strict=True):
-        state = trained * (2 * width) + -(-trained // recipe.parallel.workers) * (_MOMENTS_AND_MASTER + _FP32)
+        state = trained * (2 * width) + -(-trained // recipe.parallel.workers) * (optimizer + _FP32)
         kept = sum(saved_bytes(model, placed, batch).values()) + working_bytes(placed, batch)
         needs.append(Need(name, trained, state, kept))
     return Admission(base, tuple(needs), free)

@@ -24,10 +24,11 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils.tensor_fragment import fragment_address
 
+from checkpointing.state.optimizers import Lion
 from lora.tenants import parameters_of
 from moe.deepspeed_ep import bind_expert_parallel
 from moe.experts import Experts
-from trainer.schema import Recipe
+from trainer.schema import Recipe, TrainSection
 
 DEEPSPEED_VERSION = deepspeed.__version__
 FRAGMENT_CLASS = fragment_address
@@ -141,7 +142,7 @@ def deepspeed_config(recipe: Recipe, dtype: torch.dtype, accumulation: int) -> d
             "reduce_scatter": True,
             "overlap_comm": False,
         },
-        # Our AdamW is torch's own class; DeepSpeed only asks for this flag when a subclass is used.
+        # It has tested few classes. Ours update element by element, so flat partitions are no other than parameters.
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         # It would wait for the whole device before each forward pass, and so for captures on their side stream.
@@ -150,7 +151,7 @@ def deepspeed_config(recipe: Recipe, dtype: torch.dtype, accumulation: int) -> d
 
 
 def create_engine(model: nn.Module, recipe: Recipe, dtype: torch.dtype, accumulation: int) -> deepspeed.DeepSpeedEngine:
-    """DeepSpeed engine with torch's fused AdamW on ZeRO's flat partitions.
+    """DeepSpeed engine with the recipe's optimizer on ZeRO's flat partitions.
 
     Adapters must be attached already: whether experts train decides how DeepSpeed is to see them.
     """
@@ -158,17 +159,22 @@ def create_engine(model: nn.Module, recipe: Recipe, dtype: torch.dtype, accumula
     for module in model.modules():
         if isinstance(module, Experts):
             bind_expert_parallel(module)
-    optimizer = torch.optim.AdamW(
-        tenant_groups(model, recipe) if recipe.tenants else parameter_groups(model, train.weight_decay),
-        lr=train.lr,
-        betas=(train.beta1, train.beta2),
-        eps=train.eps,
-        fused=True,
-    )
+    groups = tenant_groups(model, recipe) if recipe.tenants else parameter_groups(model, train.weight_decay)
+    optimizer = create_optimizer(groups, train)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config(recipe, dtype, accumulation), dist_init_required=False
     )
     return engine
+
+
+def create_optimizer(groups: list[dict[str, Any]], train: TrainSection) -> torch.optim.Optimizer:
+    """The optimizer of a resolved recipe: torch's fused ones, and our Lion."""
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, fused=True)
+    betas = (train.beta1, train.beta2)
+    if train.optimizer == "lion":
+        return Lion(groups, lr=train.lr, betas=betas)
+    return torch.optim.AdamW(groups, lr=train.lr, betas=betas, eps=train.eps, fused=True)
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:

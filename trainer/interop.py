@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from checkpointing.deepspeed_format import MOMENTS as DEEPSPEED_MOMENTS
 from checkpointing.deepspeed_format import (
     DeepSpeedFolder,
     described_tensors,
@@ -28,6 +29,7 @@ from checkpointing.deepspeed_format import (
 )
 from checkpointing.deepspeed_writer import ModelFacts, write_model, write_rank
 from checkpointing.materialise import sections_of, whole
+from checkpointing.moments import MOMENTS
 from checkpointing.resize import load_resized
 from checkpointing.state.buffers import StateBuffer
 from checkpointing.state.partitions import build_partitions
@@ -155,6 +157,11 @@ def _share(checkpoint: Checkpoint, coordinate: str, rate: float, count: float) -
     if text is None or "groups" not in described:
         raise ExportError(
             f"{checkpoint.file_of(coordinate)} does not say how partitions lie; train a step from it first"
+        )
+    if MOMENTS[described["optimizer"]] != DEEPSPEED_MOMENTS:
+        raise ExportError(
+            f"{checkpoint.file_of(coordinate)} holds the state of {described['optimizer']}; DeepSpeed folders are "
+            "written with states of Adam and AdamW only; export the weights with --hf"
         )
     settings = [{**group, "betas": tuple(group["betas"]), "lr": rate} for group in described["groups"]]
     buffers, optimizer = build_partitions(text, settings, "cpu")

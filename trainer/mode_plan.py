@@ -24,6 +24,7 @@ from checkpointing.cost import (
     figures,
     seconds,
 )
+from checkpointing.moments import state_width
 from checkpointing.partial import PecSchedule, SparsePartition, choose_k
 from checkpointing.plt import Limits, Meter, decide, expected_loss
 from trainer.schema import Recipe
@@ -144,7 +145,7 @@ def mode_rows(recipe: Recipe, share: Share, basis: Basis, budget: int) -> list[t
             text = f"does not fit here: {error}"
         rows.append((f"{'*' if mode == chosen else ' '} {mode}", text))
     if disk.every and rates.disk:
-        partition = Partition(share.parameters)
+        partition = Partition(share.parameters, state_width=state_width(recipe.train.optimizer))
         least = disk_interval(partition, times, rates.disk)
         written = f"at {rates.disk / 1e9:.3g} GB/s a checkpoint takes {seconds(partition.state_bytes / rates.disk)}"
         late = f", {least} steps: it delays the next one, due after {disk.every}" if least > disk.every else ""
@@ -154,7 +155,12 @@ def mode_rows(recipe: Recipe, share: Share, basis: Basis, budget: int) -> list[t
 
 def _wal(recipe: Recipe, share: Share, basis: Basis, budget: int) -> str:
     disk = recipe.checkpoint.disk
-    partition = Partition(share.parameters, _gradient_bytes(recipe), disk.every > 0 or disk.final)
+    partition = Partition(
+        share.parameters,
+        _gradient_bytes(recipe),
+        disk.every > 0 or disk.final,
+        state_width(recipe.train.optimizer),
+    )
     fixed = recipe.checkpoint.wal.rotation if recipe.checkpoint.mode == "wal" else "auto"
     schedule = choose_rotation(
         partition, basis.times, basis.rates, budget, fixed=None if fixed == "auto" else int(fixed)
@@ -163,7 +169,8 @@ def _wal(recipe: Recipe, share: Share, basis: Basis, budget: int) -> str:
 
 
 def _dense(recipe: Recipe, share: Share, basis: Basis, budget: int) -> str:
-    partition = Partition(share.parameters, disk=recipe.checkpoint.disk.every > 0)
+    width = state_width(recipe.train.optimizer)
+    partition = Partition(share.parameters, disk=recipe.checkpoint.disk.every > 0, state_width=width)
     schedule = choose_interval(partition, basis.times, basis.rates, budget)
     if recipe.checkpoint.mode != "dense":
         return f"{schedule.reason}; exact"
@@ -190,7 +197,11 @@ def pec_schedule(recipe: Recipe, share: Share, basis: Basis, budget: int) -> Pec
     """Mode ``pec`` with the recipe's K or the best. Raises BudgetError as :func:`checkpointing.partial.choose_k`."""
     checkpoint = recipe.checkpoint
     partition = SparsePartition(
-        share.parameters - share.experts, share.experts, share.num_experts, checkpoint.disk.every > 0
+        share.parameters - share.experts,
+        share.experts,
+        share.num_experts,
+        checkpoint.disk.every > 0,
+        state_width(recipe.train.optimizer),
     )
     fixed = None if checkpoint.pec.k_snapshot == "auto" else checkpoint.pec.k_snapshot
     return choose_k(partition, checkpoint.memory.every, basis.times, basis.rates, budget, fixed=fixed)

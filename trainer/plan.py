@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from checkpointing.moments import state_width
 from lora.config import BankConfig
 from lora.cost import Parameters, parameters
 from lora.errors import AdapterError
@@ -34,7 +35,6 @@ KINDS = ("embeddings", "attention", "norms", "router", "shared experts", "expert
 _EXPERT = re.compile(r"\.experts\.")
 _SLOT_GENERATIONS = 3  # two sealed records and one being written
 _DISK_GENERATIONS = 2  # without a memory tier: one being written to disk, one for the next capture
-_MOMENTS_AND_MASTER = 12  # bytes: fp32 weight and two fp32 AdamW moments
 
 
 class PlanError(ValueError):
@@ -50,7 +50,8 @@ class Plan:
         trained: parameters that train by kind (adapters, when there are any).
         active: parameters that one token uses.
         weight_bytes, gradient_bytes, optimizer_bytes: per worker.
-        snapshot_bytes: the keeper's memory per worker: 12 bytes per parameter of the partition and generation.
+        snapshot_bytes: the keeper's memory per worker: 12 bytes per parameter of the partition and
+            generation, 8 with an optimizer of one moment.
         generations: how many; without a memory tier the disk tier still needs some to write from.
         share: what a worker captures, and what the modes' costs depend on.
     """
@@ -180,8 +181,8 @@ def plan_run(recipe: Recipe) -> Plan:
         tokens_per_step=sum(tenant_recipe.batch_sizes(recipe)) * recipe.data.sequence_length,
         weight_bytes=local_weights * width,
         gradient_bytes=(local_trained if recipe.parallel.zero == 1 else partition) * width,
-        optimizer_bytes=partition * _MOMENTS_AND_MASTER,
-        snapshot_bytes=partition * _MOMENTS_AND_MASTER * generations,
+        optimizer_bytes=partition * state_width(recipe.train.optimizer),
+        snapshot_bytes=partition * state_width(recipe.train.optimizer) * generations,
         generations=generations,
         share=Share(partition, -(-expert_trained // workers), experts, moe_layers, active, top_k),
     )

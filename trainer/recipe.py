@@ -23,6 +23,7 @@ from trainer import tenant_recipe, yaml_lines
 from trainer.adapter_seal import adapter_seal
 from trainer.data_rules import CHAT_KEYS, resolved_chat
 from trainer.esft_file import selection_digest
+from trainer.optimizer_rules import resolved_optimizer
 from trainer.recipe_checks import BYTE_VOCABULARY, WITH_PATH, findings
 from trainer.recipe_hints import meant
 from trainer.recipe_messages import alternatives_joined, message, shown
@@ -197,7 +198,10 @@ def _resolved(recipe: Recipe, path: FilePath) -> Recipe:
     source = place_of(checkpoint.load_from or "")
     if checkpoint.load_from is not None and isinstance(source, FilePath):
         checkpoint = dataclasses.replace(checkpoint, load_from=os.path.abspath(source))
-    recipe = dataclasses.replace(recipe, model=model, data=data, adapter=banks, log=log, checkpoint=checkpoint)
+    train = resolved_optimizer(recipe.train)
+    recipe = dataclasses.replace(
+        recipe, train=train, model=model, data=data, adapter=banks, log=log, checkpoint=checkpoint
+    )
     return dataclasses.replace(recipe, tenants=tenant_recipe.resolved(recipe, path.resolve().parent))
 
 
@@ -222,8 +226,7 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
         del values["checkpoint"]["disk"]["url"]
     if values["checkpoint"]["load_from"] is None:
         del values["checkpoint"]["load_from"]
-    if values["train"]["replay_trace"] is None:
-        del values["train"]["replay_trace"]
+    values["train"] = {key: value for key, value in values["train"].items() if value is not None}
     if tenants := tenant_recipe.plain(values.pop("tenants")):
         values["tenants"] = tenants
     for name in ("cache_dir", "text_key", *CHAT_KEYS):

@@ -16,6 +16,7 @@ from trainer.checkpoint_checks import CHECKPOINT_RULES
 from trainer.data_rules import DATA_RULES
 from trainer.disk_rules import DISK_RULES
 from trainer.family_checks import FAMILY_RULES
+from trainer.optimizer_rules import OPTIMIZER_RULES
 from trainer.recipe_view import Finding, Unknown, View
 from trainer.routing_rules import ROUTING_RULES
 from trainer.schema import KEYS
@@ -291,6 +292,7 @@ _RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (
     *CHECKPOINT_RULES,
     *DISK_RULES,
     *DATA_RULES,
+    *OPTIMIZER_RULES,
     *ROUTING_RULES,
     *VARIANT_RULES,
 )

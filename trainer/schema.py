@@ -225,10 +225,13 @@ class TrainSection:
     min_lr_ratio: Annotated[float, Ge(0), Le(1)] = 0.1
     warmup_steps: CountOrZero = 0
     schedule: Literal["cosine", "constant"] = "cosine"
+    optimizer: Literal["adamw", "sgd", "lion"] = "adamw"
     weight_decay: AtLeast0 = 0.0
-    beta1: Probability = 0.9
-    beta2: Probability = 0.95
-    eps: Above0 = 1e-8
+    # None: the optimizer lacks it, or has a default (trainer.optimizer_rules).
+    beta1: Probability | None = None
+    beta2: Probability | None = None
+    eps: Above0 | None = None
+    momentum: Annotated[float, Gt(0), Lt(1)] | None = None
     max_grad_norm: AtLeast0 = 1.0  # 0: no clipping
     seed: CountOrZero = 0
     eval_every: CountOrZero = 0  # 0: at the start and the end only

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from checkpointing.capture import Capturer
 from checkpointing.cost import Partition, does_not_fit
 from checkpointing.keeper.client import KeeperClient
+from checkpointing.moments import state_width
 from checkpointing.partial import Ages
 from checkpointing.phases import Board
 from checkpointing.protection import Protection, dense, pec, wal
@@ -391,6 +392,7 @@ def _protection(snapshots: Snapshots) -> Protection:
     snapshots.tap = snapshots.tap or GradientTap(snapshots.zero_optimizer)
     disk = checkpoint.disk.every > 0 or checkpoint.disk.final
     width = DTYPE_BYTES[snapshots.tap.dtype]
-    partition = Partition(sum(b.tensor.numel() for b in snapshots.buffers) // 3, width, disk)
+    masters = sum(b.tensor.numel() for b in snapshots.buffers if b.name.endswith(".master"))
+    partition = Partition(masters, width, disk, state_width(snapshots.recipe.train.optimizer))
     rotation = settle(snapshots.recipe, snapshots.process, snapshots.run_dir, snapshots.events, partition)
     return wal(snapshots.buffers, rotation, snapshots.tap.dtype, disk)

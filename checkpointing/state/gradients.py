@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpointing.moments import MOMENTS
 from checkpointing.state.zero import optimizer_steps
-
-ELEMENTWISE = ("Adam", "AdamW", "SGD", "Lion", "FusedAdam")
 
 
 class LogError(ValueError):
@@ -52,10 +51,10 @@ class StepLog:
 def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
     """Raises LogError by name if an optimizer's update of an element depends on other elements."""
     name = type(optimizer).__name__
-    if name not in ELEMENTWISE:
+    if name not in MOMENTS:
         raise LogError(
             f"checkpoint.mode: wal re-applies updates element by element, which {name} does not allow; choose "
-            f"{', '.join(ELEMENTWISE[:4])}, or checkpoint.mode: dense"
+            f"AdamW, SGD or Lion, or checkpoint.mode: dense"
         )
 
 
@@ -143,7 +142,7 @@ class GradientTap:
             self._grads.append(flat)
             self._factors.append(factor)
         self._groups.append(settings_of(inner.param_groups[index]) | {"step": self._counts[index]})
-        self._counts[index] += 1
+        self._counts[index] += "step" in inner.state[partition]
 
     def _check_lossless(self, index: int, flat: Tensor | None, grad: Tensor) -> None:
         """Structurally a bf16 partition cast to fp32 loses nothing; that it is the one consumed is compared once."""

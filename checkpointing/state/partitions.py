@@ -11,6 +11,7 @@ from torch import Tensor
 
 from checkpointing.state.buffers import StateBuffer, StateSpan
 from checkpointing.state.gradients import settings_of
+from checkpointing.state.optimizers import counts_steps, optimizer_class
 from checkpointing.units import Range
 
 
@@ -47,8 +48,11 @@ def build_partitions(
     for (_, tensors), setting in zip(kinds.items(), settings, strict=True):
         master = torch.nn.Parameter(tensors.pop("master"))
         groups.append({name: value for name, value in setting.items() if name != "step"} | {"params": [master]})
-        count_device = device if setting.get("fused") or setting.get("capturable") else "cpu"
-        states.append((master, {"step": torch.zeros((), device=count_device), **tensors}))
-    optimizer = getattr(torch.optim, described["optimizer"])(groups)
+        states.append((master, tensors))
+    optimizer = optimizer_class(described["optimizer"])(groups)
+    for (_, tensors), setting in zip(states, settings, strict=True):
+        if counts_steps(optimizer):
+            count_device = device if setting.get("fused") or setting.get("capturable") else "cpu"
+            tensors["step"] = torch.zeros((), device=count_device)
     optimizer.state.update(states)
     return buffers, optimizer

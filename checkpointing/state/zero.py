@@ -13,20 +13,20 @@ from typing import Any
 import torch
 
 from checkpointing.state.buffers import StateBuffer, StateSpan
+from checkpointing.state.optimizers import counts_steps, moments_of
 from checkpointing.units import Range
 from moe.refs import TensorAddress
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 def materialise_moments(zero_optimizer: Any) -> None:
-    """Create the AdamW state that torch would create in the first step, so that it can be captured and restored."""
+    """Create the state that the optimizer would create in its first step, so that it can be captured and restored."""
     inner = zero_optimizer.optimizer
     for flat in zero_optimizer.single_partition_of_fp32_groups:
         state = inner.state[flat]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if _fused(inner) else "cpu")
-            for moment in _MOMENTS:
+            if counts_steps(inner):
+                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if _fused(inner) else "cpu")
+            for moment in moments_of(inner):
                 state[moment] = torch.zeros_like(flat.data)
     zero_optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -36,13 +36,14 @@ def _fused(inner: torch.optim.Optimizer) -> bool:
 
 
 def zero_buffers(zero_optimizer: Any) -> list[StateBuffer]:
-    """All of this rank's optimizer state: master weights and both moments of every parameter group, in group order."""
+    """All of this rank's optimizer state: master weights and moments of every parameter group, in group order."""
     materialise_moments(zero_optimizer)
+    moments = moments_of(zero_optimizer.optimizer)
     buffers = []
     for i, flat in enumerate(zero_optimizer.single_partition_of_fp32_groups):
         spans = _partition_spans(zero_optimizer.bit16_groups[i])
         state = zero_optimizer.optimizer.state[flat]
-        for kind, tensor in [("master", flat.data), *((m, state[m]) for m in _MOMENTS)]:
+        for kind, tensor in [("master", flat.data), *((m, state[m]) for m in moments)]:
             named = tuple(StateSpan(Range(unit, kind, lo, hi), offset) for unit, lo, hi, offset in spans)
             buffers.append(StateBuffer(f"group{i}.{kind}", tensor, named))
     return buffers
@@ -67,9 +68,9 @@ def _partition_spans(params: list[torch.nn.Parameter]) -> list[tuple[str, int, i
 
 
 def optimizer_steps(zero_optimizer: Any) -> list[float]:
-    """The inner optimizer's step count, per parameter group."""
+    """The inner optimizer's step count, per parameter group; 0 always of one that counts none."""
     inner = zero_optimizer.optimizer
-    return [float(inner.state[flat]["step"]) for flat in zero_optimizer.single_partition_of_fp32_groups]
+    return [float(inner.state[flat].get("step", 0.0)) for flat in zero_optimizer.single_partition_of_fp32_groups]
 
 
 def after_restore(zero_optimizer: Any, steps: list[float]) -> None:
@@ -79,7 +80,8 @@ def after_restore(zero_optimizer: Any, steps: list[float]) -> None:
     """
     inner = zero_optimizer.optimizer
     for flat, step in zip(zero_optimizer.single_partition_of_fp32_groups, steps, strict=True):
-        inner.state[flat]["step"].fill_(step)
+        if "step" in inner.state[flat]:
+            inner.state[flat]["step"].fill_(step)
     zero_optimizer.update_lp_params()
 
 

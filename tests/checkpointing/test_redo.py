@@ -10,24 +10,7 @@ import torch
 from checkpointing.recovery import RecoveryError
 from checkpointing.redo import LoggedStep, Redo, redo_steps
 from checkpointing.state.gradients import LogError, StepLog, check_elementwise, settings_of
-
-
-class Lion(torch.optim.Optimizer):
-    """Chen et al. 2023, algorithm 2: one moment, the update is a sign."""
-
-    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                moment = self.state[p]["exp_avg"]
-                beta1, beta2 = group["betas"]
-                update = (beta1 * moment + (1 - beta1) * p.grad).sign_()
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
-                moment.mul_(beta2).add_(p.grad, alpha=1 - beta2)
-
+from checkpointing.state.optimizers import Lion
 
 SIZES = (1003, 64)  # a vector's tail, and none
 
@@ -41,11 +24,11 @@ def adamw_unfused(groups):
 
 
 def sgd(groups):
-    return torch.optim.SGD(groups, lr=1e-2, momentum=0.9, nesterov=True), ("momentum_buffer",), False
+    return torch.optim.SGD(groups, lr=1e-2, momentum=0.9, fused=True), ("momentum_buffer",), False
 
 
 def lion(groups):
-    return Lion(groups, weight_decay=0.1), ("exp_avg",), False
+    return Lion(groups, weight_decay=0.1), ("exp_avg",), True
 
 
 def build(make):
@@ -126,5 +109,21 @@ def test_a_log_of_other_groups_is_refused():
 def test_an_optimizer_that_mixes_elements_is_refused_by_name():
     for make in (adamw, sgd, lion):
         check_elementwise(build(make)[0])
-    with pytest.raises(LogError, match="Adafactor does not allow; choose Adam, AdamW, SGD, Lion"):
+    with pytest.raises(LogError, match="Adafactor does not allow; choose AdamW, SGD or Lion"):
         check_elementwise(torch.optim.Adafactor([torch.nn.Parameter(torch.zeros(3))]))
+
+
+def test_lion_follows_the_papers_algorithm():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(50))
+    expected, moment = weight.detach().double(), torch.zeros(50, dtype=torch.float64)
+    optimizer = Lion([weight], lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
+    for _ in range(5):
+        weight.grad = torch.randn(50)
+        grad = weight.grad.double()
+        expected -= 1e-2 * (torch.sign(0.9 * moment + 0.1 * grad) + 0.1 * expected)
+        moment = 0.99 * moment + 0.01 * grad
+        optimizer.step()
+    torch.testing.assert_close(weight.detach().double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(optimizer.state[weight]["exp_avg"].double(), moment, rtol=1e-5, atol=1e-6)
+    assert optimizer.state[weight]["step"] == 5
