@@ -17,6 +17,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -60,6 +61,9 @@ class CudaRegistrar:
         with torch.cuda.device(self._device):
             status = getattr(torch.cuda.cudart(), name)(*args)
         if int(status) != 0:
+            # CUDA keeps the error for whoever asks next, which would be somebody else's launch.
+            with suppress(RuntimeError):
+                torch.ones(1, device=self._device).neg()
             raise RuntimeError(f"{name} failed with CUDA error {int(status)}")
 
 

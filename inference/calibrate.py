@@ -196,6 +196,8 @@ def cpu_table(bank: _Bank, trials: Trials, budget_s: float) -> tuple[int, int, l
         if tried and time.perf_counter() - began > budget_s / 2:
             break
         here = [bank.timing(kernel, threads, team, 1) for kernel in kernels if kernel != COMPILED or team == 1]
+        if not here:  # only the compiled kernel is left
+            continue
         tried += [(timing, team) for timing in here]
         slow = _FAR_BEHIND * min(one.seconds for one in here)
         kernels = tuple(k for k in kernels if all(t.seconds < slow for t in here if t.kernel == k))

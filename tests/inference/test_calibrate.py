@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from inference.calibrate import (
+    ROWS,
     ExpertKind,
     Trials,
     _Bank,
@@ -128,6 +129,16 @@ def test_a_kernel_that_cannot_be_compiled_is_not_offered(monkeypatch):
     monkeypatch.setattr("inference.compiled_experts.library", refused)
     assert compiled_kernels(torch.bfloat16) == ()
     assert "compiled" not in Trials.of(TINY, 4, with_gpu=True).kernels
+
+
+def test_teams_are_left_out_once_only_the_compiled_kernel_is_tried():
+    class Bank:
+        def timing(self, kernel, threads, team, rows):
+            return Timing(kernel, threads, rows, rows * (1.0 if kernel == "linear" else 0.1) / threads)
+
+    threads, team, timings = cpu_table(Bank(), Trials(("linear", "compiled"), ((3, 1), (3, 2), (1, 1))), 1e3)
+    assert (threads, team) == (3, 1)
+    assert {timing.rows for timing in timings if timing.kernel == "compiled"} == set(ROWS)
 
 
 def test_hardware_is_named_the_same_every_time():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-FILES = ["slot_cases.py", "slot_call_cases.py", "attention_cases.py", "decode_cases.py", "graphed_cases.py"]
+FILES = ["slot_cases.py", "attention_cases.py", "decode_cases.py", "graphed_cases.py"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -18,6 +18,13 @@ FILES = ["slot_cases.py", "slot_call_cases.py", "attention_cases.py", "decode_ca
 @pytest.mark.parametrize("file", FILES)
 def test_cases_interpreted(file):
     _run(file, {"TRITON_INTERPRET": "1"})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.timeout(280)
+def test_cases_behind_a_simulated_link():
+    """On a CPU wherever they run; test_link_cuda.py has those of a GPU."""
+    _run("slot_call_cases.py", {"TRITON_INTERPRET": "1"})
 
 
 @pytest.mark.gpu
