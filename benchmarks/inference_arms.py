@@ -21,6 +21,7 @@ from benchmarks.inference_model import ForcedRouting
 from inference.banks import CudaRegistrar, ExpertBanks, NoRegistrar
 from inference.cache import ExpertCache
 from inference.cpu_lane import CpuLane
+from inference.cuda_link import CudaLink
 from inference.decode import DecodeStep
 from inference.decode_experts import DecodeCounts, DecodeExperts, Split
 from inference.expert_block import ExpertBlock
@@ -30,7 +31,7 @@ from inference.model import Model
 from inference.policies import Policy
 from inference.skeleton import build_skeleton, expert_shape, load_dense, offload_experts
 from inference.store import ExpertStore, TensorFiles
-from inference.transfer import CudaLink, SimulatedLink, TransferEngine
+from inference.transfer import SimulatedLink, TransferEngine
 
 CONTEXT = 256  # positions; an arm that reaches the end goes back to the prompt's
 PROMPT = 32

@@ -84,7 +84,7 @@ class _Shared:
     registrar: Registrar
     stop: threading.Event = field(default_factory=threading.Event)
     filled: dict[int, Tensor] = field(default_factory=dict)  # by layer, [E,B]
-    ready: set[int] = field(default_factory=set)
+    ready: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)  # the experts of those that may be used
     registered: list[int] = field(default_factory=list)
     error: BaseException | None = None
     thread: threading.Thread | None = None
@@ -144,8 +144,10 @@ class ExpertBanks:
 
     def block(self, ref: ExpertRef) -> Tensor | None:
         """See :class:`inference.transfer.Source`. Raises InferenceError if filling the banks failed."""
-        self._raise()
-        return self._shared.filled[ref.layer][ref.expert] if ref.layer in self._shared.ready else None
+        if self._shared.error is not None:
+            self._raise()
+        blocks = self._shared.ready.get(ref.layer)
+        return None if blocks is None else blocks[ref.expert]
 
     def staged(self, ref: ExpertRef, settle: Callable[[Mark], None]) -> tuple[Tensor, Callable[[Mark], None]]:
         """See :class:`inference.transfer.Source`: buffers take turns, each once its last copy is done."""
@@ -189,6 +191,8 @@ def check_memory(needed: int) -> None:
 def _arena(blocks: int, layout: ExpertBlock) -> Tensor:
     """Blocks in an anonymous mapping of their size, on page boundaries."""
     memory = mmap.mmap(-1, blocks * layout.nbytes)
+    with suppress(AttributeError, OSError):  # where the system has them: a row of an expert is often a page of 4 KiB
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=layout.dtype).view(blocks, layout.elements)
 
 
@@ -207,7 +211,7 @@ def _fill(shared: _Shared, store: ExpertStore, layout: ExpertBlock) -> None:
                     return
                 shared.filled[layer] = arena_EB
                 _register(shared, arena_EB, f"layer {layer}")
-                shared.ready.add(layer)  # last: from here on it is used
+                shared.ready[layer] = arena_EB.unbind()  # last: from here on it is used
     except BaseException as error:  # told to the thread that serves, at its next call
         shared.error = error
 

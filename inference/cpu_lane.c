@@ -18,6 +18,9 @@ A block: gate [I,H], up [I,H] and, from element down_start on, down [H,I], row a
 #define UP_COLUMNS 16
 #define DOWN_ROWS 32
 #define MAX_EXPERTS 4096
+#ifndef AHEAD
+#define AHEAD 1024          /* weights that are asked of memory before their turn */
+#endif
 #define NONE_LEFT (1 << 30)
 #define PATIENCE_NS 1000000 /* for which a thread looks before it goes to sleep */
 #define LOOKS 256           /* between two looks at the clock: a pause takes from 5 to 50 ns */
@@ -81,7 +84,8 @@ static float dot_bf16(const uint16_t *w, const float *x, int n) {
     vec s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
     int i = 0;
     for (; i + 64 <= n; i += 64) {
-        __builtin_prefetch(w + i + 1024);
+        __builtin_prefetch(w + i + AHEAD);
+        __builtin_prefetch(w + i + AHEAD + 32);
         s0 += widened(w + i) * *(const vec *)(x + i);
         s1 += widened(w + i + 16) * *(const vec *)(x + i + 16);
         s2 += widened(w + i + 32) * *(const vec *)(x + i + 32);

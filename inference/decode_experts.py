@@ -1,10 +1,11 @@
 """The experts seam of a decode step on a GPU: kernels that can be captured, and what the host does between them.
 
 With all experts resident nothing asks the host: a table on the device says in which slot an expert is. Otherwise a call
-is cut twice. At the first cut the host reads which experts were chosen, has the missing ones brought over the link or
-computed by the CPU, and lets the GPU begin with those that are resident. At the second it keeps the books of the cache
-while all three lanes work, waits for the CPU, and has the GPU go on with what the link brought. Partial results stay
-apart until they are added in ascending order of expert, so with the link alone the bits are those of all resident.
+is cut three times. At the first cut the host reads which experts were chosen, has the missing ones computed by the CPU
+or brought over the link, in this order and before it does anything else, and lets the GPU begin with those that are
+resident. At the second it has the GPU go on with what the link brings, as soon as that is there. At the third it keeps
+the books of the cache while all three lanes work, and waits for the CPU. Partial results stay apart until they are
+added in ascending order of expert, so with the link alone the bits are those of all resident.
 
 When the host has read a call's experts, everything the GPU was given before is done. So a slot that was given up in an
 earlier call is read by nobody, and the link may write to it without waiting.
@@ -16,9 +17,10 @@ intermediate.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +58,20 @@ class DecodeCounts:
     given_s: float = 0.0
     books_s: float = 0.0
     lane_s: float = 0.0
+
+
+class _Divided(NamedTuple):
+    """The distinct experts of a call, ascending; of those that are missing the ones to fetch and those for the CPU;
+    and how many of the latter the link brings as well."""
+
+    experts: list[int]
+    fetch: list[int]
+    away: list[int]
+    also: int
+
+    @property
+    def behind(self) -> list[int]:
+        return self.away[: self.also]
 
 
 class DecodeExperts:
@@ -112,6 +128,7 @@ class DecodeExperts:
         self._cpu_y_PH = torch.zeros(pairs, hidden, pin_memory=pin)
         self._new_L3E = torch.full((layers, 3, experts), -1, dtype=torch.int32, pin_memory=pin)
         self._published = torch.cuda.Event() if pin else None
+        self._number = device.index if device.index is not None or not pin else torch.cuda.current_device()
         self._chosen_P = self._expert_TK.view(-1).numpy()
         self._new = self._new_L3E.numpy()
         # The host's part of a call is on the way of everything else, so it works on lists, which are made once.
@@ -122,8 +139,9 @@ class DecodeExperts:
             arrays = (t.numpy() for t in (self._x_TH, self._score_TK, self._cpu_y_PH))
             self._call = LaneCall(*arrays, experts=self._spare)
         self._blocks = cache.blocks_CB.unbind(0)
+        self._room = self._spare if lane is None or split is None else max(map(sum, map(split, range(self._spare + 1))))
         self._calls = 0
-        self._experts: list[int] = []  # of the call that is under way
+        self._under_way = _Divided([], [], [], 0)
         self._coming: list[Transfer] = []
         self._behind: list[Transfer] = []  # brought for later, not yet waited for
 
@@ -167,7 +185,7 @@ class DecodeExperts:
         self.transfer.check()
         if not self.all_resident:
             self.cache.release(self._layers[0])
-            self.cache.make_room(self._spare)
+            self.cache.make_room(self._room)
 
     def finish(self) -> None:
         """A step ends: what was brought for later is waited for on the device, so that another may use the slots."""
@@ -189,8 +207,9 @@ class DecodeExperts:
         self.graph.cut(partial(self._give_out, row))
         adopt(self._new_L3E[row], table_3E)
         compute(*call, table_3E[0], *weights, self._a_PI, self._y_PH)
-        self.graph.cut(partial(self._take_in, row))
+        self.graph.cut(self._await_link)
         compute(*call, table_3E[1], *weights, self._a_PI, self._y_PH)
+        self.graph.cut(partial(self._take_in, row))
         combine(self._y_PH, expert_TK, out_TH, table_3E[2], self._cpu_y_PH)
         return out_TH
 
@@ -198,47 +217,34 @@ class DecodeExperts:
         """Which experts are wanted; who computes them where; the table for the kernels."""
         began = time.perf_counter()
         if self._published is not None:
-            self._published.record()
+            self._published.record(torch.cuda.current_stream(self._number))
             self._published.synchronize()
         asked = time.perf_counter()
         chosen = self._chosen_P.tolist()
         slots_E, table_3E = self.cache.slot_LE[row], self._new[row]
         held = dict(zip(chosen, slots_E[self._chosen_P].tolist(), strict=True))
-        missing = [expert for expert, slot in held.items() if slot < 0]
-        fetch, away, behind = self._divided(row, missing)
-        if away:  # first, since the lane is what ends last
-            self._submit(row, away, chosen)
+        work = self._under_way = self._divided(row, held)
+        if work.away:  # first, since the lane is what ends last
+            self._submit(row, work.away, chosen)
         table_3E[0], table_3E[1], table_3E[2] = slots_E, -1, 0
-        if away:
-            table_3E[2, away] = 1
+        brought = self._bring(row, work.fetch + work.behind, len(work.fetch))
         self._settle(self._behind)
-        if fetch or behind:
-            brought = self._bring(row, fetch, behind)
-            self._coming += brought[: len(fetch)]
-            self._behind += brought[len(fetch) :]
-            table_3E[1, fetch] = slots_E[fetch]
-        experts = self._experts = sorted(held)
-        counts = self.counts
-        counts.calls += 1
-        self._calls += 1
-        counts.resident += len(experts) - len(missing)
-        self.cache.counts.hits += len(experts) - len(missing)
-        self.cache.counts.misses += len(fetch)
-        self.cache.counts.bytes_fetched += len(fetch) * self.cache.store.bytes_per_expert
-        self.cache.counts.computed += len(away)
-        counts.behind += len(behind)
-        counts.fetched += len(fetch)
-        counts.computed += len(away)
-        counts.asked_s += asked - began
-        counts.given_s += time.perf_counter() - asked
+        self._coming += brought[: len(work.fetch)]
+        self._behind += brought[len(work.fetch) :]
+        table_3E[1, work.fetch] = slots_E[work.fetch]
+        table_3E[2, work.away] = 1
+        self.counts.asked_s += asked - began
+        self.counts.given_s += time.perf_counter() - asked
 
-    def _bring(self, row: int, fetch: list[int], behind: list[int]) -> list[Transfer]:
-        wanted = fetch + behind
+    def _bring(self, row: int, wanted: list[int], now: int) -> list[Transfer]:
+        """So many of them are wanted ``now``, the others later."""
+        if not wanted:
+            return []
         got = self.cache.reserve(self._layers[row], wanted)
         assert got == wanted, (got, wanted)
         refs, slots = self._refs[row], self.cache.slot_LE[row, got].tolist()
         pairs = [(refs[expert], self._blocks[slot]) for expert, slot in zip(got, slots, strict=True)]
-        return self.transfer.demand_all(pairs, [len(fetch)] if fetch and behind else [])
+        return self.transfer.demand_all(pairs, [now] if 0 < now < len(got) else [])
 
     def _settle(self, transfers: list[Transfer]) -> None:
         """What the GPU is given from here on finds these experts in their slots."""
@@ -248,8 +254,9 @@ class DecodeExperts:
                 self.cache.commit(transfer.ref)
             transfers.clear()
 
-    def _divided(self, row: int, missing: list[int]) -> tuple[list[int], list[int], list[int]]:
-        """(to fetch, for the CPU, of these to bring too); first what was used last: likeliest to be wanted again."""
+    def _divided(self, row: int, held: Mapping[int, int]) -> _Divided:
+        """First what was used last: likeliest to be wanted again."""
+        missing = [expert for expert, slot in held.items() if slot < 0]
         fetch, behind = len(missing), 0
         if self.lane is not None and self._split is not None:
             fetch, behind = self._split(fetch)
@@ -257,7 +264,7 @@ class DecodeExperts:
             behind = min(behind, self.cache.free - fetch)
         assert fetch <= self.cache.free, (fetch, self.cache.free)
         missing.sort(key=self._used[row].__getitem__, reverse=True)
-        return missing[:fetch], missing[fetch:], missing[fetch : fetch + behind]
+        return _Divided(sorted(held), missing[:fetch], missing[fetch:], behind)
 
     def _submit(self, row: int, experts: Sequence[int], chosen: list[int]) -> None:
         assert self.lane is not None
@@ -270,17 +277,35 @@ class DecodeExperts:
             first.append(len(pairs))
         self.lane.submit(self._call, [addresses[expert] for expert in experts], first, pairs)
 
-    def _take_in(self, row: int) -> None:
-        """Books while the lanes work, then the ends of the lanes."""
-        began = time.perf_counter()
-        self.cache.note(self._layers[row], self._experts)
-        used = self._used[row]
-        for expert in self._experts:
-            used[expert] = self._calls
-        self.cache.make_room(self._spare)
+    def _await_link(self) -> None:
         self._settle(self._coming)
+
+    def _take_in(self, row: int) -> None:
+        """Books while the lanes work, then the end of the CPU's."""
+        began = time.perf_counter()
+        self._book(row, self._under_way)
         booked = time.perf_counter()
         if self.lane is not None:
             self.lane.wait()
         self.counts.books_s += booked - began
         self.counts.lane_s += time.perf_counter() - booked
+
+    def _book(self, row: int, work: _Divided) -> None:
+        self.cache.note(self._layers[row], work.experts)
+        self._calls += 1
+        used = self._used[row]
+        for expert in work.experts:
+            used[expert] = self._calls
+        self.cache.make_room(self._room)
+        fetched, computed = len(work.fetch), len(work.away)
+        resident = len(work.experts) - fetched - computed
+        cache, counts = self.cache.counts, self.counts
+        cache.hits += resident
+        cache.misses += fetched
+        cache.bytes_fetched += fetched * self.cache.store.bytes_per_expert
+        cache.computed += computed
+        counts.calls += 1
+        counts.resident += resident
+        counts.fetched += fetched
+        counts.computed += computed
+        counts.behind += len(work.behind)

@@ -16,6 +16,7 @@ from inference.banks import CudaRegistrar, ExpertBanks, NoRegistrar
 from inference.cache import ExpertCache
 from inference.calibrate import ExpertKind, machine_profile
 from inference.costmodel import MachineProfile
+from inference.cuda_link import CudaLink
 from inference.errors import InferenceError
 from inference.executor import Executor, SlotLane
 from inference.experts import Arithmetic, computable
@@ -24,7 +25,7 @@ from inference.layer_stream import LayerStream
 from inference.next_gates import DevicePart, next_gates
 from inference.predictors import PREDICTORS, Lookahead, Predictor
 from inference.prefetch import Prefetcher
-from inference.transfer import WINDOW_BYTES, CudaLink, Link, TransferEngine
+from inference.transfer import WINDOW_BYTES, Link, TransferEngine
 
 
 @dataclass(frozen=True)

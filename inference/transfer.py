@@ -5,8 +5,8 @@ nearer layer first, and are handed over in pieces of some MB whenever the runtim
 so a demand waits for no more than those. A prefetch that turns out to be wanted is promoted, one that has not begun
 can be cancelled. Waiting is left to the device: what is computed later runs after the copy, while the host goes on.
 
-Two links stand behind one protocol: a CUDA stream, and one with a simulated clock, which moves the bytes only when
-their time has come; so tests on a CPU see what is read too early.
+Two links stand behind one protocol: a CUDA stream (:mod:`inference.cuda_link`), and one with a simulated clock, which
+moves the bytes only when their time has come; so tests on a CPU see what is read too early.
 
 Shapes: B elements of a block.
 """
@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from inference.errors import InferenceError
@@ -331,64 +330,3 @@ class SimulatedLink:
         while self._flying and self._flying[0][0] <= self.now:
             _, target_B, source_B = self._flying.popleft()
             target_B.copy_(source_B)
-
-
-class CudaLink:
-    """A stream beside the one that computes. Sources must be page-locked, or each copy would stop the host."""
-
-    def __init__(self, device: torch.device, *, timed: bool = True) -> None:
-        self.device = device
-        self._stream = torch.cuda.Stream(device, priority=-1)
-        self._timed = timed
-        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._stall_s = 0.0
-
-    @property
-    def stall_s(self) -> float:
-        self._harvest()
-        return self._stall_s
-
-    def copy(self, target_B: Tensor, source_B: Tensor) -> None:
-        with torch.cuda.stream(self._stream):
-            target_B.copy_(source_B, non_blocking=True)
-
-    def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]], ends: Sequence[int]) -> list[torch.cuda.Event]:
-        marks = []
-        with torch.cuda.stream(self._stream):
-            for given, (target_B, source_B) in enumerate(pairs, start=1):
-                target_B.copy_(source_B, non_blocking=True)
-                if given in ends:
-                    marks.append(self.mark())
-        return marks
-
-    def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event()
-        event.record(self._stream)
-        return event
-
-    def done(self, mark: torch.cuda.Event) -> bool:
-        return mark.query()
-
-    def wait(self, mark: torch.cuda.Event) -> None:
-        computing = torch.cuda.current_stream(self.device)
-        if not self._timed:
-            computing.wait_event(mark)
-            return
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record(computing)
-        computing.wait_event(mark)
-        after.record(computing)
-        self._waits.append((before, after))
-        if len(self._waits) > 64:
-            self._harvest()
-
-    def settle(self, mark: torch.cuda.Event) -> None:
-        mark.synchronize()
-
-    def fence(self) -> None:
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-
-    def _harvest(self) -> None:
-        while self._waits and self._waits[0][1].query():
-            before, after = self._waits.popleft()
-            self._stall_s += before.elapsed_time(after) / 1e3

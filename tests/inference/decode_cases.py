@@ -8,6 +8,7 @@ import torch
 from benchmarks.inference_arms import open_banks
 from inference.cache import ExpertCache
 from inference.cpu_lane import CpuLane
+from inference.cuda_link import CudaLink
 from inference.decode import DecodeStep
 from inference.decode_experts import DecodeExperts
 from inference.engine import LLM
@@ -19,7 +20,7 @@ from inference.offload import Crossing
 from inference.shadow import Hedge
 from inference.skeleton import build_skeleton, expert_shape, load_dense, offload_experts
 from inference.store import ExpertStore, TensorFiles
-from inference.transfer import CudaLink, SimulatedLink, TransferEngine
+from inference.transfer import SimulatedLink, TransferEngine
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TABLES = [[3, 1, 4, 6], [5, 2, 7, 8]]

@@ -8,6 +8,7 @@ from torch.nn.functional import silu
 
 from inference.banks import CudaRegistrar, ExpertBanks
 from inference.cache import ExpertCache
+from inference.cuda_link import CudaLink
 from inference.engine import LLM
 from inference.errors import InferenceError
 from inference.executor import Executor
@@ -18,7 +19,7 @@ from inference.offload import Crossing
 from inference.predictors import PREDICTORS, SameAsLast
 from inference.prefetch import Prefetcher
 from inference.store import ExpertStore, TensorFiles
-from inference.transfer import CudaLink, TransferEngine, Urgency
+from inference.transfer import TransferEngine, Urgency
 from moe.refs import ExpertRef
 from tests.inference.test_engine import FAMILIES, tiny
 from tests.inference.test_executor import batch
