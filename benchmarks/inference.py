@@ -10,7 +10,6 @@ alike. The floor of an arm is reckoned from rates measured in the same run and f
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
@@ -30,10 +29,14 @@ from benchmarks.inference_model import Shape, described, draw_trace, locality, w
 from benchmarks.inference_rates import Rates, measure
 from benchmarks.inference_report import ALL, summarise, tables
 from benchmarks.machine import describe_machine, result_path, save, say
+from inference.calibrate import ExpertKind, calibrate
+from inference.costmodel import ExpertCosts, describe
 from inference.cpu_lane import CpuLane
 from inference.expert_block import ExpertBlock
+from inference.graphed import PlannedSplit
+from inference.planner import CallPlanner
 from inference.policies import LRU, LayeredLRU, Policy
-from inference.shadow import Hedge
+from inference.shadow import SAMPLED, Hedge
 from inference.skeleton import build_skeleton, expert_shape
 from inference.store import ExpertStore, TensorFiles
 
@@ -76,20 +79,14 @@ class Bench:
         self.slots = max(round(config.share * shape.total), 2 * shape.choices)
 
     def _lane(self, layers: tuple[int, ...], layout: ExpertBlock) -> tuple[CpuLane, Rates]:
-        """As many threads as serve a typical call soonest while the link is busy."""
-        shape, cores = self.config.shape, len(os.sched_getaffinity(0))
-        found = []
-        for threads in sorted({max(cores * part // 8 - 2, 1) for part in (5, 6, 7, 8)}):
-            lane = CpuLane(threads, shape.hidden, shape.intermediate, shape.dtype, layout.parts[1].start)
-            rates = measure(shape, self.banks, lane, layers, self.device)
-            found.append((rates.lane_s[len(rates.lane_s) // 2 - 1], threads, lane, rates))
-            say(f"{threads} threads and the caller's: {rates}")
-        best = min(found, key=lambda one: one[:2])
-        for one in found:
-            if one is not best:
-                one[2].close()
-        self.threads = best[1]
-        return best[2], best[3]
+        """The product's: with as many threads as its calibration found best, and the plan that follows from it."""
+        shape = self.config.shape
+        profile = calibrate(ExpertKind(shape.hidden, shape.intermediate, shape.dtype), self.device)
+        self.threads = profile.threads
+        self.plan = CallPlanner(ExpertCosts.of(profile, shape.hidden, shape.intermediate, shape.dtype.itemsize))
+        lane = CpuLane(self.threads, shape.hidden, shape.intermediate, shape.dtype, layout.parts[1].start)
+        say(f"{self.threads} threads and the caller's; {'; '.join(describe(profile))}")
+        return lane, measure(shape, self.banks, lane, layers, self.device)
 
     def add(self, name: str, make: Callable[[str], Arm]) -> None:
         if self.only and not any(part in name for part in self.only):
@@ -108,7 +105,6 @@ class Bench:
     def ours(
         self, slots: int, policy: Callable[[int, int, int], Policy], *, lane: bool, graphs: bool = True
     ) -> Callable[[str], Arm]:
-        splits = self.rates.splits(self.config.shape, self.config.shape.choices, call_s=20e-6, idle_s=200e-6)
         return partial(
             Ours,
             folder=self.folder,
@@ -118,7 +114,7 @@ class Bench:
             slots=slots,
             policy=policy,
             lane=self.lane if lane else None,
-            split=splits.__getitem__ if lane else None,
+            split=PlannedSplit(self.plan, self.config.shape.choices) if lane else None,
             graphs=graphs,
         )
 
@@ -153,7 +149,7 @@ def _lru(layers: int, experts: int, _slots: int) -> Policy:
 
 
 def _hedge(layers: int, experts: int, slots: int) -> Policy:
-    return Hedge(layers, experts, slots, stride=min(4, layers))
+    return Hedge(layers, experts, slots, stride=min(SAMPLED, layers))
 
 
 def _layered(layers: int, experts: int, _slots: int) -> Policy:

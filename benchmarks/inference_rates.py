@@ -46,23 +46,6 @@ class Rates:
         bound = max(parts, key=parts.__getitem__)
         return {"s": parts[bound], "bound": bound, **{f"{name}_s": s for name, s in parts.items()}}
 
-    def splits(self, shape: Shape, most: int, call_s: float, idle_s: float) -> list[tuple[int, int]]:
-        """For 0, 1, ... ``most`` misses (how many to fetch so that the slower lane ends soonest, how many of those that
-        the CPU computes the link can bring behind them for later, before the next layer asks).
-
-        Args:
-            call_s: what issuing the copies costs the host before they begin.
-            idle_s: from the end of the lanes to the next layer's copies.
-        """
-        link_s, lane_s = shape.expert_bytes / self.link_beside, [0.0, *self.lane_s]
-        found = []
-        for misses in range(most + 1):
-            ends = [max(f * link_s + call_s * (f > 0), lane_s[misses - f]) for f in range(misses + 1)]
-            fetch = min(range(misses + 1), key=ends.__getitem__)
-            behind = int((ends[fetch] + idle_s) / link_s) - fetch
-            found.append((fetch, max(0, min(behind, misses - fetch))))
-        return found
-
 
 def measure(shape: Shape, banks: ExpertBanks, lane: CpuLane, layers: Sequence[int], device: torch.device) -> Rates:
     """On a CPU the link and the GPU's memory are what copying takes there: only the code is exercised."""

@@ -189,11 +189,15 @@ def check_memory(needed: int) -> None:
 
 
 def _arena(blocks: int, layout: ExpertBlock) -> Tensor:
-    """Blocks in an anonymous mapping of their size, on page boundaries."""
-    memory = mmap.mmap(-1, blocks * layout.nbytes)
+    return host_memory(blocks * layout.elements, layout.dtype).view(blocks, layout.elements)
+
+
+def host_memory(elements: int, dtype: torch.dtype) -> Tensor:
+    """An anonymous mapping of just their size, on page boundaries, as :class:`ExpertBanks` keeps experts in."""
+    memory = mmap.mmap(-1, elements * dtype.itemsize)
     with suppress(AttributeError, OSError):  # where the system has them: a row of an expert is often a page of 4 KiB
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=layout.dtype).view(blocks, layout.elements)
+    return torch.frombuffer(memory, dtype=dtype)
 
 
 def _fill(shared: _Shared, store: ExpertStore, layout: ExpertBlock) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from inference.banks import host_memory
 from inference.compiled_experts import COMPILED, CompiledExperts, compiled_kernels
 from inference.cores import cpu_cores
 from inference.costmodel import BYTES, KernelTable, MachineProfile, ProfileError, Rates, Timing
@@ -218,7 +219,7 @@ class _Bank:
         self.kind = kind
         self.count = max(_BANK_BYTES // kind.nbytes, _WHOLE_CALL)
         each = 3 * kind.hidden * kind.intermediate
-        self.weights_N = torch.empty(self.count * each, dtype=kind.dtype)
+        self.weights_N = host_memory(self.count * each, kind.dtype)
         # Small and unequal, and quick to make: products of zeros or denormal numbers are no measure.
         pattern_N = (torch.arange(each) % 251 - 125).float() / 4096
         self.weights_N.view(self.count, each).copy_(pattern_N)

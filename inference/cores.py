@@ -16,19 +16,6 @@ def cpu_cores(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/sel
     return min([len(os.sched_getaffinity(0)), *(max(int(cores), 1) for cores in _quotas(groups, own))])
 
 
-def beside(cpus: set[int], topology: Path = Path("/sys/devices/system/cpu")) -> set[int]:
-    """``cpus`` but for those of one core, the last: its caches are left to a thread that all others wait for."""
-    spared = {max(cpus)} if cpus else set()
-    try:
-        listed = (topology / f"cpu{max(cpus)}" / "topology" / "thread_siblings_list").read_text().strip()
-        for part in listed.split(","):
-            first, _, last = part.partition("-")
-            spared |= set(range(int(first), int(last or first) + 1))
-    except (OSError, ValueError):  # not told here
-        pass
-    return cpus - spared
-
-
 def _quotas(groups: Path, own: Path) -> Iterator[float]:
     """In cores, of this process's control group and of all above it."""
     for line in own.read_text().splitlines() if own.exists() else []:

@@ -17,14 +17,11 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-
-from inference.cores import beside
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", "-pthread")
@@ -76,25 +73,6 @@ def _typed(lib: ctypes.CDLL) -> ctypes.CDLL:
     return lib
 
 
-@contextmanager
-def _leaving_a_core(threads: int) -> Iterator[None]:
-    """Threads that are made meanwhile stay off one core, if as many are left as there are threads.
-
-    Whoever feeds the GPU finds that core idle; on one that it shares with a thread of the lane, which reads all that
-    memory gives, the same Python takes twice as long.
-    """
-    mine = os.sched_getaffinity(0)
-    others = beside(mine)
-    if len(others) < threads:
-        yield
-        return
-    os.sched_setaffinity(0, others)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, mine)
-
-
 class LaneCall:
     """Where calls find their inputs and leave their results.
 
@@ -131,13 +109,12 @@ class CpuLane:
             raise LaneError(f"experts in {dtype} cannot be computed by the CPU lane; it knows bfloat16 and float32")
         self._library = library()
         sizes = (hidden, inner, down_start or 2 * inner * hidden, dtype == torch.bfloat16)
-        with _leaving_a_core(threads):
-            self._lane = self._library.lane_open(threads, *sizes)
+        self._lane = self._library.lane_open(threads, *sizes)
         if self._lane is None:
             raise LaneError("no memory for the CPU lane")
 
     def submit(self, call: LaneCall, blocks: Sequence[int], first: Sequence[int], pairs: Sequence[int]) -> None:
-        """Begins; an earlier call is waited for.
+        """Begins; an earlier call, which must be another :class:`LaneCall`'s or waited for, ends before.
 
         Args:
             call: where inputs are and results go.
@@ -145,7 +122,6 @@ class CpuLane:
             first: ``pairs[first[e]:first[e + 1]]`` are of expert ``e``.
             pairs: pair p takes row ``p // K`` of x, times score p, to row p of y. No other row of y is touched.
         """
-        self.wait()
         call.block[: len(blocks)] = blocks
         call.first[: len(first)] = first
         call.pair[: len(pairs)] = pairs

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,8 +34,17 @@ from inference.slot_kernels import adopt, combine, compute, publish
 from inference.transfer import Transfer, TransferEngine
 from moe.refs import ExpertRef
 
-# Of a call's misses: how many the link brings, and how many of the others it brings behind those, for later.
-Split = Callable[[int], tuple[int, int]]
+_MOST_BEHIND = 2
+
+
+class Split(Protocol):
+    """Divides a call's misses between the lanes. ``most``: that the link brings for one call, whatever it misses."""
+
+    most: int
+
+    def __call__(self, misses: int, idle_s: float) -> tuple[int, int]:
+        """How many the link brings, and how many of the others it brings behind those, for later, when it is idle for
+        so many seconds between the end of the lanes and the next call's copies."""
 
 
 @dataclass
@@ -83,8 +92,8 @@ class DecodeExperts:
         host: address of an expert's block in host memory, for the CPU lane.
         rows, choices: T and K of every call.
         split: how many of a call's misses the link brings, the lane computes the others; and how many of these the
-            link brings behind them, where it would be idle, so that they are resident the next time. Without a lane
-            all are fetched.
+            link brings behind them, where it would be idle, so that they are resident the next time; two at most.
+            Without a lane all are fetched.
 
     Raises InferenceError if the cache has too few slots for a call.
     """
@@ -139,7 +148,11 @@ class DecodeExperts:
             arrays = (t.numpy() for t in (self._x_TH, self._score_TK, self._cpu_y_PH))
             self._call = LaneCall(*arrays, experts=self._spare)
         self._blocks = cache.blocks_CB.unbind(0)
-        self._room = self._spare if lane is None or split is None else max(map(sum, map(split, range(self._spare + 1))))
+        self._room = self._spare
+        if split is not None:
+            self._room = min(self._spare, split.most + _MOST_BEHIND)
+        self._idle_s = [0.0] * layers  # from the end of each layer's lanes to the next call's copies, of late
+        self._ended: tuple[int, float] | None = None
         self._calls = 0
         self._under_way = _Divided([], [], [], 0)
         self._coming: list[Transfer] = []
@@ -227,6 +240,7 @@ class DecodeExperts:
         if work.away:  # first, since the lane is what ends last
             self._submit(row, work.away, chosen)
         table_3E[0], table_3E[1], table_3E[2] = slots_E, -1, 0
+        self._note_idle()
         brought = self._bring(row, work.fetch + work.behind, len(work.fetch))
         self._settle(self._behind)
         self._coming += brought[: len(work.fetch)]
@@ -246,6 +260,12 @@ class DecodeExperts:
         pairs = [(refs[expert], self._blocks[slot]) for expert, slot in zip(got, slots, strict=True)]
         return self.transfer.demand_all(pairs, [now] if 0 < now < len(got) else [])
 
+    def _note_idle(self) -> None:
+        if self._ended is not None:
+            row, since = self._ended
+            self._idle_s[row] += (time.perf_counter() - since - self._idle_s[row]) / 8
+            self._ended = None
+
     def _settle(self, transfers: list[Transfer]) -> None:
         """What the GPU is given from here on finds these experts in their slots."""
         if transfers:
@@ -259,9 +279,9 @@ class DecodeExperts:
         missing = [expert for expert, slot in held.items() if slot < 0]
         fetch, behind = len(missing), 0
         if self.lane is not None and self._split is not None:
-            fetch, behind = self._split(fetch)
+            fetch, behind = self._split(fetch, self._idle_s[row])
             fetch = min(fetch, self.cache.free)
-            behind = min(behind, self.cache.free - fetch)
+            behind = min(behind, self.cache.free - fetch, _MOST_BEHIND)
         assert fetch <= self.cache.free, (fetch, self.cache.free)
         missing.sort(key=self._used[row].__getitem__, reverse=True)
         return _Divided(sorted(held), missing[:fetch], missing[fetch:], behind)
@@ -287,8 +307,10 @@ class DecodeExperts:
         booked = time.perf_counter()
         if self.lane is not None:
             self.lane.wait()
+        ended = time.perf_counter()
+        self._ended = row, ended
         self.counts.books_s += booked - began
-        self.counts.lane_s += time.perf_counter() - booked
+        self.counts.lane_s += ended - booked
 
     def _book(self, row: int, work: _Divided) -> None:
         self.cache.note(self._layers[row], work.experts)

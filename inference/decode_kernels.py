@@ -1,4 +1,6 @@
-"""Attention of decode steps in Triton: queries and keys turned and kept in one launch, paged keys read where they lie.
+"""What a decode step does between its products, in Triton: attention, sums with their norm, a gate's choice.
+
+Queries and keys are turned and kept in one launch, paged keys read where they lie.
 
 With one row per sequence attention is a few small products between many small operations, and costs as many launches.
 Keys are split among programs, each of which keeps a running softmax (Milakov and Gimelshein, arXiv 1805.02867); the
@@ -138,3 +140,64 @@ def attention(
     out_RX = qkv_RXD.new_empty(rows, heads * width)
     _merge[(rows * heads,)](part, top, total, out_RX, splits, triton.next_power_of_2(splits), width, num_warps=1)
     return out_RX
+
+
+@triton.jit
+def _add_norm(x, added, weight, total, normed, eps, hidden: tl.constexpr, BH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * hidden
+    h = tl.arange(0, BH)
+    here = h < hidden
+    both = tl.load(x + row + h, mask=here, other=0.0).to(tl.float32)
+    both = (both + tl.load(added + row + h, mask=here, other=0.0).to(tl.float32)).to(total.dtype.element_ty)
+    tl.store(total + row + h, both, mask=here)
+    value = both.to(tl.float32)  # the norm is of the sum as it is kept
+    scale = 1.0 / tl.sqrt(tl.sum(value * value, 0) / hidden + eps)
+    value = value * scale * tl.load(weight + h, mask=here, other=0.0).to(tl.float32)
+    tl.store(normed + row + h, value.to(normed.dtype.element_ty), mask=here)
+
+
+def add_norm(x_RH: Tensor, added_RH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(``x + added``, its root mean square norm), in one launch."""
+    x_RH, added_RH = x_RH.contiguous(), added_RH.contiguous()
+    total_RH, normed_RH = torch.empty_like(x_RH), torch.empty_like(x_RH)
+    rows, hidden = x_RH.shape
+    _add_norm[(rows,)](
+        x_RH, added_RH, weight_H, total_RH, normed_RH, eps, hidden, triton.next_power_of_2(hidden), num_warps=8
+    )
+    return total_RH, normed_RH
+
+
+@triton.jit
+def _choose(logits, score, index, experts: tl.constexpr, E: tl.constexpr, choices: tl.constexpr, K: tl.constexpr,
+            SHARES: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    e, k = tl.arange(0, E), tl.arange(0, K)
+    value = tl.load(logits + row * experts + e, mask=e < experts, other=float("-inf")).to(tl.float32)
+    chance = tl.exp(value - tl.max(value, 0))
+    left = tl.where(e < experts, chance / tl.sum(chance, 0), -1.0)
+    best, which = tl.zeros((K,), dtype=tl.float32), tl.zeros((K,), dtype=tl.int32)
+    for turn in range(choices):
+        highest = tl.max(left, 0)
+        at = tl.min(tl.where(left == highest, e, E - 1), 0)
+        best, which = tl.where(k == turn, highest, best), tl.where(k == turn, at, which)
+        left = tl.where(e == at, -2.0, left)
+    if SHARES:
+        best = best / tl.sum(best, 0)
+    tl.store(score + row * choices + k, best.to(score.dtype.element_ty), mask=k < choices)
+    tl.store(index + row * choices + k, which.to(tl.int64), mask=k < choices)
+
+
+def choose(logits_RE: Tensor, choices: int, *, shares: bool) -> tuple[Tensor, Tensor]:
+    """The best of a softmax over experts: scores [R,K] in the logits' precision, best first, and which [R,K].
+
+    Args:
+        shares: divide the scores by their sum.
+    """
+    rows, experts = logits_RE.shape
+    score_RK = logits_RE.new_empty(rows, choices)
+    index_RK = torch.empty(rows, choices, dtype=torch.int64, device=logits_RE.device)
+    _choose[(rows,)](
+        logits_RE, score_RK, index_RK, experts, triton.next_power_of_2(experts), choices,
+        triton.next_power_of_2(choices), shares, num_warps=1,
+    )  # fmt: skip
+    return score_RK, index_RK

@@ -5,12 +5,15 @@ Shapes: R rows, M inputs, O outputs, H hidden, I intermediate.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from moe.kernels.probe import runs_triton
 
 Function = Callable[[Tensor], Tensor]
 
@@ -87,11 +90,21 @@ class Norm:
         self._eps = torch.tensor(eps, dtype=weight_H.dtype)
         # torch's own is one kernel on a GPU, but six small operations on a CPU, where each costs more than its work.
         self._short = weight_H.device.type == "cpu" and weight_H.dtype in (torch.float32, torch.float64)
+        self._add_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] | None = None
+        if weight_H.dim() == 1 and runs_triton(weight_H.device):
+            self._add_norm = importlib.import_module("inference.decode_kernels").add_norm
 
     @classmethod
     def of(cls, module: nn.Module, dtype: torch.dtype) -> Norm:
         eps = getattr(module, "variance_epsilon", None)
         return cls(module.weight.detach().to(dtype), float(module.eps if eps is None else eps))
+
+    def behind(self, x_RH: Tensor, added_RH: Tensor) -> tuple[Tensor, Tensor]:
+        """(the sum, its norm)."""
+        if self._add_norm is not None:
+            return self._add_norm(x_RH, added_RH, self.weight_H, self.eps)
+        x_RH = x_RH + added_RH
+        return x_RH, self(x_RH)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Over the last axis. ``weight_H`` may have more axes, [.,H]: other weights for other heads."""

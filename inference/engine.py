@@ -63,7 +63,8 @@ class LLM:
         crossing: how experts reach a GPU: what predicts and prefetches them, and whether all are page-locked.
         vram: in place of ``expert_budget``, memory for all of the model: bytes, or text as ``8GiB``. What the dense
             part, the keys and values and half a gibibyte for CUDA leave is given to experts.
-        graphs: capture decode steps of few sequences as CUDA graphs, see :mod:`inference.graphed`.
+        graphs: capture decode steps of few sequences as CUDA graphs, see :mod:`inference.graphed`; by default where
+            they can be, and ``decoding`` says whether. The tokens are the same either way.
         trace: file to make, in which the routing of everything that is served is recorded, with what lookahead heads
             say if the folder has any; :meth:`close` ends it.
         max_rows, max_sequences, reuse: see :class:`~inference.batching.Engine`.
@@ -87,7 +88,7 @@ class LLM:
         kv_tokens: int | None = None,
         crossing: Crossing | None = None,
         vram: int | str | None = None,
-        graphs: bool = False,
+        graphs: bool | None = None,
         trace: str | Path | None = None,
         max_rows: int = MAX_ROWS,
         max_sequences: int = MAX_SEQUENCES,
@@ -109,12 +110,9 @@ class LLM:
             attach_all(base, {"adapter": base.module}, {"adapter": adapter})
         kv = open_kv(base, kv_tokens)
         model = Model(base.module, kv)
-        if graphs and (adapter is not None or trace is not None):
-            raise InferenceError(
-                "graphs=True captures steps of the base model, whose routing nobody can watch then; leave trace out, "
-                "and give the adapter in adapters"
-            )
-        models: dict[str | None, Forward] = {None: capture_steps(model, base) if graphs else model}
+        watched = adapter is not None or trace is not None
+        forward, self.decoding = capture_steps(model, base, graphs, watched=watched)
+        models: dict[str | None, Forward] = {None: forward}
         trees = adapt(base, adapters or {})
         models |= {name: Model(module, kv) for name, module in trees.items()}
         self.tokenizer = open_tokenizer(self.path)

@@ -18,3 +18,15 @@ class RequestError(InferenceError):
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
         self.field = field
+
+
+class NotCaptured(InferenceError):
+    """Decode steps that graphs were asked for and that are computed one launch after the other instead.
+
+    Attributes:
+        why: what is in the way; ``remedy`` is for those who asked.
+    """
+
+    def __init__(self, why: str, remedy: str) -> None:
+        super().__init__(f"{why}; {remedy}")
+        self.why = why

@@ -11,6 +11,7 @@ Shapes: R rows, L rows whose scores are wanted, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -20,17 +21,15 @@ from inference.cpu_experts import CpuExperts
 from inference.cpu_lane import CpuLane, LaneError
 from inference.decode import DecodeStep
 from inference.decode_experts import DecodeExperts, Split
-from inference.errors import InferenceError
+from inference.errors import NotCaptured
 from inference.executor import Executor
 from inference.experts import OffloadedExperts, computable
 from inference.graphs import SegmentedGraph, StepGraph, Uncaptured
-from inference.model import Model
+from inference.model import CAPTURED_ROWS, Model
 from inference.planner import CallPlanner
-from inference.rows import Rows
+from inference.rows import Rows, padded_blocks
 
-MOST_ROWS = 8  # beyond, reading an expert once per row costs more than launches do
 MOST_STEPS = 16  # captured shapes
-_LEAST_BLOCKS = 16
 
 
 class GraphedModel:
@@ -42,7 +41,7 @@ class GraphedModel:
             threads are shared.
 
     Raises:
-        InferenceError: steps of this model, or with this executor's settings, are not captured.
+        NotCaptured: steps of this model, or with this executor's settings.
     """
 
     def __init__(self, model: Model, modules: Sequence[OffloadedExperts], executor: Executor) -> None:
@@ -52,14 +51,14 @@ class GraphedModel:
         self._steps: dict[tuple[int, int], DecodeStep] = {}
         cache, choices = executor.cache, int(self.config.num_experts_per_tok)
         all_resident = cache.slots == cache.store.total
-        self._most = MOST_ROWS if all_resident else min(MOST_ROWS, cache.slots // (2 * choices))
+        self._most = CAPTURED_ROWS if all_resident else min(CAPTURED_ROWS, cache.slots // (2 * choices))
         self._lane: CpuLane | None = None
         self._split: Split | None = None
         if executor.cpu is not None and executor.plan is not None:
             assert isinstance(executor.cpu, CpuExperts)
             assert isinstance(executor.plan, CallPlanner)
             self._lane = _lane(executor.cpu, cache)
-            self._split = _split(executor.plan, min(self._most * choices, cache.store.shape.num_experts))
+            self._split = PlannedSplit(executor.plan, min(self._most * choices, cache.store.shape.num_experts))
 
     def forward(self, rows: Rows) -> Tensor:
         """Scores [L,V]; see :meth:`Model.forward`."""
@@ -81,8 +80,7 @@ class GraphedModel:
 
     def _step(self, called: Rows) -> DecodeStep | None:
         """The captured step for these rows; None if there are too many others."""
-        needed = max(-(-span.length // self.kv.block_size) for span in called.spans)
-        rows, blocks = len(called.spans), max(_LEAST_BLOCKS, 1 << (needed - 1).bit_length())
+        rows, blocks = len(called.spans), padded_blocks(called.spans, self.kv.block_size)
         if (rows, blocks) not in self._steps:
             if len(self._steps) >= MOST_STEPS:
                 return None
@@ -105,24 +103,24 @@ class GraphedModel:
 
 
 def _check(executor: Executor, choices: int) -> None:
-    """Raises InferenceError for what would not be captured, or would do nothing while steps are."""
+    """Raises NotCaptured for what would not be captured, or would do nothing while steps are."""
     cache, source = executor.cache, executor.transfers.source
     if not computable(cache.store.shape):
-        raise InferenceError(
-            "decode steps are captured with plain silu experts only, and this model has others; leave graphs out"
+        raise NotCaptured(
+            "decode steps are captured with plain silu experts only, and this model has others", "leave graphs out"
         )
     if executor.prefetcher is not None:
-        raise InferenceError("captured decode steps fetch nothing ahead, so leave prefetch or graphs out")
+        raise NotCaptured("captured decode steps fetch nothing ahead", "leave prefetch or graphs out")
     if cache.slots == cache.store.total:
         return
     if isinstance(source, ExpertBanks) and not source.filling:
-        raise InferenceError(
-            "captured decode steps take experts from page-locked memory; leave pin=False (--no-pin) or graphs out"
+        raise NotCaptured(
+            "captured decode steps take experts from page-locked memory", "leave pin=False (--no-pin) or graphs out"
         )
     if cache.slots < 2 * choices:
-        raise InferenceError(
-            f"{cache.slots} slots are too few to decode in graphs: two calls of {choices} experts must have room; "
-            f"give at least {2 * choices} (expert budget {2 * choices / cache.store.total:.3g}), or leave graphs out"
+        raise NotCaptured(
+            f"{cache.slots} slots are too few to decode in graphs: two calls of {choices} experts must have room",
+            f"give at least {2 * choices} (expert budget {2 * choices / cache.store.total:.3g}), or leave graphs out",
         )
 
 
@@ -134,16 +132,27 @@ def _lane(cpu: CpuExperts, cache: ExpertCache) -> CpuLane:
     try:
         return CpuLane(cpu.threads, shape.hidden, shape.intermediate, layout.dtype, layout.parts[1].start)
     except LaneError as error:
-        raise InferenceError(f"captured steps have no CPU lane: {error}; leave graphs or cpu out") from error
+        raise NotCaptured(f"captured steps have no CPU lane: {error}", "leave graphs or cpu out") from error
 
 
-def _split(plan: CallPlanner, most: int) -> Split:
-    """``plan`` for up to ``most`` misses of one row each, all cuts made before the first call."""
-    splits = [plan.plan([(expert, 1) for expert in range(misses)], []) for misses in range(most + 1)]
+class PlannedSplit:
+    """``plan`` for up to so many misses of one row each, all cuts made before the first call.
 
-    def split(misses: int) -> tuple[int, int]:
+    The compiled lane is given its work by the host itself, so there is no handover to pay for. While it is busy, and
+    until the next call, the link brings some of what the lane computes, so that it is resident the next time.
+    """
+
+    def __init__(self, plan: CallPlanner, misses: int) -> None:
+        self._plan, self._link_s = plan, plan.costs.link_overlapped_s
+        lean = CallPlanner(replace(plan.costs, handover_s=0.0))
+        self._splits = [lean.plan([(expert, 1) for expert in range(many)], []) for many in range(misses + 1)]
+        self.most = max(len(split.fetch) for split in self._splits)
+
+    def __call__(self, misses: int, idle_s: float) -> tuple[int, int]:
+        """See :class:`inference.decode_experts.Split`. Counts the call as the plan's."""
+        split = self._splits[misses]
         if misses:
-            plan.count(splits[misses])
-        return len(splits[misses].fetch), 0
-
-    return split
+            self._plan.count(split)
+        fetch = len(split.fetch)
+        brought = int((split.cut.seconds + idle_s) / self._link_s)  # none without a link, which takes forever
+        return fetch, min(max(brought - fetch, 0), misses - fetch)

@@ -20,12 +20,14 @@ from inference.kv import PagedKV
 from inference.lanes import LANES
 from inference.latent_attention import LatentAttention, interleaved
 from inference.rope import RopeTable
-from inference.rows import Group, Rows, Span, groups, written
+from inference.rows import Group, Rows, Span, groups, padded_blocks, written
+from moe.kernels.probe import runs_triton
 
 __all__ = ["Forward", "Model", "Rows", "Segment", "Span"]
 
 Segment = Callable[[Tensor, Tensor | None, Step], tuple[Tensor, Tensor]]
 
+CAPTURED_ROWS = 8  # beyond, reading an expert once per row costs more than launches do
 SMALL_PRODUCT = 1 << 23  # multiplications; one thread does so many in half a millisecond
 
 Attention = GroupedAttention | LatentAttention
@@ -57,10 +59,11 @@ class DenseSegment:
 
     def __call__(self, x_RH: Tensor, added_RH: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
         """(the residual stream, the input of the feed-forward block)."""
-        if added_RH is not None:
-            x_RH = x_RH + added_RH
-        x_RH = x_RH + self.attention(self._before(x_RH), step)
-        return x_RH, self._after(x_RH)
+        if added_RH is None:
+            normed_RH = self._before(x_RH)
+        else:
+            x_RH, normed_RH = self._before.behind(x_RH, added_RH)
+        return self._after.behind(x_RH, self.attention(normed_RH, step))
 
 
 class Model:
@@ -100,6 +103,7 @@ class Model:
             DenseSegment(layer, attention, kv.dtype) for layer, attention in zip(base.layers, attentions, strict=True)
         ]
         self.feed_forwards: list[Function] = [feed_forward(layer.mlp) for layer in base.layers]
+        self._kernels = all(getattr(attention, "_kernels", None) is not None for attention in attentions)
         self._windows = {attention.window for attention in attentions}
         self._norm = Norm.of(base.norm, kv.dtype)
         self._head = linear(module.lm_head)
@@ -161,7 +165,16 @@ class Model:
 
     def _step(self, rows: Rows, device: torch.device) -> Step:
         size = self.kv.block_size
+        if self._decodes(rows, device):
+            blocks = padded_blocks(rows.spans, size)
+            tables = [span.blocks[:blocks] + (0,) * (blocks - len(span.blocks)) for span in rows.spans]
+            return self.decoding_step(rows.position_R.to(device), torch.tensor(tables, device=device))
         longest = max(span.length for span in rows.spans)
         cos_R1D, sin_R1D = self._rope.rows(rows.position_R.to(device), longest)
         slot_R = torch.tensor(written(rows.spans, size), device=device)
         return Step(cos_R1D, sin_R1D, slot_R, {w: groups(rows.spans, size, w, device) for w in self._windows})
+
+    def _decodes(self, rows: Rows, device: torch.device) -> bool:
+        """Whether these are computed as captured steps are, so that capturing does not reach the bits."""
+        few = len(rows.spans) <= CAPTURED_ROWS or self._kernels
+        return few and runs_triton(device) and all(span.rows == 1 for span in rows.spans)

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from checkpointing.keeper.memory import available_bytes
 from inference.cache import ExpertCache
-from inference.errors import InferenceError
+from inference.errors import InferenceError, NotCaptured
 from inference.executor import Executor
 from inference.experts import Arithmetic, OffloadedExperts
 from inference.heads import Heads, has_heads, load_heads, tell_policy
@@ -26,7 +26,7 @@ from inference.offload import Crossing, open_executor
 from inference.placement import KV_SHARE, KV_TOKENS, Placement, model_sizes, parse_size, place
 from inference.policies import LRU, Policy
 from inference.recording import RoutingRecorder
-from inference.shadow import WITH_HEADS, Hedge
+from inference.shadow import SAMPLED, WITH_HEADS, Hedge
 from inference.skeleton import activation, build_skeleton, expert_shape, load_dense, offload_experts, share_dense
 from inference.store import ExpertStore, TensorFiles
 from lora.errors import AdapterError
@@ -136,7 +136,8 @@ def _expert_cache(
     if policy is not None:
         chosen = policy(*sizes)
     elif 0 < slots < store.total:
-        chosen = Hedge(*sizes, WITH_HEADS if has_heads(path) else None)
+        stride = min(SAMPLED, len(store.layers)) if device.type == "cuda" else 1
+        chosen = Hedge(*sizes, WITH_HEADS if has_heads(path) else None, stride=stride)
     else:
         chosen = _never_asked(*sizes)
     return ExpertCache(store, slots, device=device, dtype=dtype, policy=chosen, poison=poison)
@@ -282,18 +283,42 @@ def end_tokens(path: Path, config) -> frozenset[int]:
     return frozenset([named] if isinstance(named, int) else named)
 
 
-def capture_steps(model: Model, base: Base) -> Forward:
-    """``model`` with its decode steps captured. Raises InferenceError where they cannot be."""
+def capture_steps(model: Model, base: Base, asked: bool | None, *, watched: bool) -> tuple[Forward, str]:
+    """``model`` with its decode steps captured where they can be, and in a sentence which way it is.
+
+    Args:
+        asked: None: where they can be; True: raise InferenceError where they cannot; False: nowhere.
+        watched: an adapter changes the base model's steps, or a trace records them.
+    """
+    if asked is False:
+        return model, ""
+    try:
+        captured = _captured(model, base, watched=watched)
+    except NotCaptured as error:
+        if asked:
+            raise
+        return model, f"decode steps are not captured: {error.why}" if base.device.type == "cuda" else ""
+    return captured, "decode steps of few sequences are captured as CUDA graphs, each of their shapes at its first step"
+
+
+def _captured(model: Model, base: Base, *, watched: bool) -> Forward:
+    if watched:
+        raise NotCaptured(
+            "graphs=True captures steps of the base model, whose routing nobody can watch then",
+            "leave trace out, and give the adapter in adapters",
+        )
     if base.executor is None or not runs_triton(base.device):
-        raise InferenceError(
+        raise NotCaptured(
             f"graphs=True captures decode steps of a mixture of experts on a GPU, with Triton; this is "
-            f"{'a dense model' if base.cache is None else base.device}: leave it out"
+            f"{'a dense model' if base.cache is None else base.device}",
+            "leave it out",
         )
     if base.heads is not None:
-        raise InferenceError(
-            f"{base.path} has lookahead heads, which would look at every call of a captured step; leave graphs out, "
-            "give another policy, or take the folder's lookahead/ away"
+        raise NotCaptured(
+            f"{base.path} has lookahead heads, which would look at every call of a captured step",
+            "leave graphs out, give another policy, or take the folder's lookahead/ away",
         )
     graphed = importlib.import_module("inference.graphed")
     modules = [module for module in base.module.modules() if isinstance(module, OffloadedExperts)]
-    return graphed.GraphedModel(model, modules, base.executor)
+    captured: Forward = graphed.GraphedModel(model, modules, base.executor)
+    return captured

@@ -173,3 +173,12 @@ def _located(tables: Sequence[tuple[int, ...]], device: torch.device) -> slice |
     if len(tables) == 1 and device.type == "cpu" and first == tuple(range(first[0], first[0] + len(first))):
         return slice(first[0], first[0] + len(first))
     return torch.tensor(tables, device=device)
+
+
+def padded_blocks(spans: Sequence[Span], size: int) -> int:
+    """Room for the longest, in blocks: a power of two, so that decode steps come in few shapes."""
+    needed = max(-(-span.length // size) for span in spans)
+    return max(_LEAST_BLOCKS, 1 << (needed - 1).bit_length())
+
+
+_LEAST_BLOCKS = 16

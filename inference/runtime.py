@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ class Runtime:
         vram: bytes, in place of ``expert_budget``.
         prefetch, no_pin, cpu_experts: see :class:`inference.offload.Crossing`.
         trace: file to make, in which routing is recorded; ``LLM.close`` ends it.
-        graphs: capture decode steps.
+        graphs: capture decode steps; None: where they can be.
     """
 
     expert_budget: float | None = None
@@ -28,14 +29,17 @@ class Runtime:
     no_pin: bool = False
     cpu_experts: bool = False
     trace: str | None = None
-    graphs: bool = False
+    graphs: bool | None = None
 
     def open(self, model_dir: str, **more: Any) -> LLM:
-        """``more`` goes to LLM as it is. Raises what LLM raises."""
+        """``more`` goes to LLM as it is. Says on stderr whether steps are captured. Raises what LLM raises."""
         from inference.engine import LLM
         from inference.offload import Crossing
 
         share = 1.0 if self.expert_budget is None else self.expert_budget
         crossing = Crossing(self.prefetch, pin=not self.no_pin, cpu=self.cpu_experts)
         size: dict[str, Any] = {"kv_tokens": self.kv_tokens, "vram": self.vram}
-        return LLM(model_dir, share, crossing=crossing, trace=self.trace, graphs=self.graphs, **size, **more)
+        llm = LLM(model_dir, share, crossing=crossing, trace=self.trace, graphs=self.graphs, **size, **more)
+        if llm.decoding:
+            print(llm.decoding, file=sys.stderr)
+        return llm

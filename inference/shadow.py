@@ -69,6 +69,9 @@ class Shadow:
         self.held -= surplus
 
 
+SAMPLED = 4  # stride of a hedge whose bookkeeping others wait for
+
+
 class Hedge(Policy):
     """Does as that policy which would have missed least of late.
 

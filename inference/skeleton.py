@@ -17,6 +17,7 @@ from inference.errors import InferenceError
 from inference.executor import Executor
 from inference.expert_block import ExpertShape
 from inference.experts import OffloadedExperts
+from inference.gates import hasten
 from inference.store import TensorFiles, stored_names
 from moe.convert import form_of
 from moe.families import FamilyError, MoEBlock, find_moe_blocks
@@ -72,8 +73,12 @@ def expert_shape(folder: Path, blocks: list[MoEBlock]) -> ExpertShape:
 
 
 def offload_experts(blocks: list[MoEBlock], cache: ExpertCache, executor: Executor | None = None) -> None:
-    """Puts experts that borrow from ``cache`` in place of the skeleton's own; ``executor`` brings them over a link."""
+    """Puts experts that borrow from ``cache`` in place of the skeleton's own; ``executor`` brings them over a link.
+
+    Gates are hastened where that is known to change nothing.
+    """
     for block in blocks:
+        hasten(block.gate, cache.blocks_CB.device)
         block.module.experts = OffloadedExperts(cache, block.layer, activation(block), executor)
 
 

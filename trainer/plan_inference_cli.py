@@ -54,9 +54,13 @@ def add_budget_options(parser: argparse.ArgumentParser, fraction: Callable[[str]
 
 
 def add_way_options(parser: Any) -> None:
-    """What the prediction is to reckon with; by default neither, as in the runtime."""
+    """What the prediction is to reckon with."""
     parser.add_argument("--cpu-experts", action="store_true", help="as `generate --cpu-experts` computes them")
-    parser.add_argument("--graphs", action="store_true", help="with captured decode steps, as `generate --graphs`")
+    parser.add_argument(
+        "--graphs",
+        action=argparse.BooleanOptionalAction,
+        help="with captured decode steps; by default plan-inference reckons with them, and simulate without",
+    )
 
 
 def _size(text: str) -> int:
@@ -92,7 +96,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     except TraceError as error:
         print(error, file=sys.stderr)
         return 2
-    found = forecast(profile, placement, cpu_experts=arguments.cpu_experts, graphs=arguments.graphs, routing=routing)
+    ways = {"cpu_experts": arguments.cpu_experts, "graphs": arguments.graphs is not False}
+    found = forecast(profile, placement, **ways, routing=routing)
     print(
         f"{arguments.model_dir}: {sizes.family} in {sizes.dtype}, {sizes.moe_layers} layers of {sizes.experts} experts "
         f"of {show_size(sizes.expert_bytes)}, {sizes.top_k} for a token"

@@ -32,7 +32,10 @@ def add_runtime_options(
         "--no-pin", action="store_true", help="on a GPU: keep no page-locked copy of all experts in memory, read files"
     )
     parser.add_argument(
-        "--graphs", action="store_true", help="on a GPU: capture the decode steps of few sequences as CUDA graphs"
+        "--graphs",
+        action=argparse.BooleanOptionalAction,
+        help="on a GPU: capture the decode steps of few sequences as CUDA graphs; by default where they can be, "
+        "and it is said whether they are",
     )
     parser.add_argument("--trace", metavar="FILE", help="record the routing, for `planaria simulate`")
 

@@ -167,7 +167,7 @@ def _timed(arguments: argparse.Namespace, routing: Routing, budgets: list[float]
     found: dict[float, list[TimedReplay]] = {}
     for budget in budgets:
         placement = place(sizes, gpu=True, expert_budget=budget)
-        dense_s = dense_seconds(costs, placement, DECODE, 1, arguments.graphs) / sizes.moe_layers
+        dense_s = dense_seconds(costs, placement, DECODE, 1, bool(arguments.graphs)) / sizes.moe_layers
         pairs = [(policy, predictor) for policy in names for predictor in predictors] + [(BYPASS, "none")]
         found[budget] = [
             Timeline(routing, policy, predictor, placement.slots, costs, dense_s).run() for policy, predictor in pairs
@@ -206,7 +206,7 @@ def _without_trace(arguments: argparse.Namespace) -> int:
         arguments.prefetch_accuracy,
         hit_rate=arguments.hit_rate,
         cpu_experts=arguments.cpu_experts,
-        graphs=arguments.graphs,
+        graphs=bool(arguments.graphs),
     )
     print(*describe(profile), *answer_lines(found), sep="\n")
     return 0

@@ -1,4 +1,4 @@
-"""Floors, splits, drawn routing and ratios of the inference benchmark. The arms themselves need a GPU or patience."""
+"""Floors, drawn routing and ratios of the inference benchmark. The arms themselves need a GPU or patience."""
 
 from __future__ import annotations
 
@@ -100,16 +100,6 @@ class TestWithTriton:
         assert (split["bound"], split["s"]) == ("host", pytest.approx(4 * 600 / 120))
         fetched = rates.floor(shape, 0, 4, 0)
         assert (fetched["bound"], fetched["s"]) == ("link", pytest.approx(4 * 600 / 60))
-
-    def test_the_slower_lane_ends_soonest(self):
-        from benchmarks.inference_model import Shape
-        from benchmarks.inference_rates import Rates
-
-        shape = Shape(1, 10, 10, 8, 4, 1, 1, 10, 10, torch.bfloat16)
-        rates = Rates(60.0, 100.0, 90.0, 80.0, 1e9, lane_s=(5.0, 9.0, 13.0, 17.0))  # 6 s to fetch one
-        assert rates.splits(shape, 4, call_s=0.0, idle_s=0.0) == [(0, 0), (0, 0), (1, 0), (1, 0), (2, 0)]
-        # Two misses: both lanes end after 6 s; with 7 s of idle link behind them, the computed one comes too.
-        assert rates.splits(shape, 2, call_s=0.0, idle_s=7.0)[2] == (1, 1)
 
     def test_drawn_routing_has_the_locality_it_claims(self):
         from benchmarks.inference_model import Shape, draw_trace, locality

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from inference.decode_kernels import attention
+from inference.decode_kernels import add_norm, attention, choose
 from inference.rope import rotated
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,3 +58,25 @@ def test_as_torch(heads, kv_heads, width, size, blocks, positions, window, norme
     )  # fmt: skip
     assert torch.allclose(found, torch.stack(want), rtol=1e-4, atol=1e-4)
     assert torch.allclose(pool.flatten(0, 1)[slot_R], kept, rtol=1e-4, atol=1e-4)
+
+
+def test_the_sum_and_its_norm_are_torchs():
+    x, added, weight = (torch.randn(*size, device=DEVICE) for size in ((3, 80), (3, 80), (80,)))
+    total, normed = add_norm(x, added, weight, 1e-6)
+    assert torch.equal(total, x + added)
+    torch.testing.assert_close(normed, F.rms_norm(x + added, (80,), weight, 1e-6))
+
+
+@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize(("experts", "choices"), [(128, 8), (60, 4), (8, 1)])
+def test_the_choice_is_torchs(experts, choices, shares):
+    logits = torch.randn(3, experts, device=DEVICE)
+    score, index = choose(logits, choices, shares=shares)
+    want, which = logits.softmax(-1).topk(choices)
+    assert torch.equal(index, which)
+    torch.testing.assert_close(score, want / want.sum(-1, keepdim=True) if shares else want)
+
+
+def test_equal_chances_are_chosen_in_order():
+    _, index = choose(torch.zeros(1, 6, device=DEVICE), 3, shares=True)
+    assert index.tolist() == [[0, 1, 2]]

@@ -28,6 +28,18 @@ CHOICES = 4
 STEPS = 4
 
 
+class Shares:
+    """The link brings a share of the misses, and one behind them."""
+
+    most = 2 * CHOICES
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def __call__(self, misses, idle_s):
+        return round(self.share * misses), int(misses > 2)
+
+
 class Served:
     """The tiny model with a budget of slots, and steps of two sequences."""
 
@@ -58,7 +70,7 @@ class Served:
             graph=graph,
             lane=lane,
             host=banks.address,
-            split=None if share is None else lambda m: (round(share * m), int(m > 2)),
+            split=None if share is None else Shares(share),
         )
         if self.experts.all_resident:
             self.experts.fill()

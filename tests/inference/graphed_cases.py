@@ -9,7 +9,7 @@ import torch
 
 from inference import graphed
 from inference.compiled_experts import COMPILED
-from inference.costmodel import Timing
+from inference.costmodel import ExpertCosts, Timing
 from inference.decode import DecodeStep
 from inference.engine import LLM
 from inference.errors import InferenceError
@@ -17,6 +17,7 @@ from inference.graphs import Uncaptured
 from inference.kv import PagedKV
 from inference.offload import Crossing
 from inference.opening import capture_steps
+from inference.planner import CallPlanner
 from inference.transfer import SimulatedLink
 from tests.inference.decode_cases import DEVICE, TABLES, Served
 from tests.inference.test_hybrid import EVEN
@@ -112,7 +113,8 @@ def test_both_lanes_are_counted_as_elsewhere(model_folder):
     computed = sum(step._experts.counts.computed for step in steps)
     assert counts.computed > computed > 0, "the prompts' and the steps'"
     assert llm._measured().cpu_experts == counts.computed
-    assert counts.misses * llm.cache.store.bytes_per_expert == llm.executor.transfers.counts.demanded_bytes
+    brought = counts.misses + sum(step._experts.counts.behind for step in steps)
+    assert brought * llm.cache.store.bytes_per_expert == llm.executor.transfers.counts.demanded_bytes
     assert sum(llm._measured().ways.values()) > calls / 2
 
 
@@ -130,5 +132,53 @@ def test_what_graphs_would_not_do_is_refused(model_folder):
     with pytest.raises(InferenceError, match=r"6 slots are too few .* give at least 8 \(expert budget 0.125\)"):
         opened(model_folder, 0.1)
     llm = opened(model_folder, graphs=False)
+    assert llm.decoding == ""
     with pytest.raises(InferenceError, match="has lookahead heads"):
-        capture_steps(llm.model, dataclasses.replace(llm._base, heads=object()))
+        capture_steps(llm.model, dataclasses.replace(llm._base, heads=object()), True, watched=False)
+
+
+def test_steps_are_captured_by_default_where_they_can_be_and_it_is_said(model_folder):
+    captured = opened(model_folder, graphs=None)
+    assert captured.decoding.startswith("decode steps of few sequences are captured")
+    assert isinstance(captured.engine.models[None], graphed.GraphedModel)
+    few = opened(model_folder, 0.1, graphs=None)
+    assert not isinstance(few.engine.models[None], graphed.GraphedModel)
+    if DEVICE.type == "cuda":
+        assert few.decoding.startswith("decode steps are not captured: 6 slots are too few to decode in graphs")
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.25])
+def test_captured_steps_have_the_bits_of_the_others(model_folder, budget):
+    found = []
+    for graphs in (True, False):
+        llm, logits = opened(model_folder, budget, graphs), []
+        forward = llm.engine.models[None].forward
+
+        def kept(rows, forward=forward, logits=logits):
+            logits.append(forward(rows).clone())
+            return logits[-1]
+
+        llm.engine.models[None].forward = kept
+        answers(llm)
+        found.append(logits)
+    assert len(found[0]) == len(found[1]) > 2
+    for captured, plain in zip(*found, strict=True):
+        if DEVICE.type == "cuda":
+            assert torch.equal(captured, plain)
+        else:  # where experts of steps that are not captured are computed by torch's products
+            torch.testing.assert_close(captured, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_the_link_brings_some_of_what_the_cpu_computes_while_it_is_idle():
+    plan = CallPlanner(ExpertCosts.of(dataclasses.replace(EVEN, handover_s=1.0), 64, 32, 4))
+    split = graphed.PlannedSplit(plan, 6)
+    link_s = plan.costs.link_overlapped_s
+    for misses in range(7):
+        fetch, behind = split(misses, 0.0)
+        assert fetch + behind <= misses
+        assert fetch <= split.most
+        assert split(misses, 100 * link_s) == (fetch, misses - fetch)
+    fetch, behind = split(6, 0.0)
+    assert 0 < fetch < 6, "no handover is paid for"
+    assert split(6, link_s) == (fetch, min(behind + 1, 6 - fetch))
+    assert sum(plan.modes.values()) == 6 * 2 + 2
