@@ -174,11 +174,15 @@ class Trials:
 
     @classmethod
     def of(cls, kind: ExpertKind, cores: int, with_gpu: bool) -> Trials:
-        """Without a GPU experts are computed by one product on all cores. Beside one, by the best of all kernels on all
-        cores but the one that launches the GPU's work, or on half of them, in small teams."""
+        """Without a GPU experts are computed by one product on all cores.
+
+        Beside one, by the best of all kernels on all cores but two, or on half of them, in small teams: one core
+        launches the GPU's work and helps, one is left to the rest of the machine. A call ends with its last thread, and
+        one that has to wait for a core ends late.
+        """
         if not with_gpu:
             return cls(("linear",), ((cores, cores),))
-        most = max(cores - 1, 1)
+        most = max(cores - 2, 1)
         counts = sorted({most, max(most // 2, 1)}, reverse=True)
         crews = tuple((n, team) for n in counts for team in TEAMS if team <= n)
         return cls((*kernels_for(kind.dtype), *compiled_kernels(kind.dtype)), crews)
@@ -325,17 +329,18 @@ class _Gpu:
     def beside_link(self, act: Callable[[], float], nbytes: int) -> tuple[float, float]:
         """(link, host) bytes/s while both are busy; ``act`` reads ``nbytes`` and says how long that took.
 
-        The link is given more than it can carry meanwhile; only what ``act`` did before it ended counts.
+        The link is given more than it can carry meanwhile; only what ``act`` did before it ended counts, and of that
+        the best, as of all timings: threads that slept until then are slow at first.
         """
         alone = act()
-        rounds = max(round(10 * alone * 60e9 / self.host_B.nbytes), 4)
+        rounds = max(round(20 * alone * 60e9 / self.host_B.nbytes), 12)
         begin, end = self._enqueue(rounds)
         times = []
         while not end.query():
             times.append(act())
         link = rounds * self.host_B.nbytes / (begin.elapsed_time(end) / 1e3)
         whole = times[:-1] or times or [alone]  # the last one ended alone
-        return link, nbytes / median(whole)
+        return link, nbytes / min(whole)
 
     def table(self) -> tuple[Timing, ...]:
         """Products as the GPU does them, weights resident and not in its cache."""

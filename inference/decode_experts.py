@@ -149,7 +149,7 @@ class DecodeExperts:
             self._call = LaneCall(*arrays, experts=self._spare)
         self._blocks = cache.blocks_CB.unbind(0)
         self._room = self._spare
-        if split is not None:
+        if lane is not None and split is not None:
             self._room = min(self._spare, split.most + _MOST_BEHIND)
         self._idle_s = [0.0] * layers  # from the end of each layer's lanes to the next call's copies, of late
         self._ended: tuple[int, float] | None = None
