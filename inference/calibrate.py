@@ -23,7 +23,7 @@ from torch.nn.functional import linear, silu
 
 from inference.banks import host_memory
 from inference.compiled_experts import COMPILED, CompiledExperts, compiled_kernels
-from inference.cores import cpu_cores
+from inference.cores import cpu_cores, last_cache_bytes
 from inference.costmodel import BYTES, KernelTable, MachineProfile, ProfileError, Rates, Timing
 from inference.cpu_experts import CpuExperts, kernels_for
 from inference.host_expert import HostExpert
@@ -31,7 +31,8 @@ from inference.host_expert import HostExpert
 TEAMS = (1, 2, 4)
 ROWS = (1, 16, 64, 4)  # in this order, as far as the time goes
 GPU_ROWS = (1, 16, 256, 2048)
-_BANK_BYTES = 128 << 20  # of made-up experts: beyond most caches, quick to fill
+_BANK_BYTES = 128 << 20  # of made-up experts, quick to fill; of more, where the caches hold so many
+_MOST_BYTES = 1 << 30
 _FAR_BEHIND = 3.0
 _REPEATS = (3, 10)  # of a timing: at least, and at most for a short one
 _REPEAT_S = 0.05
@@ -221,7 +222,8 @@ class _Bank:
 
     def __init__(self, kind: ExpertKind) -> None:
         self.kind = kind
-        self.count = max(_BANK_BYTES // kind.nbytes, _WHOLE_CALL)
+        nbytes = min(max(_BANK_BYTES, 2 * last_cache_bytes()), _MOST_BYTES)
+        self.count = max(nbytes // kind.nbytes, _WHOLE_CALL)
         each = 3 * kind.hidden * kind.intermediate
         self.weights_N = host_memory(self.count * each, kind.dtype)
         # Small and unequal, and quick to make: products of zeros or denormal numbers are no measure.

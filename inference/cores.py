@@ -16,6 +16,12 @@ def cpu_cores(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/sel
     return min([len(os.sched_getaffinity(0)), *(max(int(cores), 1) for cores in _quotas(groups, own))])
 
 
+def last_cache_bytes(caches: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+    """Of the largest cache before memory; 0 if the system does not say."""
+    sizes = [file.read_text().strip() for file in caches.glob("index*/size")]
+    return max((int(size[:-1]) << 10 for size in sizes if size[-1:] == "K" and size[:-1].isdigit()), default=0)
+
+
 def _quotas(groups: Path, own: Path) -> Iterator[float]:
     """In cores, of this process's control group and of all above it."""
     for line in own.read_text().splitlines() if own.exists() else []:

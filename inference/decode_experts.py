@@ -42,9 +42,9 @@ class Split(Protocol):
 
     most: int
 
-    def __call__(self, misses: int, idle_s: float) -> tuple[int, int]:
-        """How many the link brings, and how many of the others it brings behind those, for later, when it is idle for
-        so many seconds between the end of the lanes and the next call's copies."""
+    def __call__(self, misses: int, period_s: float) -> tuple[int, int]:
+        """How many the link brings, and how many of the others it brings behind those, for later, in the seconds that
+        pass until the next call has copies for it."""
 
 
 @dataclass
@@ -151,8 +151,8 @@ class DecodeExperts:
         self._room = self._spare
         if lane is not None and split is not None:
             self._room = min(self._spare, split.most + _MOST_BEHIND)
-        self._idle_s = [0.0] * layers  # from the end of each layer's lanes to the next call's copies, of late
-        self._ended: tuple[int, float] | None = None
+        self._period_s = [0.0] * layers  # from each layer's copies to the next call's, of late
+        self._copied = 0, 0.0  # the layer that had copies last, and when
         self._calls = 0
         self._under_way = _Divided([], [], [], 0)
         self._coming: list[Transfer] = []
@@ -240,7 +240,7 @@ class DecodeExperts:
         if work.away:  # first, since the lane is what ends last
             self._submit(row, work.away, chosen)
         table_3E[0], table_3E[1], table_3E[2] = slots_E, -1, 0
-        self._note_idle()
+        self._note_period(row)
         brought = self._bring(row, work.fetch + work.behind, len(work.fetch))
         self._settle(self._behind)
         self._coming += brought[: len(work.fetch)]
@@ -260,11 +260,11 @@ class DecodeExperts:
         pairs = [(refs[expert], self._blocks[slot]) for expert, slot in zip(got, slots, strict=True)]
         return self.transfer.demand_all(pairs, [now] if 0 < now < len(got) else [])
 
-    def _note_idle(self) -> None:
-        if self._ended is not None:
-            row, since = self._ended
-            self._idle_s[row] += (time.perf_counter() - since - self._idle_s[row]) / 8
-            self._ended = None
+    def _note_period(self, row: int) -> None:
+        before, since = self._copied
+        self._copied = row, time.perf_counter()
+        if since:
+            self._period_s[before] += (self._copied[1] - since - self._period_s[before]) / 8
 
     def _settle(self, transfers: list[Transfer]) -> None:
         """What the GPU is given from here on finds these experts in their slots."""
@@ -279,7 +279,7 @@ class DecodeExperts:
         missing = [expert for expert, slot in held.items() if slot < 0]
         fetch, behind = len(missing), 0
         if self.lane is not None and self._split is not None:
-            fetch, behind = self._split(fetch, self._idle_s[row])
+            fetch, behind = self._split(fetch, self._period_s[row])
             fetch = min(fetch, self.cache.free)
             behind = min(behind, self.cache.free - fetch, _MOST_BEHIND)
         assert fetch <= self.cache.free, (fetch, self.cache.free)
@@ -307,10 +307,8 @@ class DecodeExperts:
         booked = time.perf_counter()
         if self.lane is not None:
             self.lane.wait()
-        ended = time.perf_counter()
-        self._ended = row, ended
         self.counts.books_s += booked - began
-        self.counts.lane_s += ended - booked
+        self.counts.lane_s += time.perf_counter() - booked
 
     def _book(self, row: int, work: _Divided) -> None:
         self.cache.note(self._layers[row], work.experts)

@@ -138,8 +138,8 @@ def _lane(cpu: CpuExperts, cache: ExpertCache) -> CpuLane:
 class PlannedSplit:
     """``plan`` for up to so many misses of one row each, all cuts made before the first call.
 
-    The compiled lane is given its work by the host itself, so there is no handover to pay for. While it is busy, and
-    until the next call, the link brings some of what the lane computes, so that it is resident the next time.
+    The compiled lane is given its work by the host itself, so there is no handover to pay for. Until the
+    next call the link brings some of what the lane computes, so that it is resident the next time.
     """
 
     def __init__(self, plan: CallPlanner, misses: int) -> None:
@@ -148,11 +148,11 @@ class PlannedSplit:
         self._splits = [lean.plan([(expert, 1) for expert in range(many)], []) for many in range(misses + 1)]
         self.most = max(len(split.fetch) for split in self._splits)
 
-    def __call__(self, misses: int, idle_s: float) -> tuple[int, int]:
+    def __call__(self, misses: int, period_s: float) -> tuple[int, int]:
         """See :class:`inference.decode_experts.Split`. Counts the call as the plan's."""
         split = self._splits[misses]
         if misses:
             self._plan.count(split)
         fetch = len(split.fetch)
-        brought = int((split.cut.seconds + idle_s) / self._link_s)  # none without a link, which takes forever
+        brought = int(period_s / self._link_s)  # none without a link, which takes forever
         return fetch, min(max(brought - fetch, 0), misses - fetch)

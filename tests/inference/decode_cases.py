@@ -36,7 +36,7 @@ class Shares:
     def __init__(self, share: float) -> None:
         self.share = share
 
-    def __call__(self, misses, idle_s):
+    def __call__(self, misses, period_s):
         return round(self.share * misses), int(misses > 2)
 
 

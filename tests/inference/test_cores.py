@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from inference.cores import cpu_cores
+from inference.cores import cpu_cores, last_cache_bytes
 
 
 @pytest.fixture
@@ -38,3 +38,11 @@ def test_older_control_groups_are_read(cores):
 
 def test_without_control_groups_all_cores_count(tmp_path):
     assert cpu_cores(tmp_path, tmp_path / "none") > 0
+
+
+def test_the_last_cache_is_the_largest(tmp_path):
+    assert last_cache_bytes(tmp_path) == 0
+    for index, size in enumerate(("48K", "2048K", "307200K", "unknown")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(size + "\n")
+    assert last_cache_bytes(tmp_path) == 300 << 20
