@@ -143,7 +143,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(_QUEUE)
-            print(_ready_line(listener, self.service), flush=True)
+            _say_ready(_ready_line(listener, self.service))
 
     def _on_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """asyncio prints a traceback for each connection that it cannot accept, many times a second."""
@@ -211,6 +211,13 @@ def _ready_line(listener: socket.socket, service: Service) -> str:
     models = ", ".join(service.served.models)
     chat = "" if service.has_chat_template else "; no chat template, so plain completions only"
     return f"ready: http://{host}:{port}/v1 serves {models}{chat}"
+
+
+def _say_ready(line: str) -> None:
+    try:
+        print(line, flush=True)
+    except OSError as error:  # no reason not to serve
+        print(f"standard output: {error.strerror}; {line}", file=sys.stderr, flush=True)
 
 
 def _open(options: ServeOptions) -> tuple[LLM, Served]:

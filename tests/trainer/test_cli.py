@@ -116,6 +116,25 @@ def test_a_users_mistake_is_status_2_without_a_traceback(arguments: list[str], p
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_one_line(unbuffered: str) -> None:
+    command = [sys.executable, "-m", "trainer", "validate", QUICKSTART]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head -1` does when it has its line
+    for out, status, said in (
+        (os.open("/dev/full", os.O_WRONLY), 1, "standard output: No space left on device"),
+        (writer, 141, ""),
+    ):
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+        os.close(out)
+        assert done.returncode == status
+        assert done.stderr.startswith(said)
+        assert len(done.stderr.splitlines()) == bool(said)
+
+
 def test_every_problem_is_printed() -> None:
     done = planaria("validate", "tests/broken_recipes/everything.yaml", "train.epochs=1", "train.seed=-1")
     assert done.returncode == 2

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import socket
+import sys
 import threading
 
 import pytest
@@ -14,7 +16,7 @@ openai = pytest.importorskip("openai", reason="the extra 'dev' is not installed"
 
 from inference.errors import InferenceError, RequestError  # noqa: E402
 from inference.server.gate import Http  # noqa: E402
-from inference.server.serve import _listen, _most_connections  # noqa: E402
+from inference.server.serve import _listen, _most_connections, _say_ready  # noqa: E402
 
 PLAIN = {"model": "tiny", "prompt": [2, 3], "max_tokens": 4}
 
@@ -234,6 +236,14 @@ def test_a_port_that_is_in_use_is_said_at_once():
     taken = _listen("127.0.0.1", 0)
     with taken, pytest.raises(InferenceError, match="give another --host or --port"):
         _listen("127.0.0.1", taken.getsockname()[1])
+
+
+def test_a_ready_line_that_nobody_can_read_is_no_reason_not_to_serve(monkeypatch, capfd):
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))
+        _say_ready("ready: http://x")
+        monkeypatch.undo()
+    assert capfd.readouterr().err == "standard output: No space left on device; ready: http://x\n"
 
 
 def test_a_mistake_of_the_server_itself_is_a_500_with_a_shape(told, capfd):
