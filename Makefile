@@ -4,7 +4,7 @@
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-PURE := moe/refs.py moe/layout.py moe/family_table.py moe/dispatch_choice.py moe/tracefile.py trainer/doctor_report.py checkpointing/units.py \
+PURE := moe/refs.py moe/layout.py moe/quantised.py moe/family_table.py moe/dispatch_choice.py moe/tracefile.py trainer/doctor_report.py checkpointing/units.py \
         checkpointing/records.py checkpointing/recovery.py \
         checkpointing/storage.py checkpointing/remote.py checkpointing/compare.py checkpointing/audit.py \
         checkpointing/schedule.py checkpointing/moments.py checkpointing/cost.py checkpointing/bandwidth.py checkpointing/partial.py \

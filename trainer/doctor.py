@@ -21,6 +21,7 @@ from moe.dispatch_choice import choose_dispatch
 from moe.families import find_moe_blocks
 from moe.family_table import DENSE
 from moe.layout import Layout
+from moe.quantised import quantisation
 from trainer.build import shape_fields, training_dtype
 from trainer.doctor_files import DoctorError, check_folder, digests
 from trainer.doctor_model import check_model, describe
@@ -107,10 +108,13 @@ def config_of(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise DoctorError(f"{folder} has no config.json; give a Hugging Face model folder")
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
     except (ValueError, OSError, KeyError) as error:
         words = str(error).strip().splitlines() or [""]
         raise DoctorError(f"{folder}/config.json: transformers does not take it: {words[0][:300]}; mend it") from None
+    if why := quantisation(folder, config.to_dict()):
+        raise DoctorError(why)
+    return config
 
 
 def _on_meta(config: Any) -> Any:
