@@ -99,7 +99,7 @@ def _add_observation(app: FastAPI, service: Service) -> None:
 
     @app.api_route("/health", methods=["GET", "HEAD"])  # some probes ask for the head alone
     async def health() -> Response:
-        if reason := engine.failure or engine.trouble:
+        if reason := engine.failure or engine.hanging or engine.trouble:
             return JSONResponse({"status": "failed", "reason": reason}, 503)
         if engine.draining:
             return JSONResponse({"status": "shutting down"}, 503)
