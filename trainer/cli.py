@@ -18,6 +18,7 @@ from trainer.faults import POINTS
 from trainer.generate_cli import add_generate_verb
 from trainer.lookahead_cli import add_lookahead_verbs
 from trainer.model_cli import add_model_verbs
+from trainer.output import lasting_output
 from trainer.plan_inference_cli import add_plan_inference_verb
 from trainer.refusal import is_users_mistake, refused
 from trainer.serve_cli import add_serve_verbs
@@ -215,6 +216,11 @@ def _launcher() -> ModuleType:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    with lasting_output():
+        return _train_on(arguments)
+
+
+def _train_on(arguments: argparse.Namespace) -> int:
     if under_launcher():
         if refused():
             return USER_MISTAKE  # restarted after a mistake that a restart cannot mend
