@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,27 @@ def test_output_that_cannot_be_written_is_one_line(unbuffered: str) -> None:
         assert done.returncode == status
         assert done.stderr.startswith(said)
         assert len(done.stderr.splitlines()) == bool(said)
+
+
+INTERRUPTED_WHILE_IMPORTED = """
+import builtins, os, signal
+imported = builtins.__import__
+def interrupted(name, *rest):
+    if name == "trainer.refusal":
+        os.kill(os.getpid(), signal.SIGINT)
+    return imported(name, *rest)
+builtins.__import__ = interrupted
+from trainer.__main__ import main
+main()
+"""
+
+
+def test_ctrl_c_while_modules_are_imported_leaves_no_traceback() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_WHILE_IMPORTED], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 def test_every_problem_is_printed() -> None:
