@@ -5,7 +5,8 @@ threads. On CUDA each slot is registered once as pinned memory and a side stream
 queued by one call: each call of its own would take the interpreter lock from the training thread, which gets it back
 late. A copy engine serves its queue in order, so a training step that reads a single number back would wait for all of
 them; after each piece the stream therefore runs a kernel of no other use, and while the engine waits for that it serves
-others (figures: docs/measurements.md).
+others. Queueing a piece holds up a training thread that queues kernels, so pieces are small only where a step reads
+numbers back in its midst (figures: docs/measurements.md).
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from checkpointing.state.buffers import StateBuffer
 from checkpointing.state.fragments import META_BYTES, Fragment, LogLayout
 from checkpointing.state.gradients import StepLog
 
-_PIECE = 32 << 20  # 0.6 ms over PCIe 5: so long does a read of the training step wait at most
+# So long does a read of the training step wait at most: 0.6 ms over PCIe 5, and 4.9 ms where it rarely reads.
+_PIECE, _LARGE_PIECE = 32 << 20, 256 << 20
 _SIGN_OF_LIFE_S = 5.0
 Reached = Callable[[str, int], None]
 Move = tuple[torch.Tensor, torch.Tensor]
@@ -49,6 +51,22 @@ def arena_shape(
     if log is None:
         return ArenaShape(base, Pool(0, 0, 0), extras)
     return ArenaShape(base, Pool(logs, len(log.table), log.nbytes), extras)
+
+
+def _kinds(log: bool) -> tuple[Kind, ...]:
+    """Of a capture's records besides bases."""
+    return (Kind.LOG, Kind.EXTRAS) if log else (Kind.EXTRAS,)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Slots for a capture: so many ``bases`` or at least ``least``, and one of each of ``kinds``."""
+
+    step: int
+    committed: int
+    bases: int
+    least: int
+    kinds: tuple[Kind, ...]
 
 
 @dataclass
@@ -76,6 +94,7 @@ class Capturer:
         reached: a drill's failpoint, called with ("copy", step) before a capture's first byte is copied, ("capture",
             step) when half of them are, ("copied", step) when all are and the records say so, ("told", step) when the
             keeper has been told.
+        reads_back: whether the training step reads numbers back from the device while it computes.
     """
 
     def __init__(
@@ -84,6 +103,7 @@ class Capturer:
         buffers: Sequence[StateBuffer],
         log: LogLayout | None = None,
         reached: Reached | None = None,
+        reads_back: bool = False,
     ) -> None:
         self._client, self._buffers, self._log = client, buffers, log
         self._reached = reached or (lambda point, step: None)
@@ -93,12 +113,16 @@ class Capturer:
         self._memory = torch.frombuffer(client.arena.memory, dtype=torch.uint8)
         self.pinning = Pinning(client.arena, self._device)
         self._stream = None if self._device is None else torch.cuda.Stream(self._device)
+        self._piece = _PIECE if reads_back else _LARGE_PIECE
+        # What the kernels between pieces copy: to another dtype, since that takes a kernel.
+        self._gap = (torch.zeros(1, device=self._device), torch.zeros(1, dtype=torch.int32, device=self._device))
         self._condition = threading.Condition()
         self._sealed_step = client.restored_step
         self._started = 0  # captures; a step may have several
         self._copied = 0
         self._error: BaseException | None = None
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._reserved: tuple[Wanted, Grant] | None = None
+        self._jobs: queue.SimpleQueue[Job | Wanted | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="capture", daemon=True)
         self._thread.start()
 
@@ -106,6 +130,14 @@ class Capturer:
     def sealed_step(self) -> int:
         """The newest step that the keeper has sealed for this worker, -1 if none."""
         return self._sealed_step
+
+    def reserve(self, step: int, committed: int, bases: int, least: int, log: bool) -> None:
+        """Have the slots found for the capture of ``step`` that starts next, and return; arguments as of :meth:`start`.
+
+        Meant for a moment at which the training thread waits for the device: what is done here in the background takes
+        the interpreter lock, which a step that queues kernels would miss.
+        """
+        self._jobs.put(Wanted(step, committed, bases, least, _kinds(log)))
 
     def start(
         self,
@@ -178,7 +210,10 @@ class Capturer:
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             try:
-                self._capture(job)
+                if isinstance(job, Wanted):
+                    self._reserved = job, self._acquire(job)
+                else:
+                    self._capture(job)
             except BaseException as error:
                 self._fail(error)
 
@@ -187,12 +222,24 @@ class Capturer:
             self._error = self._error or error
             self._condition.notify_all()
 
-    def _capture(self, job: Job) -> None:
-        kinds = (Kind.EXTRAS,) if job.log is None else (Kind.LOG, Kind.EXTRAS)
-        grant = self._client.acquire(job.step, job.committed, len(job.fragments), job.least, kinds)
-        granted = list(zip(grant.bases, job.fragments, strict=False))
+    def _acquire(self, wanted: Wanted) -> Grant:
+        assert self._reserved is None, "what was reserved is not captured yet"
+        grant = self._client.acquire(wanted.step, wanted.committed, wanted.bases, wanted.least, wanted.kinds)
         for slot in [*grant.bases, *grant.others.values()]:
             self.pinning.pin(slot)
+        return grant
+
+    def _grant(self, job: Job) -> Grant:
+        wanted = Wanted(job.step, job.committed, len(job.fragments), job.least, _kinds(job.log is not None))
+        if self._reserved is None:
+            return self._acquire(wanted)
+        (reserved, grant), self._reserved = self._reserved, None
+        assert reserved == wanted, f"{reserved} was reserved, and {wanted} is captured"
+        return grant
+
+    def _capture(self, job: Job) -> None:
+        grant = self._grant(job)
+        granted = list(zip(grant.bases, job.fragments, strict=False))
         self._reached("copy", job.step)
         moves = [move for slot, fragment in granted for move in self._base_moves(slot, fragment)]
         if job.log is not None:
@@ -236,7 +283,7 @@ class Capturer:
 
     def _pieces(self, source: torch.Tensor, start: int) -> Iterator[Move]:
         target = self._memory[start : start + source.numel()]
-        return zip(source.split(_PIECE), target.split(_PIECE), strict=True)
+        return zip(source.split(self._piece), target.split(self._piece), strict=True)
 
     def _copy(self, moves: list[Move], job: Job) -> None:
         half = len(moves) // 2
@@ -259,10 +306,9 @@ class Capturer:
     def _queue(self, moves: list[Move]) -> None:
         if not moves:
             return
-        number = torch.zeros(1, device=self._device)
-        gap = number.to(torch.int32)  # a copy to another dtype is a kernel
+        number, number_again = self._gap
         sources = [tensor for source, _ in moves for tensor in (source, number)]
-        targets = [tensor for _, target in moves for tensor in (target, gap)]
+        targets = [tensor for _, target in moves for tensor in (target, number_again)]
         torch._foreach_copy_(targets, sources, non_blocking=True)
 
     # Closing records
