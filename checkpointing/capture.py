@@ -24,6 +24,7 @@ import torch
 from checkpointing.keeper.client import Grant, KeeperClient
 from checkpointing.keeper.protocol import KeeperError
 from checkpointing.pinning import Pinning
+from checkpointing.record_sums import device_sums
 from checkpointing.records import PAGE, Header, Kind, RecordError, encode_table, extras_entries, finish, whole_pages
 from checkpointing.slots import ArenaShape, Pool
 from checkpointing.state.buffers import StateBuffer
@@ -35,6 +36,7 @@ _PIECE, _LARGE_PIECE = 32 << 20, 256 << 20
 _SIGN_OF_LIFE_S = 5.0
 Reached = Callable[[str, int], None]
 Move = tuple[torch.Tensor, torch.Tensor]
+Part = tuple[torch.Tensor, int]  # bytes, and where they go in a payload
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -116,6 +118,7 @@ class Capturer:
         self._piece = _PIECE if reads_back else _LARGE_PIECE
         # What the kernels between pieces copy: to another dtype, since that takes a kernel.
         self._gap = (torch.zeros(1, device=self._device), torch.zeros(1, dtype=torch.int32, device=self._device))
+        self._sums = device_sums(self._device)
         self._condition = threading.Condition()
         self._sealed_step = client.restored_step
         self._started = 0  # captures; a step may have several
@@ -241,10 +244,13 @@ class Capturer:
         grant = self._grant(job)
         granted = list(zip(grant.bases, job.fragments, strict=False))
         self._reached("copy", job.step)
-        moves = [move for slot, fragment in granted for move in self._base_moves(slot, fragment)]
+        parts = [(slot, Kind.BASE, self._base_parts(fragment)) for slot, fragment in granted]
         if job.log is not None:
-            moves += self._log_moves(grant.others[Kind.LOG], job.log)
+            parts.append((grant.others[Kind.LOG], Kind.LOG, self._log_parts(job.log)))
+        summed = self._sums.queue_records(parts, job.event) if self._sums is not None else []
+        moves = [move for slot, kind, sources in parts for move in self._moves(slot, kind, sources)]
         self._copy(moves, job)
+        sums = self._sums.take_records(summed) if self._sums is not None else {}
         for slot, fragment in granted:
             self._close_record(slot, Kind.BASE, grant, job.step, fragment.table, fragment.nbytes)
         if job.log is not None:
@@ -252,7 +258,7 @@ class Capturer:
             job.log = None  # gradients stay in memory only until they are copied
         self._write_extras(grant, job.step, job.extras)
         self._reached("copied", job.step)
-        sealed = self._client.copied(job.step, grant, job.persist)
+        sealed = self._client.copied(job.step, grant, job.persist, sums)
         self._reached("told", job.step)
         with self._condition:
             self._copied += 1
@@ -267,23 +273,21 @@ class Capturer:
         pool = shape.base if kind is Kind.BASE else shape.log
         return self._client.arena.places[slot].offset + pool.payload_offset
 
-    def _base_moves(self, slot: int, fragment: Fragment) -> Iterator[Move]:
-        start = self._place(slot, Kind.BASE)
-        for piece in fragment.pieces:
-            source = bytes_of(self._buffers[piece.buffer].tensor[piece.lo : piece.hi])
-            yield from self._pieces(source, start + piece.offset)
+    def _base_parts(self, fragment: Fragment) -> list[Part]:
+        return [(bytes_of(self._buffers[p.buffer].tensor[p.lo : p.hi]), p.offset) for p in fragment.pieces]
 
-    def _log_moves(self, slot: int, log: StepLog) -> Iterator[Move]:
+    def _log_parts(self, log: StepLog) -> list[Part]:
         assert self._log is not None
-        start = self._place(slot, Kind.LOG)
-        for grad, offset, elements in zip(log.grads, self._log.offsets, self._log.elements, strict=not log.skipped):
+        for grad, elements in zip(log.grads, self._log.elements, strict=not log.skipped):
             if grad.numel() != elements or str(grad.dtype) != f"torch.{self._log.dtype}":
                 raise RecordError(f"a gradient of {grad.numel()} x {grad.dtype} is not of the log's layout")
-            yield from self._pieces(bytes_of(grad), start + offset)
+        return [(bytes_of(grad), offset) for grad, offset in zip(log.grads, self._log.offsets, strict=not log.skipped)]
 
-    def _pieces(self, source: torch.Tensor, start: int) -> Iterator[Move]:
-        target = self._memory[start : start + source.numel()]
-        return zip(source.split(self._piece), target.split(self._piece), strict=True)
+    def _moves(self, slot: int, kind: Kind, parts: list[Part]) -> Iterator[Move]:
+        start = self._place(slot, kind)
+        for source, offset in parts:
+            target = self._memory[start + offset : start + offset + source.numel()]
+            yield from zip(source.split(self._piece), target.split(self._piece), strict=True)
 
     def _copy(self, moves: list[Move], job: Job) -> None:
         half = len(moves) // 2
