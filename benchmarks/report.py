@@ -35,11 +35,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def fastest_quarter(blocks: Sequence[Mapping[str, Any]], arm: str) -> float:
     """The time that the fastest quarter of all steps keeps below: what a busy machine adds is left out."""
-    return sorted(d for b in blocks if b["arm"] == arm for d in b["durations"])[_count(blocks, arm) // 4]
-
-
-def _count(blocks: Sequence[Mapping[str, Any]], arm: str) -> int:
-    return sum(len(b["durations"]) for b in blocks if b["arm"] == arm)
+    durations: list[float] = sorted(d for b in blocks if b["arm"] == arm for d in b["durations"])
+    return durations[len(durations) // 4]
 
 
 def extra_seconds(blocks: Sequence[Mapping[str, Any]], arm: str) -> list[float]:
