@@ -134,13 +134,13 @@ class Capturer:
         """The newest step that the keeper has sealed for this worker, -1 if none."""
         return self._sealed_step
 
-    def reserve(self, step: int, committed: int, bases: int, least: int, log: bool) -> None:
-        """Have the slots found for the capture of ``step`` that starts next, and return; arguments as of :meth:`start`.
+    def reserve(self, step: int, committed: int, log: bool) -> None:
+        """Have the slots found for the capture of one fragment that starts next, and return; arguments as of ``start``.
 
         Meant for a moment at which the training thread waits for the device: what is done here in the background takes
         the interpreter lock, which a step that queues kernels would miss.
         """
-        self._jobs.put(Wanted(step, committed, bases, least, _kinds(log)))
+        self._jobs.put(Wanted(step, committed, 1, 1, _kinds(log)))
 
     def start(
         self,

@@ -216,10 +216,9 @@ class Snapshots:
 
     def reserve(self, step: int) -> None:
         """Have memory found for the capture of ``step``, once ``committed`` is that of this step."""
-        if self.capturer is None or self.protection is None or self._lossy:
-            return
-        if fragments := self._due(self.protection, step):
-            self.capturer.reserve(step, self.committed, len(fragments), least=1, log=self.tap is not None)
+        due = self._due(self.protection, step) if self.protection is not None and not self._lossy else []
+        if self.capturer is not None and len(due) == 1:  # more are had the likelier the later they are asked for
+            self.capturer.reserve(step, self.committed, log=self.tap is not None)
 
     def after_step(self, step: int, progress: Progress) -> None:
         """Start capturing ``step`` in the background if it is due, over what the committed step does not need."""
@@ -373,8 +372,7 @@ def _capturer(of: Snapshots, client: KeeperClient, protection: Protection) -> Ca
 def _protect(snapshots: Snapshots) -> Protection:
     """The recipe's mode, applied to this worker's state. Raises BudgetError if it takes more than the recipe allows."""
     protection, recipe = _protection(snapshots), snapshots.recipe
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", snapshots.process.world))
-    budget = budget_of(recipe, None, local)
+    budget = budget_of(recipe, None, int(os.environ.get("LOCAL_WORLD_SIZE", snapshots.process.world)))
     if protection.shape.nbytes > budget:
         raise does_not_fit(f"checkpoint.mode: {recipe.checkpoint.mode}", protection.shape.nbytes, budget)
     return protection
