@@ -4,11 +4,11 @@
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-PURE := moe/refs.py moe/layout.py moe/family_table.py moe/dispatch_choice.py moe/tracefile.py trainer/doctor_report.py checkpointing/units.py \
-        checkpointing/records.py checkpointing/recovery.py \
+PURE := moe/refs.py moe/layout.py moe/quantised.py moe/family_table.py moe/dispatch_choice.py moe/tracefile.py trainer/doctor_report.py checkpointing/units.py \
+        checkpointing/records.py checkpointing/xxh3.py checkpointing/recovery.py \
         checkpointing/storage.py checkpointing/remote.py checkpointing/compare.py checkpointing/audit.py \
         checkpointing/schedule.py checkpointing/moments.py checkpointing/cost.py checkpointing/bandwidth.py checkpointing/partial.py \
-        checkpointing/plt.py lora/config.py lora/methods.py lora/trained_methods.py lora/combinations.py lora/presets.py lora/tenant_rules.py lora/targets.py lora/owners.py lora/cost.py inference/policies.py inference/shadow.py inference/activation.py inference/reuse.py inference/predictors.py inference/simulate.py inference/errors.py inference/requests.py inference/blocks.py inference/scheduler.py inference/text.py inference/limits.py inference/shards.py inference/stats.py trainer/simulate_cli.py trainer/generate_cli.py trainer/cli.py trainer/recipe.py trainer/recipe_messages.py trainer/model_shapes.py trainer/activations.py trainer/adapter_plan.py trainer/esft_file.py trainer/adapter_seal.py trainer/plan.py trainer/plan_card.py \
+        checkpointing/plt.py lora/config.py lora/methods.py lora/trained_methods.py lora/combinations.py lora/presets.py lora/tenant_rules.py lora/targets.py lora/owners.py lora/cost.py inference/policies.py inference/shadow.py inference/activation.py inference/reuse.py inference/predictors.py inference/simulate.py inference/errors.py inference/requests.py inference/blocks.py inference/scheduler.py inference/text.py inference/limits.py inference/shards.py inference/stats.py trainer/simulate_cli.py trainer/generate_cli.py trainer/cli.py trainer/output.py trainer/recipe.py trainer/recipe_messages.py trainer/model_shapes.py trainer/activations.py trainer/adapter_plan.py trainer/esft_file.py trainer/adapter_seal.py trainer/plan.py trainer/plan_card.py \
         inference/foresight.py inference/recorded_heads.py inference/timeline.py inference/analytic.py inference/chart.py \
         trainer/lookahead_cli.py \
         inference/cores.py inference/costmodel.py inference/planner.py inference/placement.py inference/forecast.py inference/report.py \

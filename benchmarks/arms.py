@@ -1,7 +1,8 @@
 """The ways of checkpointing that are compared. Each stands in the training loop where the product's snapshots stand.
 
 ``settle`` runs before the optimizer changes the state and returns the newest step that this rank knows to be safe; the
-step's own collective then sets ``committed``, the least of all ranks; ``after_step`` runs when the step is done.
+step's own collective then sets ``committed``, the least of all ranks; ``reserve`` runs just before the optimizer does,
+``after_step`` when the step is done.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class Arm(Protocol):
 
     def settle(self) -> int: ...
 
+    def reserve(self, step: int) -> None: ...
+
     def after_step(self, step: int, progress: Progress) -> None: ...
 
     def drain(self) -> float:
@@ -64,6 +67,9 @@ class Off:
 
     def settle(self) -> int:
         return -1
+
+    def reserve(self, step: int) -> None:
+        pass
 
     def after_step(self, step: int, progress: Progress) -> None:
         pass
@@ -146,6 +152,9 @@ class Planaria:
     def settle(self) -> int:
         return self.snapshots.settle()
 
+    def reserve(self, step: int) -> None:
+        self.snapshots.reserve(step)
+
     def after_step(self, step: int, progress: Progress) -> None:
         self.snapshots.after_step(step, progress)
 
@@ -208,6 +217,9 @@ class DeepSpeed:
 
     def settle(self) -> int:
         return self._saved
+
+    def reserve(self, step: int) -> None:
+        pass
 
     def after_step(self, step: int, progress: Progress) -> None:
         with _plain_layers(self.job.run.engine):
@@ -286,6 +298,9 @@ class Dcp:
             self._uploaded.result()
             self._uploaded, self._saved = None, self._saving
         return self._saved
+
+    def reserve(self, step: int) -> None:
+        pass
 
     def after_step(self, step: int, progress: Progress) -> None:
         self._steps = optimizer_steps(self.job.zero_optimizer)

@@ -57,6 +57,11 @@ class Clocked:
         self.stall_s += time.perf_counter() - started
         return safe
 
+    def reserve(self, step: int) -> None:
+        started = time.perf_counter()
+        self._arm.reserve(step)
+        self.stall_s += time.perf_counter() - started
+
     def after_step(self, step: int, progress: Progress) -> None:
         if not self.saving:
             return

@@ -40,7 +40,8 @@ from checkpointing.keeper.protocol import KeeperRefused
 from checkpointing.state.zero import zero_buffers
 from trainer.rendezvous import die_with_launcher, join
 
-_MODES_SHARE = 0.5  # of the time, for the blocks of the product's modes; recoveries and peers need the rest
+# Of the time, for the blocks of the product's modes; recoveries and peers, if they run, need the rest.
+_MODES_SHARE, _MODES_SHARE_ALONE = 0.5, 0.8
 
 
 class Budget:
@@ -71,8 +72,8 @@ class Budget:
 class Benchmark:
     """Runs the arms in their order and keeps the result, which rank 0 writes."""
 
-    def __init__(self, job: Job, budget: Budget, path: Path, machine: dict[str, Any]) -> None:
-        self.job, self.budget, self._path = job, budget, path
+    def __init__(self, job: Job, budget: Budget, path: Path, machine: dict[str, Any], share: float) -> None:
+        self.job, self.budget, self._path, self._share = job, budget, path, share
         self.off = Off()
         buffers = zero_buffers(job.zero_optimizer)
         self.result: dict[str, Any] = {
@@ -151,7 +152,7 @@ class Benchmark:
         arms = [self._open(mode, rotation) for mode in modes]
         for _ in range(self.job.config.rounds):
             for arm in filter(None, arms):
-                if arm.name not in self.result["skipped"] and self.budget.allows(arm.name, share=_MODES_SHARE):
+                if arm.name not in self.result["skipped"] and self.budget.allows(arm.name, share=self._share):
                     self.attempt(arm.name, lambda arm=arm: self._pair(arm))
             self.save()
         for arm in filter(None, arms):
@@ -249,7 +250,8 @@ def main() -> None:
     try:
         job = build_job(config, process, folder)
         path = result_path(f"checkpoint-{options.config}.json", options.json)
-        benchmark = Benchmark(job, budget, path, describe_machine())
+        share = _MODES_SHARE_ALONE if options.no_peers else _MODES_SHARE
+        benchmark = Benchmark(job, budget, path, describe_machine(), share)
         benchmark.say(f"{options.config}: {config}")
         benchmark.say(f"{benchmark.result['machine']}")
         benchmark.say(f"{job.parameters:,} parameters and {benchmark.result['state_bytes_per_rank']:,} bytes a rank")

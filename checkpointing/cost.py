@@ -21,6 +21,7 @@ SLACK = 3  # captures that may be under way beyond the committed step
 MAX_OVERHEAD = 0.035  # of a step's time, CheckFreq's bound
 _MAX_ROTATION = 256
 _SAME = 0.001  # of a step's time: stalls closer than this are not worth memory
+_MORE = 1.4  # times the memory and the seconds of a restore, for fewer bytes in every step
 
 Binding = Literal["nothing", "budget", "link", "hash", "recipe"]
 
@@ -188,8 +189,10 @@ def wal_cost(partition: Partition, rotation: int, times: StepTimes, rates: Bandw
 def choose_rotation(
     partition: Partition, times: StepTimes, rates: Bandwidths, budget: int, fixed: int | None = None
 ) -> WalSchedule:
-    """The rotation with the smallest stall, and of those that differ by less than 0.1 % of a step the one that takes
-    least memory; never more than ``budget`` bytes.
+    """The rotation with the smallest stall, and of those that differ by less than 0.1 % of a step the one that moves
+    the fewest bytes in a step: copied and read again, they share the host's memory with whoever queues kernels. For
+    that it may take two fifths more memory, and as much longer to restore, than the one with the least; never more
+    than ``budget`` bytes.
 
     Args:
         fixed: the recipe's rotation, which is kept or refused.
@@ -213,8 +216,11 @@ def choose_rotation(
 
 def _best(costs: dict[int, Cost], times: StepTimes) -> int:
     least = min(cost.stall_s for cost in costs.values())
-    same = [n for n, cost in costs.items() if cost.stall_s <= least + _SAME * times.step]
-    return min(same, key=lambda n: (costs[n].memory_bytes, n))
+    same = {n: cost for n, cost in costs.items() if cost.stall_s <= least + _SAME * times.step}
+    small = min(same.values(), key=lambda cost: cost.memory_bytes)
+    memory, recovery_s = _MORE * small.memory_bytes, _MORE * small.recovery_s
+    near = {n: c for n, c in same.items() if c.memory_bytes <= memory and c.recovery_s <= recovery_s}
+    return min(near, key=lambda n: (near[n].bytes_per_step, n))
 
 
 def _what_binds(cost: Cost, times: StepTimes, unbounded: Cost) -> Binding:

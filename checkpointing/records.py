@@ -7,14 +7,14 @@
 
 The state word is written last. A reader accepts only SEALED with a matching checksum. The checksum is a two-level
 XXH3-128: the header's own fields, then the digests of all 64 MiB chunks of table and payload, so that chunks can be
-hashed in parallel.
+hashed in parallel, and by a GPU that still has their bytes.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from enum import IntEnum
@@ -22,6 +22,8 @@ from enum import IntEnum
 from xxhash import xxh3_128_digest
 
 from checkpointing.units import Range
+from checkpointing.xxh3 import BLOCK
+from checkpointing.xxh3 import finish as finish_digest
 
 PAGE = 4096
 VERSION = 1
@@ -31,7 +33,7 @@ _FIELDS = struct.Struct("<8sIIIIqQQQQ")
 _CHECKSUM = slice(_FIELDS.size, _FIELDS.size + 16)
 _STATE = struct.Struct("<Q")
 _STATE_AT = _CHECKSUM.stop
-_CHUNK = 64 << 20
+CHUNK = 64 << 20
 
 DTYPE_BYTES = {
     "float64": 8,
@@ -168,11 +170,15 @@ def finish(record: memoryview, header: Header, table: bytes) -> None:
     set_state(record, State.COPIED)
 
 
-def seal(record: memoryview, pool: Executor | None = None) -> None:
-    """Write the checksum of a COPIED record, then SEALED. Raises RecordError for anything that is not one."""
+def seal(record: memoryview, pool: Executor | None = None, sums: Mapping[int, bytes] | None = None) -> None:
+    """Write the checksum of a COPIED record, then SEALED. Raises RecordError for anything that is not one.
+
+    ``sums``: of whole chunks of the payload, by their numbers, the accumulators that the writer took of what it copied;
+    see :func:`checkpointing.xxh3.finish`. They are not read again.
+    """
     if state_of(record) is not State.COPIED:
         raise RecordError(f"cannot seal a record that is {state_of(record).name}")
-    record[_CHECKSUM] = checksum(record, pool)
+    record[_CHECKSUM] = checksum(record, pool, sums or {})
     set_state(record, State.SEALED)
 
 
@@ -189,16 +195,23 @@ def read_header(record: memoryview) -> Header:
         raise RecordError(str(error)) from None
 
 
-def checksum(record: memoryview, pool: Executor | None = None) -> bytes:
-    """The 16 bytes that a seal writes. Raises RecordError as :func:`read_header` does."""
+def checksum(record: memoryview, pool: Executor | None = None, sums: Mapping[int, bytes] | None = None) -> bytes:
+    """The 16 bytes that a seal writes, with ``sums`` as there. Raises RecordError as :func:`read_header` does."""
     header = read_header(record)
-    parts = [*_chunks(record, PAGE, header.table_bytes), *_chunks(record, header.payload_offset, header.payload_bytes)]
-    digests: Iterable[bytes] = (pool.map if pool else map)(xxh3_128_digest, parts)
+    table = _chunks(record, PAGE, header.table_bytes)
+    parts = [*table, *_chunks(record, header.payload_offset, header.payload_bytes)]
+    taken = {len(table) + number: lanes for number, lanes in (sums or {}).items()}
+
+    def digest(number: int, part: memoryview) -> bytes:
+        lanes = taken.get(number)
+        return xxh3_128_digest(part) if lanes is None else finish_digest(lanes, part[-BLOCK:], len(part))
+
+    digests: Iterable[bytes] = (pool.map if pool else map)(digest, range(len(parts)), parts)
     return xxh3_128_digest(bytes(record[: _FIELDS.size]) + b"".join(digests))
 
 
 def _chunks(record: memoryview, start: int, nbytes: int) -> Sequence[memoryview]:
-    return [record[at : min(at + _CHUNK, start + nbytes)] for at in range(start, start + nbytes, _CHUNK)]
+    return [record[at : min(at + CHUNK, start + nbytes)] for at in range(start, start + nbytes, CHUNK)]
 
 
 def verify(record: memoryview, pool: Executor | None = None) -> Header:

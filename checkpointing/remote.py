@@ -63,6 +63,8 @@ class RemotePath:
         """Reaches nothing yet. Raises LocationError for an unknown protocol or a missing package."""
         from fsspec import get_filesystem_class
 
+        if url.startswith(":"):
+            raise LocationError(f"{url}: no protocol before the colon; write e.g. s3://BUCKET/FOLDER, or a folder")
         for link in url.split("::"):
             try:
                 get_filesystem_class(link.partition("://")[0])

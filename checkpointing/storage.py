@@ -119,6 +119,9 @@ class LocalStorage:
         return target
 
     def remove(self, folder: Path) -> None:
+        if folder.is_symlink():
+            folder.unlink()  # what it leads to was put elsewhere by somebody, and stays
+            return
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
 

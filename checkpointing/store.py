@@ -40,7 +40,7 @@ from checkpointing.tensorfile import (
 )
 from checkpointing.units import Range, overlaps
 
-_STEP = re.compile(r"step-(\d+)")
+_STEP = re.compile(r"step-([0-9]+)")
 _KINDS = {"extras": Kind.EXTRAS, "grad": Kind.LOG, "meta": Kind.LOG}
 
 

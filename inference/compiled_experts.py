@@ -55,8 +55,17 @@ class CompiledExperts:
         whole = fused_2IH.is_contiguous() and down_HI.is_contiguous()
         return whole and apart == self._down_start * self._dtype.itemsize
 
-    def submit(self, work: Sequence[tuple[HostExpert, slice]], x_NH: Tensor, out_NH: Tensor) -> None:
-        """Begin: the rows of each expert go through it, from x into those of out. A call before is waited for."""
+    def submit(
+        self,
+        work: Sequence[tuple[HostExpert, slice]],
+        x_NH: Tensor,
+        out_NH: Tensor,
+        what: tuple[int, Sequence[int]] = (-1, ()),
+    ) -> None:
+        """Begin: the rows of each expert go through it, from x into those of out. A call before is waited for.
+
+        ``what`` are the layer and its experts. Raises :class:`inference.cpu_lane.LaneHung`, as ``wait`` does.
+        """
         x_NH = x_NH.float().contiguous()
         ones_N1 = torch.ones(x_NH.shape[0], 1)
         call = LaneCall(x_NH.numpy(), ones_N1.numpy(), out_NH.numpy(), len(work))
@@ -65,7 +74,7 @@ class CompiledExperts:
             rows += range(here.start, here.stop)
             first.append(len(rows))
         blocks = [expert.gate_up_2IH.data_ptr() for expert, _ in work]
-        self.lane.submit(call, blocks, first, rows)
+        self.lane.submit(call, blocks, first, rows, what)
         self._busy = (call, x_NH, ones_N1, out_NH, list(work))
 
     def wait(self) -> None:

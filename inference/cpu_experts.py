@@ -180,7 +180,7 @@ class CpuExperts:
                 tasks.append((product, weights, x_NH[rows], columns))
                 where.append(rows)
         if compiled and self.compiled is not None:
-            self.compiled.submit(compiled, x_NH, out_NH)
+            self.compiled.submit(compiled, x_NH, out_NH, (layer, [expert for expert, _ in work]))
         shares: list[Tensor] = [out_NH] * len(tasks)
         turns = iter(range(len(tasks)))  # workers take the next one from here: the interpreter's lock keeps it whole
         workers = [

@@ -6,6 +6,9 @@ one order, in fp32, so that neither the threads nor their number can reach the b
 
 Threads look for work without sleeping for a millisecond after a call, since the next layer's comes within that.
 
+Who waits for another thread's unit does so for a time only. Then the lane is lost, for good: nobody knows where that thread
+is, so what it reads and writes must stay.
+
 A block: gate [I,H], up [I,H] and, from element down_start on, down [H,I], row after row, bf16 or fp32. x [T,H], y [P,H] and scores [P] are fp32. */
 
 #include <pthread.h>
@@ -24,6 +27,9 @@ A block: gate [I,H], up [I,H] and, from element down_start on, down [H,I], row a
 #define NONE_LEFT (1 << 30)
 #define PATIENCE_NS 1000000 /* for which a thread looks before it goes to sleep */
 #define LOOKS 256           /* between two looks at the clock: a pause takes from 5 to 50 ns */
+#define GAP_NS 1000000000   /* of the time between two looks, what counts: the process may have been stopped */
+#define NO_MEMORY (-1)
+#define LOST (-2)
 
 #ifndef LATE
 #define LATE() ((void)0) /* where a thread may be late; a test lets it be */
@@ -35,11 +41,11 @@ typedef uint32_t words __attribute__((vector_size(64), may_alias));
 
 typedef struct {
     int hidden, inner, is_bf16, threads;
-    long down_start;
+    long down_start, limit_ns;
     pthread_t *thread;
     pthread_mutex_t lock;
     pthread_cond_t wake;
-    atomic_int sleeping, stop;
+    atomic_int sleeping, stop, lost;
     atomic_uint call;      /* number of the newest call */
     atomic_int busy;       /* threads inside it */
     /* the newest call */
@@ -63,6 +69,19 @@ static long now_ns(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return now.tv_sec * 1000000000L + now.tv_nsec;
+}
+
+typedef struct { long looks, last, waited; } wait_t;
+
+/* For loops that wait for another thread: whether it is given up, by this one or by any. */
+static inline int given_up(lane_t *lane, wait_t *wait) {
+    pause_cpu();
+    if (++wait->looks % LOOKS) return 0;
+    long now = now_ns(), gap = wait->last ? now - wait->last : 0;
+    wait->last = now;
+    wait->waited += gap < GAP_NS ? gap : GAP_NS;
+    if (wait->waited > lane->limit_ns) atomic_store(&lane->lost, 1);
+    return atomic_load(&lane->lost);
 }
 
 static inline vec widened(const uint16_t *p) {
@@ -137,11 +156,14 @@ static void up_unit(lane_t *lane, int expert, int part) {
     atomic_fetch_add_explicit(&lane->up_done[expert], 1, memory_order_release);
 }
 
-static void down_unit(lane_t *lane, int expert, int part) {
+/* Returns 0, or LOST before anything is written. */
+static int down_unit(lane_t *lane, int expert, int part) {
     int H = lane->hidden, I = lane->inner, end = (part + 1) * DOWN_ROWS;
     const char *down = lane->block[expert] + lane->down_start * (lane->is_bf16 ? 2 : 4);
     if (end > H) end = H;
-    while (atomic_load_explicit(&lane->up_done[expert], memory_order_acquire) < lane->up_units) pause_cpu();
+    wait_t wait = {0};
+    while (atomic_load_explicit(&lane->up_done[expert], memory_order_acquire) < lane->up_units)
+        if (given_up(lane, &wait)) return LOST;
     for (int h = part * DOWN_ROWS; h < end; h += 2)
         for (int p = lane->first[expert]; p < lane->first[expert + 1]; p++) {
             int next = h + 1 < end ? h + 1 : h; /* the last of an odd number stands for itself */
@@ -150,6 +172,7 @@ static void down_unit(lane_t *lane, int expert, int part) {
             y[h] = here * score;
             y[next] = there * score;
         }
+    return 0;
 }
 
 static void work(lane_t *lane) {
@@ -160,7 +183,7 @@ static void work(lane_t *lane) {
         if (unit >= lane->units) return;
         int ups = lane->experts * lane->up_units;
         if (unit < ups) up_unit(lane, unit / lane->up_units, unit % lane->up_units);
-        else down_unit(lane, (unit - ups) / lane->down_units, (unit - ups) % lane->down_units);
+        else if (down_unit(lane, (unit - ups) / lane->down_units, (unit - ups) % lane->down_units)) return;
         atomic_fetch_add_explicit(&lane->done, 1, memory_order_release);
     }
 }
@@ -188,10 +211,11 @@ static void *run(void *argument) {
     }
 }
 
-lane_t *lane_open(int threads, int hidden, int inner, long down_start, int is_bf16) {
+lane_t *lane_open(int threads, int hidden, int inner, long down_start, int is_bf16, long limit_ms) {
     lane_t *lane = calloc(1, sizeof(lane_t));
     if (!lane) return NULL;
     lane->hidden = hidden; lane->inner = inner; lane->down_start = down_start; lane->is_bf16 = is_bf16;
+    lane->limit_ns = limit_ms * 1000000;
     lane->up_units = (inner + UP_COLUMNS - 1) / UP_COLUMNS;
     lane->down_units = (hidden + DOWN_ROWS - 1) / DOWN_ROWS;
     pthread_mutex_init(&lane->lock, NULL);
@@ -202,28 +226,35 @@ lane_t *lane_open(int threads, int hidden, int inner, long down_start, int is_bf
     return lane;
 }
 
-void lane_wait(lane_t *lane) {
+/* Returns 0, or LOST: now or earlier a unit did not end in time. */
+int lane_wait(lane_t *lane) {
+    if (atomic_load(&lane->lost)) return LOST;
     work(lane);
-    while (atomic_load_explicit(&lane->done, memory_order_acquire) < lane->units) pause_cpu();
+    wait_t wait = {0};
+    while (atomic_load_explicit(&lane->done, memory_order_acquire) < lane->units)
+        if (given_up(lane, &wait)) return LOST;
+    return 0;
 }
 
 /* Begins a call; the arrays must live until lane_wait has returned. pair[first[e]] to pair[first[e + 1]] belong to expert
-   e; pair p is row p / choices of x, its score is score[p], its result goes to row p of y. Returns -1 without memory. */
+   e; pair p is row p / choices of x, its score is score[p], its result goes to row p of y. Returns 0, NO_MEMORY or LOST. */
 int lane_submit(lane_t *lane, int experts, const char **block, const int32_t *first, const int32_t *pair, int choices,
                 const float *x, const float *score, float *y) {
-    lane_wait(lane);
+    wait_t wait = {0};
+    if (lane_wait(lane)) return LOST;
     /* A late thread may still ask for a unit of the last call: it must find none, whatever `units` is by then. */
     atomic_store(&lane->next, NONE_LEFT);
-    while (atomic_load(&lane->busy)) pause_cpu();
+    while (atomic_load(&lane->busy))
+        if (given_up(lane, &wait)) return LOST;
     LATE();
     long pairs = first[experts];
     lane->units = 0;
-    if (experts > MAX_EXPERTS) return -1;
+    if (experts > MAX_EXPERTS) return NO_MEMORY;
     if (pairs > lane->a_pairs) {
         free(lane->a);
         lane->a = malloc(sizeof(float) * pairs * lane->inner);
         lane->a_pairs = lane->a ? pairs : 0;
-        if (!lane->a) return -1;
+        if (!lane->a) return NO_MEMORY;
     }
     for (int e = 0; e < experts; e++) { lane->block[e] = block[e]; atomic_store(&lane->up_done[e], 0); }
     lane->experts = experts; lane->first = first; lane->pair = pair; lane->choices = choices;
@@ -240,8 +271,9 @@ int lane_submit(lane_t *lane, int experts, const char **block, const int32_t *fi
     return 0;
 }
 
+/* Of a lost lane nothing is given back: its thread may go on. */
 void lane_close(lane_t *lane) {
-    lane_wait(lane);
+    if (lane_wait(lane)) return;
     atomic_store(&lane->stop, 1);
     pthread_mutex_lock(&lane->lock);
     pthread_cond_broadcast(&lane->wake);

@@ -23,13 +23,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from inference.errors import InferenceError
+from moe.refs import ExpertRef
+
 _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", "-pthread")
 _POINTER = ctypes.c_void_p
+_OPEN = [*[ctypes.c_int] * 3, ctypes.c_long, ctypes.c_int, ctypes.c_long]
+
+
+LIMIT_S = 60.0  # a call takes milliseconds
+_LOST = -2
+_lost_calls: list[object] = []  # what a thread that was given up may still read and write
 
 
 class LaneError(RuntimeError):
     """The CPU lane cannot run here, and why."""
+
+
+class LaneHung(InferenceError):
+    """A thread of the lane did not end its part of a call. The lane computes nothing from then on."""
 
 
 @functools.cache
@@ -60,7 +73,7 @@ def _processor() -> str:
 
 
 def _typed(lib: ctypes.CDLL) -> ctypes.CDLL:
-    lib.lane_open.argtypes, lib.lane_open.restype = [*[ctypes.c_int] * 3, ctypes.c_long, ctypes.c_int], _POINTER
+    lib.lane_open.argtypes, lib.lane_open.restype = _OPEN, _POINTER
     lib.lane_submit.argtypes, lib.lane_submit.restype = (
         [
             *[_POINTER, ctypes.c_int, _POINTER, _POINTER, _POINTER, ctypes.c_int],
@@ -68,7 +81,7 @@ def _typed(lib: ctypes.CDLL) -> ctypes.CDLL:
         ],
         ctypes.c_int,
     )
-    lib.lane_wait.argtypes, lib.lane_wait.restype = [_POINTER], None
+    lib.lane_wait.argtypes, lib.lane_wait.restype = [_POINTER], ctypes.c_int
     lib.lane_close.argtypes, lib.lane_close.restype = [_POINTER], None
     return lib
 
@@ -99,39 +112,80 @@ class CpuLane:
             a call before they sleep.
         dtype: of the blocks; bf16 or fp32.
         down_start: the element of a block at which down begins; right behind up by default.
+        limit_s: how long a thread may take for its part of a call.
 
     Raises LaneError.
     """
 
-    def __init__(self, threads: int, hidden: int, inner: int, dtype: torch.dtype, down_start: int = 0) -> None:
+    def __init__(
+        self,
+        threads: int,
+        hidden: int,
+        inner: int,
+        dtype: torch.dtype,
+        down_start: int = 0,
+        limit_s: float = LIMIT_S,
+    ) -> None:
         self._lane = None
+        self.threads, self.limit_s = threads, limit_s
+        self._call: LaneCall | None = None
+        self._what: tuple[int, Sequence[int]] = (-1, ())
         if dtype not in (torch.bfloat16, torch.float32):
             raise LaneError(f"experts in {dtype} cannot be computed by the CPU lane; it knows bfloat16 and float32")
         self._library = library()
-        sizes = (hidden, inner, down_start or 2 * inner * hidden, dtype == torch.bfloat16)
-        self._lane = self._library.lane_open(threads, *sizes)
+        self._lane = self._library.lane_open(
+            threads,
+            hidden,
+            inner,
+            down_start or 2 * inner * hidden,
+            dtype == torch.bfloat16,
+            int(limit_s * 1000),
+        )
         if self._lane is None:
             raise LaneError("no memory for the CPU lane")
 
-    def submit(self, call: LaneCall, blocks: Sequence[int], first: Sequence[int], pairs: Sequence[int]) -> None:
-        """Begins; an earlier call, which must be another :class:`LaneCall`'s or waited for, ends before.
+    def submit(
+        self,
+        call: LaneCall,
+        blocks: Sequence[int],
+        first: Sequence[int],
+        pairs: Sequence[int],
+        what: tuple[int, Sequence[int]] = (-1, ()),
+    ) -> None:
+        """Begins; an earlier call is waited for. Raises LaneHung if that does not end.
 
         Args:
             call: where inputs are and results go.
             blocks: address of each expert's block: gate [I,H], up [I,H], then down [H,I].
             first: ``pairs[first[e]:first[e + 1]]`` are of expert ``e``.
             pairs: pair p takes row ``p // K`` of x, times score p, to row p of y. No other row of y is touched.
+            what: the layer and its experts, for an error.
         """
+        self.wait()
         call.block[: len(blocks)] = blocks
         call.first[: len(first)] = first
         call.pair[: len(pairs)] = pairs
         given = (self._lane, len(blocks), call.block, call.first, call.pair, call.choices, *call.addresses)
-        if self._library.lane_submit(*given):
+        status = self._library.lane_submit(*given)
+        if status == _LOST:
+            raise self._hung()
+        self._call, self._what = call, what
+        if status:
             raise LaneError(f"no memory for {len(pairs)} rows of {len(blocks)} experts on the CPU lane")
 
     def wait(self) -> None:
-        """Until the last call's results are in its y."""
-        self._library.lane_wait(self._lane)
+        """Until the last call's results are in its y. Raises LaneHung if they do not come."""
+        if self._library.lane_wait(self._lane):
+            raise self._hung()
+
+    def _hung(self) -> LaneHung:
+        _lost_calls.append(self._call)
+        layer, experts = self._what
+        named = ", ".join(str(ExpertRef(layer, expert)) for expert in experts) or "no experts"
+        return LaneHung(
+            f"the CPU lane ({self.threads} threads beside the caller's) did not end a call of layer {layer} ({named}) "
+            f"within {self.limit_s:g} s: a thread hangs; start again, without the CPU's experts if it happens again"
+        )
 
     def close(self) -> None:
         if self._lane is not None:

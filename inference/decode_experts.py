@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from inference.cache import ExpertCache
-from inference.cpu_lane import CpuLane, LaneCall
+from inference.cpu_lane import CpuLane, LaneCall, LaneHung
 from inference.errors import InferenceError
 from inference.experts import OffloadedExperts
 from inference.graphs import StepGraph, Uncaptured
@@ -185,7 +186,8 @@ class DecodeExperts:
         if isinstance(error, InferenceError):
             self.transfer.failure = self.transfer.failure or error
         if self.lane is not None:
-            self.lane.wait()
+            with suppress(LaneHung):
+                self.lane.wait()
         self._coming.clear()
         self._behind.clear()
         self.cache.abandon_all()
@@ -295,7 +297,8 @@ class DecodeExperts:
             else:
                 pairs += [pair for pair, other in enumerate(chosen) if other == expert]
             first.append(len(pairs))
-        self.lane.submit(self._call, [addresses[expert] for expert in experts], first, pairs)
+        what = (self._layers[row], experts)
+        self.lane.submit(self._call, [addresses[expert] for expert in experts], first, pairs, what)
 
     def _await_link(self) -> None:
         self._settle(self._coming)

@@ -269,7 +269,7 @@ def open_tokenizer(path: Path):
 def end_tokens(path: Path, config) -> frozenset[int]:
     """The ids that end a text: generation_config.json's if it names any, else config.json's.
 
-    Raises InferenceError if that file is damaged.
+    Raises InferenceError if that file is damaged, or names what is no token.
     """
     file = path / "generation_config.json"
     try:
@@ -277,10 +277,14 @@ def end_tokens(path: Path, config) -> frozenset[int]:
     except (OSError, ValueError, AttributeError) as error:
         raise InferenceError(f"{file}: not a generation config ({error!r}); copy it again, or remove it") from error
     if named is None:
-        named = getattr(config, "eos_token_id", None)
-    if named is None:
-        return frozenset()
-    return frozenset([named] if isinstance(named, int) else named)
+        file, named = path / "config.json", getattr(config, "eos_token_id", None)
+    ids = [] if named is None else named if isinstance(named, list) else [named]
+    if wrong := [token for token in ids if type(token) is not int or not 0 <= token < config.vocab_size]:
+        raise InferenceError(
+            f"{file}: eos_token_id {wrong[0]!r} is no token of this model, whose ids are 0 to {config.vocab_size - 1}; "
+            "no text would ever end: mend it"
+        )
+    return frozenset(ids)
 
 
 def capture_steps(model: Model, base: Base, asked: bool | None, *, watched: bool) -> tuple[Forward, str]:

@@ -17,6 +17,7 @@ from inference.costmodel import BYTES
 from inference.errors import InferenceError
 from inference.shards import read_header, shard_names
 from moe.family_table import FAMILIES, known_families
+from moe.quantised import quantisation
 
 WORKSPACE = 512 << 20  # of a GPU: CUDA's own context, activations and buffers
 # Room for keys and values where none is asked for: so many tokens, or as many as this share of the memory holds.
@@ -98,6 +99,8 @@ def model_sizes(folder: str | Path, dtype: str | None = None) -> ModelSizes:
         raise PlacementError(
             f"{folder}: model_type {kind!r} has no routed experts that the runtime knows; it serves {known_families()}"
         )
+    if why := quantisation(folder, config):
+        raise PlacementError(why)
     number = _Numbers(folder, config)
     shapes = _loaded(tensor_shapes(folder), number("num_hidden_layers"))
     routed = {name: shape for name, shape in shapes.items() if ".experts." in name}

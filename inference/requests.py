@@ -88,8 +88,10 @@ class SamplingParams:
         _in_range("logprobs", self.logprobs, 0 <= (self.logprobs or 0) <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}")
         if isinstance(self.stop, str):
             raise RequestError("stop", "stop is one string; give a tuple of strings")
-        if "" in self.stop or len(self.stop) > MAX_STOPS:
-            raise RequestError("stop", f"stop must be at most {MAX_STOPS} strings, none of them empty")
+        if "" in self.stop:
+            raise RequestError("stop", "stop has an empty string, before which every answer ends; leave it out")
+        if len(self.stop) > MAX_STOPS:
+            raise RequestError("stop", f"stop must be at most {MAX_STOPS} strings")
 
 
 def _in_range(field: str, value: object, good: bool, allowed: str) -> None:

@@ -18,10 +18,11 @@ from inference.executor import Executor
 from inference.expert_block import ExpertShape
 from inference.experts import OffloadedExperts
 from inference.gates import hasten
-from inference.store import TensorFiles, stored_names
+from inference.store import FLOAT_DTYPES, TensorFiles, stored_names
 from moe.convert import form_of
 from moe.families import FamilyError, MoEBlock, find_moe_blocks
 from moe.family_table import DENSE
+from moe.quantised import quantisation
 
 
 def build_skeleton(folder: Path, dtype: torch.dtype | None) -> tuple[nn.Module, list[MoEBlock]]:
@@ -34,6 +35,8 @@ def build_skeleton(folder: Path, dtype: torch.dtype | None) -> tuple[nn.Module, 
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # transformers' own checks raise all kinds
         raise InferenceError(f"{folder}: transformers cannot read config.json here: {error}") from error
+    if why := quantisation(folder, config.to_dict()):
+        raise InferenceError(why)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     if not isinstance(dtype, torch.dtype):
         raise InferenceError(f"{folder}: config.json says dtype {dtype!r}, which torch does not know; mend it")
@@ -99,11 +102,16 @@ def load_dense(model: nn.Module, files: TensorFiles, device: torch.device) -> No
         if stored is None:
             missing.append(name)
             continue
-        shape, _ = files.describe(stored)
+        shape, stored_as = files.describe(stored)
         if shape != tuple(empty.shape):
             raise InferenceError(
                 f"tensor {stored} in {files.file(stored)} has shape {list(shape)}, but config.json asks for "
                 f"{list(empty.shape)}; the folder mixes two models: export it again"
+            )
+        if empty.dtype.is_floating_point and stored_as not in FLOAT_DTYPES:
+            raise InferenceError(
+                f"tensor {stored} in {files.file(stored)} is {stored_as}; only {', '.join(FLOAT_DTYPES)} are served: "
+                "save the model unquantised"
             )
         _replace(model, name, files.view(stored).to(device=device, dtype=empty.dtype, copy=True))
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()

@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from moe.build import in_dtype
 from moe.families import FamilyError
 from moe.family_table import DENSE, FAMILIES, family_of, known_families
+from moe.quantised import quantisation
 from moe.refs import TensorAddress
 
 _FLOATS = ("F64", "F32", "BF16", "F16")
@@ -56,12 +57,8 @@ def read_config(folder: str | Path) -> PreTrainedConfig:
             f"{path}: looked for model_type {known_families()}, or for adapters {', '.join(DENSE)}; found {kind!r}; "
             "train a model of one of these families"
         )
-    if found.get("quantization_config"):
-        method = found["quantization_config"].get("quant_method", "some method")
-        raise FolderError(
-            f"{path}: the weights are quantised ({method}), which cannot be trained; load them with transformers, "
-            "dequantised, and save them in bf16"
-        )
+    if why := quantisation(path.parent, found):
+        raise FolderError(why)
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -20,9 +20,11 @@ from lora.exactness import obstacles
 from lora.methods import METHODS
 from lora.presets import expand, expansion
 from trainer.activations import BASE, micro_batches, saved_bytes, working_bytes
+from trainer.documents import matching_files
 from trainer.model_shapes import ModelShapes, Shapes, model_shapes
 from trainer.plan import Plan, PlanError, base_of, heads_of, number_width, plan_run
 from trainer.schema import Recipe
+from trainer.tenant_recipe import batch_sizes, data_of
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,19 @@ class BankPlan:
 
 
 @dataclass(frozen=True)
+class TenantPlan:
+    """What one of several tenants trains on: ``sequences`` in each of its ``steps``, from ``files`` of ``nbytes``."""
+
+    name: str
+    steps: int
+    sequences: int
+    tokens: int
+    files: int
+    nbytes: int
+    reads: str
+
+
+@dataclass(frozen=True)
 class AdapterPlan:
     """All banks of a recipe.
 
@@ -56,7 +71,7 @@ class AdapterPlan:
         working: bytes that backward needs beside what was kept.
         peak: of a worker in backward: weights, gradients, optimizer, what is kept, and the former, all at once.
         exports: by form, why it is not exact, or nothing if it is.
-        tenants: how many copies of the banks there are, if they are tenants'.
+        tenants: each has a copy of the banks; none: there is one, for all that the recipe reads.
         first_pass: operations a token of a pass without adapters, which routers of its states need before the step's.
     """
 
@@ -68,7 +83,7 @@ class AdapterPlan:
     peak: int
     run: Plan
     exports: dict[str, str]
-    tenants: int = 0
+    tenants: tuple[TenantPlan, ...] = ()
     first_pass: int = 0
 
     @property
@@ -81,7 +96,8 @@ class AdapterPlan:
 
 
 def plan_adapters(recipe: Recipe) -> AdapterPlan:
-    """Raises PlanError for a recipe without adapters, and for banks that its model cannot carry."""
+    """Raises PlanError for a recipe without adapters, and for banks that its model cannot carry; DataError for tenants
+    whose files are not there."""
     if not recipe.adapter:
         raise PlanError("the recipe has no section adapter; add one, e.g. 'adapter: {one: {preset: lora}}'")
     run = plan_run(recipe)
@@ -116,9 +132,23 @@ def plan_adapters(recipe: Recipe) -> AdapterPlan:
     whole, exports = sum(run.total.values()), obstacles(recipe.adapter)
     twice = any(here.config.score == "states" for _, here, _ in placed)
     return AdapterPlan(
-        tuple(banks), whole, _floor(model, shapes), saved[BASE], working, peak, run, exports, len(recipe.tenants),
+        tuple(banks), whole, _floor(model, shapes), saved[BASE], working, peak, run, exports, _tenants(recipe),
         2 * _layers(model) if twice else 0,
     )  # fmt: skip
+
+
+def _tenants(recipe: Recipe) -> tuple[TenantPlan, ...]:
+    if not recipe.tenants:
+        return ()
+    found = []
+    for (name, tenant), sequences in zip(recipe.tenants.items(), batch_sizes(recipe), strict=True):
+        data, steps = data_of(recipe, name), tenant.steps or 0
+        files = [path for _, path in matching_files(data)]
+        reads = f"{data.format} of {data.source}: {', '.join(data.include)}"
+        nbytes = sum(path.stat().st_size for path in files)
+        tokens = steps * sequences * data.sequence_length
+        found.append(TenantPlan(name, steps, sequences, tokens, len(files), nbytes, reads))
+    return tuple(found)
 
 
 def _rows(shapes: Shapes, name: str) -> int:
@@ -163,7 +193,14 @@ def _lines(plan: AdapterPlan) -> Iterator[str]:
     if plan.first_pass:
         yield f"in all: with a first pass without adapters, {plan.first_pass:,} operations a token"
     if plan.tenants:
-        yield f"trainable, kept, memory: of all {plan.tenants} tenants; operations: a token meets one tenant's copy"
+        count = len(plan.tenants)
+        yield f"trainable, kept, memory: of all {count} tenants; operations: a token meets one tenant's copy"
+        yield ""
+        yield f"{'tenant':<14} {'steps':>8} {'sequences':>10} {'tokens':>12} {'files':>7} {'size':>11}  reads"
+        for one in plan.tenants:
+            row = f"{one.steps:>8} {one.sequences:>10} {one.tokens:>12,} {one.files:>7,} {size(one.nbytes):>11}"
+            yield f"{one.name:<14} {row}  {one.reads}"
+        yield "sequences: in a step, of all workers; tokens: in all of its steps; size: of the files that it reads"
     yield ""
     run = plan.run
     yield (

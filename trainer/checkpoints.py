@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,8 @@ from trainer.recipe import load_recipe
 from trainer.runfolder import checkpoints_of
 
 _MEMORY_ROWS = 8
-_NAME = re.compile(r"step-\d+(\.[\w.]+)?")
+_STEP = re.compile(r"[0-9]{1,19}")
+_NAME = re.compile(r"step-[0-9]+(\.[\w.]+)?")
 
 
 class CheckpointError(ValueError):
@@ -77,7 +79,7 @@ def source_of(text: str) -> Source:
 def split_step(text: str) -> tuple[str, int | None]:
     """``RUN[:STEP]`` as its two parts."""
     head, colon, tail = text.rpartition(":")
-    return (head, int(tail)) if colon and head and tail.isascii() and tail.isdecimal() else (text, None)
+    return (head, int(tail)) if colon and head and _STEP.fullmatch(tail) else (text, None)
 
 
 def chosen(text: str) -> Checkpoint:
@@ -89,11 +91,11 @@ def chosen(text: str) -> Checkpoint:
             return Checkpoint.open(step_path(source.place, step))
         except RecoveryError as error:
             raise CheckpointError(f"step {step} of {name} is no checkpoint: {error}") from error
-    for _, path in reversed(step_folders(source.place)):
+    for number, path in reversed(step_folders(source.place)):
         try:
             return Checkpoint.open(path)
-        except RecoveryError:
-            continue
+        except RecoveryError as error:
+            print(f"step {number} is passed over: {error}", file=sys.stderr)
     raise CheckpointError(f"{source.place} holds no checkpoint; name another run")
 
 
@@ -141,6 +143,8 @@ def _row(source: Source, step: int, path: Place, now: float) -> Row:
 
 
 def _not_a_checkpoint(path: Place, error: Exception) -> str:
+    if not path.is_dir():
+        return "no checkpoint: it is no folder"
     names = sorted(p.name for p in path.iterdir())
     asides = [name[9:-5] for name in names if re.fullmatch(r"manifest\..+\.json", name)]
     if MANIFEST in names:
@@ -310,12 +314,14 @@ def rm(run: str, names: Sequence[str], force: bool) -> int:
     for folder in folders:
         nbytes = _bytes_in(folder)
         remove(folder)
+        if folder.exists():
+            raise CheckpointError(f"{folder} cannot be removed whole; see who owns it, and remove the rest by hand")
         print(f"removed {folder}" + ("" if nbytes is None else f" ({size(nbytes)})"))
     return 0
 
 
 def _named(source: Source, name: str) -> Place:
-    text = f"step-{int(name)}" if name.isascii() and name.isdecimal() else name
+    text = f"step-{int(name)}" if _STEP.fullmatch(name) else name
     if not _NAME.fullmatch(text):
         raise CheckpointError(f"{name!r} is no step and no folder of one; write e.g. 40 or step-40.corrupt")
     folder = source.place / text

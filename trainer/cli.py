@@ -1,7 +1,7 @@
 """The ``planaria`` command. Nothing heavy is imported before a verb needs it.
 
 Exit status: 0 done, 1 failed, 2 the user's mistake (said on stderr, without a traceback), 75 stopped but
-resumable by the same command, 130 ended by ctrl-C.
+resumable by the same command, 130 ended by ctrl-C, 141 nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -18,18 +18,44 @@ from trainer.faults import POINTS
 from trainer.generate_cli import add_generate_verb
 from trainer.lookahead_cli import add_lookahead_verbs
 from trainer.model_cli import add_model_verbs
+from trainer.output import lasting_output
 from trainer.plan_inference_cli import add_plan_inference_verb
 from trainer.refusal import is_users_mistake, refused
 from trainer.serve_cli import add_serve_verbs
 from trainer.simulate_cli import add_simulate_verb
 
-FAILED, USER_MISTAKE, INTERRUPTED = 1, 2, 130
+FAILED, USER_MISTAKE, INTERRUPTED, UNREAD = 1, 2, 130, 141
 _OVERRIDES = "section.key=value, put over the recipe's own"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status. Raises SystemExit for arguments that argparse refuses."""
-    arguments = _parse(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        # Errors of a stream do not say whose they are; what cannot be written now is what could not be written then.
+        if (failed := _output_error()) is None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+        if isinstance(failed, BrokenPipeError):
+            return UNREAD  # without a word, like every program in a pipe whose reader has enough
+        print(f"standard output: {error.strerror}; what was to be printed is lost", file=sys.stderr)
+        return FAILED
+
+
+def _output_error() -> OSError | None:
+    try:
+        print(flush=True)
+    except OSError as error:
+        return error
+    return None
+
+
+def _run(argv: Sequence[str]) -> int:
+    arguments = _parse(argv)
     verb: Callable[[argparse.Namespace], int] = arguments.run
     try:
         return verb(arguments)
@@ -190,6 +216,11 @@ def _launcher() -> ModuleType:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    with lasting_output():
+        return _train_on(arguments)
+
+
+def _train_on(arguments: argparse.Namespace) -> int:
     if under_launcher():
         if refused():
             return USER_MISTAKE  # restarted after a mistake that a restart cannot mend

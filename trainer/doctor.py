@@ -21,6 +21,7 @@ from moe.dispatch_choice import choose_dispatch
 from moe.families import find_moe_blocks
 from moe.family_table import DENSE
 from moe.layout import Layout
+from moe.quantised import quantisation
 from trainer.build import shape_fields, training_dtype
 from trainer.doctor_files import DoctorError, check_folder, digests
 from trainer.doctor_model import check_model, describe
@@ -48,7 +49,10 @@ def main(model: str, overrides: Sequence[str], json_path: str | None, files_only
     failures = sum(f.state == "failed" for f in report.findings)
     print("all is well" if report.ok else f"{failures} findings; see docs/doctor.md for what each check means")
     if json_path is not None:
-        Path(json_path).write_text(json.dumps(report.as_json(), indent=1))
+        try:
+            Path(json_path).write_text(json.dumps(report.as_json(), indent=1))
+        except OSError as error:  # of a full disk it would not say the file
+            raise DoctorError(f"--json {json_path}: {error.strerror}; give another file") from None
     return 0 if report.ok else 1
 
 
@@ -107,19 +111,25 @@ def config_of(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise DoctorError(f"{folder} has no config.json; give a Hugging Face model folder")
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
-        words = str(error).strip().splitlines() or [""]
-        raise DoctorError(f"{folder}/config.json: transformers does not take it: {words[0][:300]}; mend it") from None
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # its checks raise all kinds
+        raise DoctorError(f"{folder}/config.json: transformers does not take it: {_words(error)}; mend it") from None
+    if why := quantisation(folder, config.to_dict()):
+        raise DoctorError(why)
+    return config
 
 
 def _on_meta(config: Any) -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        words = str(error).strip().splitlines() or [""]
-        raise DoctorError(f"{config.model_type} is no language model of transformers: {words[0][:300]}") from None
+    except Exception as error:  # a KeyError for an activation without a name, and others
+        why = f"{type(error).__name__}: {_words(error)}"
+        raise DoctorError(f"transformers can make no {config.model_type} of this configuration: {why}") from None
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _describe(config: Any, report: Report) -> int:
@@ -131,6 +141,10 @@ def _describe(config: Any, report: Report) -> int:
         report.fact("dtype", _dtype(config))
         return 0
     blocks, top_k = find_moe_blocks(model), int(config.num_experts_per_tok)
+    if not 1 <= top_k <= blocks[0].experts.num_experts:
+        raise DoctorError(
+            f"config.json chooses num_experts_per_tok={top_k} of {blocks[0].experts.num_experts} experts; mend it"
+        )
     sizes = describe(model, top_k)
     report.fact("family", config.model_type)
     report.fact("MoE layers", f"{len(blocks)}, {blocks[0].experts.num_experts} experts each, {top_k} per token")

@@ -98,7 +98,10 @@ def _open(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     paths = sorted(folder.glob("*.safetensors"))
     if index.is_file():
-        paths = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            paths = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DoctorError(f"{index} is no index of safetensors ({error!r}); copy it again") from None
     if not paths:
         raise DoctorError(f"{folder} has no *.safetensors file; save the model with transformers' save_pretrained")
     found: dict[str, Path] = {}
@@ -108,7 +111,7 @@ def _open(folder: Path) -> dict[str, Path]:
                 found.update(dict.fromkeys(file.keys(), path))
         except FileNotFoundError:
             raise DoctorError(f"{path} is named in {index.name} and is not there; copy the folder again") from None
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise DoctorError(f"{path} cannot be read ({error}); copy it again") from None
     return found
 

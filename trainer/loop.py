@@ -111,6 +111,7 @@ def train_step(run: Run, step: int) -> float:
             _check_finite(run, step, "loss", mean)
             run.events.write("optimizer", step=step)
             run.phases.enter("optimizer", step)
+            run.snapshots.reserve(step)
         engine.step()
     if run.bias is not None:
         run.bias.commit()

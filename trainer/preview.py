@@ -17,6 +17,8 @@ from trainer import chat_data
 from trainer.chat_data import IGNORED, ChatRow
 from trainer.data import cache_root, load_section, sample_order
 from trainer.recipe import load_recipe
+from trainer.schema import Recipe
+from trainer.tenant_recipe import alone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,8 +27,20 @@ _GREEN, _PLAIN = "\033[32m", "\033[0m"
 
 
 def main(recipe_path: str, overrides: Sequence[str], samples: int) -> int:
-    """Print ``samples`` sequences in the order of training. Raises RecipeError and DataError."""
+    """Print ``samples`` sequences in the order of training, of each tenant if there are any.
+
+    Raises RecipeError and DataError.
+    """
     recipe = load_recipe(recipe_path, overrides)
+    for name in recipe.tenants:
+        print(f"##### tenant {name}")
+        _show(alone(recipe, name), samples)
+    if not recipe.tenants:
+        _show(recipe, samples)
+    return 0
+
+
+def _show(recipe: Recipe, samples: int) -> None:
     data = recipe.data
     bundle = load_section(data, cache_root=cache_root(recipe), model_path=recipe.model.path)
     if bundle.chat:
@@ -48,7 +62,6 @@ def main(recipe_path: str, overrides: Sequence[str], samples: int) -> int:
             print("\n".join(chat_lines(row, tokenizer, bundle.chat["tasks"], marks)))
         else:
             print(marked(row, np.ones(len(row), bool), tokenizer, marks))
-    return 0
 
 
 def chat_lines(

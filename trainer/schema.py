@@ -15,8 +15,10 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from lora.config import BankConfig
 
-Count = Annotated[int, Ge(1)]
-CountOrZero = Annotated[int, Ge(0)]
+_MOST = 2**62  # sums with others still fit 64 bits
+Count = Annotated[int, Ge(1), Le(_MOST)]
+CountOrZero = Annotated[int, Ge(0), Le(_MOST)]
+Few = Annotated[int, Ge(1), Le(10_000)]  # what is counted one by one when a run is planned
 Text = Annotated[str, MinLen(1)]
 Above0 = Annotated[float, Gt(0)]
 AtLeast0 = Annotated[float, Ge(0)]
@@ -47,11 +49,11 @@ class ModelSection:
     path: Text | None = None  # a Hugging Face folder, relative to the current directory
     # 0 or None: the family lacks it or has a default, or the folder's config.json says.
     hidden_size: Count = 0
-    num_hidden_layers: Count = 0
+    num_hidden_layers: Few = 0
     num_attention_heads: Count = 0
     num_key_value_heads: Count = 0
     moe_intermediate_size: Count = 0
-    num_experts: Count = 0
+    num_experts: Few = 0
     num_experts_per_tok: Count = 0
     head_dim: Count | None = None  # default: hidden_size / num_attention_heads
     norm_topk_prob: bool | None = None  # default: true

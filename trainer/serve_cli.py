@@ -41,6 +41,12 @@ def add_serve_verbs(
     serve.add_argument(
         "--drain-seconds", type=_seconds, default=30.0, metavar="S", help="for open answers, when told to end"
     )
+    serve.add_argument(
+        "--step-seconds", type=_seconds, default=300.0, metavar="S", help="a step that takes longer hangs; 0: never"
+    )
+    serve.add_argument(
+        "--exit-when-hung", action="store_true", help="end with status 1 then, for whoever starts the server again"
+    )
     serve.add_argument("--log-requests", action="store_true", help="a line for each on stderr, without the texts")
 
     chat.add_argument("--adapter", metavar="DIR", help="adapter folder")
@@ -82,6 +88,8 @@ def _serve(arguments: argparse.Namespace) -> int:
             max_new_tokens=arguments.max_tokens,
             max_body=arguments.max_body,
             drain_s=arguments.drain_seconds,
+            step_s=arguments.step_seconds,
+            exit_when_hung=arguments.exit_when_hung,
             log_requests=arguments.log_requests,
         )
     )

@@ -6,9 +6,9 @@ The order within step t, on every rank:
 2. before the optimizer changes the state: wait until it is copied (the keeper seals it, whatever becomes of this
    process), then one collective carries every rank's newest sealed step; the least of them is the committed step;
 3. the optimizer step;
-4. the capture of step t starts: in mode ``wal`` one part of the state and the gradients that the step consumed. It may
-   overwrite only what restoring the committed step or a later one does not need, so at every instant one complete step
-   lies in memory on all ranks.
+4. the capture of step t starts: in mode ``wal`` one part of the state and the gradients that the step consumed. Found
+   in 3, its memory is what restoring the committed step or a later one does not need: one complete step always lies
+   in memory on all ranks.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from checkpointing.redo import Redo
 from checkpointing.restore import Target
 from checkpointing.state.buffers import StateBuffer
 from checkpointing.state.extras import capture_rng, restore_rng
+from checkpointing.state.fragments import Fragment
 from checkpointing.state.gradients import GradientTap
 from checkpointing.state.hash import state_hash
 from checkpointing.state.partitions import describe_partitions
@@ -213,6 +214,12 @@ class Snapshots:
         self.stall.copied_s = self.capturer.wait_copied()
         return self.capturer.sealed_step
 
+    def reserve(self, step: int) -> None:
+        """Have memory found for the capture of ``step``, once ``committed`` is that of this step."""
+        due = self._due(self.protection, step) if self.protection is not None and not self._lossy else []
+        if self.capturer is not None and len(due) == 1:  # more are had the likelier the later they are asked for
+            self.capturer.reserve(step, self.committed, log=self.tap is not None)
+
     def after_step(self, step: int, progress: Progress) -> None:
         """Start capturing ``step`` in the background if it is due, over what the committed step does not need."""
         log = self.tap.take() if self.tap is not None else None
@@ -220,15 +227,9 @@ class Snapshots:
             return
         if self._lossy:
             self._capture_experts(step, progress)
-            return
-        whole = self._due_whole(step)
-        if log is None and not whole:
-            return
-        fragments = self.protection.due(step)
-        self.capturer.start(
-            step, self._extras(progress), self.committed, fragments if whole else fragments[:1], log, least=1
-        )
-        self._captured = step
+        elif fragments := self._due(self.protection, step):
+            self.capturer.start(step, self._extras(progress), self.committed, fragments, log, least=1)
+            self._captured = step
 
     @property
     def _lossy(self) -> bool:
@@ -276,11 +277,13 @@ class Snapshots:
         self.client.quiesce()
         capturer.wait_sealed(step)  # raises what went wrong with it
 
-    def _due_whole(self, step: int) -> bool:
-        memory, disk = self.recipe.checkpoint.memory, self.recipe.checkpoint.disk
-        for_disk = (disk.every > 0 and step % disk.every == 0) or (disk.final and step == self.recipe.train.steps)
-        for_memory = self.tap is None and memory.enabled and step % memory.every == 0
-        return for_disk or for_memory or (self.tap is None and step == self.recipe.train.steps)
+    def _due(self, protection: Protection, step: int) -> list[Fragment]:
+        """What to capture after ``step``: all for the disk; else one part if steps are logged, all or none if not."""
+        memory, disk, last = self.recipe.checkpoint.memory, self.recipe.checkpoint.disk, step == self.recipe.train.steps
+        for_disk, fragments = (disk.every > 0 and step % disk.every == 0) or (disk.final and last), protection.due(step)
+        if self.tap is not None:
+            return fragments if for_disk else fragments[:1]
+        return fragments if for_disk or last or (memory.enabled and step % memory.every == 0) else []
 
     def _extras(self, progress: Progress) -> dict[str, bytes]:
         partial = self.partial.extras() if self.partial is not None else {}
@@ -362,15 +365,14 @@ def open_snapshots(
     return snapshots
 
 
-def _capturer(snapshots: Snapshots, client: KeeperClient, protection: Protection) -> Capturer:
-    return Capturer(client, snapshots.buffers, protection.log, snapshots.failpoints.reached)
+def _capturer(of: Snapshots, client: KeeperClient, protection: Protection) -> Capturer:
+    return Capturer(client, of.buffers, protection.log, of.failpoints.reached, reads_back=of.recipe.parallel.ep > 1)
 
 
 def _protect(snapshots: Snapshots) -> Protection:
     """The recipe's mode, applied to this worker's state. Raises BudgetError if it takes more than the recipe allows."""
     protection, recipe = _protection(snapshots), snapshots.recipe
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", snapshots.process.world))
-    budget = budget_of(recipe, None, local)
+    budget = budget_of(recipe, None, int(os.environ.get("LOCAL_WORLD_SIZE", snapshots.process.world)))
     if protection.shape.nbytes > budget:
         raise does_not_fit(f"checkpoint.mode: {recipe.checkpoint.mode}", protection.shape.nbytes, budget)
     return protection

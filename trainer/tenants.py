@@ -103,6 +103,7 @@ class Tenants:
                 self._judge(run, step)
                 run.events.write("optimizer", step=step)
                 run.phases.enter("optimizer", step)
+                run.snapshots.reserve(step)
             engine.step()
         run.progress.step = step
         there = {m.name for m, present in zip(self.members, self.takes_part(step), strict=True) if present}

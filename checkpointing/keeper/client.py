@@ -222,11 +222,12 @@ class KeeperClient:
         slots = dict(zip(others, answer["others"], strict=True))
         return Grant(tuple(answer["bases"]), slots, answer["sequence"], answer["waited_s"])
 
-    def copied(self, step: int, grant: Grant, persist: Sequence[int] | None = None) -> Future[None]:
+    def copied(self, step: int, grant: Grant, persist: Sequence[int] | None = None,
+               sums: Mapping[int, Mapping[int, bytes]] | None = None) -> Future[None]:  # fmt: skip
         """Say that the granted slots hold COPIED records; the future is done when the keeper has sealed them.
 
         ``persist``: the parts that a checkpoint on disk of this step holds anew (the others stay as the last one has
-        them); none: this step is not to be written yet; None: all.
+        them); none: this step is not to be written yet; None: all. ``sums``: by slot, see :func:`records.seal`.
         """
         sealed: Future[None] = Future()
         indices = sorted([*grant.bases, *grant.others.values()])
@@ -247,6 +248,7 @@ class KeeperClient:
             "step": step,
             "slots": indices,
             "persist": None if persist is None else list(persist),
+            "sums": {slot: {n: lanes.hex() for n, lanes in of.items()} for slot, of in (sums or {}).items()},
         }
         self._request(message).add_done_callback(answered)
         return sealed

@@ -121,3 +121,8 @@ def raise_if_error(answer: Message) -> Message:
         refused = _REFUSALS.get(str(answer.get("class")), KeeperRefused)
         raise (refused if answer.get("refused") else KeeperError)(answer["error"])
     return answer
+
+
+def sums_of(request: Message, slot: int) -> dict[int, bytes]:
+    """What a worker says of its copied record in a slot, see :func:`checkpointing.records.seal`."""
+    return {int(chunk): bytes.fromhex(lanes) for chunk, lanes in request.get("sums", {}).get(str(slot), {}).items()}

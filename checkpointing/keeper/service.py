@@ -24,7 +24,7 @@ from checkpointing.keeper.inventory import Inventory
 from checkpointing.keeper.loop import Connection, Loop
 from checkpointing.keeper.memory import check_fits, create_memfd
 from checkpointing.keeper.persister import Persist, Persister, check_place
-from checkpointing.keeper.protocol import KeeperRefused, Message, OtherMemory, TooLittleMemory, refusal
+from checkpointing.keeper.protocol import KeeperRefused, Message, OtherMemory, TooLittleMemory, refusal, sums_of
 from checkpointing.keeper.quiet import Quiet
 from checkpointing.keeper.reshaping import Reshaping
 from checkpointing.keeper.watch import Watch
@@ -305,7 +305,7 @@ class Service:
         def work() -> None:
             self.faults.before_seal(step, keep.coordinate)
             for slot in fresh:
-                seal(slot.view, self.hashers)
+                seal(slot.view, self.hashers, sums_of(request, slot.index))
 
         self.quiet.sealing += 1
         self.in_background(work, lambda done: self._sealed(keep, fresh, connection, request, done))

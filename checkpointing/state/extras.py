@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,16 +14,26 @@ import torch
 
 def capture_rng() -> dict[str, bytes]:
     """The state of every generator a training step may draw from on this rank."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, *rest = np.random.get_state()
     extras = {
         "rng.torch": torch.get_rng_state().numpy().tobytes(),
-        "rng.python": json.dumps([version, list(words), gauss]).encode(),
-        "rng.numpy": json.dumps([name, keys.tolist(), position, has_gauss, cached]).encode(),
+        "rng.python": _python_stream(random.getstate()),
+        "rng.numpy": _numpy_stream(name, keys.tobytes(), *rest),
     }
     if torch.cuda.is_available():
         extras["rng.cuda"] = torch.cuda.get_rng_state().numpy().tobytes()
     return extras
+
+
+# Hardly any step draws from these two, and writing 625 numbers as text takes longer than all else in a capture's start.
+@functools.lru_cache(maxsize=1)
+def _python_stream(state: tuple[Any, ...]) -> bytes:
+    return json.dumps(state).encode()
+
+
+@functools.lru_cache(maxsize=1)
+def _numpy_stream(name: str, keys: bytes, *rest: float) -> bytes:
+    return json.dumps([name, np.frombuffer(keys, np.uint32).tolist(), *rest]).encode()
 
 
 def restore_rng(extras: dict[str, bytes]) -> None:

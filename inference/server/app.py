@@ -20,11 +20,12 @@ from inference.requests import Output
 from inference.server.errors import (
     SERVER,
     ApiError,
+    bad_request,
     body_too_slow,
     no_such_model,
     no_such_url,
-    not_json,
     too_large,
+    wrong_kind,
     wrong_method,
 )
 from inference.server.fields import ChatRequest, CompletionRequest, parse
@@ -32,6 +33,7 @@ from inference.server.service import Job, Service
 
 _Result = TypeVar("_Result")
 CALL = "planaria_call"  # where the scope of a connection keeps what was handed to the engine
+BROKEN_BODY = "planaria_broken_body"  # is in its state if the body is no HTTP, or ends too early
 
 
 class ClientGone(Exception):
@@ -97,7 +99,7 @@ def _add_observation(app: FastAPI, service: Service) -> None:
 
     @app.api_route("/health", methods=["GET", "HEAD"])  # some probes ask for the head alone
     async def health() -> Response:
-        if reason := engine.failure or engine.trouble:
+        if reason := engine.failure or engine.hanging or engine.trouble:
             return JSONResponse({"status": "failed", "reason": reason}, 503)
         if engine.draining:
             return JSONResponse({"status": "shutting down"}, 503)
@@ -184,11 +186,14 @@ class EventStream(StreamingResponse):
 
 
 async def _body(request: Request, limits: Limits) -> bytes:
-    """Raises ApiError if it is no JSON by its header, too large or too slow."""
+    """Raises ApiError if it is no JSON by its header, too large, too slow or broken."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         # Also what keeps a web page from using a server on its visitor's machine: browsers ask before they send this.
-        raise not_json(kind)
+        raise wrong_kind(f"The request's Content-Type is {kind or 'missing'}; send application/json.")
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.strip().lower() != "identity":
+        raise wrong_kind(f"The request's Content-Encoding is {coding}; send it as it is.")
     length = request.headers.get("content-length", "")
     if length.isascii() and length.isdecimal() and int(length[:20]) > limits.body_bytes:
         raise too_large(limits.body_bytes)
@@ -203,6 +208,8 @@ async def _body(request: Request, limits: Limits) -> bytes:
         raise body_too_slow(limits.body_s) from error
     except ClientDisconnect as error:
         raise ClientGone from error
+    if request.scope["state"].get(BROKEN_BODY):
+        raise bad_request("The request's body is cut short, or its chunks are malformed.", code="invalid_http")
     return bytes(body)
 
 

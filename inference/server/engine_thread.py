@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from checkpointing.phases import Ticker
 from inference.requests import Output, Request
 from inference.server.errors import ApiError, engine_failed, queue_full, shutting_down
 from inference.server.metrics import Metrics
@@ -58,15 +59,21 @@ class EngineThread:
     Args:
         engine: nobody else may call its ``step``.
         max_queue: answers that may wait for their first token; more are refused with status 429.
+        step_s: a step that takes longer hangs; 0: none ever does.
     """
 
-    def __init__(self, engine: Engine, metrics: Metrics, max_queue: int) -> None:
-        self.engine, self.metrics, self.max_queue = engine, metrics, max_queue
+    def __init__(self, engine: Engine, metrics: Metrics, max_queue: int, step_s: float = 0.0) -> None:
+        self.engine, self.metrics, self.max_queue, self.step_s = engine, metrics, max_queue, step_s
         self.failure: str | None = None  # the engine is dead
+        self.hanging: str | None = None  # it is in a step that takes too long
         self.trouble: str | None = None  # the last answer that ended did so by an error of the engine
         self._calls: dict[str, Call] = {}
         self._waiting: set[str] = set()
         self._numbers = itertools.count()
+        self._step: int | None = None  # number of the one that is being made
+        self._seen: int | None = None
+        self._step_age_s = 0.0
+        self._ticker = Ticker()
         self._wake = threading.Event()
         self._ended = threading.Event()
         self._drain_until: float | None = None
@@ -80,10 +87,40 @@ class EngineThread:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after the step that it is in."""
+        """End the thread after the step that it is in, unless that hangs."""
         self._ended.set()
         self._wake.set()
-        self._thread.join(timeout=30)
+        self._thread.join(timeout=0 if self.hanging else 30)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def look(self) -> None:
+        """Whether the step that is being made hangs; to be called several times a second.
+
+        Time in which nobody looked does not count: a process that was stopped for an hour has no step of an hour.
+        """
+        elapsed, step = self._ticker.elapsed(), self._step
+        self._step_age_s = self._step_age_s + elapsed if step is not None and step == self._seen else 0.0
+        self._seen = step
+        too_long = 0 < self.step_s < self._step_age_s
+        until = self._drain_until
+        if too_long or (until is not None and self._calls and time.monotonic() > until + _HUNG_S):
+            self._hang()
+        elif self.hanging and not self.draining:
+            print("the engine's step has ended after all", file=sys.stderr, flush=True)
+            self.hanging = None
+
+    def _hang(self) -> None:
+        if self.hanging:
+            return
+        age = f"one step has taken {self._step_age_s:.1f} s"
+        self.hanging = f"{age} and hangs; the log says where"
+        stack = sys._current_frames().get(self._thread.ident or 0)
+        where = "".join(traceback.format_stack(stack)) if stack is not None else ""
+        print(f"the engine hangs: {age}; its thread is at\n{where}", file=sys.stderr, flush=True)
+        self._fail_all(engine_failed(self.hanging))
 
     def drain(self, seconds: float) -> None:
         """Take no more requests; fail those that are not answered in time. May be called in a signal handler."""
@@ -96,9 +133,8 @@ class EngineThread:
 
     @property
     def drained(self) -> bool:
-        """Draining, and nothing is open any more, or the engine hangs in a step."""
-        until = self._drain_until
-        return until is not None and (not self._calls or time.monotonic() > until + _HUNG_S)
+        """Draining, and nothing is open any more."""
+        return self.draining and not self._calls
 
     @property
     def waiting(self) -> int:
@@ -112,8 +148,8 @@ class EngineThread:
 
     def check_open(self) -> None:
         """Raises ApiError if no request can be taken."""
-        if self.failure is not None:
-            raise engine_failed(self.failure)
+        if reason := self.failure or self.hanging:
+            raise engine_failed(reason)
         if self.draining:
             raise shutting_down()
 
@@ -204,8 +240,10 @@ class EngineThread:
                     self._wake.wait(_IDLE_S)
                     self._wake.clear()
                     continue
+                self._step = next(self._numbers)
                 outputs = self.engine.step()
-                if outputs:
+                self._step = None
+                if outputs and not self._ended.is_set():
                     self._loop.call_soon_threadsafe(self._deliver, outputs, time.monotonic())
         except BaseException as error:
             traceback.print_exc(file=sys.stderr)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 INVALID, OVERLOADED, SERVER = "invalid_request_error", "rate_limit_error", "server_error"
+_LONGEST = 1000
 
 
 class ApiError(Exception):
@@ -30,6 +31,7 @@ class ApiError(Exception):
         kind: str = INVALID,
         retry_after_s: int | None = None,
     ) -> None:
+        message, param = _shortened(message), param and _shortened(param)
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.kind = status, message, param, code, kind
         self.retry_after_s = retry_after_s
@@ -41,6 +43,11 @@ class ApiError(Exception):
     @property
     def headers(self) -> Mapping[str, str]:
         return {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
+
+
+def _shortened(text: str) -> str:
+    """Texts that repeat what the client sent, which may be megabytes."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -81,12 +88,8 @@ def body_too_slow(seconds: float) -> ApiError:
     return ApiError(408, f"The request's body did not arrive within {seconds:g} s.", code="request_timeout")
 
 
-def not_json(kind: str) -> ApiError:
-    return ApiError(
-        415,
-        f"The request's Content-Type is {kind or 'missing'}; send application/json.",
-        code="unsupported_media_type",
-    )
+def wrong_kind(message: str) -> ApiError:
+    return ApiError(415, message, code="unsupported_media_type")
 
 
 def queue_full(limit: int) -> ApiError:

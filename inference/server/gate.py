@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from inference.server.app import CALL
+from inference.server.app import BROKEN_BODY, CALL
 from inference.server.engine_thread import Call
 from inference.server.errors import bad_request, wrong_key
 from inference.server.metrics import Metrics
@@ -76,7 +76,20 @@ class Http(H11Protocol):
         self.connections.discard(self)  # at once: others that come in this turn of the loop count
         self.transport.abort()
 
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """A client that closes its side midway in a body may still read the answer; others are gone."""
+        midway = self.cycle is not None and self.cycle.more_body and not self.cycle.response_started
+        if midway:
+            self.data_received(b"")
+        return midway
+
     def send_400_response(self, msg: str) -> None:
+        if self.cycle is not None and not self.cycle.response_started:
+            # In the middle of a body: whoever reads it is told, and answers.
+            self.cycle.scope["state"][BROKEN_BODY] = True
+            self.cycle.more_body = False
+            self.cycle.message_event.set()
+            return
         if self.cycle is None or self.cycle.response_complete:
             body = json.dumps(bad_request(msg, code="invalid_http").body).encode()
             self.transport.write(
@@ -103,6 +116,8 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        # Servers must understand the form that is meant for proxies: GET http://host/path.
+        scope["path"] = re.sub(r"^https?://[^/]+", "", scope["path"])
         began, status = time.monotonic(), 0
         request_id = f"req_{uuid.uuid4().hex}"
 
@@ -127,6 +142,10 @@ class Gate:
                 print(_line(scope, request_id, status, time.monotonic() - began), file=sys.stderr, flush=True)
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
+        if not {b"content-length", b"transfer-encoding"} - {name for name, _ in scope["headers"]}:
+            # A proxy may believe the other one, and take what follows for somebody else's request.
+            error = bad_request("The request has both Content-Length and Transfer-Encoding.", code="invalid_http")
+            return JSONResponse(error.body, error.status, headers={"connection": "close"})
         if self.api_key is None or not scope["path"].startswith("/v1"):
             return None
         given = re.fullmatch(r"[Bb]earer +(\S+)", Headers(scope=scope).get("authorization", ""))

@@ -60,11 +60,15 @@ class ServeOptions:
     max_body: int = 4 * 2**20
     body_s: float = 30.0
     drain_s: float = 30.0
+    step_s: float = 300.0
+    exit_when_hung: bool = False
     log_requests: bool = False
 
 
 def serve(options: ServeOptions) -> int:
     """Blocks until SIGTERM or SIGINT. Returns the exit status: 0, or 1 if the engine died.
+
+    If it hangs in a step then, the process ends here with status 1: nothing that a step uses can be closed below it.
 
     Raises InferenceError or AdapterError for a folder or setting that cannot be served.
     """
@@ -91,7 +95,15 @@ def _run(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     server.run(sockets=[listener])
-    return 1 if server.engine.failure else 0
+    return _status(server.engine)
+
+
+def _status(engine: EngineThread) -> int:
+    if engine.alive:
+        print("the engine's step does not end; the process ends without it", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
+    return 1 if engine.failure else 0
 
 
 def make_server(
@@ -103,7 +115,7 @@ def make_server(
     template: str | None = None,
 ) -> Server:
     """A server over an engine that is there already; ``run(sockets=[listener])`` starts it."""
-    thread = EngineThread(engine, metrics, options.max_queue)
+    thread = EngineThread(engine, metrics, options.max_queue, options.step_s)
     metrics.gauge("planaria_answers_waiting", "Answers without a token yet", lambda: thread.waiting)
     metrics.gauge("planaria_answers_running", "Answers that have begun", lambda: thread.running)
     metrics.gauge("process_resident_memory_bytes", "Memory of this process", _resident_bytes)
@@ -122,7 +134,7 @@ def make_server(
         limit_concurrency=_most_connections() + 1,
         timeout_graceful_shutdown=2 * _AFTER_DRAIN_S,
     )
-    return Server(config, service, options.drain_s)
+    return Server(config, service, options.drain_s, options.exit_when_hung)
 
 
 class Server(uvicorn.Server):
@@ -132,9 +144,10 @@ class Server(uvicorn.Server):
     the second one it ends.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, drain_s: float, exit_when_hung: bool) -> None:
         super().__init__(config)
         self.service, self.engine, self._drain_s = service, service.engine, drain_s
+        self._exit_when_hung = exit_when_hung
         self._said_full = -float("inf")
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -143,7 +156,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(_QUEUE)
-            print(_ready_line(listener, self.service), flush=True)
+            _say_ready(_ready_line(listener, self.service))
 
     def _on_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """asyncio prints a traceback for each connection that it cannot accept, many times a second."""
@@ -154,7 +167,8 @@ class Server(uvicorn.Server):
             print(f"cannot accept connections: {context.get('exception')}", file=sys.stderr, flush=True)
 
     async def on_tick(self, counter: int) -> bool:
-        if self.engine.drained:
+        self.engine.look()
+        if self.engine.drained or (self.engine.hanging and self._exit_when_hung):
             self.should_exit = True
         return await super().on_tick(counter)
 
@@ -211,6 +225,13 @@ def _ready_line(listener: socket.socket, service: Service) -> str:
     models = ", ".join(service.served.models)
     chat = "" if service.has_chat_template else "; no chat template, so plain completions only"
     return f"ready: http://{host}:{port}/v1 serves {models}{chat}"
+
+
+def _say_ready(line: str) -> None:
+    try:
+        print(line, flush=True)
+    except OSError as error:  # no reason not to serve
+        print(f"standard output: {error.strerror}; {line}", file=sys.stderr, flush=True)
 
 
 def _open(options: ServeOptions) -> tuple[LLM, Served]:

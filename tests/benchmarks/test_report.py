@@ -1,8 +1,11 @@
 """The arithmetic from raw figures to ratios."""
 
+import math
+import random
+
 import pytest
 
-from benchmarks.report import extra_seconds, noise, paired_costs, summarise, tables
+from benchmarks.report import extra_seconds, fastest_quarter, interval, noise, paired_costs, summarise, tables
 
 
 def block(arm, durations, stalls=None, drain_s=0.5):
@@ -18,6 +21,21 @@ def test_cost_is_of_the_blocks_on_both_sides():
     assert paired_costs(blocks, "wal") == pytest.approx([0.1, 0.1])
     assert paired_costs(blocks, "dense") == []
     assert paired_costs([block("dense", [1.0]), block("wal", [1.0])], "wal") == [], "nothing to compare with"
+
+
+def test_the_interval_of_a_median_holds_it_as_often_as_it_says():
+    assert interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+    draw, held = random.Random(7), 0
+    for _ in range(400):
+        low, high = interval([draw.expovariate(1.0) for _ in range(50)])
+        held += low <= math.log(2) <= high
+    assert 0.92 <= held / 400 <= 0.99
+
+
+def test_the_fastest_quarter_feels_no_slow_steps():
+    blocks = [block("off", [1.0, 1.1, 5.0, 9.0]), block("wal", [3.0]), block("off", [1.2, 7.0, 7.0, 7.0])]
+    assert fastest_quarter(blocks, "off") == 1.2
+    assert fastest_quarter(blocks, "wal") == 3.0
 
 
 def test_extra_seconds_count_every_step_until_the_save_is_safe():
@@ -53,6 +71,8 @@ def test_summary_compares_each_arm_with_wal():
     assert summary["tokens_per_s"] == 100
     wal, dcp = summary["rows"]["wal"], summary["rows"]["dcp async"]
     assert wal["cost"] == pytest.approx(0.02)
+    assert wal["cost_interval"] == pytest.approx((0.02, 0.02))
+    assert wal["cost_fastest_quarter"] == pytest.approx(0.02)
     assert wal["capture_alone_gbps"] == pytest.approx(10.0)
     assert dcp["extra_s_per_save"] == pytest.approx(3.0)
     assert dcp["stall_s_over_wal"] == pytest.approx(300)

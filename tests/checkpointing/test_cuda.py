@@ -22,7 +22,7 @@ pytestmark = [
 
 
 def test_what_is_captured_is_the_state_at_the_start_and_it_restores(run_dir):
-    elements = 8 << 20
+    elements = 40 << 20  # chunks of records lie in one buffer: the device takes their sums
     buffers = [
         StateBuffer(kind, torch.zeros(elements, device="cuda"), (StateSpan(Range("w", kind, 0, elements), 0),))
         for kind in ("master", "exp_avg")

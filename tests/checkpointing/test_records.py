@@ -84,7 +84,7 @@ def test_no_state_is_one_flip_from_sealed():
 
 
 def test_chunks_hash_to_the_same_in_parallel(monkeypatch):
-    monkeypatch.setattr(records, "_CHUNK", 100)
+    monkeypatch.setattr(records, "CHUNK", 100)
     record = written()
     with ThreadPoolExecutor(3) as pool:
         assert records.checksum(record, pool) == records.checksum(record)

@@ -319,7 +319,7 @@ def test_places_are_paths_unless_they_are_urls(tmp_path: Path) -> None:
     assert place_of(tmp_path) == tmp_path
     assert place_of("file:///a/b") == place_of("local:///a/b") == Path("/a/b")
     assert str(place_of("memory://a/b/") / "c") == "memory://a/b/c"
-    for url, words in (("nothing://x", "Protocol not known: nothing"), ("abfs://x", "adlfs")):
+    for url, words in (("nothing://x", "Protocol not known: nothing"), ("abfs://x", "adlfs"), ("://x", "no protocol")):
         with pytest.raises(LocationError, match=words):
             place_of(url)
 

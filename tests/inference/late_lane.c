@@ -39,7 +39,7 @@ int main(void) {
     first[EXPERTS] = EXPERTS;
     for (int i = 0; i < HIDDEN; i++) x[i] = (i % 5 - 2) / 3.f;
     signal(SIGALRM, hangs);
-    lane_t *lane = lane_open(1, HIDDEN, INNER, 2 * INNER * HIDDEN, 0);
+    lane_t *lane = lane_open(1, HIDDEN, INNER, 2 * INNER * HIDDEN, 0, 60000);
     lane_submit(lane, EXPERTS, blocks, first, pair, EXPERTS, x, score, want);
     lane_wait(lane);
     for (int call = 0; call < CALLS; call++) {

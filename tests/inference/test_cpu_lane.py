@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference import cpu_lane
-from inference.cpu_lane import CpuLane, LaneCall, LaneError, library
+from inference.cpu_lane import CpuLane, LaneCall, LaneError, LaneHung, library
 
 
 def _case(rows: int, choices: int, experts: int, hidden: int, inner: int, dtype: torch.dtype, seed: int):
@@ -91,12 +92,35 @@ def test_threads_and_company_do_not_reach_the_bits():
         lane.close()
 
 
-def test_threads_may_be_late_anywhere(tmp_path):
-    source, made = Path(__file__).with_name("late_lane.c"), tmp_path / "late"
+def _printed(name: str, tmp_path: Path) -> str:
+    source, made = Path(__file__).with_name(name), tmp_path / "made"
     include = f"-I{Path(cpu_lane.__file__).parent}"
     command = [shutil.which("cc") or "gcc", "-O2", "-march=native", "-pthread", include, source, "-o", made, "-lm"]
     subprocess.run(command, check=True, timeout=60)
-    assert subprocess.run([made], capture_output=True, text=True, timeout=60, check=False).stdout == "0 wrong\n"
+    return subprocess.run([made], capture_output=True, text=True, timeout=60, check=False).stdout
+
+
+def test_threads_may_be_late_anywhere(tmp_path):
+    assert _printed("late_lane.c", tmp_path) == "0 wrong\n"
+
+
+def test_a_thread_that_hangs_is_given_up(tmp_path):
+    assert _printed("hung_lane.c", tmp_path) == "0 -2 -2 -2 closed\n"
+
+
+def test_a_call_that_does_not_end_is_named(monkeypatch):
+    expert_TK, block_EN, x_TH, score_P = _case(1, 2, 9, 8, 8, torch.float32, 0)
+    lane = CpuLane(1, 8, 8, torch.float32, limit_s=7)
+    call = LaneCall(x_TH.numpy(), score_P.view(expert_TK.shape).numpy(), np.zeros((2, 8), np.float32), 2)
+    lane.submit(call, [block_EN[expert].data_ptr() for expert in (3, 8)], [0, 1, 2], [0, 1], (5, [3, 8]))
+    lane.wait()
+    monkeypatch.setattr(lane, "_library", SimpleNamespace(lane_wait=lambda _: -2, lane_close=lambda _: None))
+    with pytest.raises(LaneHung, match=r"\(1 threads .* layer 5 \(L05.E003, L05.E008\) within 7 s"):
+        lane.wait()
+    with pytest.raises(LaneHung, match="layer 5"):
+        lane.submit(call, [], [0], [])
+    monkeypatch.undo()
+    lane.close()
 
 
 def test_down_may_begin_behind_a_gap():

@@ -34,6 +34,7 @@ def changed(model_folder, tmp_path):
         ({"eos_token_id": "x"}, "config.json"),
         ({"hidden_act": "nonsense"}, "config.json"),
         ({"dtype": "float8"}, "config.json"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config \(fp8\).* plain \(F32 in model.safe"),
         ({"num_hidden_layers": 2}, r"holds model\.layers\.2\..*num_hidden_layers=2"),
     ],
 )
@@ -45,6 +46,14 @@ def test_a_config_that_does_not_fit_is_refused_at_opening(changed, fields, said)
 def test_layers_that_predict_later_tokens_may_stand_behind_the_others(changed, prompts):
     with LLM(changed(num_hidden_layers=2, num_nextn_predict_layers=2)) as llm:
         assert llm.generate([prompts[0]], 1)
+
+
+@pytest.mark.parametrize("wrong", [["a"], "a", 1.5, [2, 512], -1, True, {"a": 1}])
+def test_an_end_that_is_no_token_is_refused(changed, wrong):
+    folder = changed()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+    with pytest.raises(InferenceError, match=r"generation_config.json: eos_token_id .* is no token"):
+        LLM(folder)
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json"])

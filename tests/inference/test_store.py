@@ -145,6 +145,14 @@ def test_a_quantised_expert_is_refused(rewrite):
     assert "I8" in message
 
 
+def test_a_quantised_dense_tensor_is_refused(rewrite):
+    """Without its scales it would be read as a number of another size."""
+    name = "model.norm.weight"
+    message = refused(rewrite(lambda t: t.update({name: t[name].to(torch.float8_e4m3fn)})))
+    assert f"tensor {name} in " in message
+    assert "is F8_E4M3; only F32, BF16, F16 are served" in message
+
+
 def test_a_layer_without_experts_is_named(rewrite):
     def drop(tensors):
         for name in [n for n in tensors if n.startswith("model.layers.2.mlp.experts.")]:

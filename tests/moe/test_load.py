@@ -191,5 +191,10 @@ def test_a_folder_without_a_model_a_damaged_one_and_a_foreign_one_are_refused(fo
 
 def test_a_quantised_folder_is_refused_with_its_method(tmp_path):
     MixtralConfig(quantization_config={"quant_method": "mxfp4"}).save_pretrained(tmp_path)
-    with pytest.raises(FamilyError, match=r"quantised \(mxfp4\)"):
+    said = rf"{tmp_path}/config.json has a quantization_config \(mxfp4\)"
+    save_file({"a": torch.zeros(2), "b": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(FamilyError, match=rf"{said}, but all .* plain \(F32 in model.safetensors\); remove the entry"):
+        read_config(tmp_path)
+    save_file({"a": torch.zeros(2), "b": torch.zeros(2).to(torch.uint8)}, tmp_path / "model.safetensors")
+    with pytest.raises(FamilyError, match=rf"{said}, and model.safetensors is quantised: its b is U8; load"):
         read_config(tmp_path)

@@ -75,6 +75,41 @@ def test_ls_shows_what_is_there_and_what_is_not_a_checkpoint(run: Path, capsys: 
     assert "unfinished" in cells["step-10.tmp"]
 
 
+def test_a_file_in_a_steps_place_does_not_hide_the_others(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "checkpoints" / "step-9").write_text("x")
+    assert main(["checkpoint", "ls", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "no checkpoint: it is no folder" in out
+    assert out.count("whole") == 3
+
+
+def test_rm_of_a_link_leaves_what_it_leads_to(run: Path, tmp_path: Path) -> None:
+    link = run / "checkpoints" / "step-2"
+    link.rename(tmp_path / "elsewhere")
+    link.symlink_to(tmp_path / "elsewhere")
+    assert main(["checkpoint", "rm", str(run), "2"]) == 0
+    assert steps(run) == [4, 6]
+    assert (tmp_path / "elsewhere" / "manifest.json").is_file()
+
+
+def test_rm_says_what_could_not_be_removed(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+    assert main(["checkpoint", "rm", str(run), "2"]) == 2
+    streams = capsys.readouterr()
+    assert "step-2 cannot be removed whole" in streams.err
+    assert "removed" not in streams.out
+
+
+def test_what_the_newest_is_taken_for_is_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "checkpoints" / "step-6" / "manifest.json").write_text("")
+    assert main(["checkpoint", "diff", str(run), f"{run}:4"]) == 0
+    streams = capsys.readouterr()
+    assert streams.err.startswith("step 6 is passed over: ")
+    assert "A: " + str(run / "checkpoints" / "step-4") in streams.out
+
+
 def test_ls_tells_windows_and_mixed_ages_from_whole_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def section(kind: str, step: int | None) -> Section:
         entry = Entry(Range(UNITS[0], kind, 0, 2), "float32", 0, 8)

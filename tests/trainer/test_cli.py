@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,46 @@ def test_a_users_mistake_is_status_2_without_a_traceback(arguments: list[str], p
     assert done.returncode == 2, done.stderr
     assert part in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_one_line(unbuffered: str) -> None:
+    command = [sys.executable, "-m", "trainer", "validate", QUICKSTART]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head -1` does when it has its line
+    for out, status, said in (
+        (os.open("/dev/full", os.O_WRONLY), 1, "standard output: No space left on device"),
+        (writer, 141, ""),
+    ):
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+        os.close(out)
+        assert done.returncode == status
+        assert done.stderr.startswith(said)
+        assert len(done.stderr.splitlines()) == bool(said)
+
+
+INTERRUPTED_WHILE_IMPORTED = """
+import builtins, os, signal
+imported = builtins.__import__
+def interrupted(name, *rest):
+    if name == "trainer.refusal":
+        os.kill(os.getpid(), signal.SIGINT)
+    return imported(name, *rest)
+builtins.__import__ = interrupted
+from trainer.__main__ import main
+main()
+"""
+
+
+def test_ctrl_c_while_modules_are_imported_leaves_no_traceback() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_WHILE_IMPORTED], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 def test_every_problem_is_printed() -> None:

@@ -353,3 +353,42 @@ def test_fresh_weights_are_told_from_trained_ones():
     assert sum(Statistics.of(draw).is_fresh(0.02) for draw in draws) >= 198
     assert not any(Statistics.of(draw * 1.3).is_fresh(0.02) for draw in draws)
     assert not Statistics.of(torch.zeros(32, 16)).is_fresh(0.02)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_experts_per_tok": 99},
+        {"num_experts_per_tok": 0},
+        {"num_experts_per_tok": "2"},
+        {"hidden_act": "nonsense"},
+        {"dtype": "float8"},
+        {"num_attention_heads": 0},
+        {"quantization_config": {"quant_method": "fp8"}},
+        {"quantization_config": "x"},
+        3,
+    ],
+)
+def test_a_configuration_that_makes_no_model_is_refused_in_a_line(sound, tmp_path, capsys, fields):
+    folder = tmp_path / "model"
+    shutil.copytree(sound["qwen3"], folder)
+    found = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(found | fields if isinstance(fields, dict) else fields))
+    assert cli.main(["doctor", str(folder), "--files-only"]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_files_that_are_none_are_refused_in_a_line(sound, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(sound["qwen3"], folder)
+    assert cli.main(["doctor", str(folder), "--files-only", "--json", "/dev/full"]) == 2
+    (folder / "model.safetensors.index.json").write_text("[]")
+    assert cli.main(["doctor", str(folder), "--files-only"]) == 2
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    assert cli.main(["doctor", str(folder), "--files-only"]) == 2
+    full, index, weights = capsys.readouterr().err.strip().splitlines()
+    assert "No space left" in full
+    assert "is no index" in index
+    assert "model.safetensors cannot be read" in weights

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from trainer import cli, preview
 
@@ -54,6 +56,34 @@ def test_text_is_shown_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     text = capsys.readouterr().out
     assert "sequences of 32 tokens, all of them with loss" in text
     assert text.count("=== sequence") == 1
+
+
+TENANTS = """\
+model: {path: base}
+data: {source: stdlib, include: ["json/*.py"], tokenizer: {kind: model}, sequence_length: 32}
+train: {steps: 20, global_batch_size: 2, micro_batch_size: 1, lr: 1e-3}
+adapter: {experts: {preset: expert-lora, r: 4}}
+tenants:
+  one: {seed: 1}
+  two: {seed: 2, data: {source: files, include: ["x*.txt"]}}
+"""
+
+
+def test_each_tenants_own_text_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.yaml").write_text(TENANTS)
+    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bytewise = Tokenizer(models.BPE(letters, []))
+    bytewise.pre_tokenizer, bytewise.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token="<|endoftext|>")
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text('{"vocab_size": 257}')
+    for name in ("x1.txt", "x2.txt"):
+        (tmp_path / name).write_text(f"the second's own {name} " * 200)
+    assert preview.main(str(tmp_path / "r.yaml"), [f"log.dir={tmp_path}", f"model.path={tmp_path}/base"], 2) == 0
+    _, one, two = capsys.readouterr().out.split("##### tenant ")
+    assert (one.count("=== sequence"), two.count("=== sequence")) == (2, 2)
+    assert "the second's own" in two
+    assert "the second's own" not in one
 
 
 def test_a_mistake_in_a_row_is_said_without_a_traceback(

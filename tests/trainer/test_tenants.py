@@ -17,6 +17,7 @@ from moe.convert import convert
 from trainer.activations import micro_batches, saved_bytes, working_bytes
 from trainer.adapter_plan import plan_adapters, table
 from trainer.admission import Admission, AdmissionError, Need, admit
+from trainer.documents import DataError
 from trainer.model_shapes import model_shapes
 from trainer.plan import admission as admitted_of
 from trainer.progress import Progress
@@ -214,6 +215,10 @@ def test_the_estimate_covers_the_allocators_peak(path, vocabulary):
 def test_the_plan_of_banks_counts_every_tenants_copy(path):
     AutoModelForCausalLM.from_config(CONFIG).save_pretrained(path.parent / "base")
     recipe = load_recipe(path, [f"model.path={path.parent / 'base'}"])
+    with pytest.raises(DataError, match="matches no file"):
+        plan_adapters(recipe)
+    (path.parent / "texts").mkdir()
+    (path.parent / "texts" / "a.jsonl").write_text('{"text": "a"}\n' * 100)
     plan, one = plan_adapters(recipe), plan_adapters(dataclasses.replace(recipe, tenants={}))
     admission = admitted_of(recipe, None)
     assert plan.trainable == sum(plan.run.trained.values()) == 3 * one.trainable
@@ -221,6 +226,13 @@ def test_the_plan_of_banks_counts_every_tenants_copy(path):
     assert [bank.added for bank in plan.banks] == [bank.added for bank in one.banks]
     assert "trainable, kept, memory: of all 3 tenants; operations: a token meets one tenant's copy" in table(plan)
     assert "tenants" not in table(one)
+    rows = {tenant.name: tenant for tenant in plan.tenants}
+    assert (rows["plain"].steps, rows["plain"].sequences, rows["plain"].tokens) == (20, 8, 20 * 8 * 32)
+    assert (rows["own"].steps, rows["own"].sequences, rows["own"].tokens) == (10, 4, 10 * 4 * 32)
+    assert (rows["filed"].files, rows["filed"].nbytes) == (1, 1400)
+    filed = f"jsonl of files: {path.parent}/texts/*.jsonl"
+    for told in ("text of stdlib: email/*.py", "text of stdlib: json/*.py", filed):
+        assert told in table(plan)
 
 
 ROWS = (128, 64)

@@ -171,6 +171,8 @@ class ToldEngine:
         self.cancelled: list[str] = []
         self.raises: BaseException | None = None  # what the next step raises
         self.fails: str | None = None  # the error with which the next step ends all requests
+        self.let_go = threading.Event()  # while it is not set, a step hangs
+        self.let_go.set()
         self.refuses: Exception | None = None  # what submit raises for a prompt that begins with token 1
         self._cancel: set[str] = set()
         self._lock = threading.Lock()
@@ -199,6 +201,7 @@ class ToldEngine:
     def step(self) -> list[Output]:
         if self.raises is not None:
             raise self.raises
+        self.let_go.wait()
         allowed = self._steps.acquire(timeout=0.02)
         with self._lock:
             outputs = [self._end(name, "cancelled") for name in self._cancel]
@@ -245,6 +248,7 @@ def told(tokenizer):
 
     yield start
     for engine, server, thread in started:
+        engine.let_go.set()
         engine.allow(10_000)
         server.should_exit = True
         thread.join(timeout=30)

@@ -213,14 +213,79 @@ def test_a_body_that_is_too_large_or_of_another_kind(server):
     ids=repr,
 )
 def test_what_is_no_http(server, sent):
+    head, body = talk(server, sent)
+    assert head.startswith("HTTP/1.1 400 ")
+    check_shape(json.loads(body))
+
+
+def talk(server, sent, half_closed=False):
+    """Sends bytes as they are; head and body of all that is answered until the server closes the connection."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
         connection.sendall(sent)
+        if half_closed:
+            connection.shutdown(socket.SHUT_WR)
         answer = b""
         while part := connection.recv(4096):
             answer += part
-    head, _, body = answer.partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 400 ")
+    head, _, body = answer.decode().partition("\r\n\r\n")
+    return head, body
+
+
+POST = "POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer KEY\r\ncontent-type: application/json\r\n"
+IN_CHUNKS = f"{POST}transfer-encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "half_closed"),
+    [
+        (IN_CHUNKS + "ZZ\r\n{}\r\n0\r\n\r\n", False),
+        (IN_CHUNKS + "-2\r\n{}\r\n0\r\n\r\n", False),
+        (IN_CHUNKS + "1\r\n{}\r\n0\r\n\r\n", False),  # more than it says
+        (IN_CHUNKS + "2\r\n{}\r\nzz\r\n", False),
+        (IN_CHUNKS + "f" * 30 + "\r\n{}", False),
+        (IN_CHUNKS + "0" * 100_000, False),
+        (IN_CHUNKS + "0\r\nno trailer\r\n\r\n", False),
+        (IN_CHUNKS + "20\r\n{}", True),
+        (f"{POST}content-length: 20\r\n\r\n{{", True),
+        (f"{POST}content-length: -5\r\n\r\n{{}}", False),
+        (f"{POST}content-length: 2\r\ncontent-length: 3\r\n\r\n{{}}", False),
+        (f"{POST}content-length: 2\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{{}}\r\n0\r\n\r\nGET /health", False),
+    ],
+    ids=lambda value: repr(value)[-40:],
+)
+def test_a_broken_body_is_refused_and_its_connection_closed(server, sent, half_closed):
+    head, body = talk(server, sent.replace("KEY", server.key).encode(), half_closed)
+    assert head.startswith("HTTP/1.1 400 ")
     check_shape(json.loads(body))
+    assert json.loads(body)["error"]["code"] == "invalid_http"
+
+
+def test_a_broken_body_is_counted_as_what_was_answered(server):
+    name = 'planaria_requests_total{path="/v1/completions",status="400"}'
+    before = server.metrics().get(name, 0)
+    head, _ = talk(server, f"{IN_CHUNKS}ZZ\r\n".replace("KEY", server.key).encode())
+    assert "x-request-id: req_" in head
+    server.until(lambda m: m.get(name, 0) == before + 1)
+
+
+def test_a_body_that_is_packed_is_refused(server):
+    status, _, body = server.raw(
+        "POST", "/v1/completions", b"x", **{"content-type": "application/json", "content-encoding": "gzip"}
+    )
+    assert (status, json.loads(body)["error"]["code"]) == (415, "unsupported_media_type")
+
+
+def test_a_url_in_the_form_for_proxies_is_understood_and_asks_for_the_key(server):
+    assert server.raw("GET", f"http://127.0.0.1:{server.port}/v1/models")[0] == 200
+    head, _ = talk(server, b"GET http://x/v1/models HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+    assert head.startswith("HTTP/1.1 401 ")
+
+
+def test_what_a_client_sent_is_not_repeated_at_length(server):
+    for wrong in ({"a" * 50_000: 1}, {"stop_token_ids": [int("9" * 4000)]}):
+        _, _, body = server.post("/v1/completions", TEXT | wrong)
+        check_shape(body)
+        assert len(json.dumps(body)) < 3000
 
 
 def test_a_body_in_chunks_is_held_to_the_same_limit(server):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import socket
+import sys
 import threading
 
 import pytest
@@ -14,7 +16,7 @@ openai = pytest.importorskip("openai", reason="the extra 'dev' is not installed"
 
 from inference.errors import InferenceError, RequestError  # noqa: E402
 from inference.server.gate import Http  # noqa: E402
-from inference.server.serve import _listen, _most_connections  # noqa: E402
+from inference.server.serve import _listen, _most_connections, _say_ready, _status  # noqa: E402
 
 PLAIN = {"model": "tiny", "prompt": [2, 3], "max_tokens": 4}
 
@@ -85,6 +87,66 @@ def test_an_answer_that_fails_alone_is_a_500_and_a_good_one_mends_the_health(tol
     engine.allow(4)
     assert address.post("/v1/completions", PLAIN)[2]["choices"][0]["text"] == "AAAA"
     assert address.raw("GET", "/health")[0] == 200
+
+
+def test_a_step_that_hangs_ends_its_requests_and_may_end_after_all(told, capfd):
+    engine, address, _ = told(step_s=0.2)
+    stream = begun_stream(engine, address, 1)
+    engine.let_go.clear()
+    status, _, body = address.post("/v1/completions", PLAIN)
+    assert (status, body["error"]["code"]) == (500, "engine_failed")
+    assert "and hangs" in body["error"]["message"]
+    with pytest.raises(openai.APIError, match="and hangs"):
+        list(stream)
+    status, _, text = address.raw("GET", "/health")
+    assert (status, json.loads(text)["status"]) == (503, "failed")
+    assert "hangs" in json.loads(text)["reason"]
+    assert address.post("/v1/completions", PLAIN)[0] == 500
+    errors = capfd.readouterr().err
+    assert errors.count("the engine hangs") == 1
+    assert "self.let_go.wait()" in errors
+    engine.let_go.set()
+    address.until(lambda _: address.raw("GET", "/health")[0] == 200)
+    engine.allow(4)
+    assert address.post("/v1/completions", PLAIN)[2]["choices"][0]["text"] == "AAAA"
+
+
+def test_time_in_which_nobody_looked_hangs_nothing(told):
+    engine, address, server = told(step_s=3000.0)
+    engine.let_go.clear()
+    waiting = in_thread(lambda: address.post("/v1/completions", PLAIN))
+    running(address, 1)
+    server.engine._ticker._last -= 3600  # as after an hour in which the process was stopped
+    address.until(lambda _: server.engine._step_age_s > 0.5)
+    assert server.engine.hanging is None
+    engine.let_go.set()
+    engine.allow(4)
+    assert waiting()[0] == 200
+
+
+def test_a_server_whose_engine_hangs_may_end_without_it(told, monkeypatch, capfd):
+    engine, address, server = told(step_s=0.2, exit_when_hung=True)
+    engine.let_go.clear()
+    assert address.post("/v1/completions", PLAIN)[0] == 500
+    server.thread.join(timeout=10)
+    assert not server.thread.is_alive()
+    ended = []
+    monkeypatch.setattr("os._exit", ended.append)
+    _status(server.engine)
+    assert ended == [1]  # not a return, behind which the model would be closed
+    assert "the process ends without it" in capfd.readouterr().err
+
+
+def test_told_to_end_it_does_not_wait_for_a_step_that_hangs(told, monkeypatch):
+    monkeypatch.setattr("inference.server.engine_thread._HUNG_S", 0.2)
+    engine, address, server = told(drain_s=0.0)
+    engine.let_go.clear()
+    answer = in_thread(lambda: address.post("/v1/completions", PLAIN))
+    running(address, 1)
+    signalled(server)
+    assert answer()[2]["error"]["code"] == "engine_failed"
+    server.thread.join(timeout=10)
+    assert not server.thread.is_alive()
 
 
 def test_a_full_queue_refuses_with_429_and_takes_again_later(told):
@@ -234,6 +296,14 @@ def test_a_port_that_is_in_use_is_said_at_once():
     taken = _listen("127.0.0.1", 0)
     with taken, pytest.raises(InferenceError, match="give another --host or --port"):
         _listen("127.0.0.1", taken.getsockname()[1])
+
+
+def test_a_ready_line_that_nobody_can_read_is_no_reason_not_to_serve(monkeypatch, capfd):
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))
+        _say_ready("ready: http://x")
+        monkeypatch.undo()
+    assert capfd.readouterr().err == "standard output: No space left on device; ready: http://x\n"
 
 
 def test_a_mistake_of_the_server_itself_is_a_500_with_a_shape(told, capfd):

@@ -1,0 +1,60 @@
+"""Which chunks of records a GPU can take the sums of: those whose bytes lie in one piece of its memory.
+
+The others, at the borders of pieces and at the end, are the keeper's to read, as all are where there is no Triton.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from checkpointing.records import CHUNK, Kind
+
+if TYPE_CHECKING:
+    from checkpointing.device_sums import DeviceSums
+
+Part = tuple[torch.Tensor, int]
+Record = tuple[int, Kind, Sequence[Part]]
+Place = tuple[int, int]  # slot, number of a chunk of its payload
+
+
+def device_sums(device: torch.device | None) -> RecordSums | None:
+    """None where the keeper must read everything itself."""
+    if device is None or importlib.util.find_spec("triton") is None:
+        return None
+    from checkpointing.device_sums import DeviceSums
+
+    return RecordSums(DeviceSums(device, CHUNK), CHUNK)
+
+
+def whole_chunks(parts: Iterable[Part], chunk: int) -> list[tuple[torch.Tensor, int]]:
+    """The bytes of each part that fill chunks of the payload, and the number of the first of these."""
+    found = []
+    for source, offset in parts:
+        first, end = -(-offset // chunk), (offset + source.numel()) // chunk
+        if first < end:
+            found.append((source[first * chunk - offset : end * chunk - offset], first))
+    return found
+
+
+class RecordSums:
+    """``chunk`` is that of the records, in bytes."""
+
+    def __init__(self, sums: DeviceSums, chunk: int) -> None:
+        self._sums, self._chunk = sums, chunk
+
+    def queue_records(self, records: Iterable[Record], after: torch.cuda.Event | None) -> list[Place]:
+        """Begin after an event of the device; returns which chunks. Their bytes must stay till :meth:`take_records`."""
+        found = [(slot, *whole) for slot, _, parts in records for whole in whole_chunks(parts, self._chunk)]
+        places = [(slot, first + n) for slot, source, first in found for n in range(source.numel() // self._chunk)]
+        return places[: self._sums.queue([source for _, source, _ in found], after)]
+
+    def take_records(self, places: Sequence[Place]) -> dict[int, dict[int, bytes]]:
+        """What to tell the keeper, by slot."""
+        taken: dict[int, dict[int, bytes]] = {}
+        for (slot, number), lanes in zip(places, self._sums.take(len(places)), strict=True):
+            taken.setdefault(slot, {})[number] = lanes
+        return taken

@@ -1,0 +1,115 @@
+"""Sums taken on a device and finished by the host are those of the xxhash library."""
+
+import importlib.util
+import os
+import random
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from xxhash import xxh3_128_digest
+
+from checkpointing.record_sums import whole_chunks
+from checkpointing.xxh3 import BLOCK, SECRET, START, finish
+
+MASK = (1 << 64) - 1
+
+
+def accumulate(data: bytes) -> bytes:
+    """All blocks but the last, one after another."""
+    lanes, keys = list(START), [struct.unpack_from("<8Q", SECRET, 8 * stripe) for stripe in range(16)]
+    scramble = struct.unpack_from("<8Q", SECRET, len(SECRET) - 64)
+    for at in range(0, len(data) - BLOCK, BLOCK):
+        for stripe in range(16):
+            for lane, word in enumerate(struct.unpack_from("<8Q", data, at + 64 * stripe)):
+                mixed = word ^ keys[stripe][lane]
+                lanes[lane ^ 1] = (lanes[lane ^ 1] + word) & MASK
+                lanes[lane] = (lanes[lane] + (mixed & 0xFFFFFFFF) * (mixed >> 32)) & MASK
+        lanes = [((x ^ (x >> 47)) ^ key) * 0x9E3779B1 & MASK for x, key in zip(lanes, scramble, strict=True)]
+    return struct.pack("<8Q", *lanes)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 16, 33])
+def test_a_finished_sum_is_the_librarys(blocks: int) -> None:
+    data = random.Random(blocks).randbytes(blocks * BLOCK)
+    assert finish(accumulate(data), data[-BLOCK:], len(data)) == xxh3_128_digest(data)
+
+
+@given(st.lists(st.tuples(st.integers(0, 90), st.integers(0, 20)), max_size=6))
+def test_whole_chunks_lie_in_one_part_and_none_is_left_out(stretches: list[tuple[int, int]]) -> None:
+    payload, parts, at = {}, [], 0
+    for size, gap in stretches:
+        source = torch.arange(at, at + size)
+        payload |= dict.fromkeys(range(at, at + size), len(parts))
+        parts.append((source, at))
+        at += size + gap
+    found = {}
+    for source, first in whole_chunks(parts, 16):
+        assert len(source) % 16 == 0
+        for n in range(len(source) // 16):
+            assert source[16 * n : 16 * (n + 1)].tolist() == list(range(16 * (first + n), 16 * (first + n + 1)))
+            found[first + n] = True
+    for chunk in range(at // 16 + 1):
+        owners = {payload.get(place) for place in range(16 * chunk, 16 * (chunk + 1))}
+        assert (chunk in found) == (len(owners) == 1 and None not in owners)
+
+
+KERNELS = """
+import torch
+from xxhash import xxh3_128_digest
+from checkpointing.device_sums import DeviceSums
+from checkpointing.xxh3 import finish
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+for blocks in (16, 32, 48):
+    chunk = 1024 * blocks
+    torch.manual_seed(blocks)
+    data = [torch.randint(0, 256, (n * chunk,), dtype=torch.uint8, device=device) for n in (3, 1, 2)]
+    sums = DeviceSums(device, chunk)
+    for _ in range(2):
+        count = sums.queue(data)
+        assert count == 6
+        if device.type == "cuda": torch.cuda.synchronize()
+        found = sums.take(count)
+        plain = b"".join(bytes(d.cpu().numpy()) for d in data)
+        for i, lanes in enumerate(found):
+            part = plain[i * chunk : (i + 1) * chunk]
+            assert finish(lanes, part[-1024:], chunk) == xxh3_128_digest(part), (blocks, i)
+        data[1].add_(1)
+
+# A record of three parts with gaps: what the device took of it and what is read give the seal that reading all gives.
+from checkpointing import records
+from checkpointing.record_sums import RecordSums
+from checkpointing.records import PAGE, Header, Kind
+chunk = records.CHUNK = 16 << 10
+layout = ((50_000, 0), (40_008, 50_176), (99, 90_368))
+parts = [(torch.randint(0, 256, (n,), dtype=torch.uint8), at) for n, at in layout]
+slot = memoryview(bytearray(PAGE * 40))
+slot[:] = bytes(range(256)) * (len(slot) // 256)  # gaps hold what was there before
+for part, at in parts:
+    slot[2 * PAGE + at : 2 * PAGE + at + part.numel()] = bytes(part.numpy())
+records.finish(slot, Header(Kind.BASE, 3, 0, 0, 4, 2 * PAGE, 98_304), b"[0]" + bytes([10]))
+sums = RecordSums(DeviceSums(device, chunk), chunk)
+taken = sums.take_records(sums.queue_records([(7, Kind.BASE, [(p.to(device), at) for p, at in parts])], None))
+assert sorted(taken[7]) == [0, 1, 2, 4], taken
+assert records.checksum(slot, None, taken[7]) == records.checksum(slot)
+records.seal(slot, None, taken[7])
+records.verify(slot)
+slot[2 * PAGE + 20_000] ^= 4
+assert records.checksum(slot) != records.checksum(slot, None, taken[7]), "what was copied is not what was summed up"
+try:
+    records.verify(slot)
+except records.RecordError:
+    print("equal")
+"""
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_the_kernels_sums_are_the_librarys() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", KERNELS], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "equal\n", done.stderr
