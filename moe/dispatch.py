@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moe.assignment import Assignment, assign
 from moe.copies import DeduplicatedDraft, Draft, PlainDraft
-from moe.exchange import Flight, arrive, come_back, send, send_back
+from moe.exchange import Flight, Headcount, arrive, come_back, send, send_back
 
 Mix = Callable[[Tensor, Tensor, Assignment], Tensor]  # Experts.mix
 
@@ -123,13 +123,10 @@ class AllToAll(Dispatcher):
 
     def dispatch_preprocess(self, chunks: Sequence[Routed]) -> list[Trip]:
         drafts = [self._draft(chunk.index_TK) for chunk in chunks]
-        sent_WN2 = torch.stack([draft.counts_W2 for draft in drafts], 1).to(torch.int32)
-        received_WN2 = torch.empty_like(sent_WN2)
-        dist.all_to_all_single(received_WN2, sent_WN2, group=self.group)
-        sent, received = torch.stack([sent_WN2, received_WN2]).transpose(1, 2).tolist()  # the one wait
+        counts_N = Headcount([draft.counts_W2 for draft in drafts], self.group).read()
         return [
             Trip(chunk, Flight(draft.route(*counts), self.group))
-            for chunk, draft, *counts in zip(chunks, drafts, sent, received, strict=True)
+            for chunk, draft, counts in zip(chunks, drafts, counts_N, strict=True)
         ]
 
     def _draft(self, index_TK: Tensor) -> Draft:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe.copies import Fan, Route
+from moe.copies import Counts, Fan, Route
 
 
 def all_to_all(
@@ -30,6 +30,42 @@ def all_to_all(
     if x.dtype == torch.int16:  # which neither gloo nor NCCL knows
         out, x = out.view(torch.uint8), x.view(torch.uint8)
     return dist.all_to_all_single(out, x, list(received), list(sent), group=group, async_op=True)
+
+
+class Going:
+    """Rows on their way here, begun by :func:`begin`."""
+
+    def __init__(self, rows: Tensor, leaving: Tensor, work: dist.Work) -> None:
+        # The rows that leave must not be freed before the exchange is over.
+        self._rows, self._leaving, self._work = rows, leaving, work
+
+    def landed(self) -> Tensor:
+        """The rows, after waiting for them: the host with gloo, the current stream with NCCL."""
+        self._work.wait()
+        return self._rows
+
+
+def begin(x_SH: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Going:
+    """Begin to exchange rows."""
+    x_SH = x_SH.contiguous()
+    rows = x_SH.new_empty((sum(received), x_SH.shape[1]))
+    return Going(rows, x_SH, all_to_all(rows, x_SH, received, sent, group))
+
+
+class Headcount:
+    """Counts on their way to the host: of N drafts, each :attr:`~moe.copies.Draft.counts_W2`, begun at once."""
+
+    def __init__(self, sent_N: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+        sent_WN2 = torch.stack(list(sent_N), 1)
+        self._both = torch.stack([sent_WN2, sent_WN2])
+        self._work = dist.all_to_all_single(self._both[1], sent_WN2, group=group, async_op=True)
+        self._sent = sent_WN2
+
+    def read(self) -> list[tuple[Counts, Counts]]:
+        """What each draft sends and receives. The one wait of a layer's forward pass."""
+        self._work.wait()
+        both = self._both.transpose(1, 2).tolist()
+        return list(zip(*both, strict=True))
 
 
 class Flight:

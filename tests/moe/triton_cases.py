@@ -111,3 +111,63 @@ def test_other_forms_are_refused():
     for case in (dataclasses.replace(SMALL, biased=True), dataclasses.replace(SMALL, form=ExpertForm(transposed=True))):
         with pytest.raises(BackendError, match="plain silu experts only"):
             run(*case.build("triton"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "keys", "first"), [((3, 2), 4, 0), ((150, 8), 70, 70), ((0, 2), 3, 0), ((1, 1), 1, 5), ((64, 4), 2, -1)]
+)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16])
+def test_pairs_are_sorted_as_torch_sorts_them(shape, keys, first, dtype):
+    from moe.assignment import sort_pairs
+    from moe.kernels import sorting
+
+    index = torch.randint(first - 1, first + keys + 2, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    want = sort_pairs(index, keys, first)  # on a CPU by torch
+    pair_S, slot_S, counts_L = (t.cpu() for t in sorting.sort_pairs(index.to(DEVICE), first, keys))
+    assert torch.equal(counts_L, want.counts_L)
+    assert torch.equal(slot_S, want.slot_RK.flatten())
+    here = int(counts_L.sum())
+    assert torch.equal(pair_S[:here], want.pair_S[:here])
+
+
+def test_sorting_sums_up_more_blocks_than_fit_at_once(monkeypatch):
+    from moe.kernels import sorting
+
+    monkeypatch.setattr(sorting, "_BLOCKS", 16)
+    index = torch.randint(0, 3, (20 * 128 + 5,), generator=torch.Generator().manual_seed(1))
+    pair_S, slot_S, counts_L = (t.cpu() for t in sorting.sort_pairs(index.to(DEVICE), 0, 3))
+    assert torch.equal(pair_S, index.argsort(stable=True))
+    assert torch.equal(slot_S[pair_S], torch.arange(index.numel()))
+    assert torch.equal(counts_L, index.bincount(minlength=3))
+
+
+def test_rows_are_gathered_and_placed_and_sums_begin_with_their_base():
+    from moe.kernels import elementwise
+
+    draw = torch.Generator().manual_seed(0)
+    x, row, place = torch.randn(5, 37, generator=draw), torch.tensor([4, 0, 0, 2, 1]), torch.tensor([6, 1, 0, 3, 5])
+    out = torch.zeros(7, 37, device=DEVICE)
+    elementwise.gather_rows(x.to(DEVICE), row.to(DEVICE), place.to(DEVICE), out)
+    want = torch.zeros(7, 37)
+    want[place] = x[row]
+    assert torch.equal(out.cpu(), want)
+    slot, base = torch.tensor([[0, 5], [3, 3], [5, 5]]), torch.randn(3, 37, generator=draw)
+    got = elementwise.gather_sum(x.to(DEVICE), slot.to(DEVICE), 5, base.to(DEVICE))
+    padded = torch.cat([x, torch.zeros(1, 37)])
+    torch.testing.assert_close(got.cpu(), base + padded[slot].sum(1))
+
+
+def test_the_activations_gradient_of_some_pairs_is_written_to_their_places():
+    from moe.kernels import elementwise
+
+    draw = torch.Generator().manual_seed(0)
+    h, da = torch.randn(9, 2 * 21, generator=draw).to(DEVICE), torch.randn(9, 21, generator=draw).to(DEVICE)
+    score, place = torch.rand(9, generator=draw).to(DEVICE), torch.randperm(9, generator=draw).to(DEVICE)
+    want_dh = torch.empty_like(h)
+    want_a, want_ds = elementwise.scaled_backward(da.clone(), h, score, want_dh)
+    a, dh, ds = da.clone(), torch.empty_like(h), torch.empty_like(score)
+    for part in (place[:4], place[4:]):
+        elementwise.scaled_backward_placed(a, h[part], score, dh, ds, part)
+    assert torch.equal(a, want_a)
+    assert torch.equal(dh, want_dh)
+    assert torch.equal(ds, want_ds)
