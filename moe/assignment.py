@@ -7,6 +7,7 @@ Shapes: R rows, K choices per row, L local experts, S = R*K pairs, N of them tha
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,11 @@ class Assignment:
     def row_N(self) -> Tensor:
         """The row of each sorted pair."""
         return self.pair_N // self.slot_RK.shape[1]
+
+    @functools.cached_property
+    def ends_L(self) -> Tensor:
+        """Where each expert's pairs end, as torch's grouped product wants it; nothing is read back."""
+        return self.counts_L.cumsum(0).to(torch.int32)
 
     def spread(self, weights_RK: Tensor) -> Tensor:
         """Values of (row, choice) pairs in sorted order, [N]."""
@@ -70,7 +76,7 @@ def sort_pairs(index_RK: Tensor, num_local: int, first: int = 0) -> Sorted:
     if index_RK.is_cuda and has_triton():
         from moe.kernels import sorting
 
-        pair_S, slot_S, counts_L = sorting.sort_pairs(index_RK.contiguous(), first, num_local)
+        pair_S, slot_S, counts_L = sorting.sort_pairs(index_RK, first, num_local)
         return Sorted(pair_S, slot_S.view_as(index_RK), counts_L)
     local_S = index_RK.flatten() - first
     local_S = local_S.masked_fill((local_S < 0) | (local_S >= num_local), num_local)

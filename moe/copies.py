@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from moe.assignment import Sorted, sort_pairs
+from moe.kernels.probe import has_triton
 
 Counts = Sequence[Sequence[int]]  # [W][2]: rows that travel, and (row, choice) pairs that have an expert there
 
@@ -128,19 +129,30 @@ class DeduplicatedDraft(Draft):
 
     Attributes:
         travels: (token, rank) pairs, sorted by rank, of tokens that go there.
+        own: (token, choice) pairs whose expert is here, sorted by it.
     """
 
     index_TK: Tensor
     num_local: int
     rank: int
     travels: Sorted
+    own: Sorted
 
     @classmethod
     def of(cls, index_TK: Tensor, ranks: int, num_local: int, rank: int) -> DeduplicatedDraft:
+        first = rank * num_local
+        if index_TK.is_cuda and has_triton():
+            from moe.kernels import sorting
+
+            own, (pair_S, slot_S, counts_W2) = sorting.sort_choices(index_TK, first, num_local, ranks)
+            travels = Sorted(pair_S, slot_S.view(-1, ranks), counts_W2[:, 0])
+            own_pairs = Sorted(own[0], own[1].view_as(index_TK), own[2])
+            return cls(counts_W2, index_TK, num_local, rank, travels, own_pairs)
         rank_W = torch.arange(ranks, device=index_TK.device)
         choices_TW = (index_TK.unsqueeze(-1) // num_local == rank_W).sum(1)
         travels = sort_pairs(torch.where((choices_TW > 0) & (rank_W != rank), rank_W, ranks), ranks)
-        return cls(torch.stack([travels.counts_L, choices_TW.sum(0)], 1), index_TK, num_local, rank, travels)
+        counts_W2 = torch.stack([travels.counts_L, choices_TW.sum(0)], 1)
+        return cls(counts_W2, index_TK, num_local, rank, travels, sort_pairs(index_TK, num_local, first))
 
     def fan(self, sent: Counts) -> Fan:
         return Fan(self._copies(sent) // self.counts_W2.shape[0], self.travels.slot_RK)

@@ -13,6 +13,7 @@ copies are made, H features.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe.aside import Aside
 from moe.copies import Counts, Fan, Route
+from moe.kernels.grouped import ROOM
 
 
 def all_to_all(
@@ -57,15 +60,36 @@ class Headcount:
 
     def __init__(self, sent_N: Sequence[Tensor], group: dist.ProcessGroup) -> None:
         sent_WN2 = torch.stack(list(sent_N), 1)
-        self._both = torch.stack([sent_WN2, sent_WN2])
-        self._work = dist.all_to_all_single(self._both[1], sent_WN2, group=group, async_op=True)
-        self._sent = sent_WN2
+        self._device_2WN2 = (sent_WN2, torch.empty_like(sent_WN2))
+        work = dist.all_to_all_single(self._device_2WN2[1], sent_WN2, group=group, async_op=True)
+        self._copied: torch.cuda.Event | None = None
+        if not sent_WN2.is_cuda:
+            work.wait()
+            self._host = torch.stack(self._device_2WN2)
+            return
+        self._host = torch.empty((2, *sent_WN2.shape), dtype=sent_WN2.dtype, pin_memory=True)
+        with Aside(sent_WN2.device).queue():
+            work.wait()  # this stream, not the host: behind the exchange, and so behind the counts
+            for host_WN2, device_WN2 in zip(self._host, self._device_2WN2, strict=True):
+                host_WN2.copy_(device_WN2, non_blocking=True)
+            self._copied = torch.cuda.current_stream().record_event()
 
     def read(self) -> list[tuple[Counts, Counts]]:
         """What each draft sends and receives. The one wait of a layer's forward pass."""
-        self._work.wait()
-        both = self._both.transpose(1, 2).tolist()
-        return list(zip(*both, strict=True))
+        if self._copied is not None:
+            self._copied.synchronize()
+        return list(zip(*self._host.transpose(1, 2).tolist(), strict=True))
+
+
+@functools.cache
+def narrow(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of the same ranks for exchanges that run beside products: it takes no more multiprocessors than those
+    leave free (:data:`moe.kernels.grouped.ROOM`). All ranks of the group must call it for the first time together."""
+    if dist.get_backend(group) != "nccl":
+        return group
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options.config.max_ctas = ROOM
+    return dist.new_group(dist.get_process_group_ranks(group), pg_options=options, use_local_synchronization=True)
 
 
 class Flight:

@@ -6,7 +6,7 @@ rank that has any expert here (as :class:`moe.dispatch.Deduplicated` sends them)
 =================  ==================================================================================
 exchange           what runs meanwhile
 =================  ==================================================================================
-counts             own pairs are sorted
+counts             own and leaving rows are gathered
 guests come        own up projection (a shared expert before it)
 results return     own down projection
 their gradients    sorting and gathering for the backward pass
@@ -30,14 +30,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe.aside import Aside
 from moe.assignment import Assignment, sort_pairs
 from moe.copies import DeduplicatedDraft, Fan, narrow_type, rows_of
-from moe.exchange import Going, Headcount, begin
+from moe.exchange import Going, Headcount, begin, narrow
 from moe.form import ExpertForm
 from moe.kernels.combine import add_returned
 from moe.kernels.grouped import room_for_exchange
 from moe.kernels.minimal import refuse_second_derivative
 from moe.kernels.parts import Parts
+from moe.kernels.spread import spread
 from moe.kernels.stack import Needs, Stack
 
 
@@ -46,33 +48,49 @@ class Visit:
 
     Attributes:
         own_pairs, guest_pairs: pairs of a row and a local expert.
-        fan, own: on the device, and needed in the forward pass only.
+        fan, own: on the device, and needed in the forward pass only, as is ``own_rows``.
     """
 
-    def __init__(self, index_TK: Tensor, num_local: int, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        how: ModuleType,
+        x_TH: Tensor,
+        index_TK: Tensor,
+        weights_TK: Tensor,
+        num_local: int,
+        group: dist.ProcessGroup,
+    ) -> None:
         self.group, self.num_local = group, num_local
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         self.first = rank * num_local
         self.number_type = narrow_type(ranks * num_local)  # in which expert numbers travel
         draft = DeduplicatedDraft.of(index_TK, ranks, num_local, rank)
         counts = Headcount([draft.counts_W2], group)
-        own = sort_pairs(index_TK, num_local, self.first)
+        bytes_TB = torch.cat([_as_bytes(weights_TK), _as_bytes(index_TK.to(self.number_type))], 1)
+        leaving = [bytes_TB, x_TH.contiguous()]
+        if x_TH.is_cuda:  # copies of as many as there can be, for the host has something to do while counts travel
+            leaving = [spread(rows, draft.travels, x_TH.shape[0] * (ranks - 1)) for rows in leaving]
+        own_rows = how.rows_early(x_TH, draft.own)
         ((sent, received),) = counts.read()
         self.sent, self.received = rows_of(sent), rows_of(received)
         self.own_pairs = sent[rank][1]
         self.guest_pairs = sum(pairs for _, pairs in received) - self.own_pairs
+        if not x_TH.is_cuda:
+            leaving = [spread(rows, draft.travels, sum(self.sent)) for rows in leaving]
+        copies = sum(self.sent)
+        self.coming = [self.there(leaving[0][:copies]), self.there(leaving[1][:copies], narrow(group))]
         self.fan: Fan | None = draft.fan(sent)
-        self.own: Assignment | None = own.assignment(self.own_pairs)
-        self.coming: list[Going] = []
+        self.own: Assignment | None = draft.own.assignment(self.own_pairs)
+        self.own_rows = None if own_rows is None else own_rows[: self.own_pairs]
         self.returning: tuple[Going | None, Going | None] = (None, None)
 
-    def there(self, x_SH: Tensor) -> Going:
+    def there(self, x_SH: Tensor, group: dist.ProcessGroup | None = None) -> Going:
         """Begin to send copies, to become guests."""
-        return begin(x_SH, self.sent, self.received, self.group)
+        return begin(x_SH, self.sent, self.received, group or self.group)
 
     def back(self, y_GH: Tensor) -> Going:
         """Begin to return guests' rows."""
-        return begin(y_GH, self.received, self.sent, self.group)
+        return begin(y_GH, self.received, self.sent, narrow(self.group))
 
 
 def mix_with_guests(
@@ -92,8 +110,9 @@ def mix_with_guests(
         meanwhile: what else to do while guests are on their way.
     """
     dtype = x_TH.dtype
-    visit = Visit(index_TK, stack.up_L.shape[0], group)
-    x_TH, weights_TK = _Leave.apply(visit, index_TK, x_TH.to(stack.up_L.dtype), weights_TK)
+    x_TH = x_TH.to(stack.up_L.dtype)
+    visit = Visit(how, x_TH.detach(), index_TK, weights_TK.detach(), stack.up_L.shape[0], group)
+    x_TH, weights_TK = _Leave.apply(visit, x_TH, weights_TK)
     if meanwhile is not None:
         meanwhile()
     tensors = (x_TH, weights_TK, stack.up_L, stack.down_L, stack.up_bias_L2I, stack.down_bias_LH)
@@ -102,18 +121,15 @@ def mix_with_guests(
 
 
 class _Leave(torch.autograd.Function):
-    """Begins to send tokens, with their weights and expert numbers; ends with summing up the gradients that return."""
+    """Tokens and weights as they left; its backward adds the gradients that return to those of own pairs."""
 
     @staticmethod
-    def forward(ctx: Any, visit: Visit, index_TK: Tensor, x_TH: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
-        fan = visit.fan
-        assert fan is not None
-        bytes_TB = torch.cat([_as_bytes(weights_TK), _as_bytes(index_TK.to(visit.number_type))], 1)
-        visit.coming = [visit.there(fan.copies(bytes_TB)), visit.there(fan.copies(x_TH))]
+    def forward(ctx: Any, visit: Visit, x_TH: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+        assert visit.fan is not None
         ctx.visit = visit
-        ctx.save_for_backward(fan.slot_QP)
+        ctx.save_for_backward(visit.fan.slot_QP)
         outputs = x_TH.view_as(x_TH), weights_TK.view_as(weights_TK)
-        ctx.mark_non_differentiable(*(t for t, n in zip(outputs, ctx.needs_input_grad[2:], strict=True) if not n))
+        ctx.mark_non_differentiable(*(t for t, n in zip(outputs, ctx.needs_input_grad[1:], strict=True) if not n))
         return outputs
 
     @staticmethod
@@ -124,7 +140,7 @@ class _Leave(torch.autograd.Function):
             d if back is None or d is None else add_returned(d, back.landed(), slot_TW)
             for d, back in zip(d_own, returning, strict=True)
         )
-        return (None, None, *summed)
+        return (None, *summed)
 
 
 class _Mix(torch.autograd.Function):
@@ -147,12 +163,18 @@ class _Mix(torch.autograd.Function):
         own, fan, (bytes_coming, x_coming) = visit.own, visit.fan, visit.coming
         assert own is not None
         assert fan is not None
-        visit.own, visit.fan, visit.coming = None, None, []
+        own_rows = visit.own_rows
+        visit.own, visit.fan, visit.own_rows, visit.coming = None, None, None, []
+        aside = Aside(x_TH.device)
         with torch.autocast(x_TH.device.type, enabled=False):
+            with aside.queue():
+                weights_GK, index_GK = _from_bytes(bytes_coming.landed(), weights_TK, visit.number_type)
+                found = sort_pairs(index_GK, visit.num_local, visit.first)
             with room_for_exchange(x_TH.device):
-                h_own = _up(how, x_TH, stack, own)
-            weights_GK, index_GK = _from_bytes(bytes_coming.landed(), weights_TK, visit.number_type)
-            guests = sort_pairs(index_GK, visit.num_local, visit.first).assignment(visit.guest_pairs)
+                h_own = _up(how, x_TH, stack, own, own_rows)
+            del own_rows
+            aside.join(weights_GK, index_GK, found.pair_S, found.slot_RK, found.counts_L)
+            guests = found.assignment(visit.guest_pairs)
             x_GH = x_coming.landed()
             h_guests = _up(how, x_GH, stack, guests)
             returning = visit.back(_down(how, h_guests, x_GH, weights_GK, stack, guests))
@@ -201,9 +223,9 @@ class _Mix(torch.autograd.Function):
         return (*(None,) * 5, *gradients)
 
 
-def _up(how: ModuleType, x_RH: Tensor, stack: Stack, assignment: Assignment) -> Tensor:
+def _up(how: ModuleType, x_RH: Tensor, stack: Stack, assignment: Assignment, rows_NH: Tensor | None = None) -> Tensor:
     if assignment.pair_N.numel():
-        return how.up(x_RH, stack, assignment)  # type: ignore[no-any-return]
+        return how.up(x_RH, stack, assignment, rows_NH)  # type: ignore[no-any-return]
     return x_RH.new_empty(0, stack.up_L2IH.shape[1])
 
 
@@ -216,7 +238,7 @@ def _down(
 
 
 def _as_bytes(values_TK: Tensor) -> Tensor:
-    return values_TK.detach().contiguous().view(torch.uint8)
+    return values_TK.contiguous().view(torch.uint8)
 
 
 def _from_bytes(bytes_GB: Tensor, weights_TK: Tensor, number_type: torch.dtype) -> tuple[Tensor, Tensor]:

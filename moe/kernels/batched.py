@@ -11,11 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe.assignment import Assignment
+from moe.assignment import Assignment, Sorted
 from moe.kernels import activation, probe
 from moe.kernels.combine import combine, sum_pairs
-from moe.kernels.grouped import group_ends, room_for_exchange
+from moe.kernels.grouped import room_for_exchange
 from moe.kernels.parts import Douts, GiveBack, Parts
+from moe.kernels.spread import spread, spread_into
 from moe.kernels.stack import Gradients, Needs, Stack, gather_scores, spread_scores
 
 _COLUMNS = 8  # the narrowest operand that the grouped product takes in half precision: 16 bytes
@@ -30,11 +31,17 @@ def forward(
     return down(h_N2I, weights_RK, stack, assignment), h_N2I
 
 
-def up(x_RH: Tensor, stack: Stack, assignment: Assignment) -> Tensor:
-    h_N2I = _product(x_RH[assignment.row_N], stack.up_L2IH, assignment)
+def up(x_RH: Tensor, stack: Stack, assignment: Assignment, rows_NH: Tensor | None = None) -> Tensor:
+    if rows_NH is None:
+        rows_NH = spread(x_RH, assignment, assignment.pair_N.numel())
+    h_N2I = _product(rows_NH, stack.up_L2IH, assignment)
     if stack.up_bias_L2I is not None:
         h_N2I += stack.up_bias_L2I[expert_of(assignment)]
     return h_N2I
+
+
+def rows_early(x_RH: Tensor, found: Sorted) -> Tensor | None:
+    return spread(x_RH, found, found.pair_S.numel()) if x_RH.is_cuda else None
 
 
 def down(h_N2I: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment) -> Tensor:
@@ -60,8 +67,8 @@ def backward(
 ) -> Gradients:
     found = Gradients()
     score_N = spread_scores(weights_RK, assignment, x_RH.dtype)
-    dy_NH = dout_RH[assignment.row_N]
-    a_NI = torch.nn.functional.grouped_mm(dy_NH, stack.down_LHI, offs=group_ends(assignment.counts_L))
+    dy_NH = spread(dout_RH, assignment, assignment.pair_N.numel())
+    a_NI = torch.nn.functional.grouped_mm(dy_NH, stack.down_LHI, offs=assignment.ends_L)
     dh_N2I = h_N2I if overwrite else torch.empty_like(h_N2I)
     a_NI, ds_N = scaled_backward(a_NI, h_N2I, score_N, stack, dh_N2I)
     finish_down(found, dy_NH, a_NI, ds_N, score_N, stack, assignment, needs)
@@ -73,26 +80,26 @@ def backward(
 def backward_parts(parts: Parts, douts: Douts, stack: Stack, needs: Needs, give_back: GiveBack) -> Gradients:
     """What needs no gradient of others' tokens comes before the wait, and what they do not wait for at the end."""
     found, assignment = Gradients(), parts.assignment
-    (own_TH, wait), places, rows = douts, parts.places, parts.rows
-    ends_L, all_pairs = group_ends(assignment.counts_L), assignment.pair_N.numel()
+    (own_TH, wait), (own_slots, other_slots) = douts, parts.slots
+    ends_L, all_pairs = assignment.ends_L, assignment.pair_N.numel()
     weights_RK = torch.cat(parts.weights)
     score_N = spread_scores(weights_RK, assignment, own_TH.dtype)
     x_NH = None
     if needs.up:
         x_NH = own_TH.new_empty(all_pairs, own_TH.shape[1])
-        for part in (0, 1):
-            gather_rows(parts.x[part], rows[part], places[part], x_NH)
+        for x_QH, slot_QK in zip(parts.x, parts.slots, strict=True):
+            spread_into(x_NH, x_QH, slot_QK, assignment)
     dy_NH = own_TH.new_empty(all_pairs, own_TH.shape[1])
-    gather_rows(own_TH, rows[0], places[0], dy_NH)
-    gather_rows(wait(), rows[1], places[1], dy_NH)
+    spread_into(dy_NH, own_TH, own_slots, assignment)
+    spread_into(dy_NH, wait(), other_slots, assignment)
     a_NI = torch.nn.functional.grouped_mm(dy_NH, stack.down_LHI, offs=ends_L)
     dh_N2I, ds_N = a_NI.new_empty(all_pairs, 2 * a_NI.shape[1]), torch.empty_like(score_N)
-    for h_M2I, place_M in zip(parts.h, places, strict=True):
+    for h_M2I, place_M in zip(parts.h, parts.places, strict=True):
         scaled_backward_placed(a_NI, h_M2I, score_N, stack, dh_N2I, ds_N, place_M)
     finish_down(found, dy_NH, a_NI, ds_N, score_N, stack, assignment, needs)
     del dy_NH, a_NI
     d_own, d_others = gather_scores(ds_N, weights_RK, assignment).tensor_split([own_TH.shape[0]])
-    dx_NH, (own_slots, other_slots) = None, parts.slots
+    dx_NH = None
     if needs.x:
         dx_NH = torch.nn.functional.grouped_mm(dh_N2I, stack.up_L2IH, offs=ends_L)
     give_back(None if dx_NH is None else sum_pairs(dx_NH, other_slots, assignment), d_others if needs.weights else None)
@@ -140,12 +147,13 @@ def finish(
     if needs.weights:
         found.weights = gather_scores(ds_N, weights_RK, assignment)
     if needs.x:
-        ends_L = group_ends(assignment.counts_L)
+        ends_L = assignment.ends_L
         found.x = combine(torch.nn.functional.grouped_mm(dh_N2I, stack.up_L2IH, offs=ends_L), assignment)
     if needs.up_bias:
         found.up_bias = column_sums(dh_N2I, None, assignment)
     if needs.up:
-        found.up = weight_gradient(dh_N2I, x_RH[assignment.row_N], assignment, stack.form.transposed)
+        x_NH = spread(x_RH, assignment, assignment.pair_N.numel())
+        found.up = weight_gradient(dh_N2I, x_NH, assignment, stack.form.transposed)
 
 
 def scaled(h_N2I: Tensor, score_N: Tensor, stack: Stack) -> Tensor:
@@ -184,24 +192,14 @@ def scaled_backward_placed(
     dh_N2I[place_M] = dh_M2I
 
 
-def gather_rows(x_RH: Tensor, row_M: Tensor, place_M: Tensor, out_NH: Tensor) -> None:
-    """``out[place[m]] = x[row[m]]``."""
-    if x_RH.is_cuda and probe.has_triton():
-        from moe.kernels import elementwise
-
-        elementwise.gather_rows(x_RH, row_M, place_M, out_NH)
-    else:
-        out_NH[place_M] = x_RH[row_M]
-
-
 def _product(x_NM: Tensor, weight_LOM: Tensor, assignment: Assignment) -> Tensor:
-    return torch.nn.functional.grouped_mm(x_NM, weight_LOM.transpose(1, 2), offs=group_ends(assignment.counts_L))
+    return torch.nn.functional.grouped_mm(x_NM, weight_LOM.transpose(1, 2), offs=assignment.ends_L)
 
 
 def weight_gradient(dy_NO: Tensor, x_NM: Tensor, assignment: Assignment, transposed: bool) -> Tensor:
     """Per expert ``dy.T @ x``, [L,O,M], or its transpose if the weight is stored so. Zero for no rows."""
     left, right = (x_NM, dy_NO) if transposed else (dy_NO, x_NM)
-    return torch.nn.functional.grouped_mm(left.T, right, offs=group_ends(assignment.counts_L))
+    return torch.nn.functional.grouped_mm(left.T, right, offs=assignment.ends_L)
 
 
 def column_sums(d_NO: Tensor, score_N: Tensor | None, assignment: Assignment) -> Tensor:

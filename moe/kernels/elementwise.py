@@ -50,23 +50,28 @@ def gather_sum(y_NH: Tensor, slot_RK: Tensor, pairs: int, base_RH: Tensor | None
 
 
 @triton.jit
-def _gather_rows(x, row, place, out, pairs, hidden, rows: tl.constexpr, block: tl.constexpr):
-    pair = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
+def _spread(x, slot, counts, stride, out, hidden, keys, choices: tl.constexpr, block: tl.constexpr, most: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
-    source = tl.load(row + pair, mask=pair < pairs, other=0)
-    target = tl.load(place + pair, mask=pair < pairs, other=0)
-    here = (pair < pairs)[:, None] & (column < hidden)[None, :]
-    value = tl.load(x + source[:, None] * hidden + column[None, :], mask=here)
-    tl.store(out + target[:, None] * hidden + column[None, :], value, mask=here)
+    key = tl.arange(0, most)
+    places = tl.sum(tl.load(counts + key * stride, mask=key < keys, other=0), 0)
+    value = tl.load(x + row * hidden + column, mask=column < hidden)
+    for k in range(choices):
+        at = tl.load(slot + row * choices + k).to(tl.int64)
+        tl.store(out + at * hidden + column, value, mask=(column < hidden) & (at < places))
 
 
-def gather_rows(x_RH: Tensor, row_N: Tensor, place_N: Tensor, out_MH: Tensor) -> None:
-    """``out[place[n]] = x[row[n]]``; no place twice."""
-    pairs, hidden = row_N.numel(), x_RH.shape[1]
-    block = min(1024, triton.next_power_of_2(hidden))
-    grid = (triton.cdiv(pairs, _ROWS), triton.cdiv(hidden, block))
-    if pairs:
-        _gather_rows[grid](x_RH.contiguous(), row_N, place_N, out_MH, pairs, hidden, _ROWS, block)
+def spread(x_RH: Tensor, slot_RK: Tensor, counts_L: Tensor, out_NH: Tensor) -> None:
+    """``out[slot[r,k]] = x[r]`` where the slot is below the sum of ``counts``: each row is read once."""
+    (rows, choices), hidden, keys = slot_RK.shape, x_RH.shape[1], counts_L.numel()
+    if not rows:
+        return
+    block = min(2048, triton.next_power_of_2(hidden))
+    grid = (rows, triton.cdiv(hidden, block))
+    _spread[grid](
+        x_RH.contiguous(), slot_RK.contiguous(), counts_L, counts_L.stride(0), out_NH, hidden, keys, choices, block,
+        triton.next_power_of_2(keys), num_warps=4 if block >= 1024 else 1,
+    )  # fmt: skip
 
 
 @triton.jit

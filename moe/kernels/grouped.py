@@ -15,7 +15,7 @@ from torch import Tensor
 from moe.kernels.probe import refuses_grouped
 
 MOST_GROUPS = 1023  # of one of torch's grouped products on CUDA
-ROOM = 8  # multiprocessors that an exchange of tokens gets, see :func:`room_for_exchange`
+ROOM = 16  # multiprocessors that an exchange of tokens gets, see :func:`room_for_exchange`
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe.assignment import Assignment
+from moe.assignment import Assignment, Sorted
 from moe.kernels.activation import scaled, scaled_backward
 from moe.kernels.combine import combine, empty_pairs
 from moe.kernels.parts import Douts, GiveBack, Parts
@@ -87,12 +87,16 @@ def forward(
     return combine(y_NH, assignment), h_N2I
 
 
-def up(x_RH: Tensor, stack: Stack, assignment: Assignment) -> Tensor:
+def up(x_RH: Tensor, stack: Stack, assignment: Assignment, rows_NH: None = None) -> Tensor:
     h_N2I, row_N = x_RH.new_empty(assignment.pair_N.numel(), stack.up_L2IH.shape[1]), assignment.row_N
     up_L = _experts(stack.up_L2IH)
     for group in groups(assignment):
         _into_hidden(group, x_RH, row_N, stack, up_L, h_N2I[group.pairs])
     return h_N2I
+
+
+def rows_early(x_RH: Tensor, found: Sorted) -> None:
+    """Rows are gathered a group at a time."""
 
 
 def down(h_N2I: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment) -> Tensor:

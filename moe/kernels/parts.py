@@ -45,12 +45,6 @@ class Parts:
         return own.flatten()[self.pairs[0]], others.flatten()[self.pairs[1]]
 
     @property
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """The row of each part's pairs, [M]."""
-        top_k = self.weights[0].shape[1]
-        return self.pairs[0] // top_k, self.pairs[1] // top_k
-
-    @property
     def slots(self) -> tuple[Tensor, Tensor]:
         """Of :attr:`assignment`, [T,K] and [G,K]."""
         tokens = self.x[0].shape[0]

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moe.assignment import Assignment
+from moe.assignment import Assignment, Sorted
 from moe.form import ExpertForm
 from moe.kernels.parts import Douts, GiveBack, Parts
 
@@ -93,7 +93,10 @@ class Pass(Protocol):
 class PassInParts(Pass, Protocol):
     """One that can also run own tokens and others' apart (:mod:`moe.guests`). Forward twice, each with N > 0 only."""
 
-    def up(self, x_RH: Tensor, stack: Stack, assignment: Assignment) -> Tensor:
+    def rows_early(self, x_RH: Tensor, found: Sorted) -> Tensor | None:
+        """What can be done for ``up`` before the host knows N: the rows of all pairs, if that is worth anything."""
+
+    def up(self, x_RH: Tensor, stack: Stack, assignment: Assignment, rows_NH: Tensor | None = None) -> Tensor:
         """Pre-activations [N,2I]."""
 
     def down(self, h_N2I: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment) -> Tensor:

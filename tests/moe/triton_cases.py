@@ -141,20 +141,36 @@ def test_sorting_sums_up_more_blocks_than_fit_at_once(monkeypatch):
     assert torch.equal(counts_L, index.bincount(minlength=3))
 
 
-def test_rows_are_gathered_and_placed_and_sums_begin_with_their_base():
+def test_rows_are_spread_to_their_places_and_sums_begin_with_their_base():
     from moe.kernels import elementwise
 
     draw = torch.Generator().manual_seed(0)
-    x, row, place = torch.randn(5, 37, generator=draw), torch.tensor([4, 0, 0, 2, 1]), torch.tensor([6, 1, 0, 3, 5])
-    out = torch.zeros(7, 37, device=DEVICE)
-    elementwise.gather_rows(x.to(DEVICE), row.to(DEVICE), place.to(DEVICE), out)
-    want = torch.zeros(7, 37)
-    want[place] = x[row]
-    assert torch.equal(out.cpu(), want)
-    slot, base = torch.tensor([[0, 5], [3, 3], [5, 5]]), torch.randn(3, 37, generator=draw)
-    got = elementwise.gather_sum(x.to(DEVICE), slot.to(DEVICE), 5, base.to(DEVICE))
-    padded = torch.cat([x, torch.zeros(1, 37)])
-    torch.testing.assert_close(got.cpu(), base + padded[slot].sum(1))
+    x, base = torch.randn(3, 37, generator=draw), torch.randn(3, 37, generator=draw)
+    slot, counts = torch.tensor([[0, 5], [3, 2], [5, 1]]), torch.tensor([[2, 9], [0, 9], [3, 9]])
+    out = torch.zeros(6, 37, device=DEVICE)
+    elementwise.spread(x.to(DEVICE), slot.to(DEVICE), counts.to(DEVICE)[:, 0], out)
+    assert torch.equal(out.cpu(), torch.cat([x[[0, 2, 1, 1]], torch.zeros(2, 37)]))
+    got = elementwise.gather_sum(out[:5], slot.to(DEVICE), 5, base.to(DEVICE))
+    torch.testing.assert_close(got.cpu(), base + out.cpu()[slot].sum(1))
+
+
+CHOICES = [(40, 3, 2, 3, 1), (70, 8, 70, 2, 0), (0, 2, 3, 2, 1)]
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "local", "ranks", "rank"), CHOICES)
+def test_choices_are_sorted_as_torch_sorts_them(tokens, top_k, local, ranks, rank):
+    from moe.copies import DeduplicatedDraft
+    from moe.kernels import sorting
+
+    index = torch.rand(tokens, local * ranks, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :top_k]
+    want = DeduplicatedDraft.of(index, ranks, local, rank)  # on a CPU by torch
+    found = sorting.sort_choices(index.to(DEVICE), rank * local, local, ranks)
+    for (pair_S, slot_S, _), expected in zip(found, (want.own, want.travels), strict=True):
+        assert torch.equal(slot_S.cpu(), expected.slot_RK.flatten())
+        places = int(expected.counts_L.sum())
+        assert torch.equal(pair_S.cpu()[:places], expected.pair_S[:places])
+    assert torch.equal(found[0][2].cpu(), want.own.counts_L)
+    assert torch.equal(found[1][2].cpu(), want.counts_W2)
 
 
 def test_the_activations_gradient_of_some_pairs_is_written_to_their_places():
