@@ -72,14 +72,12 @@ class Arm:
 
     name: str
     dispatch: str | None
-    chunks: int = 1
 
 
 ARMS = (
     Arm("ep1", None),
     Arm("all_to_all", "all_to_all"),
     Arm("deduplicated", "deduplicated"),
-    Arm("deduplicated, 2 chunks", "deduplicated", 2),
 )
 
 
@@ -112,7 +110,7 @@ class Bench:
             layer=0,
             num_experts=config.experts,
         )
-        experts.ep_group, experts.chunks = dist.group.WORLD, arm.chunks
+        experts.ep_group = dist.group.WORLD
         experts.dispatch = arm.dispatch or "auto"
         return experts
 
@@ -190,12 +188,12 @@ def time_directions(bench: Bench, method: str) -> dict[str, float]:
     assert group is not None
     dispatcher: AllToAll = EXCHANGES[method](bench.config.experts, group)
     routed = Routed(bench.x_TH.detach(), bench.index_TK, bench.weights_TK.detach())
-    flight = dispatcher.dispatch_preprocess([routed])[0].flight
+    flight = dispatcher.dispatch_preprocess(routed).flight
     assert flight is not None
     weights_QC = routed.weights_TK.reshape(flight.route.weights_shape)
     y_RH = arrive(flight, *send(flight, routed.x_TH, weights_QC)[:2])[0].clone()
     return {
-        "plan_s": bench.median(lambda: dispatcher.dispatch_preprocess([routed])),
+        "plan_s": bench.median(lambda: dispatcher.dispatch_preprocess(routed)),
         "send_s": bench.median(lambda: arrive(flight, *send(flight, routed.x_TH, weights_QC)[:2])),
         "return_s": bench.median(lambda: come_back(flight, send_back(flight, y_RH))),
     }

@@ -56,29 +56,29 @@ def begin(x_SH: Tensor, sent: Sequence[int], received: Sequence[int], group: dis
 
 
 class Headcount:
-    """Counts on their way to the host: of N drafts, each :attr:`~moe.copies.Draft.counts_W2`, begun at once."""
+    """Counts on their way to the host, :attr:`~moe.copies.Draft.counts_W2` of this rank and of others for it."""
 
-    def __init__(self, sent_N: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-        sent_WN2 = torch.stack(list(sent_N), 1)
-        self._device_2WN2 = (sent_WN2, torch.empty_like(sent_WN2))
-        work = dist.all_to_all_single(self._device_2WN2[1], sent_WN2, group=group, async_op=True)
+    def __init__(self, sent_W2: Tensor, group: dist.ProcessGroup) -> None:
+        self._device = (sent_W2, torch.empty_like(sent_W2))
+        work = dist.all_to_all_single(self._device[1], sent_W2, group=group, async_op=True)
         self._copied: torch.cuda.Event | None = None
-        if not sent_WN2.is_cuda:
+        if not sent_W2.is_cuda:
             work.wait()
-            self._host = torch.stack(self._device_2WN2)
+            self._host_2W2 = torch.stack(self._device)
             return
-        self._host = torch.empty((2, *sent_WN2.shape), dtype=sent_WN2.dtype, pin_memory=True)
-        with Aside(sent_WN2.device).queue():
+        self._host_2W2 = torch.empty((2, *sent_W2.shape), dtype=sent_W2.dtype, pin_memory=True)
+        with Aside(sent_W2.device).queue():
             work.wait()  # this stream, not the host: behind the exchange, and so behind the counts
-            for host_WN2, device_WN2 in zip(self._host, self._device_2WN2, strict=True):
-                host_WN2.copy_(device_WN2, non_blocking=True)
+            for host_W2, device_W2 in zip(self._host_2W2, self._device, strict=True):
+                host_W2.copy_(device_W2, non_blocking=True)
             self._copied = torch.cuda.current_stream().record_event()
 
-    def read(self) -> list[tuple[Counts, Counts]]:
-        """What each draft sends and receives. The one wait of a layer's forward pass."""
+    def read(self) -> tuple[Counts, Counts]:
+        """What is sent and received. The one wait of a layer's forward pass."""
         if self._copied is not None:
             self._copied.synchronize()
-        return list(zip(*self._host.transpose(1, 2).tolist(), strict=True))
+        sent, received = self._host_2W2.tolist()
+        return sent, received
 
 
 @functools.cache

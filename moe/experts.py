@@ -41,9 +41,8 @@ class Experts(nn.Module):
     that also has ``mix(x_RH, weights_RK, stack, assignment)`` computes the whole of frozen experts itself; one that
     holds several adapters has ``compute(experts, x_NH, assignment)`` in place of :meth:`compute`.
 
-    With other ranks, ``dispatch`` is how tokens reach them (``auto``, ``all_to_all`` or ``deduplicated``), ``chunks``
-    into how many parts they are cut, so that one part travels while another computes, and ``meanwhile``, if set, is
-    called in each forward pass while tokens are on their way.
+    With other ranks, ``dispatch`` is how tokens reach them (``auto``, ``all_to_all`` or ``deduplicated``), and
+    ``meanwhile``, if set, is called in each forward pass while tokens are on their way.
     """
 
     def __init__(
@@ -75,7 +74,6 @@ class Experts(nn.Module):
         self.ep_size = self.num_experts // self.num_local_experts
         self.ep_group: torch.distributed.ProcessGroup | None = None
         self.dispatch = "auto"
-        self.chunks = 1
         self.meanwhile: Callable[[], None] | None = None
         self.adapter: nn.Module | None = None
         self.wanted_backend = "auto"
@@ -135,7 +133,7 @@ class Experts(nn.Module):
             how, inputs = passes(self.site, backend), (hidden_states, top_k_index, top_k_weights)
             return mix_with_guests(how, self._stack, *inputs, self.ep_group, self.meanwhile)
         dispatcher = EXCHANGES[method](self.num_experts, self.ep_group)
-        return mix_everywhere(dispatcher, self.mix, routed, self.chunks, self.meanwhile)
+        return mix_everywhere(dispatcher, self.mix, routed, self.meanwhile)
 
     @property
     def _stack(self) -> Stack:

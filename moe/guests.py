@@ -65,13 +65,13 @@ class Visit:
         self.first = rank * num_local
         self.number_type = narrow_type(ranks * num_local)  # in which expert numbers travel
         draft = DeduplicatedDraft.of(index_TK, ranks, num_local, rank)
-        counts = Headcount([draft.counts_W2], group)
+        counts = Headcount(draft.counts_W2, group)
         bytes_TB = torch.cat([_as_bytes(weights_TK), _as_bytes(index_TK.to(self.number_type))], 1)
         leaving = [bytes_TB, x_TH.contiguous()]
         if x_TH.is_cuda:  # copies of as many as there can be, for the host has something to do while counts travel
             leaving = [spread(rows, draft.travels, x_TH.shape[0] * (ranks - 1)) for rows in leaving]
         own_rows = how.rows_early(x_TH, draft.own)
-        ((sent, received),) = counts.read()
+        sent, received = counts.read()
         self.sent, self.received = rows_of(sent), rows_of(received)
         self.own_pairs = sent[rank][1]
         self.guest_pairs = sum(pairs for _, pairs in received) - self.own_pairs

@@ -87,11 +87,11 @@ def backward_parts(parts: Parts, douts: Douts, stack: Stack, needs: Needs, give_
     x_NH = None
     if needs.up:
         x_NH = own_TH.new_empty(all_pairs, own_TH.shape[1])
-        for x_QH, slot_QK in zip(parts.x, parts.slots, strict=True):
-            spread_into(x_NH, x_QH, slot_QK, assignment)
+        for part in zip(parts.x, parts.slots, parts.pairs, strict=True):
+            spread_into(x_NH, *part, assignment)
     dy_NH = own_TH.new_empty(all_pairs, own_TH.shape[1])
-    spread_into(dy_NH, own_TH, own_slots, assignment)
-    spread_into(dy_NH, wait(), other_slots, assignment)
+    spread_into(dy_NH, own_TH, own_slots, parts.pairs[0], assignment)
+    spread_into(dy_NH, wait(), other_slots, parts.pairs[1], assignment)
     a_NI = torch.nn.functional.grouped_mm(dy_NH, stack.down_LHI, offs=ends_L)
     dh_N2I, ds_N = a_NI.new_empty(all_pairs, 2 * a_NI.shape[1]), torch.empty_like(score_N)
     for h_M2I, place_M in zip(parts.h, parts.places, strict=True):

@@ -142,10 +142,10 @@ def _place_choices(
     start = tl.zeros((), dtype=tl.int64)
     for other in range(ranks):
         goes = tl.where(other * keys == first, 0, tl.max((rank == other).to(tl.int32), 1))
-        place = start + tl.load(before + keys + 2 * other) + tl.cumsum(goes, 0) - goes
-        at = token * ranks + other
-        tl.store(slot_there + at, tl.where(goes > 0, place, every), mask=token < tokens)
-        tl.store(pair_there + place, at.to(tl.int64), mask=goes > 0)
+        to = start + tl.load(before + keys + 2 * other) + tl.cumsum(goes, 0) - goes
+        there = token * ranks + other
+        tl.store(slot_there + there, tl.where(goes > 0, to, every), mask=token < tokens)
+        tl.store(pair_there + to, there.to(tl.int64), mask=goes > 0)
         start += tl.load(totals + keys + 2 * other)
 
 

@@ -1,6 +1,6 @@
 """Rows to the places of their pairs.
 
-Shapes: R rows, K choices per row, N places, H hidden.
+Shapes: R rows, Q of them, K choices per row, N places, M of those rows' pairs that have one, H hidden.
 """
 
 from __future__ import annotations
@@ -26,13 +26,11 @@ def spread(x_RH: Tensor, found: Sorted | Assignment, size: int) -> Tensor:
     return x_RH[pair_N[:size] // found.slot_RK.shape[1]]
 
 
-def spread_into(out_NH: Tensor, x_QH: Tensor, slot_QK: Tensor, found: Sorted | Assignment) -> None:
-    """The same of some of the rows, whose slots are given, among others'."""
+def spread_into(out_NH: Tensor, x_QH: Tensor, slot_QK: Tensor, pair_M: Tensor, found: Assignment) -> None:
+    """The same of some of the rows among others', whose slots and sorted pairs are given."""
     if x_QH.is_cuda and has_triton():
         from moe.kernels import elementwise
 
         elementwise.spread(x_QH, slot_QK, found.counts_L, out_NH)
-        return
-    here_QK = slot_QK < found.counts_L.sum()
-    row_Q = here_QK.nonzero()[:, 0]
-    out_NH[slot_QK[here_QK]] = x_QH[row_Q]
+    else:
+        out_NH[slot_QK.flatten()[pair_M]] = x_QH[pair_M // slot_QK.shape[1]]
