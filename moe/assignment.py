@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe.kernels.probe import has_triton
+from moe.kernels.probe import runs_triton
 from moe.stats import expert_counts
 
 
@@ -73,7 +73,7 @@ class Sorted:
 
 def sort_pairs(index_RK: Tensor, num_local: int, first: int = 0) -> Sorted:
     """Sort the pairs by expert, of those numbered from ``first`` on; others have none here. Reads nothing back."""
-    if index_RK.is_cuda and has_triton():
+    if runs_triton(index_RK.device):
         from moe.kernels import sorting
 
         pair_S, slot_S, counts_L = sorting.sort_pairs(index_RK, first, num_local)

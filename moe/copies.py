@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from moe.assignment import Sorted, sort_pairs
-from moe.kernels.probe import has_triton
+from moe.kernels.probe import runs_triton
 
 Counts = Sequence[Sequence[int]]  # [W][2]: rows that travel, and (row, choice) pairs that have an expert there
 
@@ -141,7 +141,7 @@ class DeduplicatedDraft(Draft):
     @classmethod
     def of(cls, index_TK: Tensor, ranks: int, num_local: int, rank: int) -> DeduplicatedDraft:
         first = rank * num_local
-        if index_TK.is_cuda and has_triton():
+        if runs_triton(index_TK.device):
             from moe.kernels import sorting
 
             own, (pair_S, slot_S, counts_W2) = sorting.sort_choices(index_TK, first, num_local, ranks)

@@ -39,7 +39,7 @@ from moe.kernels.combine import add_returned
 from moe.kernels.grouped import room_for_exchange
 from moe.kernels.minimal import refuse_second_derivative
 from moe.kernels.parts import Parts
-from moe.kernels.spread import spread
+from moe.kernels.spread import may_be_early, spread
 from moe.kernels.stack import Needs, Stack
 
 
@@ -68,14 +68,16 @@ class Visit:
         counts = Headcount(draft.counts_W2, group)
         bytes_TB = torch.cat([_as_bytes(weights_TK), _as_bytes(index_TK.to(self.number_type))], 1)
         leaving = [bytes_TB, x_TH.contiguous()]
-        if x_TH.is_cuda:  # copies of as many as there can be, for the host has something to do while counts travel
+        if may_be_early(
+            x_TH
+        ):  # copies of as many as there can be, for the host has something to do while counts travel
             leaving = [spread(rows, draft.travels, x_TH.shape[0] * (ranks - 1)) for rows in leaving]
         own_rows = how.rows_early(x_TH, draft.own)
         sent, received = counts.read()
         self.sent, self.received = rows_of(sent), rows_of(received)
         self.own_pairs = sent[rank][1]
         self.guest_pairs = sum(pairs for _, pairs in received) - self.own_pairs
-        if not x_TH.is_cuda:
+        if not may_be_early(x_TH):
             leaving = [spread(rows, draft.travels, sum(self.sent)) for rows in leaving]
         copies = sum(self.sent)
         self.coming = [self.there(leaving[0][:copies]), self.there(leaving[1][:copies], narrow(group))]

@@ -16,7 +16,7 @@ from moe.kernels import activation, probe
 from moe.kernels.combine import combine, sum_pairs
 from moe.kernels.grouped import room_for_exchange
 from moe.kernels.parts import Douts, GiveBack, Parts
-from moe.kernels.spread import spread, spread_into
+from moe.kernels.spread import may_be_early, spread, spread_into
 from moe.kernels.stack import Gradients, Needs, Stack, gather_scores, spread_scores
 
 _COLUMNS = 8  # the narrowest operand that the grouped product takes in half precision: 16 bytes
@@ -41,7 +41,7 @@ def up(x_RH: Tensor, stack: Stack, assignment: Assignment, rows_NH: Tensor | Non
 
 
 def rows_early(x_RH: Tensor, found: Sorted) -> Tensor | None:
-    return spread(x_RH, found, found.pair_S.numel()) if x_RH.is_cuda else None
+    return spread(x_RH, found, found.pair_S.numel()) if may_be_early(x_RH) else None
 
 
 def down(h_N2I: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment) -> Tensor:

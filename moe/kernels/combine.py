@@ -30,7 +30,7 @@ def combine(y_NH: Tensor, assignment: Assignment) -> Tensor:
 
 def sum_pairs(y_NH: Tensor, slot_RK: Tensor, assignment: Assignment) -> Tensor:
     """:func:`combine` of some of the rows, whose slots are given."""
-    if y_NH.is_cuda and y_NH.dtype != torch.float64 and probe.has_triton():
+    if y_NH.dtype != torch.float64 and probe.runs_triton(y_NH.device):
         from moe.kernels.elementwise import gather_sum
 
         return gather_sum(y_NH, slot_RK, assignment.pair_N.numel())
@@ -49,7 +49,7 @@ def sum_pairs(y_NH: Tensor, slot_RK: Tensor, assignment: Assignment) -> Tensor:
 
 def add_returned(base_RH: Tensor, y_SH: Tensor, slot_RW: Tensor) -> Tensor:
     """Each row and those of ``y`` that its slots point at, summed; slot S points at none."""
-    if y_SH.is_cuda and y_SH.dtype != torch.float64 and probe.has_triton():
+    if y_SH.dtype != torch.float64 and probe.runs_triton(y_SH.device):
         from moe.kernels.elementwise import gather_sum
 
         return gather_sum(y_SH, slot_RW, y_SH.shape[0], base_RH)

@@ -8,19 +8,25 @@ from __future__ import annotations
 from torch import Tensor
 
 from moe.assignment import Assignment, Sorted
-from moe.kernels.probe import has_triton
+from moe.kernels.probe import runs_triton
+
+
+def may_be_early(x_RH: Tensor) -> bool:
+    """Whether :func:`spread` can run before the host knows how many pairs have a place."""
+    return runs_triton(x_RH.device)
 
 
 def spread(x_RH: Tensor, found: Sorted | Assignment, size: int) -> Tensor:
     """The row of each sorted pair, [size,H].
 
     Args:
-        size: how many pairs have a place. On a GPU, where the host need not know that yet, also more: the rows behind
-            them are undefined.
+        size: how many pairs have a place; if :func:`may_be_early`, also more: the rows behind them are undefined.
     """
-    if x_RH.is_cuda and has_triton():
+    if runs_triton(x_RH.device):
+        from moe.kernels import elementwise
+
         out_NH = x_RH.new_empty(size, x_RH.shape[1])
-        spread_into(out_NH, x_RH, found.slot_RK, found)
+        elementwise.spread(x_RH, found.slot_RK, found.counts_L, out_NH)
         return out_NH
     pair_N = found.pair_S if isinstance(found, Sorted) else found.pair_N
     return x_RH[pair_N[:size] // found.slot_RK.shape[1]]
@@ -28,7 +34,7 @@ def spread(x_RH: Tensor, found: Sorted | Assignment, size: int) -> Tensor:
 
 def spread_into(out_NH: Tensor, x_QH: Tensor, slot_QK: Tensor, pair_M: Tensor, found: Assignment) -> None:
     """The same of some of the rows among others', whose slots and sorted pairs are given."""
-    if x_QH.is_cuda and has_triton():
+    if runs_triton(x_QH.device):
         from moe.kernels import elementwise
 
         elementwise.spread(x_QH, slot_QK, found.counts_L, out_NH)

@@ -24,6 +24,7 @@ from moe.experts import Experts
 from moe.families import FamilyError, find_moe_blocks
 from moe.guests import mix_with_guests
 from moe.kernels import batched
+from moe.kernels.probe import has_triton
 from moe.kernels.stack import Stack
 from moe.layout import Layout
 from moe.overlap import set_exchange, shared_expert_of
@@ -242,11 +243,11 @@ def test_own_tokens_are_computed_while_guests_travel(alone, monkeypatch):
     assert noted.taken() == ">xxx<xw>>w<<"
 
 
-def launch(folder, ranks, ep):
+def launch(folder, ranks, ep, **variables):
     out = folder / f"{ranks}-{ep}.json"
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--max-restarts=0"]
     command = [sys.executable, *torchrun, str(HERE / "dispatch_worker.py"), str(out), str(ep)]
-    environment = {**worker_environment(ranks), "OMP_NUM_THREADS": "1"}
+    environment = {**worker_environment(ranks), "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(out.read_text())
@@ -283,6 +284,16 @@ def test_models_with_shared_experts_equal_one_process_whatever_is_overlapped(rep
     for family, found in report["families"].items():
         assert not {name: error for name, error in found["errors"].items() if not error <= 1e-6}, family
         assert found["same"], family
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_triton() or torch.cuda.is_available(), reason="interprets Triton's kernels on a CPU")
+def test_what_runs_on_gpus_equals_one_process_as_interpreted(tmp_path):
+    report = launch(tmp_path, 2, 2, TRITON_INTERPRET="1")
+    assert len(report["cases"]) == 4
+    for case, found in report["cases"].items():
+        assert not {name: error for name, error in found["errors"].items() if not error <= 1e-6}, case
+        assert found["same"], case
 
 
 def layer_on_a_gpu():
