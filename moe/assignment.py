@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,8 +55,7 @@ class Assignment:
         return y_NH[self.slot_RK.flatten()].view(*self.slot_RK.shape, y_NH.shape[1]).sum(1)
 
 
-@dataclass(frozen=True)
-class Sorted:
+class Sorted(NamedTuple):
     """What a device has sorted before the host knows how many pairs have an expert.
 
     Attributes:

@@ -56,29 +56,35 @@ def begin(x_SH: Tensor, sent: Sequence[int], received: Sequence[int], group: dis
 
 
 class Headcount:
-    """Counts on their way to the host, :attr:`~moe.copies.Draft.counts_W2` of this rank and of others for it."""
+    """Counts on their way to the host: every rank's :attr:`~moe.copies.Draft.counts_W2`."""
 
     def __init__(self, sent_W2: Tensor, group: dist.ProcessGroup) -> None:
-        self._device = (sent_W2, torch.empty_like(sent_W2))
-        work = dist.all_to_all_single(self._device[1], sent_W2, group=group, async_op=True)
-        self._copied: torch.cuda.Event | None = None
-        if not sent_W2.is_cuda:
-            work.wait()
-            self._host_2W2 = torch.stack(self._device)
-            return
-        self._host_2W2 = torch.empty((2, *sent_W2.shape), dtype=sent_W2.dtype, pin_memory=True)
-        with Aside(sent_W2.device).queue():
-            work.wait()  # this stream, not the host: behind the exchange, and so behind the counts
-            for host_W2, device_W2 in zip(self._host_2W2, self._device, strict=True):
-                host_W2.copy_(device_W2, non_blocking=True)
-            self._copied = torch.cuda.current_stream().record_event()
+        self._rank = dist.get_rank(group)
+        ranks = sent_W2.shape[0]
+        gathered = sent_W2.new_empty(ranks * ranks, 2)
+        self._work = dist.all_gather_into_tensor(gathered, sent_W2, group=group, async_op=True)
+        self._device_WW2 = gathered.view(ranks, ranks, 2)
 
     def read(self) -> tuple[Counts, Counts]:
-        """What is sent and received. The one wait of a layer's forward pass."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        sent, received = self._host_2W2.tolist()
-        return sent, received
+        """What is sent and received. The one wait of a layer's forward pass: for counts, and nothing queued later."""
+        host_WW2 = self._device_WW2
+        if host_WW2.is_cuda:
+            host_WW2 = _pinned(host_WW2.shape, host_WW2.dtype)
+            with Aside(self._device_WW2.device).queue():
+                self._work.wait()  # this stream, not the host: behind the exchange, and so behind the counts
+                host_WW2.copy_(self._device_WW2, non_blocking=True)
+                copied = torch.cuda.current_stream().record_event()
+            copied.synchronize()
+        else:
+            self._work.wait()
+        counts_WW2 = host_WW2.tolist()
+        return counts_WW2[self._rank], [counts_W2[self._rank] for counts_W2 in counts_WW2]
+
+
+@functools.cache
+def _pinned(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Memory that is read before it is written again."""
+    return torch.empty(shape, dtype=dtype, pin_memory=True)
 
 
 @functools.cache

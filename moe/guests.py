@@ -16,13 +16,14 @@ gradients return   the up projection's weight gradient of own tokens and guests
 The host waits once, for the counts. Kept for the backward pass is what :mod:`moe.kernels.minimal` keeps. The order of
 all sums is a function of the routing alone.
 
-Shapes: T own tokens, G guests, S copies sent, K choices per token, L local experts, W ranks, B bytes, I intermediate,
-H hidden, M pairs of one part.
+Shapes: T own tokens, G guests, S copies sent, K choices per token, L local experts, W ranks, B bytes of a packed row,
+I intermediate, H hidden, M pairs of one part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -31,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe.aside import Aside
-from moe.assignment import Assignment, sort_pairs
+from moe.assignment import Assignment, Sorted, sort_pairs
 from moe.copies import DeduplicatedDraft, Fan, narrow_type, rows_of
 from moe.exchange import Going, Headcount, begin, narrow
 from moe.form import ExpertForm
@@ -42,48 +43,101 @@ from moe.kernels.parts import Parts
 from moe.kernels.spread import may_be_early, spread
 from moe.kernels.stack import Needs, Stack
 
+_ALIGNED = 16  # bytes: rows of any type begin there
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a token's row, its weights and its expert numbers make one row of bytes, so that there is one exchange."""
+
+    hidden: int
+    top_k: int
+    row_type: torch.dtype
+    weight_type: torch.dtype
+    number_type: torch.dtype
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Bytes of the three."""
+        return (
+            self.hidden * self.row_type.itemsize,
+            self.top_k * self.weight_type.itemsize,
+            self.top_k * self.number_type.itemsize,
+        )
+
+    def pack(self, x_TH: Tensor, weights_TK: Tensor, index_TK: Tensor) -> Tensor:
+        parts = [part.contiguous().view(torch.uint8) for part in (x_TH, weights_TK, index_TK.to(self.number_type))]
+        rest = -sum(self.widths) % _ALIGNED
+        if rest:
+            parts.append(parts[0].new_zeros(x_TH.shape[0], rest))
+        return torch.cat(parts, 1)
+
+    def unpack(self, bytes_GB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(x [G,H] where it is, weights [G,K], expert numbers [G,K])."""
+        row, weight, number = self.widths
+        weights, numbers = bytes_GB[:, row : row + weight + number].split([weight, number], 1)
+        # Copies, also of a single row, which would count as contiguous as it stands: wider types need the alignment.
+        weights, numbers = (part.clone(memory_format=torch.contiguous_format) for part in (weights, numbers))
+        x_GH = bytes_GB.view(self.row_type)[:, : self.hidden]
+        return x_GH, weights.view(self.weight_type), numbers.view(self.number_type)
+
 
 class Visit:
     """One call of a layer: who goes where, as the host knows it, and what is on its way.
 
+    The host works hard until the first products run, and little after that: so own tokens' up projection is queued as
+    soon as its size is known, and the guests' exchange after it, on a stream that does not wait for it.
+
     Attributes:
         own_pairs, guest_pairs: pairs of a row and a local expert.
-        fan, own: on the device, and needed in the forward pass only, as is ``own_rows``.
+        fan, own, h_own: on the device, and needed in the forward pass only.
     """
 
     def __init__(
         self,
         how: ModuleType,
+        stack: Stack,
         x_TH: Tensor,
         index_TK: Tensor,
         weights_TK: Tensor,
-        num_local: int,
         group: dist.ProcessGroup,
     ) -> None:
-        self.group, self.num_local = group, num_local
+        self.group, self.num_local = group, stack.up_L.shape[0]
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        self.first = rank * num_local
-        self.number_type = narrow_type(ranks * num_local)  # in which expert numbers travel
-        draft = DeduplicatedDraft.of(index_TK, ranks, num_local, rank)
+        self.first = rank * self.num_local
+        draft = DeduplicatedDraft.of(index_TK, ranks, self.num_local, rank)
         counts = Headcount(draft.counts_W2, group)
-        bytes_TB = torch.cat([_as_bytes(weights_TK), _as_bytes(index_TK.to(self.number_type))], 1)
-        leaving = [bytes_TB, x_TH.contiguous()]
-        if may_be_early(
-            x_TH
-        ):  # copies of as many as there can be, for the host has something to do while counts travel
-            leaving = [spread(rows, draft.travels, x_TH.shape[0] * (ranks - 1)) for rows in leaving]
+        types = (x_TH.dtype, weights_TK.dtype, narrow_type(ranks * self.num_local))
+        self.packing = Packing(x_TH.shape[1], index_TK.shape[1], *types)
         own_rows = how.rows_early(x_TH, draft.own)
+        leaving_TB, early = self.packing.pack(x_TH, weights_TK, index_TK), may_be_early(x_TH)
+        if early:  # room for as many copies as there can be: the host has something to do while counts travel
+            leaving_SB = spread(leaving_TB, draft.travels, x_TH.shape[0] * (ranks - 1))
         sent, received = counts.read()
         self.sent, self.received = rows_of(sent), rows_of(received)
         self.own_pairs = sent[rank][1]
         self.guest_pairs = sum(pairs for _, pairs in received) - self.own_pairs
-        if not may_be_early(x_TH):
-            leaving = [spread(rows, draft.travels, sum(self.sent)) for rows in leaving]
-        copies = sum(self.sent)
-        self.coming = [self.there(leaving[0][:copies]), self.there(leaving[1][:copies], narrow(group))]
-        self.fan: Fan | None = draft.fan(sent)
+        if not early:
+            leaving_SB = spread(leaving_TB, draft.travels, sum(self.sent))
         self.own: Assignment | None = draft.own.assignment(self.own_pairs)
-        self.own_rows = None if own_rows is None else own_rows[: self.own_pairs]
+        self.aside = Aside(x_TH.device)
+        self.aside.follow()
+
+        def send() -> Going:
+            with self.aside.queue():
+                return self.there(leaving_SB[: sum(self.sent)], narrow(group))
+
+        def project() -> Tensor:
+            with room_for_exchange(x_TH.device):
+                return _up(how, x_TH, stack, self.own, None if own_rows is None else own_rows[: self.own_pairs])
+
+        self.h_own: Tensor | None
+        self.coming: Going | None
+        if early:
+            self.h_own, self.coming = project(), send()
+        else:  # a CPU computes at once
+            self.coming, self.h_own = send(), project()
+        self.fan: Fan | None = draft.fan(sent)
         self.returning: tuple[Going | None, Going | None] = (None, None)
 
     def there(self, x_SH: Tensor, group: dist.ProcessGroup | None = None) -> Going:
@@ -113,7 +167,8 @@ def mix_with_guests(
     """
     dtype = x_TH.dtype
     x_TH = x_TH.to(stack.up_L.dtype)
-    visit = Visit(how, x_TH.detach(), index_TK, weights_TK.detach(), stack.up_L.shape[0], group)
+    with torch.no_grad(), torch.autocast(x_TH.device.type, enabled=False):
+        visit = Visit(how, stack, x_TH, index_TK, weights_TK, group)
     x_TH, weights_TK = _Leave.apply(visit, x_TH, weights_TK)
     if meanwhile is not None:
         meanwhile()
@@ -162,32 +217,33 @@ class _Mix(torch.autograd.Function):
         assert up_L is not None
         assert down_L is not None
         stack = Stack(up_L, down_L, *biases, form)
-        own, fan, (bytes_coming, x_coming) = visit.own, visit.fan, visit.coming
+        own, fan, coming, h_own, aside = visit.own, visit.fan, visit.coming, visit.h_own, visit.aside
         assert own is not None
         assert fan is not None
-        own_rows = visit.own_rows
-        visit.own, visit.fan, visit.own_rows, visit.coming = None, None, None, []
-        aside = Aside(x_TH.device)
+        assert coming is not None
+        assert h_own is not None
+        visit.own, visit.fan, visit.coming, visit.h_own = None, None, None, None
         with torch.autocast(x_TH.device.type, enabled=False):
             with aside.queue():
-                weights_GK, index_GK = _from_bytes(bytes_coming.landed(), weights_TK, visit.number_type)
+                bytes_GB = coming.landed()
+                x_GH, weights_GK, index_GK = visit.packing.unpack(bytes_GB)
                 found = sort_pairs(index_GK, visit.num_local, visit.first)
-            with room_for_exchange(x_TH.device):
-                h_own = _up(how, x_TH, stack, own, own_rows)
-            del own_rows
-            aside.join(weights_GK, index_GK, found.pair_S, found.slot_RK, found.counts_L)
+            aside.join(bytes_GB, weights_GK, index_GK, *found)
             guests = found.assignment(visit.guest_pairs)
-            x_GH = x_coming.landed()
             h_guests = _up(how, x_GH, stack, guests)
             returning = visit.back(_down(how, h_guests, x_GH, weights_GK, stack, guests))
             if not keep:
                 del h_guests
             with room_for_exchange(x_TH.device):
                 out_TH = _down(how, h_own, x_TH, weights_TK, stack, own)
+            if keep:  # for the backward pass, which begins with enough to do
+                with aside.queue():
+                    joint = sort_pairs(torch.cat([index_TK, index_GK.to(index_TK.dtype)]), visit.num_local, visit.first)
+                aside.join(*joint)
             out_TH = add_returned(out_TH, returning.landed(), fan.slot_QP)
         if keep:
             kept = (x_TH, x_GH, weights_TK, weights_GK, h_own, h_guests, own.pair_N, guests.pair_N)
-            ctx.save_for_backward(*kept, index_TK, index_GK, fan.source_S, *stacked)
+            ctx.save_for_backward(*kept, *joint, fan.source_S, *stacked)
             ctx.visit, ctx.how, ctx.form = visit, how, form
         return out_TH
 
@@ -196,7 +252,8 @@ class _Mix(torch.autograd.Function):
         refuse_second_derivative()
         visit: Visit = ctx.visit
         x_TH, x_GH, weights_TK, weights_GK, *more = ctx.saved_tensors
-        h_own, h_guests, own_pairs, guest_pairs, index_TK, index_GK, source_S, *stacked = more
+        h_own, h_guests, own_pairs, guest_pairs, *joint, source_S = more[:8]
+        stacked = more[8:]
         needs, stack = Needs(*ctx.needs_input_grad[5:]), Stack(*stacked, ctx.form)
         coming = visit.there(dout_TH[source_S])
 
@@ -206,12 +263,10 @@ class _Mix(torch.autograd.Function):
 
         with torch.autocast(x_TH.device.type, enabled=False):
             if visit.own_pairs + visit.guest_pairs:
-                index_RK = torch.cat([index_TK, index_GK.to(index_TK.dtype)])
-                joint = sort_pairs(index_RK, visit.num_local, visit.first)
+                assignment = Sorted(*joint).assignment(visit.own_pairs + visit.guest_pairs)
                 parts = Parts(
-                    (x_TH, x_GH), (weights_TK, weights_GK), (h_own, h_guests), (own_pairs, guest_pairs),
-                    joint.assignment(visit.own_pairs + visit.guest_pairs),
-                )  # fmt: skip
+                    (x_TH, x_GH), (weights_TK, weights_GK), (h_own, h_guests), (own_pairs, guest_pairs), assignment
+                )
                 douts = dout_TH.contiguous(), coming.landed
                 found = ctx.how.backward_parts(parts, douts, stack, needs, give_back)
             else:
@@ -237,15 +292,3 @@ def _down(
     if assignment.pair_N.numel():
         return how.down(h_M2I, weights_RK, stack, assignment)  # type: ignore[no-any-return]
     return torch.zeros_like(x_RH)
-
-
-def _as_bytes(values_TK: Tensor) -> Tensor:
-    return values_TK.contiguous().view(torch.uint8)
-
-
-def _from_bytes(bytes_GB: Tensor, weights_TK: Tensor, number_type: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weights and expert numbers of guests, which came as :class:`_Leave` sends them."""
-    width = weights_TK.shape[1] * weights_TK.element_size()
-    # Copies, also of a single row, which would count as contiguous as it stands: wider types need the alignment.
-    weights, numbers = (part.clone(memory_format=torch.contiguous_format) for part in bytes_GB.tensor_split([width], 1))
-    return weights.view(weights_TK.dtype), numbers.view(number_type)

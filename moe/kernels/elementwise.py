@@ -50,27 +50,35 @@ def gather_sum(y_NH: Tensor, slot_RK: Tensor, pairs: int, base_RH: Tensor | None
 
 
 @triton.jit
-def _spread(x, slot, counts, stride, out, hidden, keys, choices: tl.constexpr, block: tl.constexpr, most: tl.constexpr):
+def _spread(
+    x, wide, slot, counts, stride, out, hidden, keys, choices: tl.constexpr, block: tl.constexpr, most: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     key = tl.arange(0, most)
     places = tl.sum(tl.load(counts + key * stride, mask=key < keys, other=0), 0)
-    value = tl.load(x + row * hidden + column, mask=column < hidden)
+    value = tl.load(x + row * wide + column, mask=column < hidden)
     for k in range(choices):
         at = tl.load(slot + row * choices + k).to(tl.int64)
         tl.store(out + at * hidden + column, value, mask=(column < hidden) & (at < places))
 
 
 def spread(x_RH: Tensor, slot_RK: Tensor, counts_L: Tensor, out_NH: Tensor) -> None:
-    """``out[slot[r,k]] = x[r]`` where the slot is below the sum of ``counts``: each row is read once."""
+    """``out[slot[r,k]] = x[r]`` where the slot is below the sum of ``counts``: each row is read once.
+
+    Args:
+        x_RH: may be columns of something wider.
+    """
+    if x_RH.stride(1) != 1:
+        x_RH = x_RH.contiguous()
     (rows, choices), hidden, keys = slot_RK.shape, x_RH.shape[1], counts_L.numel()
     if not rows:
         return
     block = min(2048, triton.next_power_of_2(hidden))
     grid = (rows, triton.cdiv(hidden, block))
     _spread[grid](
-        x_RH.contiguous(), slot_RK.contiguous(), counts_L, counts_L.stride(0), out_NH, hidden, keys, choices, block,
-        triton.next_power_of_2(keys), num_warps=4 if block >= 1024 else 1,
+        x_RH, x_RH.stride(0), slot_RK.contiguous(), counts_L, counts_L.stride(0), out_NH, hidden, keys, choices,
+        block, triton.next_power_of_2(keys), num_warps=4 if block >= 1024 else 1,
     )  # fmt: skip
 
 
