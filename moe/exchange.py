@@ -55,6 +55,10 @@ def begin(x_SH: Tensor, sent: Sequence[int], received: Sequence[int], group: dis
     return Going(rows, x_SH, all_to_all(rows, x_SH, received, sent, group))
 
 
+# Its name since torch 2.13, and before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class Headcount:
     """Counts on their way to the host: every rank's :attr:`~moe.copies.Draft.counts_W2`."""
 
@@ -62,7 +66,7 @@ class Headcount:
         self._rank = dist.get_rank(group)
         ranks = sent_W2.shape[0]
         gathered = sent_W2.new_empty(ranks * ranks, 2)
-        self._work = dist.all_gather_into_tensor(gathered, sent_W2, group=group, async_op=True)
+        self._work = _all_gather(gathered, sent_W2, group=group, async_op=True)
         self._device_WW2 = gathered.view(ranks, ranks, 2)
 
     def read(self) -> tuple[Counts, Counts]:
