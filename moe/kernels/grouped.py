@@ -5,6 +5,7 @@ Shapes: N rows (token copies, sorted by local expert), L local experts, M inputs
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torch import Tensor
 from moe.kernels.probe import refuses_grouped
 
 MOST_GROUPS = 1023  # of one of torch's grouped products on CUDA
+# What torch says of the setting that room_for_exchange uses, once in each process.
+warnings.filterwarnings("ignore", message="Setting the SM carveout for matmuls is a temporary")
 ROOM = 16  # multiprocessors that an exchange of tokens gets, see :func:`room_for_exchange`
 
 
