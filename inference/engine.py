@@ -261,8 +261,8 @@ class LLM:
         executor = self.executor
         if executor is None or self.cache is None:
             return {}
-        moved, experts, plan = executor.transfers.counts, self.cache.counts, executor.plan
-        newest = None if plan is None else plan.newest
+        moved, experts = executor.transfers.counts, self.cache.counts
+        plan, passes = executor.plan, executor.passes
         return {
             "fetched_bytes": moved.demanded_bytes + moved.prefetched_bytes,
             "cpu_experts": experts.computed,
@@ -270,7 +270,9 @@ class LLM:
             "wasted": experts.wasted,
             "stall_s": executor.transfers.link.stall_s,
             "ways": {} if plan is None else dict(plan.modes),
-            "newest_plan": "" if newest is None else newest.reason(),
+            "newest_plan": "" if plan is None or plan.newest is None else plan.newest.reason(),
+            "pass_ways": {} if passes is None else dict(passes.modes),
+            "newest_pass": "" if passes is None or passes.newest is None else passes.newest.reason(),
         }
 
     def logits(self, token_ids: Sequence[int], adapter: str | None = None) -> Tensor:

@@ -37,6 +37,7 @@ from inference.errors import InferenceError
 from inference.foresight import HORIZONS
 from inference.policies import Policy
 from inference.recorded_heads import MAX_ROWS
+from inference.rows import decoding
 from moe.fingerprint import fingerprint
 
 FOLDER, WEIGHTS, MANIFEST = "lookahead", "lookahead.safetensors", "lookahead.json"
@@ -93,10 +94,10 @@ class Heads:
         """Log odds [2,L,E] of the call of layer ``row``, whose input is ``x_TH``.
 
         A few rows are sequences that are decoded together: an expert is used if any of them uses it. Many are a
-        prompt, of which the last one tells what comes.
+        prompt, of which the last one tells what comes, unless the pass under way says otherwise.
         """
         x_TH = x_TH.reshape(-1, self.hidden)
-        if len(x_TH) > MAX_ROWS:
+        if len(x_TH) > MAX_ROWS and not decoding(len(x_TH)):
             x_TH = x_TH[-1:]
         z_TO = torch.addmm(self.bias_LO[row], self.codes(row, x_TH), self.outward_LRO[row])
         z_O = z_TO[0] if len(z_TO) == 1 else any_of(z_TO)

@@ -18,6 +18,7 @@ from inference.foresight import ForeseenReuse
 from inference.heads import FOLDER, MANIFEST, WEIGHTS, Heads, any_of, load_heads, save_heads
 from inference.offload import Crossing
 from inference.recorded_heads import MAX_ROWS, SpilledRows, heads_file, read_heads
+from inference.rows import Rows, Span, computing
 from inference.shadow import Hedge, Shadow
 from inference.simulate import FORESEEN, read_routing, replay
 from inference.transfer import SimulatedLink
@@ -105,6 +106,10 @@ def test_rows_decoded_together_use_what_any_of_them_uses_and_a_prompt_is_its_las
     any_one = 1 - (1 - few.sigmoid()).prod(0)
     torch.testing.assert_close(heads.ahead(1, x_TH[:3]).sigmoid(), any_one)
     torch.testing.assert_close(heads.ahead(1, x_TH), heads.ahead(1, x_TH[-1:]))
+    with computing(Rows.of([([1], Span((0,), 0, 1))] * len(x_TH))):  # as many sequences, decoded together
+        together = heads.ahead(1, x_TH)
+    parts = torch.stack([heads.ahead(1, part) for part in x_TH.split(11)]).sigmoid()
+    torch.testing.assert_close(together.sigmoid(), 1 - (1 - parts).prod(0))
     assert any_of(torch.tensor([[-90.0, 90.0], [-90.0, 90.0]])).isfinite().all()
 
 
