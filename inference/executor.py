@@ -166,10 +166,10 @@ class Executor:
             return self._through_buffers(self.stream, row, module, read, x_TH, weights_TK)
         wanted = self.cache.look(module.layer, call.experts)
         # An adapter's deltas belong between an expert's products: those experts are computed where the adapter is.
-        fetch, on_cpu = (wanted.missing, []) if module.adapter is not None else self._split(row, wanted, call)
+        fetch, on_cpu = (wanted.missing, []) if module.adapted else self._split(row, wanted, call)
         elsewhere = self._start_cpu(module.layer, on_cpu, call, x_TH if read.x_TH is None else read.x_TH)
         groups = self._groups(row, module.layer, wanted, fetch, read)
-        if self.slot_calls is not None and module.adapter is None and not many:
+        if self.slot_calls is not None and not module.adapted and not many:
             return self.slot_calls.run(call, x_TH, index_TK, weights_TK, groups, elsewhere)
         return module.compute(call, x_TH, weights_TK, groups, elsewhere)
 
@@ -218,7 +218,7 @@ class Executor:
         resident = [expert for expert in call.experts if self.cache.holds(layer, expert)]
         missing = [expert for expert in call.experts if not self.cache.holds(layer, expert)]
         way = Division(STREAM, tuple(missing))
-        if self.passes is not None and module.adapter is None:
+        if self.passes is not None and not module.adapted:
             way = self.passes(row, call.tokens, *self._known(row, call, missing, resident))
         stream.bring(layer, way.fetch, ahead=way.mode == STREAM and stream.wants_most(call))
         elsewhere = self._start_cpu(layer, list(way.cpu), call, x_TH if read.x_TH is None else read.x_TH)

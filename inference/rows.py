@@ -49,12 +49,14 @@ class Rows:
         position_R: int64 positions, likewise.
         spans: which rows belong to which sequence, in order.
         logit_rows: the rows whose scores are wanted, in the order wanted.
+        shares: where several adapters share the call, how many rows each has, one after another; None names the base.
     """
 
     token_R: Tensor
     position_R: Tensor
     spans: tuple[Span, ...]
     logit_rows: tuple[int, ...]
+    shares: tuple[tuple[str | None, int], ...] = ()
 
     @classmethod
     def of(cls, parts: Iterable[tuple[Sequence[int], Span]], *, every: bool = False) -> Rows:
