@@ -77,6 +77,7 @@ class ReadBack:
         decoding: whether these are all of the rows, each of a sequence that decodes.
         x_TH: the call's input in host memory, where the CPU may have to compute.
         ahead_DE: what was computed to predict.
+        foreseen_2LE: what lookahead heads say to the policy.
     """
 
     call: Call
@@ -84,6 +85,7 @@ class ReadBack:
     decoding: bool
     x_TH: Tensor | None = None
     ahead_DE: np.ndarray | None = None
+    foreseen_2LE: np.ndarray | None = None
 
 
 class Executor:
@@ -100,6 +102,10 @@ class Executor:
         stream: buffers for calls of many rows; None serves them through the slots, in groups.
         slot_calls: kernels for calls of few rows (:class:`inference.slot_calls.SlotCalls`), where there are any.
         many_pairs: (token, choice) pairs above which rows are many.
+
+    Attributes:
+        foresee: computes on the device, from a layer's row and input, what the policy is told before the call; None for
+            policies that do not listen. It is read back with the gate's choice.
     """
 
     def __init__(
@@ -120,6 +126,7 @@ class Executor:
         self.cache, self.transfers, self.prefetcher = cache, transfers, prefetcher
         self.cpu, self.plan, self.passes, self.stream, self.slot_calls = cpu, plan, passes, stream, slot_calls
         self.many_pairs = many_pairs
+        self.foresee: Callable[[int, Tensor], Tensor] | None = None
         self._flying: dict[ExpertRef, Transfer] = {}  # of the current call, not yet waited for
 
     def close(self) -> None:
@@ -158,6 +165,8 @@ class Executor:
         row = self.cache.row(module.layer)
         read = self._read_back(row, module, x_TH, index_TK)
         call = read.call
+        if read.foreseen_2LE is not None:
+            self.cache.policy.foresee(read.foreseen_2LE.astype(np.float64))
         self.transfers.link.fence()
         if self.prefetcher is not None:
             self.prefetcher.settle()
@@ -183,11 +192,13 @@ class Executor:
             wanted["ahead"] = part(row, x_TH).float()
         if whole and self.cpu is not None:
             wanted["x"] = x_TH
+        if self.foresee is not None:
+            wanted["foreseen"] = self.foresee(row, x_TH)
         read = dict(zip(wanted, _to_host(list(wanted.values())), strict=True))
-        index = read["index"].numpy()
-        call, ahead = Call.of(index, module.num_experts), read.get("ahead")
+        index, x_here = read["index"].numpy(), read.get("x")
+        ahead, foreseen = (None if name not in read else read[name].numpy() for name in ("ahead", "foreseen"))
         next_up = NextUp(*(frozenset(index[list(rows)].reshape(-1).tolist()) for rows in (begun, decoded)))
-        return ReadBack(call, next_up, all_decode, read.get("x"), None if ahead is None else ahead.numpy())
+        return ReadBack(Call.of(index, module.num_experts), next_up, all_decode, x_here, ahead, foreseen)
 
     def _split(self, row: int, wanted: Wanted, call: Call) -> tuple[list[int], list[int]]:
         if self.plan is None or not wanted.missing:

@@ -188,15 +188,13 @@ def load_heads(folder: str | Path, device: torch.device | str = "cpu") -> tuple[
 def tell_policy(heads: Heads, policy: Policy, experts: Sequence[nn.Module]) -> None:
     """Before every call of these modules, by row, the policy is told what heads see in its input.
 
-    On a GPU this waits for them: one more round trip in each layer.
+    For experts in host memory. Behind a link the executor tells it, who reads back from the device anyway.
     """
-    if not policy.uses_heads:
-        return
 
     def hook(row: int) -> Callable[..., None]:
         def tell(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             x_TH = args[0] if args else kwargs["hidden_states"]
-            policy.foresee(heads.ahead(row, x_TH).detach().cpu().numpy().astype(np.float64))
+            policy.foresee(heads.ahead(row, x_TH).detach().numpy().astype(np.float64))
 
         return tell
 

@@ -227,11 +227,14 @@ def watch(base: Base, trees: Sequence[nn.Module], trace: str | Path | None) -> R
         header = TraceHeader(config.model_type, store.layers, store.shape.num_experts, top_k, source="serving")
         gates = [block.gate for block in find_moe_blocks(base.module)]
         recorder = RoutingRecorder(trace, header, base.heads, gates)
+    hears = base.heads is not None and base.cache is not None and base.cache.policy.uses_heads
+    if hears and base.executor is not None:
+        base.executor.foresee = base.heads.ahead
     for tree in trees:
         experts = {m.layer: m for m in tree.modules() if isinstance(m, OffloadedExperts)}
         if recorder is not None:
             recorder.attach(experts)
-        if base.heads is not None and base.cache is not None:
+        if hears and base.executor is None:
             tell_policy(base.heads, base.cache.policy, [experts[layer] for layer in base.cache.store.layers])
     return recorder
 

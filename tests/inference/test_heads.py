@@ -250,6 +250,25 @@ def test_prefetching_by_heads_over_a_link_writes_the_same_text(folder, model_fol
     assert llm.cache.policy.uses_heads
 
 
+def test_over_a_link_the_policy_is_told_the_same_in_the_read_back(folder, prompts):
+    said = []
+    for crossing in (None, Crossing(link=SimulatedLink())):
+        llm, told = LLM(folder, 0.5, crossing=crossing, policy=lambda *sizes: ForeseenReuse(*sizes[:2])), []
+        before, note = llm.cache.policy.foresee, llm.cache.policy.use
+        llm.cache.policy.foresee = lambda ahead, before=before, told=told: (told.append(ahead), before(ahead))
+        llm.cache.policy.use = lambda *call, note=note, told=told: (told.append(call), note(*call))
+        llm.generate(prompts[:2], 6)
+        said.append(told)
+        hooks = [len(m._forward_pre_hooks) for m in llm.model.modules() if type(m).__name__ == "OffloadedExperts"]
+        assert hooks == [crossing is None] * LAYERS
+    assert len(said[0]) == len(said[1]) == 2 * LAYERS * 6
+    for one, other in zip(*said, strict=True):
+        if isinstance(one, tuple):
+            assert (one[0], list(one[1])) == (other[0], list(other[1]))
+        else:
+            assert np.array_equal(one, other)
+
+
 def test_prefetching_by_heads_without_any_is_refused(model_folder):
     with pytest.raises(InferenceError, match="no lookahead heads"):
         LLM(model_folder, 0.5, crossing=Crossing("heads", link=SimulatedLink()))
