@@ -213,7 +213,7 @@ class ExpertCache:
 
     def worth_a_slot(self, layer: int, experts: Sequence[int], taken: int = 0) -> list[int]:
         """Of experts that have no slot, those that the policy would rather keep than what would make way, the
-        worthiest first. Free slots go to anyone. To be asked before :meth:`note`: just used, all would be worth a slot.
+        worthiest first. Free slots go to anyone.
 
         Args:
             taken: slots that others get before them.

@@ -7,9 +7,9 @@
 5. Results are added in ascending order of expert, so that nothing of all this reaches the bits. (Of the CPU's own
    products that cannot be said: with them results are close, not equal.)
 
-Experts of many rows pass through buffers of whole layers instead of slots (:mod:`inference.layer_stream`): those of
-prompts, and of so many decoding sequences that they, too, want nearly all experts. There one way is chosen for a whole
-pass (:mod:`inference.phases`): all missing ones streamed, all left to the CPU, or each layer's divided.
+Missing experts of many rows, of prompts or of many sequences that decode, pass through buffers of whole layers instead
+of slots (:mod:`inference.layer_stream`). There one way is chosen for a whole pass (:mod:`inference.phases`): all
+streamed, all left to the CPU, or each layer's divided.
 
 Shapes: T tokens, K choices, N = T*K rows sorted by expert, L layers by row, E experts, D layer calls ahead, H hidden.
 """
@@ -31,12 +31,13 @@ from inference.experts import Call, CpuRows, OffloadedExperts
 from inference.layer_stream import LayerStream, NextUp
 from inference.phases import STREAM, Division
 from inference.prefetch import Prefetcher
-from inference.rows import decoding, under_way
+from inference.rows import Ends, under_way
 from inference.transfer import Transfer, TransferEngine
 from moe.refs import ExpertRef
 
-# (token, choice) pairs above which rows are many: a prompt's do not go through the slots, and no kernel that reads an
-# expert's weights once for each pair is used, but products of all of an expert's rows.
+# (token, choice) pairs above which rows are many. Of so many, kernels that read an expert's weights once for each pair
+# are slower than products of all its rows; and a call wants so many experts that slots for all of them would leave
+# nothing to be found again.
 MANY_PAIRS = 256
 _SPARE = 16  # one slot in so many is free before a call, so that the link need not wait for the policy
 
@@ -74,7 +75,6 @@ class ReadBack:
 
     Attributes:
         next_up: the experts of the rows after which sequences go on.
-        decoding: whether these are all of the rows, each of a sequence that decodes.
         x_TH: the call's input in host memory, where the CPU may have to compute.
         ahead_DE: what was computed to predict.
         foreseen_2LE: what lookahead heads say to the policy.
@@ -82,7 +82,6 @@ class ReadBack:
 
     call: Call
     next_up: NextUp
-    decoding: bool
     x_TH: Tensor | None = None
     ahead_DE: np.ndarray | None = None
     foreseen_2LE: np.ndarray | None = None
@@ -171,7 +170,7 @@ class Executor:
         if self.prefetcher is not None:
             self.prefetcher.settle()
         many = len(call.order_N) > self.many_pairs
-        if many and self.stream is not None and not (read.decoding and not self.stream.wants_most(call)):
+        if many and self.stream is not None:
             return self._through_buffers(self.stream, row, module, read, x_TH, weights_TK)
         wanted = self.cache.look(module.layer, call.experts)
         # An adapter's deltas belong between an expert's products: those experts are computed where the adapter is.
@@ -183,22 +182,22 @@ class Executor:
         return module.compute(call, x_TH, weights_TK, groups, elsewhere)
 
     def _read_back(self, row: int, module: OffloadedExperts, x_TH: Tensor, index_TK: Tensor) -> ReadBack:
-        rows, passed, all_decode = len(x_TH), under_way(), decoding(len(x_TH))
+        passed = under_way()
         # Outside of a pass of the model the rows are taken for one prompt's.
-        begun, decoded = ((rows - 1,), ()) if passed is None else (passed.ends.begun, passed.ends.decoded)
-        wanted, whole = {"index": index_TK}, all_decode or index_TK.numel() <= self.many_pairs
+        ends = Ends((len(x_TH) - 1,), ()) if passed is None else passed.ends
+        wanted, few = {"index": index_TK}, index_TK.numel() <= self.many_pairs
         part = getattr(self.prefetcher and self.prefetcher.predictor, "device_part", None)
-        if whole and part is not None:
+        if few and part is not None:
             wanted["ahead"] = part(row, x_TH).float()
-        if whole and self.cpu is not None:
+        if few and self.cpu is not None:
             wanted["x"] = x_TH
         if self.foresee is not None:
             wanted["foreseen"] = self.foresee(row, x_TH)
         read = dict(zip(wanted, _to_host(list(wanted.values())), strict=True))
         index, x_here = read["index"].numpy(), read.get("x")
         ahead, foreseen = (None if name not in read else read[name].numpy() for name in ("ahead", "foreseen"))
-        next_up = NextUp(*(frozenset(index[list(rows)].reshape(-1).tolist()) for rows in (begun, decoded)))
-        return ReadBack(Call.of(index, module.num_experts), next_up, all_decode, x_here, ahead, foreseen)
+        next_up = NextUp(*(frozenset(index[list(rows)].reshape(-1).tolist()) for rows in (ends.begun, ends.decoded)))
+        return ReadBack(Call.of(index, module.num_experts), next_up, x_here, ahead, foreseen)
 
     def _split(self, row: int, wanted: Wanted, call: Call) -> tuple[list[int], list[int]]:
         if self.plan is None or not wanted.missing:

@@ -5,9 +5,9 @@ would be waited for. Instead two buffers take turns: while one layer is computed
 copied into the other. Into the slots go, from the buffer, the experts of each prompt's last token, with which decoding
 begins; and where slots are free, those with most rows, an even share for each layer.
 
-Many sequences that decode together want almost every expert, too, and again at the next step. Were each fetched one to
-get a slot, all of them would take turns and none be found again. So there an expert gets the slot of another only if
-the policy rated it higher before this call.
+Many sequences that decode together want a large part of the experts at every step. Were each fetched one to get a
+slot, all of them would take turns and few be found again. So there an expert gets the slot of another only if the
+policy, which has heard of the call, rates it higher.
 
 Shapes: L MoE layers, counted from 0 by *row*; E experts, B elements of a block.
 """
@@ -137,12 +137,11 @@ class LayerStream:
     def _keep(self, layer: int, call: Call, next_up: NextUp, buffer: _Buffer) -> None:
         """What decoding will want goes from the buffer into slots: a copy within the device."""
         cache, row = self.cache, self.cache.row(layer)
-        cache.look(layer, next_up.experts)
+        cache.use(layer, next_up.experts)
         popular = sorted(call.experts, key=lambda expert: -(call.rows[expert].stop - call.rows[expert].start))
         absent = [expert for expert in popular if cache.slot_LE[row, expert] < 0 and expert in buffer.coming]
         seeds = [expert for expert in absent if expert in next_up.begun] if cache.slots else []
         seeds += cache.worth_a_slot(layer, [e for e in absent if e in next_up.decoded and e not in seeds], len(seeds))
-        cache.note(layer, next_up.experts)
         share = -(-cache.slots // len(cache.store.layers))
         room = min(cache.free, max(share - cache.held(layer), 0))
         seeds += [expert for expert in absent if expert not in seeds][: max(room - len(seeds), 0)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +14,7 @@ from inference.engine import LLM
 from inference.expert_block import ExpertShape
 from inference.experts import OffloadedExperts
 from inference.offload import Crossing
-from inference.policies import LRU, AgedLFU
+from inference.policies import LRU, Policy
 from inference.requests import Request
 from inference.rows import Ends, Rows, Span, computing
 from inference.store import ExpertStore, TensorFiles
@@ -84,7 +85,6 @@ def test_the_policy_hears_of_the_experts_of_all_decoding_rows(store, resident, s
                 wanted.append((layer, call[1].unique().tolist()))
     assert calls == wanted
     assert (linked.transfers.counts.prefetched_bytes > 0) == wide, "the next layer's, unseen"
-    assert linked.cache.counts.hits > 0 or (slots < 32 and not wide), "LRU in fewer slots than take turns"
 
 
 def test_a_mixed_pass_is_heard_of_by_what_goes_on(store, resident):
@@ -98,11 +98,20 @@ def test_a_mixed_pass_is_heard_of_by_what_goes_on(store, resident):
     assert begun <= {ref.expert for ref in linked.cache.resident}
 
 
-@pytest.mark.parametrize("policy", [LRU, AgedLFU])
-def test_what_takes_turns_does_not_push_itself_out(store, resident, policy):
-    """All experts in every step, half of them with a slot: half of the wants are hits, where LRU would hit none."""
-    linked = Linked(store, 32, policy=policy(LAYERS, EXPERTS), many_pairs=32)
-    for number in range(6):
+class Fixed(Policy):
+    """Would rather keep experts with low numbers."""
+
+    def _note(self, row, experts_N):
+        pass
+
+    def scores(self):
+        return -np.tile(np.arange(float(self.experts)), (self.layers, 1))
+
+
+def test_what_takes_turns_takes_no_slot_that_the_policy_would_rather_keep(store, resident):
+    """All experts in every step, half of them with a slot: half of the wants are hits."""
+    linked = Linked(store, 32, policy=Fixed(LAYERS, EXPERTS), many_pairs=32)
+    for number in range(4):
         with computing(rows_of(*[1] * 40)):
             for layer in range(LAYERS):
                 call = batch(40, 10 * number + layer)
@@ -110,11 +119,12 @@ def test_what_takes_turns_does_not_push_itself_out(store, resident, policy):
                 linked.link.advance(1e-4)
         if number == 1:
             hits, misses = linked.cache.counts.hits, linked.cache.counts.misses
+    assert all(ref.expert < 8 for ref in linked.cache.resident)
     hits, misses = linked.cache.counts.hits - hits, linked.cache.counts.misses - misses
     assert hits >= 0.45 * (hits + misses)
 
 
-def test_an_expert_that_has_become_popular_gets_a_slot(store, resident):
+def test_an_expert_that_the_policy_has_come_to_prefer_gets_a_slot(store, resident):
     """Before, other experts had the slots, and are not wanted any more."""
     linked = Linked(store, 32, policy=LRU(LAYERS, EXPERTS), many_pairs=32)
     lists = {0: torch.arange(8), 1: torch.arange(4, 16)}
