@@ -70,14 +70,14 @@ def in_one_pass(llm, parts):
     return logits
 
 
-def check(llm, prompts, names):
+def check(llm, prompts, names, tolerance=1e-4):
     """A few names at a time, in any order, with and without rows of the base."""
     rounds = [[*names, None], [None, *reversed(names)], names[:2], [names[-1], None]]
     plain = llm.logits(prompts[3])
     for turn, chosen in enumerate(rounds):
         parts = [(name, prompts[(turn + number) % 6]) for number, name in enumerate(chosen)]
         for (name, ids), got in zip(parts, in_one_pass(llm, parts), strict=True):
-            torch.testing.assert_close(got, llm.logits(ids, name), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(got, llm.logits(ids, name), rtol=tolerance, atol=tolerance)
     for name in names:
         assert not torch.allclose(llm.logits(prompts[3], name), plain, rtol=1e-2, atol=1e-2)
 
@@ -94,6 +94,15 @@ def test_adapters_of_all_kinds_get_what_each_gets_alone(model_folder, folders, p
             assert llm.cache.counts.computed == before
             in_one_pass(llm, [("plain", prompts[0]), (None, prompts[1])])
             assert llm.cache.counts.computed > before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("cpu", [False, True], ids=["fetched", "and computed"])
+def test_adapters_of_all_kinds_get_what_each_gets_alone_on_a_gpu(model_folder, folders, prompts, cpu):
+    crossing = Crossing(cpu=cpu, profile=EVEN if cpu else None)
+    with LLM(model_folder, 0.3, device="cuda", poison=True, adapters=folders, crossing=crossing) as llm:
+        check(llm, prompts, list(folders), tolerance=1e-3)
 
 
 def test_blocks_that_an_adapter_computes_its_own_way(tmp_path, prompts):
