@@ -40,7 +40,6 @@ from trainer.worker import _make_deterministic as make_deterministic
 
 # NCCL's multicast needs rights that containers often lack; it must be off before NCCL starts.
 _ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
-_WIDEST_METADATA = 64  # columns of an exchanged tensor; wider ones are tokens
 _BARS = {"fewer_bytes": 3.5, "throughput": 0.9}  # on two GPUs at k=8
 
 
@@ -72,14 +71,12 @@ class Arm:
 
     name: str
     dispatch: str | None
-    chunks: int = 1
 
 
 ARMS = (
     Arm("ep1", None),
     Arm("all_to_all", "all_to_all"),
     Arm("deduplicated", "deduplicated"),
-    Arm("deduplicated, 2 chunks", "deduplicated", 2),
 )
 
 
@@ -112,7 +109,7 @@ class Bench:
             layer=0,
             num_experts=config.experts,
         )
-        experts.ep_group, experts.chunks = dist.group.WORLD, arm.chunks
+        experts.ep_group = dist.group.WORLD
         experts.dispatch = arm.dispatch or "auto"
         return experts
 
@@ -152,14 +149,12 @@ def routing(config: Config, skew: float, generator: torch.Generator) -> Tensor:
 
 @contextmanager
 def counted(rank: int) -> Iterator[dict[str, int]]:
-    """Bytes handed to the exchange for other workers while it is open; ``rows``: those of tokens among them."""
-    found = {"bytes": 0, "rows": 0}
+    """Bytes handed to the exchange for other workers while it is open."""
+    found = {"bytes": 0}
     original = moe.exchange.all_to_all
 
     def count(out: Tensor, x: Tensor, received: Any, sent: Any, group: Any) -> dist.Work:
-        nbytes = sum(n for other, n in enumerate(sent) if other != rank) * x.shape[1] * x.element_size()
-        found["bytes"] += nbytes
-        found["rows"] += nbytes if x.is_floating_point() and x.shape[1] > _WIDEST_METADATA else 0
+        found["bytes"] += sum(n for other, n in enumerate(sent) if other != rank) * x.shape[1] * x.element_size()
         return original(out, x, received, sent, group)
 
     moe.exchange.all_to_all = count
@@ -190,12 +185,12 @@ def time_directions(bench: Bench, method: str) -> dict[str, float]:
     assert group is not None
     dispatcher: AllToAll = EXCHANGES[method](bench.config.experts, group)
     routed = Routed(bench.x_TH.detach(), bench.index_TK, bench.weights_TK.detach())
-    flight = dispatcher.dispatch_preprocess([routed])[0].flight
+    flight = dispatcher.dispatch_preprocess(routed).flight
     assert flight is not None
     weights_QC = routed.weights_TK.reshape(flight.route.weights_shape)
     y_RH = arrive(flight, *send(flight, routed.x_TH, weights_QC)[:2])[0].clone()
     return {
-        "plan_s": bench.median(lambda: dispatcher.dispatch_preprocess([routed])),
+        "plan_s": bench.median(lambda: dispatcher.dispatch_preprocess(routed)),
         "send_s": bench.median(lambda: arrive(flight, *send(flight, routed.x_TH, weights_QC)[:2])),
         "return_s": bench.median(lambda: come_back(flight, send_back(flight, y_RH))),
     }
@@ -258,8 +253,6 @@ def summarise(config: Config, found: dict[str, Any]) -> dict[str, Any]:
     return {
         "bytes_per_step": total,
         "fewer_bytes": total["all_to_all"] / total["deduplicated"],
-        "fewer_rows": found["bytes"]["all_to_all"]["forward"]["rows"]
-        / found["bytes"]["deduplicated"]["forward"]["rows"],
         "arms": arms,
     }
 
@@ -284,7 +277,7 @@ def table(name: str, found: dict[str, Any], summary: dict[str, Any], world: int)
             f"{method:22s} {1e3 * times['plan_s']:8.3f} {1e3 * times['send_s']:9.3f} {1e3 * times['return_s']:11.3f} "
             f"{summary['bytes_per_step'][method] / 1e6:11.2f} {gbps / limits['link_gbps']:22.1%}"
         )
-    lines.append(f"fewer bytes: {summary['fewer_bytes']:.2f} (rows of tokens alone: {summary['fewer_rows']:.2f})")
+    lines.append(f"fewer bytes: {summary['fewer_bytes']:.2f}")
     return "\n".join(lines)
 
 

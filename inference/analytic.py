@@ -18,7 +18,8 @@ from typing import Any
 
 from inference.costmodel import BYTES, ExpertCosts, MachineProfile
 from inference.errors import InferenceError
-from inference.forecast import DECODE, PREFILL, Forecast, assumed_forecast, dense_seconds, lane_costs
+from inference.forecast import Forecast, assumed_forecast, dense_seconds, lane_costs
+from inference.phases import DECODE, PREFILL
 from inference.placement import ModelSizes, Placement, parse_size, place, show_size
 from inference.planner import plan_call
 

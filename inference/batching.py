@@ -1,4 +1,4 @@
-"""Many requests at once over one model: step by step, each step one forward pass for every adapter in it.
+"""Many requests at once over one model: step by step, each step one forward pass over the rows of all of them.
 
 Every request has its own settings, generator and blocks of the cache: what else is served decides when its tokens are
 made, not which (up to the rounding of products of another shape).
@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -37,12 +38,29 @@ class Pass:
     """One forward pass, as the engine's ``watch`` sees it before it is made.
 
     Attributes:
-        adapter: whose rows these are; None: the base model's.
         chunks: which tokens of which sequences, in the order of the rows.
+        shares: how many rows each adapter has, one after another; None names the base model.
     """
 
-    adapter: str | None
     chunks: tuple[Chunk, ...]
+    shares: tuple[tuple[str | None, int], ...]
+
+    @classmethod
+    def of(cls, chunks: Iterable[Chunk]) -> Pass:
+        """Chunks of one adapter stand together, in the order in which adapters come up."""
+        by_adapter: dict[str | None, list[Chunk]] = {}
+        for chunk in chunks:
+            by_adapter.setdefault(chunk.sequence.adapter, []).append(chunk)
+        rows = ((name, sum(chunk.rows for chunk in its)) for name, its in by_adapter.items())
+        return cls(tuple(chain.from_iterable(by_adapter.values())), tuple(rows))
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A model whose passes serve several adapters at once, and which ones."""
+
+    model: Forward
+    names: frozenset[str | None]
 
 
 class Engine:
@@ -52,6 +70,7 @@ class Engine:
 
     Args:
         models: by the adapter that a request names; None stands for no name. All of them share one paged cache.
+        joint: computes steps with several adapters; those that it does not serve have passes of their own.
         decode: ids to text; None: there is no tokenizer, and answers have no text.
         eos: the tokens that end a text.
         max_rows: tokens of one step, at most.
@@ -68,6 +87,7 @@ class Engine:
         self,
         models: Mapping[str | None, Forward],
         *,
+        joint: Joint | None = None,
         decode: Decode | None = None,
         eos: frozenset[int] = frozenset(),
         max_rows: int = MAX_ROWS,
@@ -83,7 +103,7 @@ class Engine:
         model = next(iter(models.values()))
         config, kv = model.config, model.kv
         self._kv = kv
-        self.models, self.eos = dict(models), eos
+        self.models, self.joint, self.eos = dict(models), joint, eos
         self.pool = BlockPool(kv.num_blocks, kv.block_size, reuse=reuse)
         positions = getattr(config, "max_position_embeddings", None)
         kv_bytes = kv.num_blocks * kv.shape.bytes_per_block(kv.block_size, kv.dtype)
@@ -143,11 +163,8 @@ class Engine:
         self._refuse_closed()
         started = time.perf_counter()
         outputs = self._take_in()
-        by_adapter: dict[str | None, list[Chunk]] = {}
-        for chunk in self._scheduler.schedule():
-            by_adapter.setdefault(chunk.sequence.adapter, []).append(chunk)
-        for adapter, chunks in by_adapter.items():
-            outputs += self._pass(adapter, chunks)
+        for chunks in self._passes(self._scheduler.schedule()):
+            outputs += self._pass(chunks)
         self._forget(output.id for output in outputs if output.finish is not None)
         self.counts.steps += 1
         self.counts.seconds += time.perf_counter() - started
@@ -184,25 +201,35 @@ class Engine:
                 self._joined()
         return [self._remove(name).output(finish="cancelled") for name in sorted(cancelled)]
 
-    def _pass(self, adapter: str | None, chunks: Sequence[Chunk]) -> list[Output]:
+    def _passes(self, chunks: Iterable[Chunk]) -> list[list[Chunk]]:
+        """The chunks of each pass: of all adapters that can share one, and of each other."""
+        together: dict[tuple[str | None, bool], list[Chunk]] = {}
+        for chunk in chunks:
+            name = chunk.sequence.adapter
+            shared = self.joint is not None and name in self.joint.names
+            together.setdefault((None if shared else name, shared), []).append(chunk)
+        return list(together.values())
+
+    def _pass(self, chunks: Sequence[Chunk]) -> list[Output]:
         """Computes chunks together. If that fails, each by itself: what is wrong with one must not end others."""
+        made = Pass.of(chunks)
         try:
-            chosen = self._choose(adapter, chunks)
+            chosen = self._choose(made)
         except Exception as error:
             if len(chunks) == 1:
                 return self._fail(chunks, error)
             _log.warning("a pass of %d requests failed, each is computed by itself: %s", len(chunks), error)
-            return [output for chunk in chunks for output in self._pass(adapter, [chunk])]
-        return self._advance(chunks, chosen)
+            return [output for chunk in made.chunks for output in self._pass([chunk])]
+        return self._advance(made.chunks, chosen)
 
-    def _choose(self, adapter: str | None, chunks: Sequence[Chunk]) -> dict[str, Chosen | None]:
+    def _choose(self, made: Pass) -> dict[str, Chosen | None]:
         """One forward pass; the next token of each sequence that has all of its tokens computed, by id."""
         if self.watch is not None:
-            self.watch(Pass(adapter, tuple(chunks)))
+            self.watch(made)
         tokens: list[int] = []
         positions: list[int] = []
         spans, wanted = [], []
-        for chunk in chunks:
+        for chunk in made.chunks:
             sequence, end = chunk.sequence, chunk.start + chunk.rows
             assert sequence.table is not None
             tokens += sequence.tokens[chunk.start : end]
@@ -210,11 +237,16 @@ class Engine:
             spans.append(Span(tuple(sequence.table.blocks), chunk.start, chunk.rows))
             if chunk.last:
                 wanted.append(len(tokens) - 1)
-        rows = Rows(torch.tensor(tokens), torch.tensor(positions), tuple(spans), tuple(wanted))
-        logits_LV = self.models[adapter].forward(rows)
+        rows = Rows(torch.tensor(tokens), torch.tensor(positions), tuple(spans), tuple(wanted), made.shares)
+        if len(made.shares) == 1:
+            model = self.models[made.shares[0][0]]
+        else:
+            assert self.joint is not None
+            model = self.joint.model
+        logits_LV = model.forward(rows)
         self.counts.passes += 1
         self.counts.rows += len(tokens)
-        last = [chunk.sequence.id for chunk in chunks if chunk.last]
+        last = [chunk.sequence.id for chunk in made.chunks if chunk.last]
         if not last:
             return {}
         choosers = [self._answers[name].chooser for name in last]

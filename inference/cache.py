@@ -211,6 +211,25 @@ class ExpertCache:
         """Slots that hold nothing and are reserved for nothing."""
         return len(self._free)
 
+    def worth_a_slot(self, layer: int, experts: Sequence[int], taken: int = 0) -> list[int]:
+        """Of experts that have no slot, those that the policy would rather keep than what would make way, the
+        worthiest first. Free slots go to anyone.
+
+        Args:
+            taken: slots that others get before them.
+        """
+        if not self.slots or not experts:
+            return []
+        free, gone = max(len(self._free) - taken, 0), max(taken - len(self._free), 0)
+        scores_LE, row = self.policy.scores(), self._row[layer]
+        ranked = sorted(experts, key=lambda expert: -scores_LE[row, expert])
+        kept = ranked[:free]
+        for expert, victim in zip(ranked[free:], self.victims(gone + len(ranked) - free)[gone:], strict=False):
+            if scores_LE[row, expert] <= scores_LE[victim]:
+                break
+            kept.append(expert)
+        return kept
+
     def reserve_ahead(self, ref: ExpertRef, victim: tuple[int, int] | None) -> None:
         """A slot for an expert that may be wanted: a free one, or that of ``victim``."""
         if victim is not None:

@@ -10,20 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from inference.batching import MAX_ROWS, MAX_SEQUENCES, Engine
+from inference.batching import MAX_ROWS, MAX_SEQUENCES, Engine, Joint
 from inference.calibrate import ExpertKind, machine_profile
 from inference.costmodel import MachineProfile
 from inference.errors import InferenceError
+from inference.kv import PagedKV
 from inference.model import Forward, Model
 from inference.offload import Crossing
 from inference.opening import (
+    Base,
     MakePolicy,
     adapt,
     attach_all,
     capture_steps,
     end_tokens,
+    join,
     open_base,
     open_kv,
     open_tokenizer,
@@ -113,12 +116,12 @@ class LLM:
         watched = adapter is not None or trace is not None
         forward, self.decoding = capture_steps(model, base, graphs, watched=watched)
         models: dict[str | None, Forward] = {None: forward}
-        trees = adapt(base, adapters or {})
-        models |= {name: Model(module, kv) for name, module in trees.items()}
+        adapted, joint, trees = _adapted(base, adapters or {}, kv)
         self.tokenizer = open_tokenizer(self.path)
         begins = [base.begin]  # called when a sequence starts
         self.engine = Engine(
-            models,
+            models | adapted,
+            joint=joint,
             decode=None if self.tokenizer is None else partial(_decode, self.tokenizer),
             eos=end_tokens(self.path, base.module.config),
             max_rows=max_rows,
@@ -126,7 +129,7 @@ class LLM:
             reuse=reuse,
             joined=lambda: [begin() for begin in begins],
         )
-        self._recorder = watch(base, [base.module, *trees.values()], trace)
+        self._recorder = watch(base, [base.module, *trees], trace)
         if self._recorder is not None:
             begins.append(self._recorder.begin)
         self._numbers = count()
@@ -259,8 +262,8 @@ class LLM:
         executor = self.executor
         if executor is None or self.cache is None:
             return {}
-        moved, experts, plan = executor.transfers.counts, self.cache.counts, executor.plan
-        newest = None if plan is None else plan.newest
+        moved, experts = executor.transfers.counts, self.cache.counts
+        plan, passes = executor.plan, executor.passes
         return {
             "fetched_bytes": moved.demanded_bytes + moved.prefetched_bytes,
             "cpu_experts": experts.computed,
@@ -268,7 +271,9 @@ class LLM:
             "wasted": experts.wasted,
             "stall_s": executor.transfers.link.stall_s,
             "ways": {} if plan is None else dict(plan.modes),
-            "newest_plan": "" if newest is None else newest.reason(),
+            "newest_plan": "" if plan is None or plan.newest is None else plan.newest.reason(),
+            "pass_ways": {} if passes is None else dict(passes.modes),
+            "newest_pass": "" if passes is None or passes.newest is None else passes.newest.reason(),
         }
 
     def logits(self, token_ids: Sequence[int], adapter: str | None = None) -> Tensor:
@@ -282,6 +287,19 @@ class LLM:
             raise InferenceError(f"{self.path} has no tokenizer; add tokenizer.json, or give token ids to LLM.generate")
         check_text(prompt)
         return tuple(self.tokenizer(prompt)["input_ids"])
+
+
+def _adapted(
+    base: Base, folders: Mapping[str, str | Path], kv: PagedKV
+) -> tuple[dict[str | None, Forward], Joint | None, list[nn.Module]]:
+    """What computes the rows of each adapter, what those of several at once, and the modules of all."""
+    trees = adapt(base, folders)
+    models: dict[str | None, Forward] = {name: Model(module, kv) for name, module in trees.items()}
+    joined = join(base, trees)
+    if joined is None:
+        return models, None, [*trees.values()]
+    module, names = joined
+    return models, Joint(Model(module, kv), names), [*trees.values(), module]
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:

@@ -7,8 +7,9 @@
 5. Results are added in ascending order of expert, so that nothing of all this reaches the bits. (Of the CPU's own
    products that cannot be said: with them results are close, not equal.)
 
-Calls of many rows stream through buffers of whole layers instead (:mod:`inference.layer_stream`): those of prompts, and
-of so many decoding sequences that they, too, want nearly all experts.
+Missing experts of many rows, of prompts or of many sequences that decode, pass through buffers of whole layers instead
+of slots (:mod:`inference.layer_stream`). There one way is chosen for a whole pass (:mod:`inference.phases`): all
+streamed, all left to the CPU, or each layer's divided.
 
 Shapes: T tokens, K choices, N = T*K rows sorted by expert, L layers by row, E experts, D layer calls ahead, H hidden.
 """
@@ -27,12 +28,17 @@ from torch import Tensor
 from inference.cache import ExpertCache, Loan, Wanted
 from inference.errors import InferenceError
 from inference.experts import Call, CpuRows, OffloadedExperts
-from inference.layer_stream import LayerStream
+from inference.layer_stream import LayerStream, NextUp
+from inference.phases import STREAM, Division
 from inference.prefetch import Prefetcher
+from inference.rows import Ends, under_way
 from inference.transfer import Transfer, TransferEngine
 from moe.refs import ExpertRef
 
-MANY_PAIRS = 256  # (token, choice) pairs above which a call streams
+# (token, choice) pairs above which rows are many. Of so many, kernels that read an expert's weights once for each pair
+# are slower than products of all its rows; and a call wants so many experts that slots for all of them would leave
+# nothing to be found again.
+MANY_PAIRS = 256
 _SPARE = 16  # one slot in so many is free before a call, so that the link need not wait for the policy
 
 
@@ -58,7 +64,9 @@ class SlotLane(Protocol):
     ) -> Tensor: ...
 
 
-Plan = Callable[[list[tuple[int, int]], list[int], dict[int, float]], tuple[Sequence[int], Sequence[int]]]
+Worth = dict[int, float]
+Plan = Callable[[list[tuple[int, int]], list[int], Worth], tuple[Sequence[int], Sequence[int]]]
+PassPlan = Callable[[int, int, list[tuple[int, int]], list[int], Worth], Division]
 
 
 @dataclass(frozen=True)
@@ -66,15 +74,17 @@ class ReadBack:
     """What the host learns of a call.
 
     Attributes:
-        last: the last token's experts.
+        next_up: the experts of the rows after which sequences go on.
         x_TH: the call's input in host memory, where the CPU may have to compute.
         ahead_DE: what was computed to predict.
+        foreseen_2LE: what lookahead heads say to the policy.
     """
 
     call: Call
-    last: list[int]
+    next_up: NextUp
     x_TH: Tensor | None = None
     ahead_DE: np.ndarray | None = None
+    foreseen_2LE: np.ndarray | None = None
 
 
 class Executor:
@@ -87,9 +97,14 @@ class Executor:
         cpu: computes missing experts beside the device; None fetches them all.
         plan: from (expert, rows) of the missing, the rows of the resident, and how much each missing one is worth
             keeping, to (fetched, computed on the CPU).
+        passes: the same for each call of a pass of many rows, given its layer's row and its tokens first. None streams.
         stream: buffers for calls of many rows; None serves them through the slots, in groups.
         slot_calls: kernels for calls of few rows (:class:`inference.slot_calls.SlotCalls`), where there are any.
         many_pairs: (token, choice) pairs above which rows are many.
+
+    Attributes:
+        foresee: computes on the device, from a layer's row and input, what the policy is told before the call; None for
+            policies that do not listen. It is read back with the gate's choice.
     """
 
     def __init__(
@@ -100,14 +115,17 @@ class Executor:
         prefetcher: Prefetcher | None = None,
         cpu: HostExperts | None = None,
         plan: Plan | None = None,
+        passes: PassPlan | None = None,
         stream: LayerStream | None = None,
         slot_calls: SlotLane | None = None,
         many_pairs: int = MANY_PAIRS,
     ) -> None:
         assert (cpu is None) == (plan is None)
+        assert passes is None or plan is not None
         self.cache, self.transfers, self.prefetcher = cache, transfers, prefetcher
-        self.cpu, self.plan, self.stream, self.slot_calls = cpu, plan, stream, slot_calls
+        self.cpu, self.plan, self.passes, self.stream, self.slot_calls = cpu, plan, passes, stream, slot_calls
         self.many_pairs = many_pairs
+        self.foresee: Callable[[int, Tensor], Tensor] | None = None
         self._flying: dict[ExpertRef, Transfer] = {}  # of the current call, not yet waited for
 
     def close(self) -> None:
@@ -146,45 +164,76 @@ class Executor:
         row = self.cache.row(module.layer)
         read = self._read_back(row, module, x_TH, index_TK)
         call = read.call
+        if read.foreseen_2LE is not None:
+            self.cache.policy.foresee(read.foreseen_2LE.astype(np.float64))
         self.transfers.link.fence()
         if self.prefetcher is not None:
             self.prefetcher.settle()
-        if self.stream is not None and len(call.order_N) > self.many_pairs:
-            groups = self.stream.groups(module.layer, call, read.last)
-            return module.compute(call, x_TH, weights_TK, groups)
+        many = len(call.order_N) > self.many_pairs
+        if many and self.stream is not None:
+            return self._through_buffers(self.stream, row, module, read, x_TH, weights_TK)
         wanted = self.cache.look(module.layer, call.experts)
         # An adapter's deltas belong between an expert's products: those experts are computed where the adapter is.
-        fetch, on_cpu = (wanted.missing, []) if module.adapter is not None else self._split(row, wanted, call)
+        fetch, on_cpu = (wanted.missing, []) if module.adapted else self._split(row, wanted, call)
         elsewhere = self._start_cpu(module.layer, on_cpu, call, x_TH if read.x_TH is None else read.x_TH)
         groups = self._groups(row, module.layer, wanted, fetch, read)
-        if self.slot_calls is not None and module.adapter is None and len(call.order_N) <= self.many_pairs:
+        if self.slot_calls is not None and not module.adapted and not many:
             return self.slot_calls.run(call, x_TH, index_TK, weights_TK, groups, elsewhere)
         return module.compute(call, x_TH, weights_TK, groups, elsewhere)
 
     def _read_back(self, row: int, module: OffloadedExperts, x_TH: Tensor, index_TK: Tensor) -> ReadBack:
+        passed = under_way()
+        # Outside of a pass of the model the rows are taken for one prompt's.
+        ends = Ends((len(x_TH) - 1,), ()) if passed is None else passed.ends
         wanted, few = {"index": index_TK}, index_TK.numel() <= self.many_pairs
         part = getattr(self.prefetcher and self.prefetcher.predictor, "device_part", None)
         if few and part is not None:
             wanted["ahead"] = part(row, x_TH).float()
         if few and self.cpu is not None:
             wanted["x"] = x_TH
+        if self.foresee is not None:
+            wanted["foreseen"] = self.foresee(row, x_TH)
         read = dict(zip(wanted, _to_host(list(wanted.values())), strict=True))
-        call, ahead = Call.of(read["index"].numpy(), module.num_experts), read.get("ahead")
-        last = sorted(set(read["index"][-1].tolist()))
-        return ReadBack(call, last, read.get("x"), None if ahead is None else ahead.numpy())
+        index, x_here = read["index"].numpy(), read.get("x")
+        ahead, foreseen = (None if name not in read else read[name].numpy() for name in ("ahead", "foreseen"))
+        next_up = NextUp(*(frozenset(index[list(rows)].reshape(-1).tolist()) for rows in (ends.begun, ends.decoded)))
+        return ReadBack(Call.of(index, module.num_experts), next_up, x_here, ahead, foreseen)
 
     def _split(self, row: int, wanted: Wanted, call: Call) -> tuple[list[int], list[int]]:
         if self.plan is None or not wanted.missing:
             return wanted.missing, []
-        rows = dict(zip(call.experts, call.counts, strict=True))
-        scores_N = self.cache.policy.scores()[row, wanted.missing]
-        fetch, on_cpu = self.plan(
-            [(expert, rows[expert]) for expert in wanted.missing],
-            [rows[expert] for expert in wanted.resident + wanted.coming],
-            dict(zip(wanted.missing, scores_N.tolist(), strict=True)),
-        )
+        fetch, on_cpu = self.plan(*self._known(row, call, wanted.missing, wanted.resident + wanted.coming))
         assert sorted([*fetch, *on_cpu]) == sorted(wanted.missing), (fetch, on_cpu, wanted)
         return list(fetch), list(on_cpu)
+
+    def _known(
+        self, row: int, call: Call, missing: list[int], resident: list[int]
+    ) -> tuple[list[tuple[int, int]], list[int], Worth]:
+        """What plans are made of: rows of the missing, of the resident, and how much each missing one is worth."""
+        rows = dict(zip(call.experts, call.counts, strict=True))
+        worth = dict(zip(missing, self.cache.policy.scores()[row, missing].tolist(), strict=True))
+        return [(expert, rows[expert]) for expert in missing], [rows[expert] for expert in resident], worth
+
+    def _through_buffers(
+        self,
+        stream: LayerStream,
+        row: int,
+        module: OffloadedExperts,
+        read: ReadBack,
+        x_TH: Tensor,
+        weights_TK: Tensor,
+    ) -> Tensor:
+        """A call of many rows. The link begins first: what the CPU gets takes the host a while to gather."""
+        layer, call = module.layer, read.call
+        resident = [expert for expert in call.experts if self.cache.holds(layer, expert)]
+        missing = [expert for expert in call.experts if not self.cache.holds(layer, expert)]
+        way = Division(STREAM, tuple(missing))
+        if self.passes is not None and not module.adapted:
+            way = self.passes(row, call.tokens, *self._known(row, call, missing, resident))
+        stream.bring(layer, way.fetch, ahead=way.mode == STREAM and stream.wants_most(call))
+        elsewhere = self._start_cpu(layer, list(way.cpu), call, x_TH if read.x_TH is None else read.x_TH)
+        groups = stream.groups(layer, call, way.fetch, read.next_up)
+        return module.compute(call, x_TH, weights_TK, groups, elsewhere)
 
     def _start_cpu(self, layer: int, experts: list[int], call: Call, x_TH: Tensor) -> CpuRows | None:
         """Have the CPU begin."""

@@ -19,6 +19,7 @@ from inference.cache import ExpertCache, Loan
 from inference.errors import InferenceError
 from inference.expert_block import ExpertShape
 from inference.lanes import LANES
+from inference.row_adapters import AdaptedExperts
 from moe.form import ExpertForm
 from moe.kernels.activation import split
 
@@ -155,6 +156,11 @@ class OffloadedExperts(nn.Module):
         self.arithmetic = Arithmetic(shape.form, act, shape.biased)
         self.adapter: nn.Module | None = None
 
+    @property
+    def adapted(self) -> bool:
+        """Whether an adapter has a part in the call under way."""
+        return self.adapter is not None and (not isinstance(self.adapter, AdaptedExperts) or self.adapter.present)
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if self.executor is not None:
             return self.executor.run(self, hidden_states, top_k_index, top_k_weights)
@@ -211,7 +217,10 @@ class OffloadedExperts(nn.Module):
 
     def _unweighted(self, call: Call, x_NH: Tensor, groups: Iterable[Sequence[Loan]]) -> Tensor:
         """Every row through its expert."""
-        do, adapter, rows = self.arithmetic, self.adapter, call.rows
+        do, rows = self.arithmetic, call.rows
+        adapter = self.adapter if self.adapted else None
+        if isinstance(adapter, AdaptedExperts):
+            adapter = adapter.bound(call)
         y_NH = x_NH.new_empty(x_NH.shape)
         if adapter is not None:
             counts_E = torch.zeros(self.num_experts, dtype=torch.int64)

@@ -14,18 +14,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from inference.costmodel import ExpertCosts, MachineProfile, cpu_flops, distinct_experts
+from inference.costmodel import ExpertCosts, MachineProfile, distinct_experts
 from inference.limits import MAX_ROWS
+from inference.phases import DECODE, PREFILL, PhasePlan, plan_phase
+from inference.phases import dense_seconds as dense_pass_seconds
 from inference.placement import ModelSizes, Placement, PlacementError, show_size
-from inference.planner import PhasePlan, plan_phase
 from inference.simulate import HEDGE, Routing, replay
 
-DECODE, PREFILL = "decode", "prefill"
 PASSES = ((DECODE, 1), (DECODE, 16), (PREFILL, 1024), (PREFILL, 4096))
 CONTEXT = 1024
-# Operations of a layer that are issued one by one; of a captured decode step those between its graphs, up to
-# so many sequences (inference.graphed).
-CPU_OPERATIONS, GPU_LAUNCHES, CAPTURED_LAUNCHES, CAPTURED_ROWS = 80, 45, 8, 8
+CAPTURED_ROWS = 8  # up to so many sequences decode in captured steps (inference.graphed)
 
 
 @dataclass(frozen=True)
@@ -143,20 +141,13 @@ def _plan(costs: ExpertCosts, placement: Placement, phase: str, tokens: int, use
 
 
 def dense_seconds(costs: ExpertCosts, placement: Placement, phase: str, tokens: int, graphs: bool = False) -> float:
-    """Of everything but the routed experts in one pass: bytes read, products made, operations issued.
+    """Of everything but the routed experts in one pass, see :func:`inference.phases.dense_seconds`.
 
     Each sequence that decodes is taken to have :data:`CONTEXT` tokens behind it, if there is room for them.
     """
-    profile, sizes = costs.profile, placement.sizes
     context = min(tokens * CONTEXT, placement.kv_tokens) if phase == DECODE else tokens
-    nbytes = sizes.dense_bytes - sizes.table_bytes + context * sizes.kv_bytes
-    products = 2 * sizes.dense_elements * tokens
-    if profile.link is not None:
-        captured = graphs and phase == DECODE and tokens <= CAPTURED_ROWS
-        issued = (CAPTURED_LAUNCHES if captured else GPU_LAUNCHES) * profile.launch_s + profile.sync_s
-        return max(nbytes / profile.gpu_memory, products / profile.gpu_flops) + sizes.layers * issued
-    issued = CPU_OPERATIONS * profile.launch_s
-    return max(nbytes / profile.dram.alone, products / cpu_flops(profile)) + sizes.layers * issued
+    captured = graphs and phase == DECODE and tokens <= CAPTURED_ROWS
+    return dense_pass_seconds(costs.profile, placement.sizes, tokens, context, captured=captured)
 
 
 def placement_table(placement: Placement, profile: MachineProfile) -> list[str]:

@@ -37,6 +37,7 @@ from inference.errors import InferenceError
 from inference.foresight import HORIZONS
 from inference.policies import Policy
 from inference.recorded_heads import MAX_ROWS
+from inference.rows import decoding
 from moe.fingerprint import fingerprint
 
 FOLDER, WEIGHTS, MANIFEST = "lookahead", "lookahead.safetensors", "lookahead.json"
@@ -93,10 +94,10 @@ class Heads:
         """Log odds [2,L,E] of the call of layer ``row``, whose input is ``x_TH``.
 
         A few rows are sequences that are decoded together: an expert is used if any of them uses it. Many are a
-        prompt, of which the last one tells what comes.
+        prompt, of which the last one tells what comes, unless the pass under way says otherwise.
         """
         x_TH = x_TH.reshape(-1, self.hidden)
-        if len(x_TH) > MAX_ROWS:
+        if len(x_TH) > MAX_ROWS and not decoding(len(x_TH)):
             x_TH = x_TH[-1:]
         z_TO = torch.addmm(self.bias_LO[row], self.codes(row, x_TH), self.outward_LRO[row])
         z_O = z_TO[0] if len(z_TO) == 1 else any_of(z_TO)
@@ -187,15 +188,13 @@ def load_heads(folder: str | Path, device: torch.device | str = "cpu") -> tuple[
 def tell_policy(heads: Heads, policy: Policy, experts: Sequence[nn.Module]) -> None:
     """Before every call of these modules, by row, the policy is told what heads see in its input.
 
-    On a GPU this waits for them: one more round trip in each layer.
+    For experts in host memory. Behind a link the executor tells it, who reads back from the device anyway.
     """
-    if not policy.uses_heads:
-        return
 
     def hook(row: int) -> Callable[..., None]:
         def tell(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             x_TH = args[0] if args else kwargs["hidden_states"]
-            policy.foresee(heads.ahead(row, x_TH).detach().cpu().numpy().astype(np.float64))
+            policy.foresee(heads.ahead(row, x_TH).detach().numpy().astype(np.float64))
 
         return tell
 

@@ -1,7 +1,7 @@
 """The CPU as a second lane beside the link: what an executor needs to have it, opened.
 
 >>> # lane = open_cpu_lane(banks, arithmetic, profile)
->>> # Executor(cache, transfers, cpu=lane.experts, plan=lane.plan)
+>>> # Executor(cache, transfers, cpu=lane.experts, plan=lane.plan, passes=lane.passes)
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ from inference.cpu_lane import LaneError
 from inference.errors import InferenceError
 from inference.experts import Arithmetic, computable
 from inference.host_expert import HostExpert
+from inference.phases import PassPlanner, dense_seconds
+from inference.placement import model_sizes
 from inference.planner import CallPlanner
 from moe.refs import ExpertRef
 
 
 @dataclass(frozen=True)
 class CpuSide:
-    """``experts`` computes what ``plan`` leaves to it."""
+    """``experts`` computes what ``plan`` leaves to it, and ``passes`` in passes of many rows."""
 
     experts: CpuExperts
     plan: CallPlanner
+    passes: PassPlanner
 
     def close(self) -> None:
         self.experts.close()
@@ -57,7 +60,12 @@ def open_cpu_lane(
                 "(planaria plan-inference --recalibrate), or install a compiler"
             ) from error
     experts = CpuExperts(host_weights(banks), arithmetic.gated, KernelTable(profile.cpu), threads, team, compiled)
-    return CpuSide(experts, CallPlanner(costs))
+    sizes = model_sizes(banks.store.files.folder, str(banks.layout.dtype).removeprefix("torch."))
+
+    def dense_s(rows: int) -> float:
+        return dense_seconds(profile, sizes, rows, context=rows) / sizes.moe_layers
+
+    return CpuSide(experts, CallPlanner(costs), PassPlanner(costs, sizes.moe_layers, dense_s))
 
 
 def host_weights(banks: ExpertBanks) -> HostWeights:

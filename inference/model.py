@@ -20,7 +20,7 @@ from inference.kv import PagedKV
 from inference.lanes import LANES
 from inference.latent_attention import LatentAttention, interleaved
 from inference.rope import RopeTable
-from inference.rows import Group, Rows, Span, groups, padded_blocks, written
+from inference.rows import Group, Rows, Span, computing, groups, padded_blocks, written
 from moe.kernels.probe import runs_triton
 
 __all__ = ["Forward", "Model", "Rows", "Segment", "Span"]
@@ -114,7 +114,7 @@ class Model:
         """Scores [L,V] of ``rows.logit_rows``; the keys and values of all rows are kept."""
         device = self.kv.device
         step = self._step(rows, device)
-        with self._company(len(rows.token_R), self._widest):
+        with computing(rows), self._company(len(rows.token_R), self._widest):
             x_RH = self.layers(rows.token_R.to(device), step)
         if rows.logit_rows != tuple(range(len(x_RH))):
             x_RH = x_RH[torch.tensor(rows.logit_rows, dtype=torch.int64, device=device)]

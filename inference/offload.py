@@ -113,6 +113,7 @@ def open_executor(
         prefetcher=prefetcher,
         cpu=lane and lane.experts,
         plan=lane and lane.plan,
+        passes=lane and lane.passes,
         stream=LayerStream(cache, transfers),
         slot_calls=slot_calls,
     )

@@ -26,6 +26,7 @@ from inference.offload import Crossing, open_executor
 from inference.placement import KV_SHARE, KV_TOKENS, Placement, model_sizes, parse_size, place
 from inference.policies import LRU, Policy
 from inference.recording import RoutingRecorder
+from inference.row_adapters import join_trees, obstacle
 from inference.shadow import SAMPLED, WITH_HEADS, Hedge
 from inference.skeleton import activation, build_skeleton, expert_shape, load_dense, offload_experts, share_dense
 from inference.store import ExpertStore, TensorFiles
@@ -161,16 +162,29 @@ def adapt(base: Base, folders: Mapping[str, str | Path]) -> dict[str, nn.Module]
     Weights and resident experts exist once; a tree adds the adapter's factors and a few thousand Python objects.
     Raises AdapterError if an adapter is damaged or does not fit the model.
     """
-    trees = {}
-    for name in folders:
-        module, blocks = build_skeleton(base.path, base.dtype)
-        if base.cache is not None:
-            offload_experts(blocks, base.cache, base.executor)
-        share_dense(module, base.module)
-        module.to(base.device)
-        trees[name] = module
+    trees = {name: _tree_over(base) for name in folders}
     attach_all(base, trees, folders)
     return trees
+
+
+def join(base: Base, trees: Mapping[str, nn.Module]) -> tuple[nn.Module, frozenset[str | None]] | None:
+    """A tree that serves the rows of several adapters in one pass, and which ones; None if there are no two."""
+    able: dict[str | None, nn.Module] = {name: tree for name, tree in trees.items() if not obstacle(tree)}
+    if not able:
+        return None
+    joint = _tree_over(base)
+    able[None] = base.module
+    join_trees(joint, able)
+    return joint, frozenset(able)
+
+
+def _tree_over(base: Base) -> nn.Module:
+    """Another tree of modules over the weights and the resident experts of ``base``."""
+    module, blocks = build_skeleton(base.path, base.dtype)
+    if base.cache is not None:
+        offload_experts(blocks, base.cache, base.executor)
+    share_dense(module, base.module)
+    return module.to(base.device)
 
 
 def attach_all(base: Base, trees: Mapping[str, nn.Module], folders: Mapping[str, str | Path]) -> None:
@@ -214,11 +228,14 @@ def watch(base: Base, trees: Sequence[nn.Module], trace: str | Path | None) -> R
         header = TraceHeader(config.model_type, store.layers, store.shape.num_experts, top_k, source="serving")
         gates = [block.gate for block in find_moe_blocks(base.module)]
         recorder = RoutingRecorder(trace, header, base.heads, gates)
+    hears = base.heads is not None and base.cache is not None and base.cache.policy.uses_heads
+    if hears and base.executor is not None:
+        base.executor.foresee = base.heads.ahead
     for tree in trees:
         experts = {m.layer: m for m in tree.modules() if isinstance(m, OffloadedExperts)}
         if recorder is not None:
             recorder.attach(experts)
-        if base.heads is not None and base.cache is not None:
+        if hears and base.executor is None:
             tell_policy(base.heads, base.cache.policy, [experts[layer] for layer in base.cache.store.layers])
     return recorder
 

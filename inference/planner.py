@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from inference.costmodel import ExpertCosts, overlap, total
 from inference.errors import InferenceError
 
 Missing = tuple[int, int]  # expert, rows
-HIT, FETCH, CPU, SPLIT, STREAM = "resident", "fetch", "cpu", "split", "stream"
+HIT, FETCH, CPU, SPLIT = "resident", "fetch", "cpu", "split"
 
 
 class PlanError(InferenceError):
@@ -73,8 +73,8 @@ class Split:
             return f"resident: nothing is missing; bound by {cut.bound}"
         if self.mode == SPLIT:
             carried = f"{link} and {cpu} carry {len(self.fetch)} and {len(self.cpu)} of {misses} misses"
-            against = f"{_ms(cut.fetch_only_s)} by link alone, {_ms(cut.cpu_only_s)} by CPU alone"
-            return f"split: {carried}; bound by {cut.bound}; {_ms(cut.seconds)} against {against}"
+            against = f"{duration(cut.fetch_only_s)} by link alone, {duration(cut.cpu_only_s)} by CPU alone"
+            return f"split: {carried}; bound by {cut.bound}; {duration(cut.seconds)} against {against}"
         if self.mode == FETCH:
             why = "the CPU computes nothing here" if math.isinf(cut.cpu_only_s) else f"{cpu} would not help"
             return f"fetch: {link} brings all {misses} misses, {why}; bound by {cut.bound}"
@@ -125,7 +125,7 @@ def best_cut(
     max_fetch: int | None = None,
 ) -> Cut:
     """How many of the missing, given by their rows in falling order, to fetch; see :func:`plan_call`."""
-    lanes = _Lanes(costs, rows, resident_rows, link_busy_s)
+    lanes = Lanes(costs, rows, resident_rows, link_busy_s)
     most = len(rows) if max_fetch is None else min(max_fetch, len(rows))
     best = int(lanes.all_n[: most + 1].argmin())  # of equally good cuts the one that fetches least
     seconds = float(lanes.all_n[best])
@@ -148,7 +148,7 @@ def _cpu_rate(costs: ExpertCosts, rows: Sequence[int], overlapped: bool) -> floa
     return len(rows) * costs.expert_bytes / seconds if seconds else 0.0
 
 
-class _Lanes:
+class Lanes:
     """When each lane ends if the first n of the order are fetched, for all n from 0 to M at once; infinite for what the
     machine cannot do.
 
@@ -245,37 +245,7 @@ class CallPlanner:
 _REMEMBERED = 4096
 
 
-@dataclass(frozen=True)
-class PhasePlan:
-    """One way for all layers of a phase, prefill or decode.
-
-    Attributes:
-        mode: ``fetch`` (decode: when needed), ``stream`` (prefill: the next layer's experts behind this layer's work),
-            ``cpu``, ``split``, or ``resident``.
-        seconds: of the whole.
-        bound: what that time is made of, mostly.
-        alternatives: seconds of each way that the machine could go.
-    """
-
-    phase: str
-    mode: str
-    seconds: float
-    bound: str
-    alternatives: Mapping[str, float]
-
-    def repeated(self, passes: int) -> PhasePlan:
-        """The same pass so many times."""
-        every = {mode: passes * s for mode, s in self.alternatives.items()}
-        return replace(self, seconds=passes * self.seconds, alternatives=every)
-
-    def reason(self) -> str:
-        others = {mode: s for mode, s in self.alternatives.items() if mode != self.mode}
-        compared = ", ".join(f"{mode} {_ms(s)}" for mode, s in sorted(others.items(), key=lambda item: item[1]))
-        why = f"against {compared}" if compared else "the only way here"
-        return f"{self.mode} takes {_ms(self.seconds)}, {why}; bound by {self.bound}"
-
-
-def _ms(seconds: float) -> str:
+def duration(seconds: float) -> str:
     return (
         f"{seconds:.1f} s"
         if seconds >= 10
@@ -283,45 +253,3 @@ def _ms(seconds: float) -> str:
         if seconds >= 0.1
         else f"{1e3 * seconds:.3g} ms"
     )
-
-
-def plan_phase(
-    phase: str,
-    costs: ExpertCosts,
-    *,
-    layers: int,
-    missing_rows: Sequence[int],
-    resident_rows: Sequence[int],
-    dense_s: float,
-) -> PhasePlan:
-    """Compare the ways for ``layers`` like calls, each behind ``dense_s`` of attention and the like on the GPU.
-
-    Prefill knows that it will use almost every expert, so it may fetch the next layer while this one is computed:
-    the link and the GPU then work side by side over the whole pass, behind the first layer's fetch. Decode cannot, its
-    experts are known when the layer is reached. Behind a link prefill always streams, as the executor does; the other
-    ways are reckoned for comparison. Decode goes the fastest way, of equally fast ones the simplest: cpu, fetch, split.
-    Raises PlanError if the machine has none.
-    """
-    lanes = _Lanes(costs, sorted(missing_rows, reverse=True), resident_rows, 0.0)
-    every, dense = len(missing_rows), layers * dense_s
-    ways: dict[str, tuple[float, str]] = {}
-    if not every:
-        ways[HIT] = (dense + layers * float(lanes.gpu_n[0]), "gpu")
-    elif costs.threads:
-        ways[CPU] = (dense + layers * float(lanes.all_n[0]), "cpu")
-    if every and costs.has_link:
-        if phase == "prefill":
-            link, gpu = every * costs.link_s, dense_s + total(map(costs.gpu_s, [*missing_rows, *resident_rows]))
-            ways[STREAM] = (link + (layers - 1) * max(link, gpu) + gpu, "link" if link >= gpu else "gpu")
-        else:
-            ways[FETCH] = (dense + layers * float(lanes.all_n[-1]), "link")
-        if costs.threads and every > 1:
-            apart = 1 + int(lanes.all_n[1:-1].argmin())
-            ways[SPLIT] = (dense + layers * float(lanes.all_n[apart]), lanes.bound(apart))
-    if not ways:
-        raise PlanError(f"{phase}: {every} experts of a layer are missing, without a link and without CPU threads")
-    mode = STREAM if STREAM in ways else min(ways, key=lambda way: ways[way][0])
-    seconds, bound = ways[mode]
-    if dense > seconds / 2:
-        bound = "the dense part"
-    return PhasePlan(phase, mode, seconds, bound, {way: s for way, (s, _) in ways.items()})

@@ -40,7 +40,10 @@ class RecordedHeads:
     gate_TLE: np.ndarray
 
     def ahead(self, tokens: slice, row: int) -> np.ndarray:
-        """Log odds [2,L,E] of the call of layer ``row`` with these tokens, as `inference.heads.Heads.ahead` has it."""
+        """Log odds [2,L,E] of the call of layer ``row`` with these tokens, as `inference.heads.Heads.ahead` has it.
+
+        But a trace does not say of many tokens whether they were decoded, so they are taken for a prompt.
+        """
         codes_TR = self.codes_TLR[tokens, row].astype(np.float32)
         if len(codes_TR) > MAX_ROWS:
             codes_TR = codes_TR[-1:]

@@ -31,6 +31,8 @@ class Measured:
         stall_s: for how long computing waited for the link.
         ways: how many layer calls went which way, see :class:`inference.planner.CallPlanner`.
         newest_plan: the last split, in words.
+        pass_ways: how many passes of many rows went which way, see :class:`inference.phases.PassPlanner`.
+        newest_pass: the last choice of these, in words.
     """
 
     seconds: float
@@ -47,6 +49,8 @@ class Measured:
     stall_s: float = 0.0
     ways: Mapping[str, int] = field(default_factory=dict)
     newest_plan: str = ""
+    pass_ways: Mapping[str, int] = field(default_factory=dict)
+    newest_pass: str = ""
 
     @property
     def hit_rate(self) -> float:
@@ -106,15 +110,21 @@ class Report:
             lines.append(f"prefetch: {m.prefetched} experts, {m.wasted} of them in vain")
         if self.profile.link is not None:
             lines.append(f"waits: {m.stall_s:.2f} s for the link, {self.stalled:.0%} of the time")
-        if m.ways:
-            total = sum(m.ways.values())
-            shares = ", ".join(f"{way} {n / total:.0%}" for way, n in sorted(m.ways.items(), key=lambda item: -item[1]))
-            lines.append(f"layer calls: {shares}" + (f"; the last: {m.newest_plan}" if m.newest_plan else ""))
+        lines += _ways("layer calls", m.ways, m.newest_plan) + _ways("passes of many rows", m.pass_ways, m.newest_pass)
         lines.append(
             f"floor: {self.floor.seconds:.3f} s by {self.floor.bound}; {self.share:.0%} of the time was needed "
             f"({self.profile.hardware})"
         )
         return "\n".join([*lines, *(f"change: {sentence}" for sentence in self.advice())])
+
+
+def _ways(what: str, ways: Mapping[str, int], newest: str) -> list[str]:
+    """Which way calls went, and why the last one did."""
+    if not ways:
+        return []
+    total = sum(ways.values())
+    shares = ", ".join(f"{way} {n / total:.0%}" for way, n in sorted(ways.items(), key=lambda item: -item[1]))
+    return [f"{what}: {shares}" + (f"; the last: {newest}" if newest else "")]
 
 
 def _advice(report: Report) -> Iterator[str]:

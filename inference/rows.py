@@ -6,8 +6,11 @@ L keys of each. Everything that a layer needs is made here once per call, so tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -46,12 +49,14 @@ class Rows:
         position_R: int64 positions, likewise.
         spans: which rows belong to which sequence, in order.
         logit_rows: the rows whose scores are wanted, in the order wanted.
+        shares: where several adapters share the call, how many rows each has, one after another; None names the base.
     """
 
     token_R: Tensor
     position_R: Tensor
     spans: tuple[Span, ...]
     logit_rows: tuple[int, ...]
+    shares: tuple[tuple[str | None, int], ...] = ()
 
     @classmethod
     def of(cls, parts: Iterable[tuple[Sequence[int], Span]], *, every: bool = False) -> Rows:
@@ -68,6 +73,51 @@ class Rows:
         assert spans, "a call needs at least one row"
         chosen = range(len(tokens)) if every else wanted
         return cls(torch.tensor(tokens), torch.tensor(positions), tuple(spans), tuple(chosen))
+
+    @cached_property
+    def ends(self) -> Ends:
+        begun, decoded, end = [], [], 0
+        for span in self.spans:
+            end += span.rows
+            (begun if span.rows > 1 else decoded).append(end - 1)
+        return Ends(tuple(begun), tuple(decoded))
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The last row of each sequence of a call: what comes next follows from it.
+
+    Attributes:
+        begun: of sequences with several rows, chunks of prompts.
+        decoded: of sequences with one row.
+    """
+
+    begun: tuple[int, ...]
+    decoded: tuple[int, ...]
+
+
+_under_way: ContextVar[Rows | None] = ContextVar("rows of the pass under way", default=None)
+
+
+def under_way() -> Rows | None:
+    """The rows that the model computes just now; None outside of its passes."""
+    return _under_way.get()
+
+
+def decoding(rows: int) -> bool:
+    """Whether the pass under way has so many rows, each of a sequence that decodes."""
+    passed = under_way()
+    return passed is not None and len(passed.spans) == rows == len(passed.ends.decoded)
+
+
+@contextmanager
+def computing(rows: Rows) -> Iterator[None]:
+    """What a layer's modules are called with does not say whose rows these are: :func:`under_way` does."""
+    before = _under_way.set(rows)
+    try:
+        yield
+    finally:
+        _under_way.reset(before)
 
 
 @dataclass(frozen=True)

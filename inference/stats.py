@@ -74,7 +74,7 @@ class EngineCounts:
     """Totals since the engine was made.
 
     Attributes:
-        steps, passes: a step makes one pass for each adapter in it.
+        steps, passes: a step makes one pass, and one more for each adapter in it that cannot share it.
         rows: tokens that went through the model.
         reused: tokens of prompts that did not have to.
         seconds: wall time of all steps.

@@ -2,16 +2,19 @@
 
 The sort is stable, so the order of pairs, and with it every bit of the result, is a function of the routing alone.
 
-Shapes: R rows, K choices per row, L local experts, N pairs.
+Shapes: R rows, K choices per row, L local experts, S = R*K pairs, N of them that have a local expert.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from moe.kernels.probe import runs_triton
 from moe.stats import expert_counts
 
 
@@ -36,6 +39,11 @@ class Assignment:
         """The row of each sorted pair."""
         return self.pair_N // self.slot_RK.shape[1]
 
+    @functools.cached_property
+    def ends_L(self) -> Tensor:
+        """Where each expert's pairs end, as torch's grouped product wants it; nothing is read back."""
+        return self.counts_L.cumsum(0).to(torch.int32)
+
     def spread(self, weights_RK: Tensor) -> Tensor:
         """Values of (row, choice) pairs in sorted order, [N]."""
         return weights_RK.flatten()[self.pair_N]
@@ -47,6 +55,38 @@ class Assignment:
         return y_NH[self.slot_RK.flatten()].view(*self.slot_RK.shape, y_NH.shape[1]).sum(1)
 
 
+class Sorted(NamedTuple):
+    """What a device has sorted before the host knows how many pairs have an expert.
+
+    Attributes:
+        pair_S: as :attr:`Assignment.pair_N`; what stands behind the first N is undefined.
+    """
+
+    pair_S: Tensor
+    slot_RK: Tensor
+    counts_L: Tensor
+
+    def assignment(self, pairs: int) -> Assignment:
+        """``pairs``: N, known to the host."""
+        return Assignment(self.pair_S[:pairs], self.slot_RK, self.counts_L, pairs == self.pair_S.numel())
+
+
+def sort_pairs(index_RK: Tensor, num_local: int, first: int = 0) -> Sorted:
+    """Sort the pairs by expert, of those numbered from ``first`` on; others have none here. Reads nothing back."""
+    if runs_triton(index_RK.device):
+        from moe.kernels import sorting
+
+        pair_S, slot_S, counts_L = sorting.sort_pairs(index_RK, first, num_local)
+        return Sorted(pair_S, slot_S.view_as(index_RK), counts_L)
+    local_S = index_RK.flatten() - first
+    local_S = local_S.masked_fill((local_S < 0) | (local_S >= num_local), num_local)
+    pair_S = torch.argsort(local_S, stable=True)
+    slot_S = torch.empty_like(pair_S)
+    slot_S[pair_S] = torch.arange(pair_S.numel(), device=pair_S.device)
+    counts_L = expert_counts(local_S, num_local + 1)[:num_local]
+    return Sorted(pair_S, torch.minimum(slot_S, counts_L.sum()).view_as(index_RK), counts_L)
+
+
 def assign(index_RK: Tensor, num_local: int, pairs: int | None = None) -> Assignment:
     """Sort the pairs by local expert.
 
@@ -54,11 +94,4 @@ def assign(index_RK: Tensor, num_local: int, pairs: int | None = None) -> Assign
         index_RK: local expert of each choice; ``num_local`` for a choice that has none.
         pairs: how many choices have one, if not all have: the host must know it, and nothing is read back from a GPU.
     """
-    flat_S = index_RK.flatten()
-    order_S = torch.argsort(flat_S, stable=True)
-    slot_S = torch.empty_like(order_S)
-    slot_S[order_S] = torch.arange(order_S.numel(), device=order_S.device)
-    if pairs is None:
-        return Assignment(order_S, slot_S.view_as(index_RK), expert_counts(flat_S, num_local), True)
-    counts_L = expert_counts(flat_S, num_local + 1)[:num_local]
-    return Assignment(order_S[:pairs], slot_S.clamp(max=pairs).view_as(index_RK), counts_L, pairs == flat_S.numel())
+    return sort_pairs(index_RK, num_local).assignment(index_RK.numel() if pairs is None else pairs)

@@ -21,6 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe.assignment import Sorted, sort_pairs
+from moe.kernels.probe import runs_triton
+
 Counts = Sequence[Sequence[int]]  # [W][2]: rows that travel, and (row, choice) pairs that have an expert there
 
 
@@ -30,7 +33,7 @@ class Fan:
 
     Attributes:
         source_S: the row of each copy.
-        slot_QP: where each row's copies stand; -1 for each that it has fewer than P.
+        slot_QP: where each row's copies stand; S, one past the end, for each that it has fewer than P.
     """
 
     source_S: Tensor
@@ -40,7 +43,7 @@ class Fan:
         return x_QH[self.source_S]
 
     def total(self, y_SH: Tensor) -> Tensor:
-        """The sum of each row's copies, [Q,H]; ``y`` has a row of zeros at its end, for -1.
+        """The sum of each row's copies, [Q,H]; ``y`` has a row of zeros at its end.
 
         A gather, not an index_add: the order of additions is fixed.
         """
@@ -105,20 +108,18 @@ class PlainDraft(Draft):
 
     @classmethod
     def of(cls, index_TK: Tensor, ranks: int, num_local: int) -> PlainDraft:
-        flat_S = index_TK.flatten()
-        order_S = torch.argsort(flat_S, stable=True)
-        slot_S = torch.empty_like(order_S)
-        slot_S[order_S] = torch.arange(order_S.numel(), device=order_S.device)
-        pairs_W = _choices_per_rank(index_TK, ranks, num_local).sum(0)
+        found = sort_pairs(index_TK, ranks * num_local)
+        order_S, slot_TK = found.pair_S, found.slot_RK
+        pairs_W = found.counts_L.view(ranks, num_local).sum(1)
         return cls(
             torch.stack([pairs_W, pairs_W], 1),
-            Fan(order_S // index_TK.shape[1], slot_S.view_as(index_TK)),
-            Fan(order_S, slot_S.unsqueeze(1)),
-            (flat_S[order_S] % num_local).to(narrow_type(num_local)).unsqueeze(1),
+            Fan(order_S // index_TK.shape[1], slot_TK),
+            Fan(order_S, slot_TK.reshape(-1, 1)),
+            (index_TK.flatten()[order_S] % num_local).to(narrow_type(num_local)).unsqueeze(1),
         )
 
     def route(self, sent: Counts, received: Counts) -> Route:
-        splits = _rows(sent), _rows(received)
+        splits = rows_of(sent), rows_of(received)
         return Route(self.rows, self.weights, self.experts_S1, self.experts_S1[:0], *splits, pairs=None)
 
 
@@ -127,42 +128,45 @@ class DeduplicatedDraft(Draft):
     """Copies by rank, to one rank by token. All tokens stay, also those that have no expert here.
 
     Attributes:
-        ends_WT: how many copies are sent up to and with that of token t to rank w, in that order.
-        slot_TP: of the token's copy to every other rank.
+        travels: (token, rank) pairs, sorted by rank, of tokens that go there.
+        own: (token, choice) pairs whose expert is here, sorted by it.
     """
 
     index_TK: Tensor
     num_local: int
-    ends_WT: Tensor
-    slot_TP: Tensor
-    stay_TK: Tensor
+    rank: int
+    travels: Sorted
+    own: Sorted
 
     @classmethod
     def of(cls, index_TK: Tensor, ranks: int, num_local: int, rank: int) -> DeduplicatedDraft:
-        choices_TW = _choices_per_rank(index_TK, ranks, num_local)
-        remote_W = torch.arange(ranks, device=index_TK.device) != rank
-        travels_WT = (choices_TW > 0).T & remote_W.unsqueeze(1)
-        ends_WT = travels_WT.flatten().cumsum(0).view_as(travels_WT)
-        slot_WT = torch.where(travels_WT, ends_WT - 1, -1)
-        return cls(
-            torch.stack([travels_WT.sum(1), choices_TW.sum(0)], 1),
-            index_TK,
-            num_local,
-            ends_WT,
-            torch.cat([slot_WT[:rank], slot_WT[rank + 1 :]]).T.contiguous(),
-            _local_numbers(index_TK, rank, num_local),
-        )
+        first = rank * num_local
+        if runs_triton(index_TK.device):
+            from moe.kernels import sorting
+
+            own, (pair_S, slot_S, counts_W2) = sorting.sort_choices(index_TK, first, num_local, ranks)
+            travels = Sorted(pair_S, slot_S.view(-1, ranks), counts_W2[:, 0])
+            own_pairs = Sorted(own[0], own[1].view_as(index_TK), own[2])
+            return cls(counts_W2, index_TK, num_local, rank, travels, own_pairs)
+        rank_W = torch.arange(ranks, device=index_TK.device)
+        choices_TW = (index_TK.unsqueeze(-1) // num_local == rank_W).sum(1)
+        travels = sort_pairs(torch.where((choices_TW > 0) & (rank_W != rank), rank_W, ranks), ranks)
+        counts_W2 = torch.stack([travels.counts_L, choices_TW.sum(0)], 1)
+        return cls(counts_W2, index_TK, num_local, rank, travels, sort_pairs(index_TK, num_local, first))
+
+    def fan(self, sent: Counts) -> Fan:
+        return Fan(self._copies(sent) // self.counts_W2.shape[0], self.travels.slot_RK)
 
     def route(self, sent: Counts, received: Counts) -> Route:
-        number_S = torch.arange(1, sum(_rows(sent)) + 1, device=self.index_TK.device)
-        # Where the count reaches each number; nonzero would wait for a GPU to learn how many there are.
-        place_S = torch.searchsorted(self.ends_WT.flatten(), number_S)
-        num_tokens = max(self.index_TK.shape[0], 1)
-        token_S, target_S1 = place_S % num_tokens, (place_S // num_tokens).unsqueeze(1)
-        fan = Fan(token_S, self.slot_TP)
-        experts_SK = _local_numbers(self.index_TK[token_S], target_S1, self.num_local)
+        fan = self.fan(sent)
+        target_S1 = (self._copies(sent) % self.counts_W2.shape[0]).unsqueeze(1)
+        experts_SK = _local_numbers(self.index_TK[fan.source_S], target_S1, self.num_local)
+        stay_TK = _local_numbers(self.index_TK, self.rank, self.num_local)
         pairs = sum(pairs for _, pairs in received)
-        return Route(fan, fan, experts_SK, self.stay_TK, _rows(sent), _rows(received), pairs)
+        return Route(fan, fan, experts_SK, stay_TK, rows_of(sent), rows_of(received), pairs)
+
+    def _copies(self, sent: Counts) -> Tensor:
+        return self.travels.pair_S[: sum(rows_of(sent))]
 
 
 def narrow_type(num_local: int) -> torch.dtype:
@@ -170,16 +174,10 @@ def narrow_type(num_local: int) -> torch.dtype:
     return torch.int16 if num_local < 1 << 15 else torch.int32
 
 
-def _choices_per_rank(index_TK: Tensor, ranks: int, num_local: int) -> Tensor:
-    """How many of a token's choices each rank holds, [T,W]."""
-    rank_W = torch.arange(ranks, device=index_TK.device)
-    return (index_TK.unsqueeze(-1) // num_local == rank_W).sum(1)
-
-
 def _local_numbers(index: Tensor, rank: Tensor | int, num_local: int) -> Tensor:
     local = index - rank * num_local
     return local.masked_fill((local < 0) | (local >= num_local), num_local).to(narrow_type(num_local))
 
 
-def _rows(counts: Counts) -> tuple[int, ...]:
+def rows_of(counts: Counts) -> tuple[int, ...]:
     return tuple(rows for rows, _ in counts)

@@ -1,24 +1,24 @@
 """How tokens reach the ranks that hold their experts, and how the results come back, in six phases.
 
 The phases are named as in Megatron-Core. Payloads leave in ``token_dispatch`` and ``token_combine`` and are waited for
-in the phase after, so that other work fits in between: another chunk's, or whatever does not need the experts.
+in the phase after, so that other work fits in between that does not need the experts. Deduplicated tokens for experts
+without an adapter usually go by :mod:`moe.guests` instead, which sends the same, in a schedule of its own.
 
-Shapes: T tokens, K choices per token, C choices per row (1 or K), W ranks, N chunks, R rows that are here, H hidden.
+Shapes: T tokens, K choices per token, C choices per row (1 or K), W ranks, R rows that are here, H hidden.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moe.assignment import Assignment, assign
 from moe.copies import DeduplicatedDraft, Draft, PlainDraft
-from moe.exchange import Flight, arrive, come_back, send, send_back
+from moe.exchange import Flight, Headcount, arrive, come_back, send, send_back
 
 Mix = Callable[[Tensor, Tensor, Assignment], Tensor]  # Experts.mix
 
@@ -30,13 +30,6 @@ class Routed:
     x_TH: Tensor
     index_TK: Tensor
     weights_TK: Tensor
-
-    def split(self, chunks: int) -> list[Routed]:
-        """Exactly ``chunks`` of them, also where there are fewer tokens: all ranks must have equally many."""
-        if chunks == 1:
-            return [self]
-        parts = (t.tensor_split(chunks) for t in (self.x_TH, self.index_TK, self.weights_TK))
-        return [Routed(*part) for part in zip(*parts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -50,7 +43,7 @@ class Arrived:
 
 @dataclass
 class Trip:
-    """One chunk's way through the six phases."""
+    """One call's way through the six phases."""
 
     routed: Routed
     flight: Flight | None = None
@@ -62,7 +55,7 @@ class Dispatcher(ABC):
     """Between a gate and the experts."""
 
     @abstractmethod
-    def dispatch_preprocess(self, chunks: Sequence[Routed]) -> list[Trip]:
+    def dispatch_preprocess(self, routed: Routed) -> Trip:
         """Plan where every token goes."""
 
     @abstractmethod
@@ -92,8 +85,8 @@ class Local(Dispatcher):
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
 
-    def dispatch_preprocess(self, chunks: Sequence[Routed]) -> list[Trip]:
-        return [Trip(chunk) for chunk in chunks]
+    def dispatch_preprocess(self, routed: Routed) -> Trip:
+        return Trip(routed)
 
     def token_dispatch(self, trip: Trip) -> None:
         pass
@@ -121,16 +114,9 @@ class AllToAll(Dispatcher):
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.num_local = num_experts // self.ranks
 
-    def dispatch_preprocess(self, chunks: Sequence[Routed]) -> list[Trip]:
-        drafts = [self._draft(chunk.index_TK) for chunk in chunks]
-        sent_WN2 = torch.stack([draft.counts_W2 for draft in drafts], 1).to(torch.int32)
-        received_WN2 = torch.empty_like(sent_WN2)
-        dist.all_to_all_single(received_WN2, sent_WN2, group=self.group)
-        sent, received = torch.stack([sent_WN2, received_WN2]).transpose(1, 2).tolist()  # the one wait
-        return [
-            Trip(chunk, Flight(draft.route(*counts), self.group))
-            for chunk, draft, *counts in zip(chunks, drafts, sent, received, strict=True)
-        ]
+    def dispatch_preprocess(self, routed: Routed) -> Trip:
+        draft = self._draft(routed.index_TK)
+        return Trip(routed, Flight(draft.route(*Headcount(draft.counts_W2, self.group).read()), self.group))
 
     def _draft(self, index_TK: Tensor) -> Draft:
         return PlainDraft.of(index_TK, self.ranks, self.num_local)
@@ -174,23 +160,19 @@ EXCHANGES = {"all_to_all": AllToAll, "deduplicated": Deduplicated}
 
 
 def mix_everywhere(
-    dispatcher: Dispatcher, mix: Mix, routed: Routed, chunks: int = 1, meanwhile: Callable[[], None] | None = None
+    dispatcher: Dispatcher, mix: Mix, routed: Routed, meanwhile: Callable[[], None] | None = None
 ) -> Tensor:
     """Every token through its experts, wherever they are: [T,H].
 
     Args:
         mix: the local experts, :meth:`moe.experts.Experts.mix`.
-        chunks: parts of the tokens, of which one computes while another travels.
-        meanwhile: what else to do while the first of them are on their way.
+        meanwhile: what else to do while tokens are on their way.
     """
-    trips = dispatcher.dispatch_preprocess(routed.split(chunks))
-    for trip in trips:
-        dispatcher.token_dispatch(trip)
+    trip = dispatcher.dispatch_preprocess(routed)
+    dispatcher.token_dispatch(trip)
     if meanwhile is not None:
         meanwhile()
-    for trip in trips:
-        arrived = dispatcher.dispatch_postprocess(trip)
-        dispatcher.combine_preprocess(trip, mix(arrived.x_RH, arrived.weights_RC, arrived.assignment))
-        dispatcher.token_combine(trip)
-    parts = [dispatcher.combine_postprocess(trip) for trip in trips]
-    return parts[0] if chunks == 1 else torch.cat(parts)
+    arrived = dispatcher.dispatch_postprocess(trip)
+    dispatcher.combine_preprocess(trip, mix(arrived.x_RH, arrived.weights_RC, arrived.assignment))
+    dispatcher.token_combine(trip)
+    return dispatcher.combine_postprocess(trip)

@@ -13,6 +13,7 @@ copies are made, H features.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe.copies import Fan, Route
+from moe.aside import Aside
+from moe.copies import Counts, Fan, Route
+from moe.kernels.grouped import ROOM
 
 
 def all_to_all(
@@ -30,6 +33,73 @@ def all_to_all(
     if x.dtype == torch.int16:  # which neither gloo nor NCCL knows
         out, x = out.view(torch.uint8), x.view(torch.uint8)
     return dist.all_to_all_single(out, x, list(received), list(sent), group=group, async_op=True)
+
+
+class Going:
+    """Rows on their way here, begun by :func:`begin`."""
+
+    def __init__(self, rows: Tensor, leaving: Tensor, work: dist.Work) -> None:
+        # The rows that leave must not be freed before the exchange is over.
+        self._rows, self._leaving, self._work = rows, leaving, work
+
+    def landed(self) -> Tensor:
+        """The rows, after waiting for them: the host with gloo, the current stream with NCCL."""
+        self._work.wait()
+        return self._rows
+
+
+def begin(x_SH: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Going:
+    """Begin to exchange rows."""
+    x_SH = x_SH.contiguous()
+    rows = x_SH.new_empty((sum(received), x_SH.shape[1]))
+    return Going(rows, x_SH, all_to_all(rows, x_SH, received, sent, group))
+
+
+# Its name since torch 2.13, and before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Headcount:
+    """Counts on their way to the host: every rank's :attr:`~moe.copies.Draft.counts_W2`."""
+
+    def __init__(self, sent_W2: Tensor, group: dist.ProcessGroup) -> None:
+        self._rank = dist.get_rank(group)
+        ranks = sent_W2.shape[0]
+        gathered = sent_W2.new_empty(ranks * ranks, 2)
+        self._work = _all_gather(gathered, sent_W2, group=group, async_op=True)
+        self._device_WW2 = gathered.view(ranks, ranks, 2)
+
+    def read(self) -> tuple[Counts, Counts]:
+        """What is sent and received. The one wait of a layer's forward pass: for counts, and nothing queued later."""
+        host_WW2 = self._device_WW2
+        if host_WW2.is_cuda:
+            host_WW2 = _pinned(host_WW2.shape, host_WW2.dtype)
+            with Aside(self._device_WW2.device).queue():
+                self._work.wait()  # this stream, not the host: behind the exchange, and so behind the counts
+                host_WW2.copy_(self._device_WW2, non_blocking=True)
+                copied = torch.cuda.current_stream().record_event()
+            copied.synchronize()
+        else:
+            self._work.wait()
+        counts_WW2 = host_WW2.tolist()
+        return counts_WW2[self._rank], [counts_W2[self._rank] for counts_W2 in counts_WW2]
+
+
+@functools.cache
+def _pinned(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Memory that is read before it is written again."""
+    return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+
+@functools.cache
+def narrow(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of the same ranks for exchanges that run beside products: it takes no more multiprocessors than those
+    leave free (:data:`moe.kernels.grouped.ROOM`). All ranks of the group must call it for the first time together."""
+    if dist.get_backend(group) != "nccl":
+        return group
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options.config.max_ctas = ROOM
+    return dist.new_group(dist.get_process_group_ranks(group), pg_options=options, use_local_synchronization=True)
 
 
 class Flight:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from moe.assignment import Assignment
 from moe.context import current
-from moe.dispatch import EXCHANGES, Dispatcher, Local, Routed, mix_everywhere
+from moe.dispatch import EXCHANGES, Local, Routed, mix_everywhere
 from moe.dispatch_choice import choose_dispatch
 from moe.form import PLAIN, ExpertForm
+from moe.guests import mix_with_guests
 from moe.kernels.activation import between
 from moe.kernels.backend import Adapted, Site, choose, passes
 from moe.kernels.grouped import Backend, choose_backend, grouped_linear
@@ -40,9 +41,8 @@ class Experts(nn.Module):
     that also has ``mix(x_RH, weights_RK, stack, assignment)`` computes the whole of frozen experts itself; one that
     holds several adapters has ``compute(experts, x_NH, assignment)`` in place of :meth:`compute`.
 
-    With other ranks, ``dispatch`` is how tokens reach them (``auto``, ``all_to_all`` or ``deduplicated``), ``chunks``
-    into how many parts they are cut, so that one part travels while another computes, and ``meanwhile``, if set, is
-    called in each forward pass while tokens are on their way.
+    With other ranks, ``dispatch`` is how tokens reach them (``auto``, ``all_to_all`` or ``deduplicated``), and
+    ``meanwhile``, if set, is called in each forward pass while tokens are on their way.
     """
 
     def __init__(
@@ -74,7 +74,6 @@ class Experts(nn.Module):
         self.ep_size = self.num_experts // self.num_local_experts
         self.ep_group: torch.distributed.ProcessGroup | None = None
         self.dispatch = "auto"
-        self.chunks = 1
         self.meanwhile: Callable[[], None] | None = None
         self.adapter: nn.Module | None = None
         self.wanted_backend = "auto"
@@ -125,13 +124,20 @@ class Experts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden_states`` [T,H], ``top_k_index`` [T,K] (global ids), ``top_k_weights`` [T,K] -> [T,H]."""
         routed = Routed(hidden_states, top_k_index, top_k_weights)
-        return mix_everywhere(self._dispatcher(top_k_index.shape[1]), self.mix, routed, self.chunks, self.meanwhile)
-
-    def _dispatcher(self, top_k: int) -> Dispatcher:
         if self.ep_size == 1:
-            return Local(self.num_experts)
+            return mix_everywhere(Local(self.num_experts), self.mix, routed)
         assert self.ep_group is not None, "expert-parallel experts were not bound to a process group"
-        return EXCHANGES[choose_dispatch(self.dispatch, top_k, self.ep_size).name](self.num_experts, self.ep_group)
+        method = choose_dispatch(self.dispatch, top_k_index.shape[1], self.ep_size).name
+        backend = choose(self.site, self.wanted_backend).name
+        if method == "deduplicated" and backend == "minimal" and self._added is None:
+            how, inputs = passes(self.site, backend), (hidden_states, top_k_index, top_k_weights)
+            return mix_with_guests(how, self._stack, *inputs, self.ep_group, self.meanwhile)
+        dispatcher = EXCHANGES[method](self.num_experts, self.ep_group)
+        return mix_everywhere(dispatcher, self.mix, routed, self.meanwhile)
+
+    @property
+    def _stack(self) -> Stack:
+        return Stack(self.gate_up_proj, self.down_proj, *self.biases, self.form)
 
     def mix(self, x_RH: Tensor, weights_RK: Tensor, assignment: Assignment) -> Tensor:
         """Each row's local experts, weighted and summed: [R,H]. A row none of whose choices is local gives zeros."""
@@ -141,7 +147,7 @@ class Experts(nn.Module):
             y_NH = many(self, x_NH, assignment) if many else self.compute(x_NH, assignment.counts_L)
             weights_N = assignment.spread(weights_RK)
             return assignment.combine(y_NH * weights_N.unsqueeze(-1).to(y_NH.dtype))
-        stack = Stack(self.gate_up_proj, self.down_proj, *self.biases, self.form)
+        stack = self._stack
         if name == "reference":
             return reference_mix(x_RH, weights_RK, stack, assignment)
         if self._added is not None:

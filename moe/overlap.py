@@ -1,4 +1,4 @@
-"""What runs while tokens are on their way: the block's shared expert, or the experts themselves on other tokens.
+"""The block's shared expert while tokens are on their way.
 
 A transformers block calls its shared expert before its gate or after its experts, never between sending and receiving.
 So the blocks' ``forward`` is replaced by one that calls the same modules in another order and adds the same things: its
@@ -26,8 +26,8 @@ def set_exchange(blocks: Sequence[MoEBlock], top_k: int, *, dispatch: str = "aut
     Args:
         top_k: experts per token.
         dispatch: see :func:`moe.dispatch_choice.choose_dispatch`.
-        overlap: ``shared``: the shared expert runs while tokens travel; ``chunks``: half of the tokens travel while the
-            other half is computed; ``none``. Without other ranks it does nothing.
+        overlap: ``shared``: the shared expert runs while tokens travel; or ``none``. Without other ranks it does
+            nothing.
 
     Raises FamilyError if the shared expert is wanted and a block has none that we know.
     """
@@ -36,7 +36,6 @@ def set_exchange(blocks: Sequence[MoEBlock], top_k: int, *, dispatch: str = "aut
         if block.experts.ep_size == 1:
             continue
         block.experts.dispatch = chosen.name
-        block.experts.chunks = 2 if overlap == "chunks" else 1
         if overlap == "shared":
             _overlap_shared(block)
     return chosen
@@ -77,5 +76,5 @@ def shared_expert_of(block: MoEBlock) -> Callable[[Tensor], Tensor]:
         return several  # type: ignore[no-any-return]
     raise FamilyError(
         f"{block.path} ({type(module).__name__}) has no shared expert that could run while tokens travel: looked for "
-        "`shared_expert` with `shared_expert_gate`, or `shared_experts`; use parallel.overlap=chunks or none"
+        "`shared_expert` with `shared_expert_gate`, or `shared_experts`; remove parallel.overlap"
     )

@@ -221,7 +221,7 @@ def _exchange(view: View) -> Iterator[Finding]:
     if ep > 1 and overlap == "shared" and view.given("model.family") and view("model.family") in WITHOUT_SHARED_EXPERT:
         yield (
             "parallel.overlap",
-            f"parallel.overlap=shared, but {view('model.family')} has no shared expert; choose chunks or none",
+            f"parallel.overlap=shared, but {view('model.family')} has no shared expert; remove the key",
         )
 
 

@@ -199,7 +199,7 @@ class ParallelSection:
     dispatch: Literal["auto", "all_to_all", "deduplicated"] = (
         "auto"  # auto: deduplicated if tokens have several experts
     )
-    overlap: Literal["none", "shared", "chunks"] = "none"  # what is computed while tokens travel
+    overlap: Literal["none", "shared"] = "none"  # what is computed while tokens travel
     zero: int = 1
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: fp32 on CPU, bf16 on GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"

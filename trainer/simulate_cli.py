@@ -146,7 +146,8 @@ def _draw(path: str, panels: list[Any]) -> None:
 def _timed(arguments: argparse.Namespace, routing: Routing, budgets: list[float], names: tuple[str, ...]) -> None:
     from inference.analytic import ShapeError, parse_shape
     from inference.costmodel import named_profile
-    from inference.forecast import DECODE, dense_seconds, lane_costs
+    from inference.forecast import dense_seconds, lane_costs
+    from inference.phases import DECODE
     from inference.placement import place
     from inference.predictors import PREDICTORS
     from inference.simulate import BYPASS, FORESEEN, HEDGE, POLICIES

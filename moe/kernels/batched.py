@@ -2,7 +2,8 @@
 
 Large buffers are dropped or used again as soon as they may be: what is saved is small, and so should the peak be.
 
-Shapes: R rows, K choices per row, L local experts, N sorted pairs, H hidden, I intermediate, O outputs, M inputs.
+Shapes: R rows, T of them own tokens, K choices per row, L local experts, N sorted pairs (M of one part of the rows),
+H hidden, I intermediate, O outputs, M inputs of a product.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe.assignment import Assignment
+from moe.assignment import Assignment, Sorted
 from moe.kernels import activation, probe
-from moe.kernels.combine import combine
-from moe.kernels.grouped import group_ends
+from moe.kernels.combine import combine, sum_pairs
+from moe.kernels.grouped import room_for_exchange
+from moe.kernels.parts import Douts, GiveBack, Parts
+from moe.kernels.spread import may_be_early, spread, spread_into
 from moe.kernels.stack import Gradients, Needs, Stack, gather_scores, spread_scores
 
 _COLUMNS = 8  # the narrowest operand that the grouped product takes in half precision: 16 bytes
@@ -22,18 +25,34 @@ _COLUMNS = 8  # the narrowest operand that the grouped product takes in half pre
 def forward(
     x_RH: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
-    score_N = spread_scores(weights_RK, assignment, x_RH.dtype)
-    h_N2I = _product(x_RH[assignment.row_N], stack.up_L2IH, assignment)
+    if not keep:  # nobody else holds h, so it goes once it is activated
+        return down(up(x_RH, stack, assignment), weights_RK, stack, assignment), None
+    h_N2I = up(x_RH, stack, assignment)
+    return down(h_N2I, weights_RK, stack, assignment), h_N2I
+
+
+def up(x_RH: Tensor, stack: Stack, assignment: Assignment, rows_NH: Tensor | None = None) -> Tensor:
+    if rows_NH is None:
+        rows_NH = spread(x_RH, assignment, assignment.pair_N.numel())
+    h_N2I = _product(rows_NH, stack.up_L2IH, assignment)
     if stack.up_bias_L2I is not None:
         h_N2I += stack.up_bias_L2I[expert_of(assignment)]
+    return h_N2I
+
+
+def rows_early(x_RH: Tensor, found: Sorted) -> Tensor | None:
+    return spread(x_RH, found, found.pair_S.numel()) if may_be_early(x_RH) else None
+
+
+def down(h_N2I: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment) -> Tensor:
+    score_N = spread_scores(weights_RK, assignment, h_N2I.dtype)
     a_NI = scaled(h_N2I, score_N, stack)
-    kept = h_N2I if keep else None
     del h_N2I
     y_NH = _product(a_NI, stack.down_LHI, assignment)
     del a_NI
     if stack.down_bias_LH is not None:
         y_NH.addcmul_(score_N[:, None].to(y_NH.dtype), stack.down_bias_LH[expert_of(assignment)])
-    return combine(y_NH, assignment), kept
+    return combine(y_NH, assignment)
 
 
 def backward(
@@ -48,22 +67,70 @@ def backward(
 ) -> Gradients:
     found = Gradients()
     score_N = spread_scores(weights_RK, assignment, x_RH.dtype)
-    dy_NH = dout_RH[assignment.row_N]
-    a_NI = torch.nn.functional.grouped_mm(dy_NH, stack.down_LHI, offs=group_ends(assignment.counts_L))
+    dy_NH = spread(dout_RH, assignment, assignment.pair_N.numel())
+    a_NI = torch.nn.functional.grouped_mm(dy_NH, stack.down_LHI, offs=assignment.ends_L)
     dh_N2I = h_N2I if overwrite else torch.empty_like(h_N2I)
     a_NI, ds_N = scaled_backward(a_NI, h_N2I, score_N, stack, dh_N2I)
-    if needs.down:
-        found.down = weight_gradient(dy_NH, a_NI, assignment, stack.form.transposed)
-    del a_NI
-    if stack.down_bias_LH is not None and needs.weights:
-        bias_NH = stack.down_bias_LH[expert_of(assignment)]
-        ds_N += torch.linalg.vecdot(dy_NH, bias_NH).to(ds_N.dtype)
-        del bias_NH
-    if needs.down_bias:
-        found.down_bias = column_sums(dy_NH, score_N, assignment)
-    del dy_NH
+    finish_down(found, dy_NH, a_NI, ds_N, score_N, stack, assignment, needs)
+    del a_NI, dy_NH
     finish(found, dh_N2I, ds_N, x_RH, weights_RK, stack, assignment, needs)
     return found
+
+
+def backward_parts(parts: Parts, douts: Douts, stack: Stack, needs: Needs, give_back: GiveBack) -> Gradients:
+    """What needs no gradient of others' tokens comes before the wait, and what they do not wait for at the end."""
+    found, assignment = Gradients(), parts.assignment
+    (own_TH, wait), (own_slots, other_slots) = douts, parts.slots
+    ends_L, all_pairs = assignment.ends_L, assignment.pair_N.numel()
+    weights_RK = torch.cat(parts.weights)
+    score_N = spread_scores(weights_RK, assignment, own_TH.dtype)
+    x_NH = None
+    if needs.up:
+        x_NH = own_TH.new_empty(all_pairs, own_TH.shape[1])
+        for part in zip(parts.x, parts.slots, parts.pairs, strict=True):
+            spread_into(x_NH, *part, assignment)
+    dy_NH = own_TH.new_empty(all_pairs, own_TH.shape[1])
+    spread_into(dy_NH, own_TH, own_slots, parts.pairs[0], assignment)
+    spread_into(dy_NH, wait(), other_slots, parts.pairs[1], assignment)
+    a_NI = torch.nn.functional.grouped_mm(dy_NH, stack.down_LHI, offs=ends_L)
+    dh_N2I, ds_N = a_NI.new_empty(all_pairs, 2 * a_NI.shape[1]), torch.empty_like(score_N)
+    for h_M2I, place_M in zip(parts.h, parts.places, strict=True):
+        scaled_backward_placed(a_NI, h_M2I, score_N, stack, dh_N2I, ds_N, place_M)
+    finish_down(found, dy_NH, a_NI, ds_N, score_N, stack, assignment, needs)
+    del dy_NH, a_NI
+    d_own, d_others = gather_scores(ds_N, weights_RK, assignment).tensor_split([own_TH.shape[0]])
+    dx_NH = None
+    if needs.x:
+        dx_NH = torch.nn.functional.grouped_mm(dh_N2I, stack.up_L2IH, offs=ends_L)
+    give_back(None if dx_NH is None else sum_pairs(dx_NH, other_slots, assignment), d_others if needs.weights else None)
+    found.weights = d_own if needs.weights else None
+    found.x = None if dx_NH is None else sum_pairs(dx_NH, own_slots, assignment)
+    del dx_NH
+    if needs.up_bias:
+        found.up_bias = column_sums(dh_N2I, None, assignment)
+    if x_NH is not None:
+        with room_for_exchange(x_NH.device):
+            found.up = weight_gradient(dh_N2I, x_NH, assignment, stack.form.transposed)
+    return found
+
+
+def finish_down(
+    found: Gradients,
+    dy_NH: Tensor,
+    a_NI: Tensor,
+    ds_N: Tensor,
+    score_N: Tensor,
+    stack: Stack,
+    assignment: Assignment,
+    needs: Needs,
+) -> None:
+    """The down projection's gradients, and what its bias adds to those of the scores."""
+    if needs.down:
+        found.down = weight_gradient(dy_NH, a_NI, assignment, stack.form.transposed)
+    if stack.down_bias_LH is not None and needs.weights:
+        ds_N += torch.linalg.vecdot(dy_NH, stack.down_bias_LH[expert_of(assignment)]).to(ds_N.dtype)
+    if needs.down_bias:
+        found.down_bias = column_sums(dy_NH, score_N, assignment)
 
 
 def finish(
@@ -80,12 +147,13 @@ def finish(
     if needs.weights:
         found.weights = gather_scores(ds_N, weights_RK, assignment)
     if needs.x:
-        ends_L = group_ends(assignment.counts_L)
+        ends_L = assignment.ends_L
         found.x = combine(torch.nn.functional.grouped_mm(dh_N2I, stack.up_L2IH, offs=ends_L), assignment)
     if needs.up_bias:
         found.up_bias = column_sums(dh_N2I, None, assignment)
     if needs.up:
-        found.up = weight_gradient(dh_N2I, x_RH[assignment.row_N], assignment, stack.form.transposed)
+        x_NH = spread(x_RH, assignment, assignment.pair_N.numel())
+        found.up = weight_gradient(dh_N2I, x_NH, assignment, stack.form.transposed)
 
 
 def scaled(h_N2I: Tensor, score_N: Tensor, stack: Stack) -> Tensor:
@@ -108,14 +176,30 @@ def scaled_backward(
     return activation.scaled_backward(da_NI, h_N2I, score_N, stack.form, dh_N2I)
 
 
+def scaled_backward_placed(
+    a_NI: Tensor, h_M2I: Tensor, score_N: Tensor, stack: Stack, dh_N2I: Tensor, ds_N: Tensor, place_M: Tensor
+) -> None:
+    """:func:`scaled_backward` of the pairs at ``place``, whose h is given in that order."""
+    if probe.fuses_elementwise(h_M2I, stack.form):
+        from moe.kernels import elementwise
+
+        elementwise.scaled_backward_placed(a_NI, h_M2I, score_N, dh_N2I, ds_N, place_M)
+        return
+    dh_M2I = torch.empty_like(h_M2I)
+    a_NI[place_M], ds_N[place_M] = activation.scaled_backward(
+        a_NI[place_M], h_M2I, score_N[place_M], stack.form, dh_M2I
+    )
+    dh_N2I[place_M] = dh_M2I
+
+
 def _product(x_NM: Tensor, weight_LOM: Tensor, assignment: Assignment) -> Tensor:
-    return torch.nn.functional.grouped_mm(x_NM, weight_LOM.transpose(1, 2), offs=group_ends(assignment.counts_L))
+    return torch.nn.functional.grouped_mm(x_NM, weight_LOM.transpose(1, 2), offs=assignment.ends_L)
 
 
 def weight_gradient(dy_NO: Tensor, x_NM: Tensor, assignment: Assignment, transposed: bool) -> Tensor:
     """Per expert ``dy.T @ x``, [L,O,M], or its transpose if the weight is stored so. Zero for no rows."""
     left, right = (x_NM, dy_NO) if transposed else (dy_NO, x_NM)
-    return torch.nn.functional.grouped_mm(left.T, right, offs=group_ends(assignment.counts_L))
+    return torch.nn.functional.grouped_mm(left.T, right, offs=assignment.ends_L)
 
 
 def column_sums(d_NO: Tensor, score_N: Tensor | None, assignment: Assignment) -> Tensor:

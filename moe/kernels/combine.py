@@ -1,6 +1,6 @@
 """Add up each row's pairs: a gather, so the order of additions is fixed and there are no atomics.
 
-Shapes: R rows, K choices per row, N sorted pairs, H hidden.
+Shapes: R rows, K choices per row, N sorted pairs, S rows that came back from W ranks, H hidden.
 """
 
 from __future__ import annotations
@@ -25,8 +25,12 @@ def empty_pairs(like_XH: Tensor, width: int, assignment: Assignment) -> Tensor:
 
 def combine(y_NH: Tensor, assignment: Assignment) -> Tensor:
     """Sum over each row's choices, in fp32 if y is narrower: [N,H] -> [R,H]. y may have the row of zeros already."""
-    slot_RK = assignment.slot_RK
-    if y_NH.is_cuda and y_NH.dtype != torch.float64 and probe.has_triton():
+    return sum_pairs(y_NH, assignment.slot_RK, assignment)
+
+
+def sum_pairs(y_NH: Tensor, slot_RK: Tensor, assignment: Assignment) -> Tensor:
+    """:func:`combine` of some of the rows, whose slots are given."""
+    if y_NH.dtype != torch.float64 and probe.runs_triton(y_NH.device):
         from moe.kernels.elementwise import gather_sum
 
         return gather_sum(y_NH, slot_RK, assignment.pair_N.numel())
@@ -41,3 +45,13 @@ def combine(y_NH: Tensor, assignment: Assignment) -> Tensor:
         summed_RH = y_NH[part_RK.flatten()].view(*part_RK.shape, -1).sum(1, dtype=torch.float32)
         out_RH[at : at + _CHUNK] = summed_RH
     return out_RH
+
+
+def add_returned(base_RH: Tensor, y_SH: Tensor, slot_RW: Tensor) -> Tensor:
+    """Each row and those of ``y`` that its slots point at, summed; slot S points at none."""
+    if y_SH.dtype != torch.float64 and probe.runs_triton(y_SH.device):
+        from moe.kernels.elementwise import gather_sum
+
+        return gather_sum(y_SH, slot_RW, y_SH.shape[0], base_RH)
+    y_SH = torch.cat([y_SH, y_SH.new_zeros(1, y_SH.shape[1])])
+    return base_RH + y_SH[slot_RW.flatten()].view(*slot_RW.shape, y_SH.shape[1]).sum(1)

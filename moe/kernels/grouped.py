@@ -5,6 +5,9 @@ Shapes: N rows (token copies, sorted by local expert), L local experts, M inputs
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +16,9 @@ from torch import Tensor
 from moe.kernels.probe import refuses_grouped
 
 MOST_GROUPS = 1023  # of one of torch's grouped products on CUDA
+# What torch says of the setting that room_for_exchange uses, once in each process.
+warnings.filterwarnings("ignore", message="Setting the SM carveout for matmuls is a temporary")
+ROOM = 16  # multiprocessors that an exchange of tokens gets, see :func:`room_for_exchange`
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,24 @@ def choose_backend(device: torch.device, dtype: torch.dtype, *widths: int) -> Ba
     """Probe which product fits ``device`` and ``dtype``; ``widths`` are the inner and outer matrix sizes."""
     refused = refuses_grouped(device, dtype, *widths)
     return Backend("loop", refused) if refused else Backend("grouped_mm", "CUDA, bfloat16, aligned sizes")
+
+
+@contextmanager
+def room_for_exchange(device: torch.device) -> Iterator[None]:
+    """Products queued inside leave some multiprocessors to an exchange that runs beside them.
+
+    torch's grouped product gives every multiprocessor its share of tiles at the start. Where an exchange holds some of
+    them, their share would begin when it ends, and the product would take the time of both.
+    """
+    if device.type != "cuda" or not ROOM:
+        yield
+        return
+    before = torch._C._get_sm_carveout_experimental()
+    torch._C._set_sm_carveout_experimental(ROOM)
+    try:
+        yield
+    finally:
+        torch._C._set_sm_carveout_experimental(before)
 
 
 def group_ends(counts_L: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe.assignment import Assignment
+from moe.assignment import Assignment, Sorted
 from moe.kernels.activation import scaled, scaled_backward
 from moe.kernels.combine import combine, empty_pairs
+from moe.kernels.parts import Douts, GiveBack, Parts
 from moe.kernels.stack import Gradients, Needs, Stack, gather_scores, spread_scores
 
 _ROWS = 1024  # of experts that share their elementwise work: fewer calls, and they still fit the cache
@@ -77,17 +78,56 @@ def forward(
     y_NH = empty_pairs(x_RH, x_RH.shape[1], assignment)
     two_inner = stack.up_L2IH.shape[1]
     h_N2I = x_RH.new_empty(row_N.numel(), two_inner) if keep else None
-    up, down = stack.up_L2IH.transpose(1, 2).unbind(0), stack.down_LHI.transpose(1, 2).unbind(0)
+    up_L, down_L = _experts(stack.up_L2IH), _experts(stack.down_LHI)
     for group in groups(assignment):
         pairs = group.pairs
         h = x_RH.new_empty(sum(group.sizes), two_inner) if h_N2I is None else h_N2I[pairs]
-        _products(group, x_RH.index_select(0, row_N[pairs]), up, h)
-        if stack.up_bias_L2I is not None:
-            h += bias_rows(stack.up_bias_L2I, group)
-        _products(group, scaled(h, score_N[pairs], stack.form), down, y_NH[pairs])
-        if stack.down_bias_LH is not None:
-            y_NH[pairs] += (score_N[pairs, None] * bias_rows(stack.down_bias_LH, group)).to(y_NH.dtype)
+        _into_hidden(group, x_RH, row_N, stack, up_L, h)
+        _out_of_hidden(group, h, score_N, stack, down_L, y_NH)
     return combine(y_NH, assignment), h_N2I
+
+
+def up(x_RH: Tensor, stack: Stack, assignment: Assignment, rows_NH: None = None) -> Tensor:
+    h_N2I, row_N = x_RH.new_empty(assignment.pair_N.numel(), stack.up_L2IH.shape[1]), assignment.row_N
+    up_L = _experts(stack.up_L2IH)
+    for group in groups(assignment):
+        _into_hidden(group, x_RH, row_N, stack, up_L, h_N2I[group.pairs])
+    return h_N2I
+
+
+def rows_early(x_RH: Tensor, found: Sorted) -> None:
+    """Rows are gathered a group at a time."""
+
+
+def down(h_N2I: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment) -> Tensor:
+    score_N = spread_scores(weights_RK, assignment, h_N2I.dtype)
+    y_NH = empty_pairs(h_N2I, stack.down_LHI.shape[1], assignment)
+    down_L = _experts(stack.down_LHI)
+    for group in groups(assignment):
+        _out_of_hidden(group, h_N2I[group.pairs], score_N, stack, down_L, y_NH)
+    return combine(y_NH, assignment)
+
+
+def _experts(weight_LOM: Tensor) -> tuple[Tensor, ...]:
+    """Each expert's weight, as products from the left take it."""
+    return weight_LOM.transpose(1, 2).unbind(0)
+
+
+def _into_hidden(
+    group: Group, x_RH: Tensor, row_N: Tensor, stack: Stack, up_L: tuple[Tensor, ...], h_G2I: Tensor
+) -> None:
+    _products(group, x_RH.index_select(0, row_N[group.pairs]), up_L, h_G2I)
+    if stack.up_bias_L2I is not None:
+        h_G2I += bias_rows(stack.up_bias_L2I, group)
+
+
+def _out_of_hidden(
+    group: Group, h_G2I: Tensor, score_N: Tensor, stack: Stack, down_L: tuple[Tensor, ...], y_NH: Tensor
+) -> None:
+    pairs, score_G = group.pairs, score_N[group.pairs]
+    _products(group, scaled(h_G2I, score_G, stack.form), down_L, y_NH[pairs])
+    if stack.down_bias_LH is not None:
+        y_NH[pairs] += (score_G[:, None] * bias_rows(stack.down_bias_LH, group)).to(y_NH.dtype)
 
 
 def backward(
@@ -124,6 +164,21 @@ def backward(
             _weight_gradients(group, dh, x_RH.index_select(0, row_N[pairs]), transposed, d_up)
     found.x = None if dx_NH is None else combine(dx_NH, assignment)
     found.weights = gather_scores(ds_N, weights_RK, assignment) if needs.weights else None
+    return found
+
+
+def backward_parts(parts: Parts, douts: Douts, stack: Stack, needs: Needs, give_back: GiveBack) -> Gradients:
+    """One pass over the pairs of both: what is given back is complete at its end only."""
+    own_TH, wait = douts
+    dout_RH, x_RH, weights_RK = torch.cat([own_TH, wait()]), torch.cat(parts.x), torch.cat(parts.weights)
+    h_N2I = parts.x[0].new_empty(parts.assignment.pair_N.numel(), parts.h[0].shape[1])
+    for h_M2I, place_M in zip(parts.h, parts.places, strict=True):
+        h_N2I[place_M] = h_M2I
+    found = backward(dout_RH, x_RH, weights_RK, h_N2I, stack, parts.assignment, needs, overwrite=True)
+    tokens = own_TH.shape[0]
+    give_back(None if found.x is None else found.x[tokens:], None if found.weights is None else found.weights[tokens:])
+    found.x = None if found.x is None else found.x[:tokens]
+    found.weights = None if found.weights is None else found.weights[:tokens]
     return found
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moe.assignment import Assignment
 from moe.form import ExpertForm
-from moe.kernels.stack import Gradients, Needs, Stack
+from moe.kernels.stack import Needs, Stack
 
 
 def minimal_mix(how: ModuleType, x_RH: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment) -> Tensor:
@@ -67,11 +67,7 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout_RH: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "these experts have no second derivative, and backward was called with create_graph=True; choose "
-                "model.experts_backend: grouped_mm, which has one"
-            )
+        refuse_second_derivative()
         x_RH, weights_RK, h_N2I, pair_N, slot_RK, counts_L, *stacked = ctx.saved_tensors
         needs = Needs(*ctx.needs_input_grad[7:])
         with torch.autocast(x_RH.device.type, enabled=False):
@@ -82,21 +78,21 @@ class _Mix(torch.autograd.Function):
                     overwrite=not graph_is_kept(),
                 )  # fmt: skip
             else:
-                found = _zeros(x_RH, weights_RK, stacked, needs)
+                found = needs.zeros(x_RH, weights_RK, stacked)
         gradients = (found.x, found.weights, found.up, found.down, found.up_bias, found.down_bias)
         return (*(None,) * 7, *gradients)
+
+
+def refuse_second_derivative() -> None:
+    """Raises RuntimeError in a backward pass that is to be differentiated."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "these experts have no second derivative, and backward was called with create_graph=True; choose "
+            "model.experts_backend: grouped_mm, which has one"
+        )
 
 
 def graph_is_kept() -> bool:
     """Whether this graph may be walked again (``retain_graph``), and what is saved must stay as it is."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if ask is None else bool(ask())
-
-
-def _zeros(x_RH: Tensor, weights_RK: Tensor, stacked: list[Tensor | None], needs: Needs) -> Gradients:
-    """Zero, not missing: ranks without pairs take part in the reduction of gradients."""
-    tensors = (x_RH, weights_RK, *stacked)
-    wanted = (needs.x, needs.weights, needs.up, needs.down, needs.up_bias, needs.down_bias)
-    return Gradients(
-        *(torch.zeros_like(t) if t is not None and w else None for t, w in zip(tensors, wanted, strict=True))
-    )

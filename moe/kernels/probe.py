@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ def runs_triton(device: torch.device) -> bool:
         return False
     if device.type == "cuda":
         return True
+    if not os.environ.get("TRITON_INTERPRET"):
+        return False
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
@@ -29,7 +32,7 @@ def runs_triton(device: torch.device) -> bool:
 
 def fuses_elementwise(h_N2I: Tensor, form: ExpertForm) -> bool:
     """Whether :mod:`moe.kernels.elementwise` has the form's activation and can run on h's device."""
-    return h_N2I.is_cuda and has_triton() and is_plain_silu(form)
+    return is_plain_silu(form) and runs_triton(h_N2I.device)
 
 
 def is_plain_silu(form: ExpertForm) -> bool:

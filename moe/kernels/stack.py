@@ -5,14 +5,16 @@ Shapes: R rows, K choices per row, L local experts, N sorted pairs, H hidden, I 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from moe.assignment import Assignment
+from moe.assignment import Assignment, Sorted
 from moe.form import ExpertForm
+from moe.kernels.parts import Douts, GiveBack, Parts
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,14 @@ class Needs:
     down: bool
     up_bias: bool
     down_bias: bool
+
+    def zeros(self, x_RH: Tensor, weights_RK: Tensor, stacked: Sequence[Tensor | None]) -> Gradients:
+        """Of no pairs. Zero, not missing: ranks without pairs take part in the reduction of gradients."""
+        tensors = (x_RH, weights_RK, *stacked)
+        wanted = (self.x, self.weights, self.up, self.down, self.up_bias, self.down_bias)
+        return Gradients(
+            *(torch.zeros_like(t) if t is not None and w else None for t, w in zip(tensors, wanted, strict=True))
+        )
 
 
 @dataclass
@@ -78,6 +88,22 @@ class Pass(Protocol):
         overwrite: bool,
     ) -> Gradients:
         """``overwrite``: h is not needed again, its memory may be used."""
+
+
+class PassInParts(Pass, Protocol):
+    """One that can also run own tokens and others' apart (:mod:`moe.guests`). Forward twice, each with N > 0 only."""
+
+    def rows_early(self, x_RH: Tensor, found: Sorted) -> Tensor | None:
+        """What can be done for ``up`` before the host knows N: the rows of all pairs, if that is worth anything."""
+
+    def up(self, x_RH: Tensor, stack: Stack, assignment: Assignment, rows_NH: Tensor | None = None) -> Tensor:
+        """Pre-activations [N,2I]."""
+
+    def down(self, h_N2I: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment) -> Tensor:
+        """The layer's output, [R,H]."""
+
+    def backward_parts(self, parts: Parts, douts: Douts, stack: Stack, needs: Needs, give_back: GiveBack) -> Gradients:
+        """Of both parts together; x and weights in what is returned are those of own tokens."""
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -18,6 +18,7 @@ from inference.foresight import ForeseenReuse
 from inference.heads import FOLDER, MANIFEST, WEIGHTS, Heads, any_of, load_heads, save_heads
 from inference.offload import Crossing
 from inference.recorded_heads import MAX_ROWS, SpilledRows, heads_file, read_heads
+from inference.rows import Rows, Span, computing
 from inference.shadow import Hedge, Shadow
 from inference.simulate import FORESEEN, read_routing, replay
 from inference.transfer import SimulatedLink
@@ -105,6 +106,10 @@ def test_rows_decoded_together_use_what_any_of_them_uses_and_a_prompt_is_its_las
     any_one = 1 - (1 - few.sigmoid()).prod(0)
     torch.testing.assert_close(heads.ahead(1, x_TH[:3]).sigmoid(), any_one)
     torch.testing.assert_close(heads.ahead(1, x_TH), heads.ahead(1, x_TH[-1:]))
+    with computing(Rows.of([([1], Span((0,), 0, 1))] * len(x_TH))):  # as many sequences, decoded together
+        together = heads.ahead(1, x_TH)
+    parts = torch.stack([heads.ahead(1, part) for part in x_TH.split(11)]).sigmoid()
+    torch.testing.assert_close(together.sigmoid(), 1 - (1 - parts).prod(0))
     assert any_of(torch.tensor([[-90.0, 90.0], [-90.0, 90.0]])).isfinite().all()
 
 
@@ -243,6 +248,25 @@ def test_prefetching_by_heads_over_a_link_writes_the_same_text(folder, model_fol
     assert texts == [g.token_ids for g in LLM(model_folder).generate(prompts[:2], 8)]
     assert llm.executor.prefetcher.predictor.wanted > 0  # heads did suggest
     assert llm.cache.policy.uses_heads
+
+
+def test_over_a_link_the_policy_is_told_the_same_in_the_read_back(folder, prompts):
+    said = []
+    for crossing in (None, Crossing(link=SimulatedLink())):
+        llm, told = LLM(folder, 0.5, crossing=crossing, policy=lambda *sizes: ForeseenReuse(*sizes[:2])), []
+        before, note = llm.cache.policy.foresee, llm.cache.policy.use
+        llm.cache.policy.foresee = lambda ahead, before=before, told=told: (told.append(ahead), before(ahead))
+        llm.cache.policy.use = lambda *call, note=note, told=told: (told.append(call), note(*call))
+        llm.generate(prompts[:2], 6)
+        said.append(told)
+        hooks = [len(m._forward_pre_hooks) for m in llm.model.modules() if type(m).__name__ == "OffloadedExperts"]
+        assert hooks == [crossing is None] * LAYERS
+    assert len(said[0]) == len(said[1]) == 2 * LAYERS * 6
+    for one, other in zip(*said, strict=True):
+        if isinstance(one, tuple):
+            assert (one[0], list(one[1])) == (other[0], list(other[1]))
+        else:
+            assert np.array_equal(one, other)
 
 
 def test_prefetching_by_heads_without_any_is_refused(model_folder):

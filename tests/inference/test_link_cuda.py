@@ -18,11 +18,15 @@ from inference.layer_stream import LayerStream
 from inference.offload import Crossing
 from inference.predictors import PREDICTORS, SameAsLast
 from inference.prefetch import Prefetcher
+from inference.rows import computing
 from inference.store import ExpertStore, TensorFiles
 from inference.transfer import TransferEngine, Urgency
 from moe.refs import ExpertRef
 from tests.inference.test_engine import FAMILIES, tiny
 from tests.inference.test_executor import batch
+from tests.inference.test_hybrid import EVEN
+from tests.inference.test_layer_stream import rows_of
+from tests.inference.test_phases import WAYS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 SHAPE = ExpertShape(16, 64, 32)
@@ -110,6 +114,8 @@ def test_bits_do_not_depend_on_what_is_resident(store, device, slots, prefetch, 
             expected, got = resident[layer](*call), some[layer](*call)
             assert torch.equal(got, expected), (number, layer)
             assert got.isfinite().all()
+            with computing(rows_of(*[1] * tokens)):  # the same rows, decoded
+                assert torch.equal(some[layer](*call), expected), (number, layer)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
@@ -137,6 +143,23 @@ def test_the_cpu_lane_is_close(model_folder, prompts):
     plain = LLM(model_folder, 1.0, device="cuda").logits(prompts[4])
     llm = LLM(model_folder, 0.1, device="cuda", poison=True, crossing=Crossing(cpu=True))
     torch.testing.assert_close(llm.logits(prompts[4]), plain, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_prompts_go_the_way_that_is_printed(model_folder, way):
+    prompt = torch.randint(1, 512, (200,), generator=torch.Generator().manual_seed(3)).tolist()
+    plain = LLM(model_folder, 1.0, device="cuda").logits(prompt)
+    for budget in (0.0, 0.25):
+        with LLM(
+            model_folder, budget, device="cuda", poison=True, crossing=Crossing(cpu=True, profile=WAYS[way])
+        ) as llm:
+            for _ in range(2):
+                logits = llm.logits(prompt)
+                torch.testing.assert_close(logits, plain, rtol=1e-3, atol=1e-3)
+                assert way != "stream" or torch.equal(logits, plain)
+            measured = llm.report(EVEN).measured
+            assert measured.pass_ways == {way: 2}
+            assert (measured.cpu_experts > 0, measured.fetched_bytes > 0) == (way != "stream", way != "cpu")
 
 
 def test_too_little_host_memory_is_refused_before_anything_is_locked(model_folder, monkeypatch):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference.costmodel import ExpertCosts, MachineProfile, Rates, Timing, overlap
-from inference.planner import CallPlanner, PlanError, plan_call, plan_phase
+from inference.planner import CallPlanner, PlanError, plan_call
 
 
 def machine(link=50.0, beside=1.0, cpu_us=(200.0, 500.0), gpu_us=(5.0, 20.0), handover_us=0.0, has_link=True):
@@ -181,34 +181,6 @@ def test_a_call_without_misses_waits_for_the_gpu_only():
 def test_the_reason_names_rates_and_shares():
     text = plan_call(costs_of(link=55, cpu_us=(1e6 * 6e6 / 36e9, 400)), [(e, 1) for e in range(8)]).reason()
     assert text.startswith("split: link 55 GB/s and CPU 36 GB/s carry 5 and 3 of 8 misses; bound by ")
-
-
-def test_prefill_streams_where_the_link_is_strong_and_decode_splits():
-    h100ish = costs_of(link=55, beside=0.9, cpu_us=(170, 30_000))
-    prefill = plan_phase("prefill", h100ish, layers=24, missing_rows=[500] * 56, resident_rows=[500] * 8, dense_s=1e-4)
-    assert prefill.mode == "stream"
-    assert set(prefill.alternatives) >= {"stream", "cpu"}
-    decode = plan_phase("decode", h100ish, layers=24, missing_rows=[1] * 6, resident_rows=[1] * 2, dense_s=1e-5)
-    assert decode.mode == "split"
-    assert decode.seconds < min(decode.alternatives["fetch"], decode.alternatives["cpu"])
-    assert "against" in decode.reason()
-    weak_link = costs_of(link=5, beside=0.9, cpu_us=(170, 180))
-    slow = plan_phase("prefill", weak_link, layers=4, missing_rows=[9] * 4, resident_rows=[], dense_s=0)
-    assert slow.mode == "stream", "the way that the executor goes"
-    assert slow.seconds == slow.alternatives["stream"] > slow.alternatives["cpu"]
-    assert slow.reason().startswith("stream takes 19.2 ms, against cpu ")
-
-
-def test_all_resident_and_all_on_the_cpu_are_phases_too():
-    assert (
-        plan_phase("decode", costs_of(), layers=2, missing_rows=[], resident_rows=[1] * 4, dense_s=1e-3).mode
-        == "resident"
-    )
-    alone = plan_phase(
-        "decode", costs_of(has_link=False), layers=2, missing_rows=[1] * 4, resident_rows=[], dense_s=1e-2
-    )
-    assert (alone.mode, alone.bound) == ("cpu", "the dense part")
-    assert "the only way here" in alone.reason()
 
 
 def test_remembered_cuts_are_the_planned_ones():

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-import warnings
+import types
 from pathlib import Path
 
 import pytest
@@ -19,11 +19,16 @@ from moe.convert import convert
 from moe.copies import DeduplicatedDraft, PlainDraft, narrow_type
 from moe.dispatch import EXCHANGES, AllToAll, Routed, mix_everywhere
 from moe.dispatch_choice import choose_dispatch
-from moe.exchange import Flight
+from moe.exchange import Flight, Going
 from moe.experts import Experts
 from moe.families import FamilyError, find_moe_blocks
+from moe.guests import mix_with_guests
+from moe.kernels import batched
+from moe.kernels.probe import has_triton
+from moe.kernels.stack import Stack
 from moe.layout import Layout
 from moe.overlap import set_exchange, shared_expert_of
+from tests.moe.layers import Case
 from trainer.launch import worker_environment
 
 HERE = Path(__file__).parent
@@ -135,13 +140,13 @@ def test_auto_deduplicates_if_a_token_has_several_experts_and_says_why():
 
 def test_a_models_experts_are_told_how_to_exchange_tokens(tiny_model):
     blocks = convert(tiny_model(), Layout(2, 2), 0)
-    assert set_exchange(blocks, 2, overlap="chunks").name == "deduplicated"
-    assert {(block.experts.dispatch, block.experts.chunks) for block in blocks} == {("deduplicated", 2)}
+    assert set_exchange(blocks, 2).name == "deduplicated"
+    assert {block.experts.dispatch for block in blocks} == {"deduplicated"}
     assert set_exchange(convert(tiny_model()), 2).name == "local"
 
 
 def test_overlap_with_a_shared_expert_is_refused_where_there_is_none(tiny_model):
-    with pytest.raises(FamilyError, match=r"Qwen3Moe.*no shared expert.*`shared_expert_gate`.*overlap=chunks"):
+    with pytest.raises(FamilyError, match=r"Qwen3Moe.*no shared expert.*`shared_expert_gate`.*remove parallel.overlap"):
         shared_expert_of(find_moe_blocks(tiny_model())[0])
 
 
@@ -170,43 +175,79 @@ def alone():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
-def test_other_work_is_done_while_tokens_travel_forward_and_backward(alone, monkeypatch, chunks):
-    """``>`` begins an exchange, ``<`` waits for those begun, ``m`` is other work, ``e`` the experts, ``E`` backward."""
-    done = []
+class Noted:
+    """What is done, a letter each, in order."""
 
-    def note(what, work):
+    def __init__(self, monkeypatch):
+        self.done, self._monkeypatch = [], monkeypatch
+
+    def watch(self, owner, name, letter):
+        self._monkeypatch.setattr(owner, name, self.noting(letter, getattr(owner, name)))
+
+    def noting(self, letter, work):
         def noted(*args, **kwargs):
-            done.append(what)
+            self.done.append(letter)
             return work(*args, **kwargs)
 
         return noted
 
-    monkeypatch.setattr(exchange_module, "all_to_all", note(">", exchange_module.all_to_all))
-    monkeypatch.setattr(Flight, "land", note("<", Flight.land))
+    def taken(self):
+        letters, self.done[:] = "".join(self.done), []
+        return letters
+
+
+def test_other_work_is_done_while_tokens_travel_forward_and_backward(alone, monkeypatch):
+    """``>`` begins an exchange, ``<`` waits for those begun, ``m`` is other work, ``e`` the experts, ``E`` backward."""
+    noted = Noted(monkeypatch)
+    noted.watch(exchange_module, "all_to_all", ">")
+    noted.watch(Flight, "land", "<")
 
     def mix(x_RH, weights_RC, assignment):
         y_RH = x_RH * weights_RC.sum(1, keepdim=True)
-        y_RH.register_hook(lambda d: done.append("E"))
-        done.append("e")
+        y_RH.register_hook(lambda d: noted.done.append("E"))
+        noted.done.append("e")
         return y_RH
 
     x = torch.randn(5, 3, requires_grad=True)
     routed = Routed(x, torch.zeros(5, 1, dtype=torch.long), torch.rand(5, 1, requires_grad=True))
-    out = mix_everywhere(AllToAll(1, alone), mix, routed, chunks, lambda: done.append("m"))
-    forward, done[:] = "".join(done), []
-    out.sum().backward()
+    out = mix_everywhere(AllToAll(1, alone), mix, routed, lambda: noted.done.append("m"))
     # Tokens, weights and expert numbers go there, one result comes back; then its gradient, and those of the first two.
-    assert forward == {1: ">>>m<e><", 2: ">>>>>>m<e><e><<"}[chunks]
-    assert "".join(done) == {1: "><E>><", 2: ">><E>><E>><<"}[chunks]
+    assert noted.taken() == ">>>m<e><"
+    out.sum().backward()
+    assert noted.taken() == "><E>><"
     torch.testing.assert_close(x.grad, routed.weights_TK.detach().expand(5, 3))
 
 
-def launch(folder, ranks, ep):
+def test_own_tokens_are_computed_while_guests_travel(alone, monkeypatch):
+    """As above; ``u`` and ``d`` are own tokens' projections, ``x`` and ``y`` what gathers rows for the backward pass,
+    ``w`` the product of the last weight gradient. There are no guests here, but every exchange takes place."""
+    noted = Noted(monkeypatch)
+    noted.watch(exchange_module, "all_to_all", ">")
+    noted.watch(Going, "landed", "<")
+    noted.watch(batched, "spread_into", "x")
+    noted.watch(batched, "weight_gradient", "w")
+    how = types.SimpleNamespace(
+        rows_early=batched.rows_early, backward_parts=batched.backward_parts,
+        up=noted.noting("u", batched.up), down=noted.noting("d", batched.down),
+    )  # fmt: skip
+    experts, x, weights, index = Case(hidden=16, inner=8, dtype=torch.float32).build("minimal")
+    stack = Stack(experts.gate_up_proj, experts.down_proj, None, None, experts.form)
+    want = experts(x, index, weights)
+    out = mix_with_guests(how, stack, x, index, weights, alone, lambda: noted.done.append("m"))
+    torch.testing.assert_close(out, want)
+    # Tokens go with their weights and numbers in one exchange. On a CPU they are sent first, for it computes at once.
+    assert noted.taken() == ">um<>d<"
+    out.sum().backward()
+    # Own and others' x and own gradients are gathered before the wait; after the down projection's gradient those of
+    # tokens and weights return while the up projection's is computed.
+    assert noted.taken() == ">xxx<xw>>w<<"
+
+
+def launch(folder, ranks, ep, **variables):
     out = folder / f"{ranks}-{ep}.json"
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--max-restarts=0"]
     command = [sys.executable, *torchrun, str(HERE / "dispatch_worker.py"), str(out), str(ep)]
-    environment = {**worker_environment(ranks), "OMP_NUM_THREADS": "1"}
+    environment = {**worker_environment(ranks), "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(out.read_text())
@@ -231,8 +272,8 @@ def test_repeating_it_gives_the_same_bits_also_without_gradients(report):
     assert [case for case, found in report["cases"].items() if not found["same"]] == []
 
 
-def test_the_host_reads_once_in_a_layer_however_many_chunks(report):
-    assert len(report["reads"]) == 4
+def test_the_host_reads_once_in_a_layer(report):
+    assert len(report["reads"]) == 3
     for case, ranks in report["reads"].items():
         assert all(reads == ["tolist"] for reads in ranks), f"{case}: {ranks}"
 
@@ -243,6 +284,16 @@ def test_models_with_shared_experts_equal_one_process_whatever_is_overlapped(rep
     for family, found in report["families"].items():
         assert not {name: error for name, error in found["errors"].items() if not error <= 1e-6}, family
         assert found["same"], family
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_triton() or torch.cuda.is_available(), reason="interprets Triton's kernels on a CPU")
+def test_what_runs_on_gpus_equals_one_process_as_interpreted(tmp_path):
+    report = launch(tmp_path, 2, 2, TRITON_INTERPRET="1")
+    assert len(report["cases"]) == 4
+    for case, found in report["cases"].items():
+        assert not {name: error for name, error in found["errors"].items() if not error <= 1e-6}, case
+        assert found["same"], case
 
 
 def layer_on_a_gpu():
@@ -275,28 +326,33 @@ def test_nothing_is_read_from_a_gpu_with_one_rank():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("chunks", [1, 2])
-@pytest.mark.parametrize("method", METHODS)
-def test_one_read_from_a_gpu_in_an_exchange(method, chunks):
-    """In a group of one rank, whose exchange is a real one of NCCL."""
+@pytest.mark.parametrize("method", [*METHODS, "guests"])
+def test_a_gpu_is_waited_for_once_in_an_exchange(method, monkeypatch):
+    """In a group of one rank, whose exchange is a real one of NCCL. The wait is for an event, which torch allows."""
     experts, routed = layer_on_a_gpu()
+    noted = Noted(monkeypatch)
+    noted.watch(exchange_module.Headcount, "read", "r")
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        dispatcher = EXCHANGES[method](8, dist.group.WORLD)
+        group = dist.group.WORLD
+
+        def layer():
+            if method == "guests":
+                stack = Stack(experts.gate_up_proj, experts.down_proj, None, None, experts.form)
+                return mix_with_guests(batched, stack, routed.x_TH, routed.index_TK, routed.weights_TK, group)
+            return mix_everywhere(EXCHANGES[method](8, group), experts.mix, routed)
 
         def step():
-            return mix_everywhere(dispatcher, experts.mix, routed, chunks).sum().backward()
+            layer().sum().backward()
 
         step()
-        torch.cuda.set_sync_debug_mode("warn")
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            step()
+        noted.taken()
+        torch.cuda.set_sync_debug_mode("error")
+        step()
         torch.cuda.set_sync_debug_mode("default")
-        assert len([w for w in seen if "synchroniz" in str(w.message)]) == 1
+        assert noted.taken() == "r"
         want = experts(routed.x_TH, routed.index_TK, routed.weights_TK)
-        got = mix_everywhere(dispatcher, experts.mix, routed, chunks)
-        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(layer(), want, rtol=1e-2, atol=1e-2)
     finally:
         torch.cuda.set_sync_debug_mode("default")
         dist.destroy_process_group()

@@ -111,3 +111,79 @@ def test_other_forms_are_refused():
     for case in (dataclasses.replace(SMALL, biased=True), dataclasses.replace(SMALL, form=ExpertForm(transposed=True))):
         with pytest.raises(BackendError, match="plain silu experts only"):
             run(*case.build("triton"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "keys", "first"), [((3, 2), 4, 0), ((150, 8), 70, 70), ((0, 2), 3, 0), ((1, 1), 1, 5), ((64, 4), 2, -1)]
+)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16])
+def test_pairs_are_sorted_as_torch_sorts_them(shape, keys, first, dtype):
+    from moe.assignment import sort_pairs
+    from moe.kernels import sorting
+
+    index = torch.randint(first - 1, first + keys + 2, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    want = sort_pairs(index, keys, first)  # on a CPU by torch
+    pair_S, slot_S, counts_L = (t.cpu() for t in sorting.sort_pairs(index.to(DEVICE), first, keys))
+    assert torch.equal(counts_L, want.counts_L)
+    assert torch.equal(slot_S, want.slot_RK.flatten())
+    here = int(counts_L.sum())
+    assert torch.equal(pair_S[:here], want.pair_S[:here])
+
+
+def test_sorting_sums_up_more_blocks_than_fit_at_once(monkeypatch):
+    from moe.kernels import sorting
+
+    monkeypatch.setattr(sorting, "_BLOCKS", 16)
+    index = torch.randint(0, 3, (20 * 128 + 5,), generator=torch.Generator().manual_seed(1))
+    pair_S, slot_S, counts_L = (t.cpu() for t in sorting.sort_pairs(index.to(DEVICE), 0, 3))
+    assert torch.equal(pair_S, index.argsort(stable=True))
+    assert torch.equal(slot_S[pair_S], torch.arange(index.numel()))
+    assert torch.equal(counts_L, index.bincount(minlength=3))
+
+
+def test_rows_are_spread_to_their_places_and_sums_begin_with_their_base():
+    from moe.kernels import elementwise
+
+    draw = torch.Generator().manual_seed(0)
+    x, base = torch.randn(3, 37, generator=draw), torch.randn(3, 37, generator=draw)
+    slot, counts = torch.tensor([[0, 5], [3, 2], [5, 1]]), torch.tensor([[2, 9], [0, 9], [3, 9]])
+    out = torch.zeros(6, 37, device=DEVICE)
+    elementwise.spread(x.to(DEVICE), slot.to(DEVICE), counts.to(DEVICE)[:, 0], out)
+    assert torch.equal(out.cpu(), torch.cat([x[[0, 2, 1, 1]], torch.zeros(2, 37)]))
+    got = elementwise.gather_sum(out[:5], slot.to(DEVICE), 5, base.to(DEVICE))
+    torch.testing.assert_close(got.cpu(), base + out.cpu()[slot].sum(1))
+
+
+CHOICES = [(40, 3, 2, 3, 1), (70, 8, 70, 2, 0), (0, 2, 3, 2, 1)]
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "local", "ranks", "rank"), CHOICES)
+def test_choices_are_sorted_as_torch_sorts_them(tokens, top_k, local, ranks, rank):
+    from moe.copies import DeduplicatedDraft
+    from moe.kernels import sorting
+
+    index = torch.rand(tokens, local * ranks, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :top_k]
+    want = DeduplicatedDraft.of(index, ranks, local, rank)  # on a CPU by torch
+    found = sorting.sort_choices(index.to(DEVICE), rank * local, local, ranks)
+    for (pair_S, slot_S, _), expected in zip(found, (want.own, want.travels), strict=True):
+        assert torch.equal(slot_S.cpu(), expected.slot_RK.flatten())
+        places = int(expected.counts_L.sum())
+        assert torch.equal(pair_S.cpu()[:places], expected.pair_S[:places])
+    assert torch.equal(found[0][2].cpu(), want.own.counts_L)
+    assert torch.equal(found[1][2].cpu(), want.counts_W2)
+
+
+def test_the_activations_gradient_of_some_pairs_is_written_to_their_places():
+    from moe.kernels import elementwise
+
+    draw = torch.Generator().manual_seed(0)
+    h, da = torch.randn(9, 2 * 21, generator=draw).to(DEVICE), torch.randn(9, 21, generator=draw).to(DEVICE)
+    score, place = torch.rand(9, generator=draw).to(DEVICE), torch.randperm(9, generator=draw).to(DEVICE)
+    want_dh = torch.empty_like(h)
+    want_a, want_ds = elementwise.scaled_backward(da.clone(), h, score, want_dh)
+    a, dh, ds = da.clone(), torch.empty_like(h), torch.empty_like(score)
+    for part in (place[:4], place[4:]):
+        elementwise.scaled_backward_placed(a, h[part], score, dh, ds, part)
+    assert torch.equal(a, want_a)
+    assert torch.equal(dh, want_dh)
+    assert torch.equal(ds, want_ds)

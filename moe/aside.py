@@ -1,0 +1,38 @@
+"""A second stream of a GPU, for what must not stand in the queue behind large kernels. On a CPU it is nothing."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
+
+
+class Aside:
+    """What is queued inside :meth:`queue` comes after what the current stream has before :meth:`follow`, and after
+    nothing else but what it says itself; :meth:`join` has the current stream wait for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = _side_stream(device) if device.type == "cuda" else None
+
+    def follow(self) -> None:
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+
+    def queue(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def join(self, *made: Tensor) -> None:
+        """From here on the current stream comes after all of it, and may use what was made there."""
+        if self._stream is None:
+            return
+        current = torch.cuda.current_stream()
+        current.wait_stream(self._stream)
+        for tensor in made:
+            tensor.record_stream(current)

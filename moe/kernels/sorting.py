@@ -1,0 +1,183 @@
+"""A stable sort of (row, choice) pairs by a small key in three Triton kernels: count, sum up, place.
+
+torch's sort passes over 64-bit keys and positions several times, and scattering its inverse sorts once more under
+deterministic algorithms. Here a pair's place is what comes before it: pairs of smaller keys, pairs of its own in
+earlier blocks, and those before it in its block. Whole numbers only, so nothing depends on the order of additions.
+
+:func:`sort_choices` does in the same three what a rank needs to know of its tokens before it may send any.
+
+Shapes: T tokens, K choices per token, S pairs, L keys (local experts), W ranks, B blocks of pairs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_PAIRS = 128  # of a block
+_KEYS = 64  # compared at a time
+_BLOCKS = 1024  # summed up at a time
+
+
+@triton.jit
+def _tally(key, counts, keys, step: tl.constexpr):
+    """How often each key occurs in a block."""
+    for start in range(0, keys, step):
+        each = start + tl.arange(0, step)
+        found = tl.sum((key[:, None] == each[None, :]).to(tl.int32), 0)
+        tl.store(counts + each, found, mask=each < keys)
+
+
+@triton.jit
+def _places(key, before, totals, keys, block: tl.constexpr, step: tl.constexpr):
+    """Where a block's pairs go, and how many pairs there are; key -1 goes nowhere."""
+    place = tl.zeros((block,), dtype=tl.int32)
+    every = tl.zeros((), dtype=tl.int32)
+    for start in range(0, keys, step):
+        each = start + tl.arange(0, step)
+        total = tl.load(totals + each, mask=each < keys, other=0).to(tl.int32)
+        place += tl.sum(tl.where(each[None, :] < key[:, None], total[None, :], 0), 1)
+        every += tl.sum(total, 0)
+    place += tl.load(before + key, mask=key >= 0, other=0)
+    earlier = tl.arange(0, block)[None, :] < tl.arange(0, block)[:, None]
+    place += tl.sum((earlier & (key[None, :] == key[:, None])).to(tl.int32), 1)
+    return tl.where(key >= 0, place, every)
+
+
+@triton.jit
+def _keys_of(index, at, here, first, keys):
+    key = tl.load(index + at, mask=here, other=0).to(tl.int32) - first
+    return tl.where(here & (key >= 0) & (key < keys), key, -1)
+
+
+@triton.jit(do_not_specialize=["pairs", "first", "keys"])
+def _count(index, counts, pairs, first, keys, block: tl.constexpr, step: tl.constexpr):
+    at = tl.program_id(0) * block + tl.arange(0, block)
+    _tally(_keys_of(index, at, at < pairs, first, keys), counts + tl.program_id(0) * keys, keys, step)
+
+
+@triton.jit(do_not_specialize=["blocks", "keys"])
+def _sum_up(counts, totals, blocks, keys, step: tl.constexpr):
+    """Counts become those of all blocks before; one program for each key."""
+    key = tl.program_id(0)
+    total = tl.zeros((), dtype=tl.int32)
+    for start in range(0, blocks, step):
+        at = (start + tl.arange(0, step)) * keys + key
+        here = start + tl.arange(0, step) < blocks
+        found = tl.load(counts + at, mask=here, other=0)
+        tl.store(counts + at, total + tl.cumsum(found, 0) - found, mask=here)
+        total += tl.sum(found, 0)
+    tl.store(totals + key, total.to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["pairs", "first", "keys"])
+def _place(index, before, totals, slot, pair, pairs, first, keys, block: tl.constexpr, step: tl.constexpr):
+    at = tl.program_id(0) * block + tl.arange(0, block)
+    key = _keys_of(index, at, at < pairs, first, keys)
+    place = _places(key, before + tl.program_id(0) * keys, totals, keys, block, step).to(tl.int64)
+    tl.store(slot + at, place, mask=at < pairs)
+    tl.store(pair + place, at.to(tl.int64), mask=key >= 0)
+
+
+def sort_pairs(index: Tensor, first: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort by ``index - first``; what is outside [0, keys) has no place.
+
+    Args:
+        index: of any shape with S elements.
+
+    Returns (pair [S]: which pair stands at each place, undefined behind the last; slot [S]: each pair's place, the
+    number of places if it has none; pairs of each key [L]), all int64.
+    """
+    pairs, index = index.numel(), index.contiguous()
+    blocks = max(1, triton.cdiv(pairs, _PAIRS))
+    counts_BL = torch.empty(blocks, keys, dtype=torch.int32, device=index.device)
+    totals_L, slot_S, pair_S = _whole_numbers(index.device, keys, pairs, pairs)
+    _count[(blocks,)](index, counts_BL, pairs, first, keys, _PAIRS, _KEYS)
+    _sum_up[(keys,)](counts_BL, totals_L, blocks, keys, _step(blocks))
+    _place[(blocks,)](index, counts_BL, totals_L, slot_S, pair_S, pairs, first, keys, _PAIRS, _KEYS)
+    return pair_S, slot_S, totals_L
+
+
+@triton.jit
+def _block_of_choices(index, tokens, top_k, first, keys, rows: tl.constexpr, columns: tl.constexpr):
+    """A block's tokens, pairs, keys, and the ranks that have their experts."""
+    token = tl.program_id(0) * rows + tl.arange(0, rows)
+    choice = tl.arange(0, columns)
+    here = (token < tokens)[:, None] & (choice < top_k)[None, :]
+    at = token[:, None] * top_k + choice[None, :]
+    rank = tl.where(here, tl.load(index + at, mask=here, other=0).to(tl.int32) // keys, -1)
+    at = tl.reshape(tl.where(here, at, -1), (rows * columns,))
+    return token, at, _keys_of(index, at, at >= 0, first, keys), rank
+
+
+@triton.jit(do_not_specialize=["tokens", "first", "keys", "ranks"])
+def _count_choices(
+    index, counts, tokens, top_k, first, keys, ranks, rows: tl.constexpr, columns: tl.constexpr, step: tl.constexpr
+):
+    _token, _, key, rank = _block_of_choices(index, tokens, top_k, first, keys, rows, columns)
+    counts += tl.program_id(0) * (keys + 2 * ranks)
+    _tally(key, counts, keys, step)
+    for other in range(ranks):
+        theirs = (rank == other).to(tl.int32)
+        goes = tl.where(other * keys == first, 0, tl.max(theirs, 1))
+        tl.store(counts + keys + 2 * other, tl.sum(goes, 0))
+        tl.store(counts + keys + 2 * other + 1, tl.sum(tl.sum(theirs, 1), 0))
+
+
+@triton.jit(do_not_specialize=["tokens", "first", "keys", "ranks"])
+def _place_choices(
+    index, before, totals, slot, pair, slot_there, pair_there, tokens, top_k, first, keys, ranks,
+    rows: tl.constexpr, columns: tl.constexpr, step: tl.constexpr
+):  # fmt: skip
+    token, at, key, rank = _block_of_choices(index, tokens, top_k, first, keys, rows, columns)
+    before += tl.program_id(0) * (keys + 2 * ranks)
+    place = _places(key, before, totals, keys, rows * columns, step).to(tl.int64)
+    tl.store(slot + at, place, mask=at >= 0)
+    tl.store(pair + place, at.to(tl.int64), mask=key >= 0)
+    every = tl.zeros((), dtype=tl.int64)
+    for other in range(ranks):
+        every += tl.load(totals + keys + 2 * other)
+    start = tl.zeros((), dtype=tl.int64)
+    for other in range(ranks):
+        goes = tl.where(other * keys == first, 0, tl.max((rank == other).to(tl.int32), 1))
+        to = start + tl.load(before + keys + 2 * other) + tl.cumsum(goes, 0) - goes
+        there = token * ranks + other
+        tl.store(slot_there + there, tl.where(goes > 0, to, every), mask=token < tokens)
+        tl.store(pair_there + to, there.to(tl.int64), mask=goes > 0)
+        start += tl.load(totals + keys + 2 * other)
+
+
+def sort_choices(index_TK: Tensor, first: int, keys: int, ranks: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Own (token, choice) pairs by expert, and (token, rank) pairs by rank, of tokens that have experts elsewhere.
+
+    Args:
+        index_TK: global expert numbers; rank r has [r*L, (r+1)*L), and this one those from ``first`` on.
+
+    Returns what :func:`sort_pairs` does of both; in the second, the third is [W,2] and counts also the pairs of a token
+    and an expert of each rank.
+    """
+    (tokens, top_k), device, index_TK = index_TK.shape, index_TK.device, index_TK.contiguous()
+    columns = triton.next_power_of_2(top_k)
+    rows = max(1, _PAIRS // columns)
+    blocks, width = max(1, triton.cdiv(tokens, rows)), keys + 2 * ranks
+    counts_BX = torch.empty(blocks, width, dtype=torch.int32, device=device)
+    totals_X, slot_S, pair_S, slot_TW, pair_TW = _whole_numbers(
+        device, width, tokens * top_k, tokens * top_k, tokens * ranks, tokens * ranks
+    )
+    sizes = (tokens, top_k, first, keys, ranks, rows, columns, _KEYS)
+    _count_choices[(blocks,)](index_TK, counts_BX, *sizes)
+    _sum_up[(width,)](counts_BX, totals_X, blocks, width, _step(blocks))
+    _place_choices[(blocks,)](index_TK, counts_BX, totals_X, slot_S, pair_S, slot_TW, pair_TW, *sizes)
+    own = pair_S, slot_S, totals_X[:keys]
+    return own, (pair_TW, slot_TW, totals_X[keys:].view(ranks, 2))
+
+
+def _whole_numbers(device: torch.device, *sizes: int) -> tuple[Tensor, ...]:
+    """Tensors of these sizes, out of one allocation."""
+    return torch.empty(sum(sizes), dtype=torch.int64, device=device).split(sizes)
+
+
+def _step(blocks: int) -> int:
+    return min(_BLOCKS, max(16, triton.next_power_of_2(blocks)))
