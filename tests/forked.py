@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from multiprocessing.connection import wait
+from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
+
+from trainer import cli
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preloaded"])
@@ -29,16 +34,14 @@ def start(
     output: int | Sequence[int],
     stdin: int | None = None,
     environment: Mapping[str, str] | None = None,
-) -> BaseProcess:
-    """Start ``body(*args)``; its exit status is the process's.
+) -> Copy:
+    """Start ``body(*args)`` in a session of its own; what it returns is the process's exit status.
 
     Args:
         body: A function of a module that can be imported.
         output: File descriptor of its output and errors, or one for each.
         stdin: By default there is no input.
     """
-    from multiprocessing.forkserver import ensure_running
-
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # who has threads cannot be copied
     try:
@@ -46,14 +49,44 @@ def start(
     finally:
         os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
     out, errors = (output, output) if isinstance(output, int) else output
-    null = os.open(os.devnull, os.O_RDONLY)
-    try:
-        process = _CONTEXT.Process(target=_be, args=(_Streams(null if stdin is None else stdin, out, errors),
-                                                     dict(environment or {}), body, args))  # fmt: skip
+    with open(os.devnull, "rb") as null:
+        streams = _Streams(null.fileno() if stdin is None else stdin, out, errors)
+        process = _CONTEXT.Process(target=_be, args=(streams, dict(environment or {}), body, args))
         process.start()
-    finally:
-        os.close(null)
-    return process
+    return Copy(process)
+
+
+class Copy:
+    """A started process. The interface is Popen's."""
+
+    def __init__(self, process: BaseProcess) -> None:
+        self._process = process
+        self.pid: int = process.pid
+        self.sentinel = process.sentinel
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    poll = returncode.fget
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(str(self._process), timeout)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def planaria(*arguments: object, output: int | Sequence[int], **options: Any) -> Copy:
+    """``planaria ARGUMENTS`` without the seconds that its imports take."""
+    return start(cli.main, [str(argument) for argument in arguments], output=output, **options)
 
 
 class _Streams:
@@ -73,6 +106,7 @@ class _Streams:
 
 
 def _be(_: _Streams, environment: dict[str, str], body: Callable[..., object], args: tuple[Any, ...]) -> None:
+    os.setsid()
     os.environ.update(environment)
     sys.exit(body(*args))
 
@@ -84,24 +118,24 @@ def run_ranks(body: Callable[..., None], folder: Path, *args: Any, world: int = 
         folder: Where they meet; nobody may have met there before.
     """
     logs = [folder / f"log-{rank}" for rank in range(world)]
-    running = {}
+    running: dict[int, Copy] = {}
     try:
         for rank, log in enumerate(logs):
+            places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
             with log.open("wb") as output:
-                places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
                 process = start(_rank, body, folder, rank, world, args, output=output.fileno(), environment=places)
             running[process.sentinel] = process
         deadline = time.monotonic() + timeout_s
         while running:
             ended = wait(list(running), timeout=max(0.0, deadline - time.monotonic()))
-            codes = [(process.join(), process.exitcode)[1] for process in map(running.pop, ended)]
+            codes = [running.pop(sentinel).wait() for sentinel in ended]
             words = "\n".join(log.read_text()[-3000:] for log in logs)
             assert ended, f"a rank does not end\n{words}"
             assert not any(codes), f"a rank ended with {codes}\n{words}"
     finally:
         for process in running.values():
             process.kill()
-            process.join()
+            process.wait()
 
 
 def _rank(body: Callable[..., None], folder: Path, rank: int, world: int, args: tuple[Any, ...]) -> None:

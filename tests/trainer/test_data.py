@@ -311,8 +311,7 @@ class Loader:
     def result(self) -> tuple[str, list[int]]:
         """The key and the last sample, of a process that has ended well."""
         found = self._received()
-        self.process.join(30)
-        assert self.process.exitcode == 0
+        assert self.process.wait(timeout=30) == 0
         return found
 
     def _received(self) -> Any:
@@ -331,7 +330,7 @@ def start_loader() -> Iterator[Callable[[Path], Loader]]:
     yield begin
     for loader in loaders:
         loader.process.kill()
-        loader.process.join(30)
+        loader.process.wait(timeout=30)
 
 
 @forked
@@ -360,7 +359,7 @@ def test_a_process_waits_for_the_one_that_builds(tmp_path: Path, start_loader: C
         waiting.go()
         # The system lists a process that waits for a lock behind an arrow.
         while not re.search(rf"-> FLOCK .* {waiting.pid} ", Path("/proc/locks").read_text()):
-            assert waiting.process.is_alive(), "it built without the lock"
+            assert waiting.process.poll() is None, "it built without the lock"
         (tmp_path / "elsewhere" / key).rename(tmp_path / key)
         inode = (tmp_path / key).stat().st_ino
     assert waiting.result() == result
@@ -375,9 +374,9 @@ def test_a_killed_builder_leaves_neither_lock_nor_half_a_cache(
     loader.go()
     # The temporary folder is made under the lock, before the work begins.
     while not list(tmp_path.glob("*.tmp-*")):
-        assert loader.process.is_alive()
+        assert loader.process.poll() is None
     os.kill(loader.pid, signal.SIGKILL)
-    loader.process.join(30)
+    loader.process.wait(timeout=30)
     assert len(list(tmp_path.glob("*.tmp-*"))) == 1
 
     successor = start_loader(tmp_path)
