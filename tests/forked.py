@@ -2,7 +2,7 @@
 
 A program of its own takes eight seconds of CPU to import them. Here one server imports them once in a session, and what
 is started is a copy of it. The server runs nothing else, so a copy is as fresh as a new interpreter: no threads, no
-groups, CUDA untouched. None of this holds in the process that runs the tests.
+groups. Neither holds in the process that runs the tests. Copies compute on the CPU.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from multiprocessing.connection import wait
-from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from trainer import cli
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preloaded"])
+_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # as it is before any test changes it
 
 
 def start(
@@ -42,16 +43,11 @@ def start(
         output: File descriptor of its output and errors, or one for each.
         stdin: By default there is no input.
     """
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # who has threads cannot be copied
-    try:
-        ensure_running()
-    finally:
-        os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
     out, errors = (output, output) if isinstance(output, int) else output
     with open(os.devnull, "rb") as null:
         streams = _Streams(null.fileno() if stdin is None else stdin, out, errors)
-        process = _CONTEXT.Process(target=_be, args=(streams, dict(environment or {}), body, args))
+        variables = {**_ENVIRONMENT, **(environment or {})}
+        process = _CONTEXT.Process(target=_be, args=(streams, variables, body, args))
         process.start()
     return Copy(process)
 
@@ -89,6 +85,19 @@ def planaria(*arguments: object, output: int | Sequence[int], **options: Any) ->
     return start(cli.main, [str(argument) for argument in arguments], output=output, **options)
 
 
+def run_planaria(*arguments: object, timeout_s: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+    """:func:`planaria`, what it said, and its exit status."""
+    with TemporaryFile("w+") as out, TemporaryFile("w+") as errors:
+        process = planaria(*arguments, output=(out.fileno(), errors.fileno()), environment=environment)
+        try:
+            status = process.wait(timeout=timeout_s)
+        finally:
+            process.kill()
+        out.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess(arguments, status, out.read(), errors.read())
+
+
 class _Streams:
     """Descriptors that become 0, 1 and 2 of the process that they are sent to."""
 
@@ -107,6 +116,8 @@ class _Streams:
 
 def _be(_: _Streams, environment: dict[str, str], body: Callable[..., object], args: tuple[Any, ...]) -> None:
     os.setsid()
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 - multiprocessing has put an empty one there
+    os.environ.clear()
     os.environ.update(environment)
     sys.exit(body(*args))
 

@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")  # what has threads or CUDA cannot be copied
 
 import pytest  # noqa: F401
 import transformers.modeling_utils  # noqa: F401
