@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -120,6 +121,12 @@ def _be(_: _Streams, environment: dict[str, str], body: Callable[..., object], a
     os.environ.clear()
     os.environ.update(environment)
     sys.exit(body(*args))
+
+
+def run_module(name: str, arguments: list[str]) -> None:
+    """The body of ``python -m NAME ARGUMENTS``."""
+    sys.argv = [name, *arguments]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def run_ranks(body: Callable[..., None], folder: Path, *args: Any, world: int = 2, timeout_s: float = 150) -> None:

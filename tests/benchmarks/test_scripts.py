@@ -2,19 +2,33 @@
 
 import json
 import os
-import subprocess
-import sys
+import socket
+from contextlib import ExitStack
+from tempfile import TemporaryFile
 
 import pytest
 
-from trainer.launch import worker_environment
+from tests.forked import run_module, start
+
+pytestmark = pytest.mark.xdist_group("forked")
 
 
-def run(command, timeout):
-    environment = {**worker_environment(2), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, timeout=timeout, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+def run(name, *options, timeout, ranks=1):
+    """What ``benchmarks.NAME`` prints, by itself or on so many ranks."""
+    with socket.create_server(("127.0.0.1", 0)) as unused, ExitStack() as kept:
+        places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+        outputs = [kept.enter_context(TemporaryFile("w+")) for _ in range(ranks)]
+        unused.close()
+        processes = []
+        for rank, output in enumerate(outputs):
+            place = places | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+            arguments = (f"benchmarks.{name}", [str(option) for option in options])
+            processes.append(start(run_module, *arguments, output=output.fileno(), environment=place))
+            kept.callback(processes[-1].kill)
+        codes = [process.wait(timeout) for process in processes]
+        printed = [(output.seek(0), output.read())[1] for output in outputs]
+    assert codes == [0] * ranks, [text[-3000:] for text in printed]
+    return printed[0]
 
 
 @pytest.mark.slow
@@ -22,9 +36,8 @@ def run(command, timeout):
 def test_checkpoint_compares_and_recovers_exactly(tmp_path):
     work, out = tmp_path / "work", tmp_path / "result.json"
     work.mkdir()
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=0"]
-    options = ["--config", "tiny", "--work", str(work), "--json", str(out)]
-    printed = run([sys.executable, *torchrun, "-m", "benchmarks.checkpoint", *options], timeout=150)
+    options = ["--config", "tiny", "--work", work, "--json", out]
+    printed = run("checkpoint", *options, timeout=150, ranks=2)
     result = json.loads(out.read_text())
     summary = result["summary"]
     arms = {"wal", "dense", "dcp async", "deepspeed save"}
@@ -42,9 +55,8 @@ def test_checkpoint_compares_and_recovers_exactly(tmp_path):
 @pytest.mark.timeout(120)
 def test_expert_parallel_counts_fewer_bytes_and_times_every_arm(tmp_path):
     out = tmp_path / "result.json"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=0"]
-    options = ["--config", "cpu", "--rounds", "1", "--json", str(out)]
-    printed = run([sys.executable, *torchrun, "-m", "benchmarks.expert_parallel", *options], timeout=100)
+    options = ["--config", "cpu", "--rounds", "1", "--json", out]
+    printed = run("expert_parallel", *options, timeout=100, ranks=2)
     routings = json.loads(out.read_text())["routings"]
     for found in routings.values():
         assert found["summary"]["fewer_bytes"] >= 3.5
@@ -61,7 +73,7 @@ def test_expert_parallel_counts_fewer_bytes_and_times_every_arm(tmp_path):
 def test_host_memory_measures_every_kind_of_pages(tmp_path):
     out = tmp_path / "memory.json"
     options = ["--gib", "0.0625", "--copied-gib", "0.0625", "--json", str(out)]
-    run([sys.executable, "-m", "benchmarks.host_memory", *options], timeout=80)
+    run("host_memory", *options, timeout=80)
     result = json.loads(out.read_text())
     for pages in ("4k", "advised", "hugetlb"):
         found = result[f"0.0625 GiB, {pages}"]
@@ -73,7 +85,7 @@ def test_host_memory_measures_every_kind_of_pages(tmp_path):
 def test_contention_measures_every_loop_beside_every_load(tmp_path):
     out = tmp_path / "contention.json"
     options = ["--gib", "0.01", "--hashers", "1", "--rounds", "1", "--turns", "40", "--json", str(out)]
-    printed = run([sys.executable, "-m", "benchmarks.contention", *options], timeout=80)
+    printed = run("contention", *options, timeout=80)
     found = json.loads(out.read_text())["us"]
     assert set(found) == {"0", "1"}
     for loads in found.values():
@@ -86,7 +98,7 @@ def test_contention_measures_every_loop_beside_every_load(tmp_path):
 def test_moe_layer_compares_every_arm_that_runs_here(tmp_path):
     out = tmp_path / "layer.json"
     options = ["--config", "tiny", "--rounds", "2", "--json", str(out)]
-    printed = run([sys.executable, "-m", "benchmarks.moe_layer", *options], timeout=110)
+    printed = run("moe_layer", *options, timeout=110)
     (layer,) = json.loads(out.read_text())["layers"].values()
     for routing in ("balanced", "skewed"):
         rows = layer[routing]
