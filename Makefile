@@ -6,6 +6,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 SPREAD := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadgroup
+SPREAD := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2
 PURE := moe/refs.py moe/layout.py moe/quantised.py moe/family_table.py moe/dispatch_choice.py moe/tracefile.py trainer/doctor_report.py checkpointing/units.py \
         checkpointing/records.py checkpointing/xxh3.py checkpointing/recovery.py \
         checkpointing/storage.py checkpointing/remote.py checkpointing/compare.py checkpointing/audit.py \
@@ -24,7 +25,7 @@ PURE := moe/refs.py moe/layout.py moe/quantised.py moe/family_table.py moe/dispa
         inference/prompts.py inference/chat.py inference/server/errors.py inference/server/metrics.py inference/server/fields.py inference/server/engine_thread.py \
         inference/server/bodies.py inference/server/service.py inference/server/app.py inference/server/gate.py inference/server/serve.py inference/runtime.py trainer/runtime_cli.py trainer/serve_cli.py
 
-.PHONY: install demo test lint clean
+.PHONY: install demo unit test lint clean
 
 install: $(VENV)/.installed
 

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd
@@ -24,6 +25,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from trainer import cli
+from trainer.rendezvous import die_with_launcher
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preloaded"])
@@ -116,6 +118,9 @@ class _Streams:
 
 
 def _be(_: _Streams, environment: dict[str, str], body: Callable[..., object], args: tuple[Any, ...]) -> None:
+    # Without this descriptor the server ends with the process that runs the tests, and the copies with the server.
+    os.close(forkserver._forkserver._forkserver_alive_fd)
+    die_with_launcher()
     os.setsid()
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 - multiprocessing has put an empty one there
     os.environ.clear()

@@ -10,8 +10,6 @@ import pytest
 
 from tests.forked import run_module, start
 
-pytestmark = pytest.mark.xdist_group("forked")
-
 
 def run(name, *options, timeout, ranks=1):
     """What ``benchmarks.NAME`` prints, by itself or on so many ranks."""

@@ -103,7 +103,6 @@ def test_a_conversation_that_is_too_long_says_so_and_forgets_the_line(conversati
     assert conversation.said == []
 
 
-@pytest.mark.xdist_group("forked")
 def test_the_command_talks_in_a_terminal(model_folder, tmp_path):
     template = tmp_path / "template.jinja"
     template.write_text(TEMPLATE)

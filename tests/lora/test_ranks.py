@@ -18,7 +18,6 @@ from tests.forked import run_ranks
 from tests.lora.rank_cases import CASES, CUT_OFF, PLANS, context_of, file_of, is_dense
 from tests.lora.train_ranks import train_all
 
-pytestmark = pytest.mark.xdist_group("forked")
 WORLD = 2
 
 

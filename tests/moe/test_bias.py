@@ -17,8 +17,6 @@ from moe.stats import RoutingMeter
 from tests.moe.balance_rank import passes
 from tests.moe.tiny_families import tiny
 
-pytestmark = pytest.mark.xdist_group("forked")
-
 IDS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(1))
 
 

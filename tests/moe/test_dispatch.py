@@ -34,7 +34,6 @@ from tests.moe.layers import Case
 from trainer.launch import worker_environment
 
 HERE = Path(__file__).parent
-pytestmark = pytest.mark.xdist_group("forked")
 METHODS = ("all_to_all", "deduplicated")
 
 

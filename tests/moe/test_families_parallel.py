@@ -7,8 +7,6 @@ from moe.families import find_moe_blocks
 from moe.family_table import FAMILIES
 from tests.moe.family_worker import LR, batches
 
-pytestmark = pytest.mark.xdist_group("forked")
-
 
 @pytest.fixture(scope="module")
 def batches_SBT():

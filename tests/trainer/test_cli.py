@@ -16,7 +16,6 @@ import pytest
 from tests.forked import run_planaria
 from trainer import cli
 
-pytestmark = pytest.mark.xdist_group("forked")
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = "recipes/quickstart.yaml"
 

@@ -36,7 +36,6 @@ ROOT = Path(__file__).resolve().parents[2]
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 BPE = TokenizerSection(kind="bpe", vocab_size=400)
 BYTES = TokenizerSection(kind="bytes", vocab_size=257)
-forked = pytest.mark.xdist_group("forked")
 
 
 def section(
@@ -333,7 +332,6 @@ def start_loader() -> Iterator[Callable[[Path], Loader]]:
         loader.process.wait(timeout=30)
 
 
-@forked
 def test_processes_that_build_at_once_agree_on_one_cache(
     tmp_path: Path, start_loader: Callable[[Path], Loader]
 ) -> None:
@@ -345,7 +343,6 @@ def test_processes_that_build_at_once_agree_on_one_cache(
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
 
 
-@forked
 def test_a_process_waits_for_the_one_that_builds(tmp_path: Path, start_loader: Callable[[Path], Loader]) -> None:
     (tmp_path / "elsewhere").mkdir()
     builder = start_loader(tmp_path / "elsewhere")
@@ -366,7 +363,6 @@ def test_a_process_waits_for_the_one_that_builds(tmp_path: Path, start_loader: C
     assert (tmp_path / key).stat().st_ino == inode, "it took what the other had built"
 
 
-@forked
 def test_a_killed_builder_leaves_neither_lock_nor_half_a_cache(
     tmp_path: Path, start_loader: Callable[[Path], Loader]
 ) -> None:

@@ -9,8 +9,6 @@ from checkpointing.units import Range, overlaps, uncovered
 from tests.forked import run_ranks
 from tests.trainer import ep_worker
 
-pytestmark = pytest.mark.xdist_group("forked")
-
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):

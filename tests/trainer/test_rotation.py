@@ -68,7 +68,6 @@ def settle_on_a_rank(rank: int, world: int, folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(chosen))
 
 
-@pytest.mark.xdist_group("forked")
 def test_two_ranks_agree(tmp_path: Path) -> None:
     run_ranks(settle_on_a_rank, tmp_path, tmp_path)
     chosen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]

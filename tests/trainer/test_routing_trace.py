@@ -34,7 +34,6 @@ def train(recipe, *overrides):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("forked")
 def test_a_run_that_follows_a_trace_ends_with_the_recorded_runs_bits(recipe, tmp_path):
     runs = tmp_path / "runs"
     train(recipe, "log.run=a", "log.routing_trace=true")
