@@ -11,10 +11,12 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
@@ -128,10 +130,34 @@ def _be(_: _Streams, environment: dict[str, str], body: Callable[..., object], a
     sys.exit(body(*args))
 
 
-def run_module(name: str, arguments: list[str]) -> None:
-    """The body of ``python -m NAME ARGUMENTS``."""
-    sys.argv = [name, *arguments]
-    runpy.run_module(name, run_name="__main__", alter_sys=True)
+def run_program(name: str | Path, arguments: Sequence[object]) -> None:
+    """The body of ``python NAME ARGUMENTS``, or of ``python -m NAME ARGUMENTS``."""
+    sys.argv = [str(name), *map(str, arguments)]
+    run = runpy.run_path if isinstance(name, Path) else runpy.run_module
+    run(str(name), run_name="__main__")
+
+
+def run_workers(world: int, name: str | Path, *arguments: object, timeout_s: float = 150) -> list[str]:
+    """:func:`run_program` on so many ranks, which find each other as torchrun's do. What each of them printed."""
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    with ExitStack() as kept:
+        outputs = [kept.enter_context(TemporaryFile("w+")) for _ in range(world)]
+        running = []
+        for rank, output in enumerate(outputs):
+            environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **_places(rank, world)}
+            copy = start(run_program, name, arguments, output=output.fileno(), environment=environment)
+            kept.callback(copy.kill)
+            running.append(copy)
+        codes = [copy.wait(timeout_s) for copy in running]
+        printed = [(output.seek(0), output.read())[1] for output in outputs]
+    assert codes == [0] * world, "\n".join(text[-3000:] for text in printed)
+    return printed
+
+
+def _places(rank: int, world: int) -> dict[str, str]:
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    return {name: str(number) for name, number in places.items()}
 
 
 def run_ranks(body: Callable[..., None], folder: Path, *args: Any, world: int = 2, timeout_s: float = 150) -> None:
@@ -144,9 +170,10 @@ def run_ranks(body: Callable[..., None], folder: Path, *args: Any, world: int = 
     running: dict[int, Copy] = {}
     try:
         for rank, log in enumerate(logs):
-            places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
             with log.open("wb") as output:
-                process = start(_rank, body, folder, rank, world, args, output=output.fileno(), environment=places)
+                process = start(
+                    _rank, body, folder, rank, world, args, output=output.fileno(), environment=_places(rank, world)
+                )
             running[process.sentinel] = process
         deadline = time.monotonic() + timeout_s
         while running:

@@ -2,31 +2,25 @@
 
 import json
 import os
-import socket
-from contextlib import ExitStack
 from tempfile import TemporaryFile
 
 import pytest
 
-from tests.forked import run_module, start
+from tests.forked import run_program, run_workers, start
 
 
-def run(name, *options, timeout, ranks=1):
-    """What ``benchmarks.NAME`` prints, by itself or on so many ranks."""
-    with socket.create_server(("127.0.0.1", 0)) as unused, ExitStack() as kept:
-        places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused.getsockname()[1]), "WORLD_SIZE": str(ranks)}
-        outputs = [kept.enter_context(TemporaryFile("w+")) for _ in range(ranks)]
-        unused.close()
-        processes = []
-        for rank, output in enumerate(outputs):
-            place = places | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            arguments = (f"benchmarks.{name}", [str(option) for option in options])
-            processes.append(start(run_module, *arguments, output=output.fileno(), environment=place))
-            kept.callback(processes[-1].kill)
-        codes = [process.wait(timeout) for process in processes]
-        printed = [(output.seek(0), output.read())[1] for output in outputs]
-    assert codes == [0] * ranks, [text[-3000:] for text in printed]
-    return printed[0]
+def run(name, *options, timeout):
+    """What ``benchmarks.NAME`` prints, started by itself."""
+    with TemporaryFile("w+") as output:
+        process = start(run_program, f"benchmarks.{name}", options, output=output.fileno())
+        try:
+            status = process.wait(timeout)
+        finally:
+            process.kill()
+        output.seek(0)
+        printed = output.read()
+    assert status == 0, printed[-3000:]
+    return printed
 
 
 @pytest.mark.slow
@@ -35,7 +29,7 @@ def test_checkpoint_compares_and_recovers_exactly(tmp_path):
     work, out = tmp_path / "work", tmp_path / "result.json"
     work.mkdir()
     options = ["--config", "tiny", "--work", work, "--json", out]
-    printed = run("checkpoint", *options, timeout=150, ranks=2)
+    printed, _ = run_workers(2, "benchmarks.checkpoint", *options, timeout_s=150)
     result = json.loads(out.read_text())
     summary = result["summary"]
     arms = {"wal", "dense", "dcp async", "deepspeed save"}
@@ -54,7 +48,7 @@ def test_checkpoint_compares_and_recovers_exactly(tmp_path):
 def test_expert_parallel_counts_fewer_bytes_and_times_every_arm(tmp_path):
     out = tmp_path / "result.json"
     options = ["--config", "cpu", "--rounds", "1", "--json", out]
-    printed = run("expert_parallel", *options, timeout=100, ranks=2)
+    printed, _ = run_workers(2, "benchmarks.expert_parallel", *options, timeout_s=100)
     routings = json.loads(out.read_text())["routings"]
     for found in routings.values():
         assert found["summary"]["fewer_bytes"] >= 3.5

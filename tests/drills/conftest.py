@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from checkpointing.keeper.control import stop_keeper
-from tests.forked import planaria
+from tests.forked import planaria, run_workers
 from trainer.events import read_events
 from trainer.failpoints import KILL_VARIABLE
 from trainer.launch import worker_environment
@@ -21,6 +21,10 @@ from trainer.recipe import load_recipe
 RECIPE = Path(__file__).parent / "drill.yaml"
 LORA_RECIPE = Path(__file__).parent / "lora.yaml"
 TIMEOUT_S = 150
+
+
+def whole_overrides(folder, name, overrides):
+    return [f"log.dir={folder}", f"log.run={name}", f"data.cache_dir={folder / 'cache'}", *overrides]
 
 
 class Job:
@@ -33,7 +37,7 @@ class Job:
     def __init__(self, folder, name, overrides=(), kill=None, command=None, environment=None, recipe=RECIPE):
         self.run_dir = folder / name
         self.recipe_path = recipe
-        self.overrides = [f"log.dir={folder}", f"log.run={name}", f"data.cache_dir={folder / 'cache'}", *overrides]
+        self.overrides = whole_overrides(folder, name, overrides)
         variables = {**worker_environment(2), "OMP_NUM_THREADS": "1", **(environment or {})}
         if kill is not None:
             variables[KILL_VARIABLE] = kill
@@ -92,6 +96,22 @@ def start(folder):
     yield start_job
     for job in jobs:
         job.reap()
+
+
+@pytest.fixture(scope="session")
+def run_layout_workers(folder):
+    """Runs ``layout_worker.py`` on so many ranks to its end; returns the run's folder."""
+    folders = []
+
+    def run(name, overrides, workers, *arguments):
+        folders.append(folder / name)
+        worker = Path(__file__).with_name("layout_worker.py")
+        run_workers(workers, worker, *arguments, RECIPE, *whole_overrides(folder, name, overrides))
+        return folders[-1]
+
+    yield run
+    for run_dir in folders:
+        stop_keeper(run_dir, persist=False)
 
 
 @pytest.fixture(scope="session")
