@@ -1,6 +1,6 @@
 # make install   a virtual environment in .venv with the pinned dependencies
 # make demo      train, kill, recover bit-exactly, fine-tune, export, generate (about 5 minutes on 2 cores)
-# make unit      the fast tests (about 2 minutes on 2 cores)
+# make unit      the fast tests
 # make test      lint, import rules, types and every test, real kills included
 
 VENV := .venv

@@ -24,7 +24,6 @@ def run(name, *options, timeout):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_checkpoint_compares_and_recovers_exactly(tmp_path):
     work, out = tmp_path / "work", tmp_path / "result.json"
     work.mkdir()
@@ -44,7 +43,6 @@ def test_checkpoint_compares_and_recovers_exactly(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 def test_expert_parallel_counts_fewer_bytes_and_times_every_arm(tmp_path):
     out = tmp_path / "result.json"
     options = ["--config", "cpu", "--rounds", "1", "--json", out]
@@ -61,7 +59,6 @@ def test_expert_parallel_counts_fewer_bytes_and_times_every_arm(tmp_path):
     assert "fewer bytes" in printed
 
 
-@pytest.mark.timeout(90)
 def test_host_memory_measures_every_kind_of_pages(tmp_path):
     out = tmp_path / "memory.json"
     options = ["--gib", "0.0625", "--copied-gib", "0.0625", "--json", str(out)]
@@ -73,7 +70,6 @@ def test_host_memory_measures_every_kind_of_pages(tmp_path):
     assert result["0.0625 GiB, 4k"]["prefault_s"] > 0
 
 
-@pytest.mark.timeout(90)
 def test_contention_measures_every_loop_beside_every_load(tmp_path):
     out = tmp_path / "contention.json"
     options = ["--gib", "0.01", "--hashers", "1", "--rounds", "1", "--turns", "40", "--json", str(out)]
@@ -86,7 +82,6 @@ def test_contention_measures_every_loop_beside_every_load(tmp_path):
     assert "beside 1 hashing threads" in printed
 
 
-@pytest.mark.timeout(120)
 def test_moe_layer_compares_every_arm_that_runs_here(tmp_path):
     out = tmp_path / "layer.json"
     options = ["--config", "tiny", "--rounds", "2", "--json", str(out)]
