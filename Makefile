@@ -5,7 +5,6 @@
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-SPREAD := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadgroup
 SPREAD := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2
 PURE := moe/refs.py moe/layout.py moe/quantised.py moe/family_table.py moe/dispatch_choice.py moe/tracefile.py trainer/doctor_report.py checkpointing/units.py \
         checkpointing/records.py checkpointing/xxh3.py checkpointing/recovery.py \
