@@ -1,9 +1,11 @@
 # make install   a virtual environment in .venv with the pinned dependencies
 # make demo      train, kill, recover bit-exactly, fine-tune, export, generate (about 5 minutes on 2 cores)
+# make unit      the fast tests
 # make test      lint, import rules, types and every test, real kills included
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+SPREAD := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2
 PURE := moe/refs.py moe/layout.py moe/quantised.py moe/family_table.py moe/dispatch_choice.py moe/tracefile.py trainer/doctor_report.py checkpointing/units.py \
         checkpointing/records.py checkpointing/xxh3.py checkpointing/recovery.py \
         checkpointing/storage.py checkpointing/remote.py checkpointing/compare.py checkpointing/audit.py \
@@ -22,7 +24,7 @@ PURE := moe/refs.py moe/layout.py moe/quantised.py moe/family_table.py moe/dispa
         inference/prompts.py inference/chat.py inference/server/errors.py inference/server/metrics.py inference/server/fields.py inference/server/engine_thread.py \
         inference/server/bodies.py inference/server/service.py inference/server/app.py inference/server/gate.py inference/server/serve.py inference/runtime.py trainer/runtime_cli.py trainer/serve_cli.py
 
-.PHONY: install demo test lint clean
+.PHONY: install demo unit test lint clean
 
 install: $(VENV)/.installed
 
@@ -42,8 +44,13 @@ lint: install
 	$(VENV)/bin/mypy $(PURE)
 	$(PYTHON) tests/size_limits.py
 
+unit: install
+	$(SPREAD) -m "not slow and not drill and not gpu"
+
+# Drills one after the other: each has the machine to itself, as its deadlines suppose.
 test: lint
-	$(PYTHON) -m pytest -m "not gpu"
+	$(SPREAD) -m "not drill and not gpu"
+	$(PYTHON) -m pytest -m "drill and not gpu"
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -2,29 +2,33 @@
 
 import json
 import os
-import subprocess
-import sys
+from tempfile import TemporaryFile
 
 import pytest
 
-from trainer.launch import worker_environment
+from tests.forked import run_program, run_workers, start
 
 
-def run(command, timeout):
-    environment = {**worker_environment(2), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, timeout=timeout, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+def run(name, *options, timeout):
+    """What ``benchmarks.NAME`` prints, started by itself."""
+    with TemporaryFile("w+") as output:
+        process = start(run_program, f"benchmarks.{name}", options, output=output.fileno())
+        try:
+            status = process.wait(timeout)
+        finally:
+            process.kill()
+        output.seek(0)
+        printed = output.read()
+    assert status == 0, printed[-3000:]
+    return printed
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_checkpoint_compares_and_recovers_exactly(tmp_path):
     work, out = tmp_path / "work", tmp_path / "result.json"
     work.mkdir()
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=0"]
-    options = ["--config", "tiny", "--work", str(work), "--json", str(out)]
-    printed = run([sys.executable, *torchrun, "-m", "benchmarks.checkpoint", *options], timeout=150)
+    options = ["--config", "tiny", "--work", work, "--json", out]
+    printed, _ = run_workers(2, "benchmarks.checkpoint", *options, timeout_s=150)
     result = json.loads(out.read_text())
     summary = result["summary"]
     arms = {"wal", "dense", "dcp async", "deepspeed save"}
@@ -39,12 +43,10 @@ def test_checkpoint_compares_and_recovers_exactly(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 def test_expert_parallel_counts_fewer_bytes_and_times_every_arm(tmp_path):
     out = tmp_path / "result.json"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=0"]
-    options = ["--config", "cpu", "--rounds", "1", "--json", str(out)]
-    printed = run([sys.executable, *torchrun, "-m", "benchmarks.expert_parallel", *options], timeout=100)
+    options = ["--config", "cpu", "--rounds", "1", "--json", out]
+    printed, _ = run_workers(2, "benchmarks.expert_parallel", *options, timeout_s=100)
     routings = json.loads(out.read_text())["routings"]
     for found in routings.values():
         assert found["summary"]["fewer_bytes"] >= 3.5
@@ -57,11 +59,10 @@ def test_expert_parallel_counts_fewer_bytes_and_times_every_arm(tmp_path):
     assert "fewer bytes" in printed
 
 
-@pytest.mark.timeout(90)
 def test_host_memory_measures_every_kind_of_pages(tmp_path):
     out = tmp_path / "memory.json"
     options = ["--gib", "0.0625", "--copied-gib", "0.0625", "--json", str(out)]
-    run([sys.executable, "-m", "benchmarks.host_memory", *options], timeout=80)
+    run("host_memory", *options, timeout=80)
     result = json.loads(out.read_text())
     for pages in ("4k", "advised", "hugetlb"):
         found = result[f"0.0625 GiB, {pages}"]
@@ -69,11 +70,10 @@ def test_host_memory_measures_every_kind_of_pages(tmp_path):
     assert result["0.0625 GiB, 4k"]["prefault_s"] > 0
 
 
-@pytest.mark.timeout(90)
 def test_contention_measures_every_loop_beside_every_load(tmp_path):
     out = tmp_path / "contention.json"
     options = ["--gib", "0.01", "--hashers", "1", "--rounds", "1", "--turns", "40", "--json", str(out)]
-    printed = run([sys.executable, "-m", "benchmarks.contention", *options], timeout=80)
+    printed = run("contention", *options, timeout=80)
     found = json.loads(out.read_text())["us"]
     assert set(found) == {"0", "1"}
     for loads in found.values():
@@ -82,11 +82,10 @@ def test_contention_measures_every_loop_beside_every_load(tmp_path):
     assert "beside 1 hashing threads" in printed
 
 
-@pytest.mark.timeout(120)
 def test_moe_layer_compares_every_arm_that_runs_here(tmp_path):
     out = tmp_path / "layer.json"
     options = ["--config", "tiny", "--rounds", "2", "--json", str(out)]
-    printed = run([sys.executable, "-m", "benchmarks.moe_layer", *options], timeout=110)
+    printed = run("moe_layer", *options, timeout=110)
     (layer,) = json.loads(out.read_text())["layers"].values()
     for routing in ("balanced", "skewed"):
         rows = layer[routing]

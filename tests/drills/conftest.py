@@ -1,15 +1,18 @@
-"""Real jobs for drills: whole process trees, started as a user starts them, reaped whatever happens."""
+"""Real jobs for drills: whole process trees, reaped whatever happens.
+
+What is started is ``planaria train`` as a user starts it, but for the seconds in which its launcher imports torch.
+"""
 
 import importlib.util
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from checkpointing.keeper.control import stop_keeper
+from tests.forked import planaria, run_workers
 from trainer.events import read_events
 from trainer.failpoints import KILL_VARIABLE
 from trainer.launch import worker_environment
@@ -20,23 +23,34 @@ LORA_RECIPE = Path(__file__).parent / "lora.yaml"
 TIMEOUT_S = 150
 
 
+def whole_overrides(folder, name, overrides):
+    return [f"log.dir={folder}", f"log.run={name}", f"data.cache_dir={folder / 'cache'}", *overrides]
+
+
 class Job:
-    """One training job in its own session. ``command`` is what a user would type after the interpreter."""
+    """One training job in its own session.
+
+    Args:
+        command: Another program that takes the recipe and the overrides, e.g. torchrun with ``-m trainer train``.
+    """
 
     def __init__(self, folder, name, overrides=(), kill=None, command=None, environment=None, recipe=RECIPE):
         self.run_dir = folder / name
         self.recipe_path = recipe
-        self.overrides = [f"log.dir={folder}", f"log.run={name}", f"data.cache_dir={folder / 'cache'}", *overrides]
-        command = command or [sys.executable, "-m", "trainer", "train"]
+        self.overrides = whole_overrides(folder, name, overrides)
         variables = {**worker_environment(2), "OMP_NUM_THREADS": "1", **(environment or {})}
         if kill is not None:
             variables[KILL_VARIABLE] = kill
         self.output = folder / f"{name}.log"
         with self.output.open("ab") as output:
-            self.process = subprocess.Popen(
-                [*command, str(recipe), *self.overrides],
-                env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+            if command is None:
+                output, arguments = output.fileno(), ["train", recipe, *self.overrides]
+                self.process = planaria(*arguments, output=output, environment=variables)
+            else:
+                self.process = subprocess.Popen(
+                    [*command, str(recipe), *self.overrides],
+                    env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                )  # fmt: skip
 
     @property
     def recipe(self):
@@ -82,6 +96,22 @@ def start(folder):
     yield start_job
     for job in jobs:
         job.reap()
+
+
+@pytest.fixture(scope="session")
+def run_layout_workers(folder):
+    """Runs ``layout_worker.py`` on so many ranks to its end; returns the run's folder."""
+    folders = []
+
+    def run(name, overrides, workers, *arguments):
+        folders.append(folder / name)
+        worker = Path(__file__).with_name("layout_worker.py")
+        run_workers(workers, worker, *arguments, RECIPE, *whole_overrides(folder, name, overrides))
+        return folders[-1]
+
+    yield run
+    for run_dir in folders:
+        stop_keeper(run_dir, persist=False)
 
 
 @pytest.fixture(scope="session")

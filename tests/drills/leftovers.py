@@ -23,8 +23,8 @@ def nothing_left(run_dir, seconds=10.0):
 
 
 def processes_of(run_dir):
-    """Command lines by pid: whoever names the run, or has a file of its folder open."""
-    found = {}
+    """Command lines by pid: whoever names the run, or has its output or a file of its folder open."""
+    found, output = {}, str(run_dir.with_name(f"{run_dir.name}.log"))
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal() or int(entry.name) == os.getpid():
             continue
@@ -34,7 +34,9 @@ def processes_of(run_dir):
             continue  # it ended just now
         command = b" ".join(words).decode(errors="replace")
         named = f"log.run={run_dir.name}" in command.split() and f"log.dir={run_dir.parent}" in command.split()
-        if named or str(run_dir) in command.split() or any(Path(f).is_relative_to(run_dir) for f in open_files(entry)):
+        files = open_files(entry)
+        named |= str(run_dir) in command.split() or output in files
+        if named or any(Path(file).is_relative_to(run_dir) for file in files):
             found[int(entry.name)] = command or "(zombie)"
     return found
 

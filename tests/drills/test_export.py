@@ -1,8 +1,6 @@
 """What leaves a run: Hugging Face folders and adapters, checked against the run and against other tools."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from checkpointing.store import list_checkpoints
 from inference.engine import LLM
 from lora.format import load_adapter
+from tests.forked import run_planaria
 from trainer import data, export
 from trainer.drill import judge
 from trainer.faults import KillSpec
@@ -108,20 +107,10 @@ def test_a_killed_adapter_run_ends_with_the_same_bits(tuned, start, exported):
     assert verdict.tier == "memory"
 
 
-def planaria(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "trainer", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 def test_a_run_that_cannot_be_exported_says_why(exported, folder, tmp_path):
-    taken = planaria("export", folder / "undisturbed", exported)
+    taken = run_planaria("export", folder / "undisturbed", exported)
     assert (taken.returncode, "not empty" in taken.stderr) == (2, True)
-    nothing = planaria("export", tmp_path, tmp_path / "out")
+    nothing = run_planaria("export", tmp_path, tmp_path / "out")
     assert (nothing.returncode, "recipe.yaml" in nothing.stderr) == (2, True)
     assert "Traceback" not in taken.stderr + nothing.stderr
 
@@ -134,7 +123,7 @@ def test_a_damaged_checkpoint_is_not_exported(undisturbed, folder, tmp_path):
         blob = bytearray(file.read_bytes())
         blob[-5000] ^= 1
         file.write_bytes(blob)
-    done = planaria("export", run, tmp_path / "out")
+    done = run_planaria("export", run, tmp_path / "out")
     assert done.returncode == 2
     assert "dp0001.safetensors" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,8 +1,5 @@
 """The families that are least like the others, trained expert-parallel through DeepSpeed, killed, and exported."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -95,16 +92,14 @@ def test_an_exported_folder_trains_on(finished, start, family, tmp_path):
 
 
 @pytest.mark.parametrize("family", sorted(KILLED))
-def test_deepspeeds_engine_loads_an_export_and_its_own_save_comes_back(finished, start, family, tmp_path):
+def test_deepspeeds_engine_loads_an_export_and_its_own_save_comes_back(finished, run_layout_workers, family, tmp_path):
     """Expert biases are files of their own there, and the correction bias is among the weights."""
     exported, saved, dump = tmp_path / "exported", tmp_path / "saved", tmp_path / "dump"
     run = finished(family).run_dir
     assert main(["checkpoint", "export", str(run), str(exported), "--deepspeed"]) == 0
-    worker = [str(Path(__file__).with_name("layout_worker.py")), "deepspeed", str(dump), str(exported), str(saved)]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=0"]
     kept = "checkpoint={mode: dense, memory: {enabled: false}, disk: {every: 0, final: false}}"
     overrides = [MODELS[family], "train.steps=1", "train.warmup_steps=0", kept]
-    start(f"{family}-deepspeed", overrides, command=[sys.executable, *launcher, *worker]).finish()
+    run_layout_workers(f"{family}-deepspeed", overrides, 2, "deepspeed", dump, exported, saved)
     trained = export.trained_tensors(export.open_run(run)[1])
     for rank in range(2):
         for path, weight in torch.load(dump / "loaded" / f"{rank}.pt")["weights"].items():

@@ -10,6 +10,7 @@ import pytest
 
 pytestmark = [pytest.mark.drill, pytest.mark.slow]
 BIN = Path(sys.executable).parent
+PLANARIA = [sys.executable, "-m", "trainer", "train"]
 
 
 def final_hash(rows):
@@ -55,7 +56,7 @@ def test_the_deepspeed_launcher_resumes_when_run_again(start, undisturbed):
 
 
 def test_sigterm_stops_resumably_and_another_recipe_is_refused(start, undisturbed):
-    job = start("sigterm")
+    job = start("sigterm", command=PLANARIA)
     wait_for_step(job, 4)
     job.process.send_signal(signal.SIGTERM)
     assert job.wait() == 75
@@ -65,12 +66,12 @@ def test_sigterm_stops_resumably_and_another_recipe_is_refused(start, undisturbe
     assert "belongs to another recipe" in text
     assert "lr: 0.01" in text
     assert "Traceback" not in text.partition("stopped by SIGTERM")[2]
-    again = start("sigterm")
+    again = start("sigterm", command=PLANARIA)
     assert final_hash(again.finish()) == final_hash(undisturbed)
 
 
 def test_a_finished_run_started_again_ends_at_once_with_the_same_state(start, undisturbed):
-    rows = start("undisturbed").finish()
+    rows = start("undisturbed", command=PLANARIA).finish()
     assert [row["state_hash"] for row in rows if row["kind"] == "done"] == [final_hash(undisturbed)] * 2
     assert sum(row["kind"] == "optimizer" and row["rank"] == 0 for row in rows) == 12
 
@@ -84,7 +85,7 @@ def alive(pid):
 
 
 def test_workers_die_with_a_killed_launcher_and_the_run_goes_on_when_started_again(start, undisturbed):
-    job = start("orphans")
+    job = start("orphans", command=PLANARIA)
     wait_for_step(job, 3)
     pids = [worker_pid(job, rank) for rank in range(2)]
     os.kill(job.process.pid, signal.SIGKILL)
@@ -93,13 +94,13 @@ def test_workers_die_with_a_killed_launcher_and_the_run_goes_on_when_started_aga
     while any(alive(pid) for pid in pids):
         assert time.monotonic() < deadline, "workers outlived their launcher"
         time.sleep(0.02)
-    assert final_hash(start("orphans").finish()) == final_hash(undisturbed)
+    assert final_hash(start("orphans", command=PLANARIA).finish()) == final_hash(undisturbed)
 
 
 def test_a_second_job_in_a_run_folder_is_refused(start):
-    first = start("shared", ["train.steps=5000"])
+    first = start("shared", ["train.steps=5000"], command=PLANARIA)
     wait_for_step(first, 1)
-    second = start("shared", ["train.steps=5000"])
+    second = start("shared", ["train.steps=5000"], command=PLANARIA)
     assert second.wait() == 2
     assert "is being trained by process" in second.output.read_text()
     wait_for_step(first, first.rows()[-1]["step"] or 1)

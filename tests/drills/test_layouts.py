@@ -5,8 +5,6 @@ independent reading of the files.
 """
 
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +14,6 @@ from safetensors.numpy import load_file
 from trainer.cli import main
 
 pytestmark = [pytest.mark.drill, pytest.mark.slow]
-WORKER = Path(__file__).with_name("layout_worker.py")
 KINDS = {"master", "exp_avg", "exp_avg_sq"}
 CHAIN = [("two", 2, 2, 1), ("one", 1, 1, 1), ("four", 4, 2, 2), ("back", 2, 2, 1)]  # name, workers, ep, zero
 EXPERTS = 4
@@ -56,26 +53,19 @@ def assert_equal(got, wanted):
     assert np.abs(wanted["L01.E003.down_proj", "exp_avg_sq"]).max() > 0, "nothing was trained"
 
 
-def torchrun(workers, *arguments):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}", "--max-restarts=0"]
-    return [sys.executable, *launcher, str(WORKER), *map(str, arguments)]
-
-
 def layout(workers, ep, zero):
     return [f"parallel.workers={workers}", f"parallel.ep={ep}", f"parallel.zero={zero}", "train.warmup_steps=0"]
 
 
 @pytest.fixture(scope="module")
-def chain(start, folder):
+def chain(run_layout_workers, folder):
     """Each link's run folder, trained two steps further than the one before."""
     runs, begin = {}, []
     for number, (name, *where) in enumerate(CHAIN, 1):
         overrides = [*layout(*where), f"train.steps={2 * number}", ONLY_AT_THE_END, *begin]
-        command = torchrun(where[0], "recover", folder / f"dump-{name}")
-        job = start(f"layout-{name}", overrides, command=command)
-        job.finish()
-        runs[name] = job.run_dir
-        begin = [f"checkpoint.load_from={job.run_dir}"]
+        dump = folder / f"dump-{name}"
+        runs[name] = run_layout_workers(f"layout-{name}", overrides, where[0], "recover", dump)
+        begin = [f"checkpoint.load_from={runs[name]}"]
     return runs
 
 
@@ -103,13 +93,13 @@ def expected_weight(wanted, path, ep_rank, ep):
 
 
 @pytest.fixture(scope="module")
-def through_deepspeed(chain, start, folder):
+def through_deepspeed(chain, run_layout_workers, folder):
     """The first link's state, exported, loaded by DeepSpeed's engine, trained a step and saved by it."""
     exported, saved = folder / "ds-exported", folder / "ds-saved"
     assert main(["checkpoint", "export", f"{chain['two']}:2", str(exported), "--deepspeed"]) == 0
     nothing_kept = "checkpoint={mode: dense, memory: {enabled: false}, disk: {every: 0, final: false}}"
-    command = torchrun(2, "deepspeed", folder / "dump-ds", exported, saved)
-    start("layout-ds", [*layout(2, 2, 1), "train.steps=1", nothing_kept], command=command).finish()
+    overrides = [*layout(2, 2, 1), "train.steps=1", nothing_kept]
+    run_layout_workers("layout-ds", overrides, 2, "deepspeed", folder / "dump-ds", exported, saved)
     return saved
 
 
@@ -123,7 +113,9 @@ def test_deepspeed_loads_an_export_with_equal_masters_and_moments(chain, through
             assert np.array_equal(weight.numpy().ravel(), expected_weight(wanted, path, number, 2)), path
 
 
-def test_an_import_of_deepspeeds_own_save_has_equal_masters_in_any_layout(through_deepspeed, start, folder):
+def test_an_import_of_deepspeeds_own_save_has_equal_masters_in_any_layout(
+    through_deepspeed, run_layout_workers, folder
+):
     run = folder / "ds-imported"
     assert main(["checkpoint", "import", str(through_deepspeed), str(run)]) == 0
     assert main(["checkpoint", "verify", str(run)]) == 0
@@ -132,7 +124,7 @@ def test_an_import_of_deepspeeds_own_save_has_equal_masters_in_any_layout(throug
     for workers, ep in ((1, 1), (2, 2)):
         out = folder / f"dump-imported-{ep}"
         overrides = [*layout(workers, ep, 2), "train.steps=4", ONLY_AT_THE_END, f"checkpoint.load_from={run}"]
-        start(f"layout-imported-{ep}", overrides, command=torchrun(workers, "recover", out)).finish()
+        run_layout_workers(f"layout-imported-{ep}", overrides, workers, "recover", out)
         ranks, got = dumped(out)
         assert_equal(got, wanted)
         assert {(rank["step"], rank["samples"], *rank["counts"]) for rank in ranks} <= {

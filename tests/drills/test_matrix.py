@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import run_planaria
 from trainer.matrix import reduced_cases
 
 RECIPE = Path(__file__).parent / "drill.yaml"
@@ -37,8 +38,5 @@ def test_the_reduced_matrix_passes(tmp_path):
     ],
 )
 def test_what_cannot_be_tried_is_refused(tmp_path, arguments, words):
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer", "drill", "matrix", str(RECIPE), f"log.dir={tmp_path}", *arguments],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    done = run_planaria("drill", "matrix", RECIPE, f"log.dir={tmp_path}", *arguments)
     assert (done.returncode, words in done.stderr) == (2, True), done.stderr

@@ -4,9 +4,7 @@ import io
 import os
 import pty
 import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
@@ -15,8 +13,8 @@ from inference.chat import _VISIBLE, Conversation, converse, terminal_reader
 from inference.engine import LLM
 from inference.prompts import ChatPrompts
 from inference.requests import SamplingParams
+from tests.forked import planaria
 
-ROOT = Path(__file__).parents[2]
 TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}<eos>{% endfor %}A:"
 
 
@@ -108,25 +106,19 @@ def test_a_conversation_that_is_too_long_says_so_and_forgets_the_line(conversati
 def test_the_command_talks_in_a_terminal(model_folder, tmp_path):
     template = tmp_path / "template.jinja"
     template.write_text(TEMPLATE)
-    command = [sys.executable, "-m", "trainer", "chat", str(model_folder), "--chat-template", str(template)]
+    command = ["chat", model_folder, "--chat-template", template, "--max-new-tokens", "4", "--temperature", "0"]
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [*command, "--max-new-tokens", "4", "--temperature", "0"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdin=theirs,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    with (tmp_path / "out").open("wb") as out, (tmp_path / "errors").open("wb") as errors:
+        process = planaria(*command, output=(out.fileno(), errors.fileno()), stdin=theirs)
     try:
         os.write(ours, b"hello\n/history\n/quit\n")
-        out, errors = process.communicate(timeout=100)
+        status = process.wait(timeout=100)
     finally:
         process.kill()
         os.close(ours)
         os.close(theirs)
-    assert process.returncode == 0, errors.decode()
-    shown = out.decode()
+    assert status == 0, (tmp_path / "errors").read_text()
+    shown = (tmp_path / "out").read_text()
     assert shown.startswith("/reset forgets the conversation")
     assert "user: hello" in shown
     assert "4 tokens in" in shown

@@ -14,6 +14,7 @@ FILES = ["slot_cases.py", "attention_cases.py", "decode_cases.py", "graphed_case
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run them on")
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 @pytest.mark.parametrize("file", FILES)
 def test_cases_interpreted(file):

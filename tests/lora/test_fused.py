@@ -13,6 +13,7 @@ from lora.fused import refuses_fused
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_fused_cases():
     environment = dict(os.environ)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,34 +14,11 @@ from lora.attach import attach
 from lora.format import collect_adapter, save_adapter
 from moe.context import batch_context
 from moe.convert import convert
+from tests.forked import run_ranks
 from tests.lora.rank_cases import CASES, CUT_OFF, PLANS, context_of, file_of, is_dense
+from tests.lora.train_ranks import train_all
 
 WORLD = 2
-
-
-def run_ranks(folder: Path, world: int = WORLD) -> None:
-    script = Path(__file__).with_name("train_ranks.py")
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
-    logs = [open(folder / f"log-{rank}", "w") for rank in range(world)]  # noqa: SIM115 - closed below
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(folder)],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=logs[rank],
-            stderr=subprocess.STDOUT,
-            cwd=root,
-        )
-        for rank in range(world)
-    ]
-    try:
-        codes = [process.wait(timeout=300) for process in ranks]
-    finally:
-        for process, log in zip(ranks, logs, strict=True):
-            process.kill()
-            process.wait()
-            log.close()
-    assert codes == [0] * world, "\n".join((folder / f"log-{r}").read_text()[-3000:] for r in range(world))
 
 
 @dataclass(frozen=True)
@@ -75,7 +49,7 @@ def runs(tiny_moe, tiny_dense, tmp_path_factory) -> Runs:
                     parameter.normal_(0, 0.2, generator=generator)
         starts[case] = {path: tensor.clone() for path, tensor in collect_adapter(model).items()}
         save_adapter(folder / f"adapter-{file_of(case)}", starts[case], banks, "")
-    run_ranks(folder)
+    run_ranks(train_all, folder, folder)
     for model in models.values():
         train_here(model, tokens_SBT)
     return Runs(folder, starts, {case: collect_adapter(model) for case, model in models.items()})
@@ -99,8 +73,8 @@ def train_here(model: nn.Module, tokens_SBT: Tensor) -> None:
 @pytest.fixture(scope="module")
 def four(runs) -> Runs:
     """The same with four ranks, for what is planned there."""
-    (runs.folder / "store").unlink(missing_ok=True)
-    run_ranks(runs.folder, 4)
+    (runs.folder / "meet").unlink()
+    run_ranks(train_all, runs.folder, runs.folder, world=4)
     return runs
 
 

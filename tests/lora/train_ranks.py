@@ -1,17 +1,10 @@
-"""One rank of a real DeepSpeed job that trains an adapter; started by test_ranks.py, once for each rank.
-
-Argument: work folder. Environment: RANK, WORLD_SIZE. What rank_cases.py plans for so many ranks is trained with
-ZeRO-1, then with ZeRO-2.
-"""
+"""What a rank of a real DeepSpeed job does that trains an adapter; test_ranks.py compares."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 import torch
 import torch.distributed as dist
@@ -95,18 +88,11 @@ def train(folder: Path, case: str, ep: int, stage: int, rank: int, world: int) -
     return result
 
 
-def main(folder: Path) -> None:
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+def train_all(rank: int, world: int, folder: Path) -> None:
+    """What rank_cases.py plans for so many ranks, with ZeRO-1, then with ZeRO-2."""
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", dist_init_required=False)
     for case, ep in PLANS[world]:
         for stage in (1, 2):
             result = train(folder, case, ep, stage, rank, world)
             (folder / f"result-{file_of(case, world, ep)}-{stage}-{rank}.json").write_text(json.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,13 +1,7 @@
-"""One of two ranks whose gates balance over both of them; started by test_bias.py.
-
-Argument: work folder. Environment: RANK, WORLD_SIZE. Writes what each part left to ``PART-RANK.pt``.
-"""
+"""What one of two ranks does whose gates balance over both of them; test_bias.py compares."""
 
 from __future__ import annotations
 
-import os
-import sys
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -84,10 +78,8 @@ def bias(rank: int) -> dict[str, torch.Tensor]:
     return {"bias": balance.bias_ME, "chosen": torch.stack(list(chosen.values())), "calls": torch.tensor(len(calls))}
 
 
-def main(folder: Path) -> None:
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+def report(rank: int, folder: Path) -> None:
+    """Writes what each part left to ``PART-RANK.pt``."""
     parts = {
         "plain": global_batch(rank, 1, False),
         "checkpointed": global_batch(rank, 1, True),
@@ -96,9 +88,3 @@ def main(folder: Path) -> None:
     }
     for name, part in parts.items():
         torch.save(part, folder / f"{name}-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe.build import new_model
+from tests.forked import run_ranks
 
 
 @pytest.fixture(scope="session")
@@ -68,3 +69,19 @@ def with_values(model):
             if name.endswith(("bias", "sinks")):
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
     return model
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory):
+    """The folder in which two ranks, started once, left what the tests of several files compare."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    run_ranks(everything, folder, folder)
+    return folder
+
+
+def everything(rank, world, folder):
+    from tests.moe import balance_rank, dispatch_worker, family_worker
+
+    dispatch_worker.report(rank, world, world, folder / "dispatch.json")
+    family_worker.report(rank, folder)
+    balance_rank.report(rank, folder)

@@ -1,8 +1,7 @@
-"""Started by torchrun: every dispatcher against one process that has all experts, forward and backward.
+"""What a rank does: every dispatcher against one process that has all experts, forward and backward.
 
 Every rank draws the whole problem from one seed and takes its share. Rank 0 writes, into the file given, the largest
-relative error over all ranks of each result, whether repetitions gave the same bits, and what the host read. Arguments:
-that file, and how many ranks share one set of experts.
+relative error over all ranks of each result, whether repetitions gave the same bits, and what the host read.
 """
 
 import itertools
@@ -29,7 +28,7 @@ from moe.form import PLAIN, ExpertForm
 from moe.kernels import backend, batched
 from moe.layout import Layout
 from moe.overlap import set_exchange
-from trainer.rendezvous import die_with_launcher, join
+from trainer.rendezvous import join
 
 GPT_OSS = ExpertForm(transposed=True, interleaved=True, limit=7.0)
 HIDDEN, INNER = 12, 8  # divisible by 4, for torch's grouped product
@@ -276,12 +275,10 @@ def gather(found):
     return every
 
 
-def main(out, ep):
-    die_with_launcher()
-    torch.set_num_threads(1)
-    process = join("cpu", timedelta(seconds=100))
-    groups = [dist.new_group(range(first, first + ep)) for first in range(0, process.world, ep)]
-    group = groups[process.rank // ep]
+def report(rank, world, ep, out):
+    """Of ranks that share a set of experts among every ``ep`` of them."""
+    groups = [dist.new_group(range(first, first + ep)) for first in range(0, world, ep)]
+    group = groups[rank // ep]
     report = {"cases": {}, "families": {}, "reads": {}}
     cases = itertools.product(CASES, METHODS)
     if os.environ.get("TRITON_INTERPRET"):
@@ -295,12 +292,14 @@ def main(out, ep):
     moe.experts.passes = backend.passes
     for family in () if os.environ.get("TRITON_INTERPRET") else FAMILIES:
         report["families"][family] = agreed(gather(overlapped(family, group)))
-    if process.rank == 0:
-        Path(out).write_text(json.dumps(report))
+    if rank == 0:
+        out.write_text(json.dumps(report))
+
+
+if __name__ == "__main__":  # under torchrun, for what must be known before Triton is imported
+    torch.set_num_threads(1)
+    process = join("cpu", timedelta(seconds=100))
+    report(process.rank, process.world, int(sys.argv[2]), Path(sys.argv[1]))
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))

@@ -1,44 +1,47 @@
-"""One of two gloo ranks that share the experts of a tiny model of every family; started by test_families_parallel.
+"""What one of two ranks does that share the experts of a tiny model of every family; test_families_parallel compares.
 
-Arguments: folder to meet and report in, rank. Shapes: S steps, B sequences, T tokens.
+Shapes: S steps, B sequences, T tokens.
 """
-
-import sys
-from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import TINY_FAMILIES, with_values
 
 from moe.build import new_model
 from moe.convert import convert
 from moe.layout import Layout
+from tests.moe.conftest import TINY_FAMILIES, with_values
 
-WORLD = 2
+WORLD, STEPS, BATCH, LR = 2, 20, 4, 0.3
 
 
-def train(family, rank, batches_SBT, lr):
+def batches():
+    """Token numbers [S,B,T]."""
+    return torch.randint(0, 64, (STEPS, BATCH, 16), generator=torch.Generator().manual_seed(7)) ** 2 // 64
+
+
+def train(family, rank):
     model = with_values(new_model(family, TINY_FAMILIES[family], vocab_size=64, seed=0, dtype=torch.float32))
     blocks, chosen = convert(model, Layout(WORLD, WORLD), rank), []
     for block in blocks:
         block.experts.ep_group = dist.group.WORLD
         block.gate.register_forward_hook(lambda _m, _a, out: chosen.append(out[-1]))
     losses, first = [], {}
-    for step, ids_BT in enumerate(batches_SBT):
+    for step, ids_BT in enumerate(batches()):
         mine_BT = ids_BT.chunk(WORLD)[rank]
         model.zero_grad()
         loss = model(input_ids=mine_BT, labels=mine_BT).loss
         loss.backward()
+        # An expert's gradient has both ranks' tokens in it already; of the rest each rank has its own.
+        own = [parameter.grad for parameter in model.parameters() if not parameter.address.is_expert]
+        dist.all_reduce(total := torch.cat([gradient.flatten() for gradient in own]))
+        for gradient, part in zip(own, total.split([gradient.numel() for gradient in own]), strict=True):
+            gradient.copy_(part.view_as(gradient))
         for name, parameter in model.named_parameters():
-            # An expert's gradient has both ranks' tokens in it already; of the rest each rank has its own.
-            if not parameter.address.is_expert:
-                dist.all_reduce(parameter.grad)
             parameter.grad /= WORLD
             if step == 0:
                 first[name] = parameter.grad.clone()
             with torch.no_grad():
-                parameter -= lr * parameter.grad
+                parameter -= LR * parameter.grad
         mean = loss.detach().clone()
         dist.all_reduce(mean)
         losses.append(float(mean) / WORLD)
@@ -46,16 +49,5 @@ def train(family, rank, batches_SBT, lr):
     return {"losses": losses, "gradients": first, "chosen": chosen[: len(blocks)], "experts": experts}
 
 
-def main(folder, rank):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
-    )
-    task = torch.load(folder / "task.pt")
-    torch.save({family: train(family, rank, **task) for family in TINY_FAMILIES}, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+def report(rank, folder):
+    torch.save({family: train(family, rank) for family in TINY_FAMILIES}, folder / f"families-{rank}.pt")

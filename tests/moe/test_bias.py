@@ -1,10 +1,6 @@
-"""The bias that balances without a loss, and balance over two real ranks (gloo, one launch)."""
+"""The bias that balances without a loss, and balance over two real ranks (gloo)."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -109,30 +105,8 @@ def test_a_cast_model_keeps_its_biases_in_fp32():
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("balance")
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    script = str(Path(__file__).with_name("balance_rank.py"))
-    running = [
-        subprocess.Popen(
-            [sys.executable, script, str(folder)],
-            env=environment | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd=root,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in running] == [0, 0], "\n".join(outputs)[-4000:]
-    return lambda part: [torch.load(folder / f"{part}-{rank}.pt") for rank in range(2)]
+def ranks(two_ranks):
+    return lambda part: [torch.load(two_ranks / f"{part}-{rank}.pt") for rank in range(2)]
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,8 @@ from moe.kernels.probe import has_triton
 from moe.kernels.stack import Stack
 from moe.layout import Layout
 from moe.overlap import set_exchange, shared_expert_of
+from tests.forked import run_ranks
+from tests.moe import dispatch_worker
 from tests.moe.layers import Case
 from trainer.launch import worker_environment
 
@@ -259,7 +261,13 @@ def launch(folder, ranks, ep, **variables):
     ids=["2 ranks", "4 ranks, ep 2", "4 ranks, ep 4"],
 )
 def report(request, tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("dispatch"), *request.param)
+    world, ep = request.param
+    if world == 2:
+        folder = request.getfixturevalue("two_ranks")
+    else:
+        folder = tmp_path_factory.mktemp("dispatch")
+        run_ranks(dispatch_worker.report, folder, ep, folder / "dispatch.json", world=world)
+    return json.loads((folder / "dispatch.json").read_text())
 
 
 def test_outputs_and_all_gradients_equal_one_process(report):

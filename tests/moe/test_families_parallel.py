@@ -1,43 +1,22 @@
 """Two ranks that share the experts of a model against transformers in one process, for every family."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from moe.families import find_moe_blocks
 from moe.family_table import FAMILIES
-
-STEPS, BATCH, LR = 20, 4, 0.3
+from tests.moe.family_worker import LR, batches
 
 
 @pytest.fixture(scope="module")
 def batches_SBT():
-    return torch.randint(0, 64, (STEPS, BATCH, 16), generator=torch.Generator().manual_seed(7)) ** 2 // 64
+    return batches()
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory, batches_SBT):
-    """What each rank saw; one launch for all families."""
-    folder, worker = tmp_path_factory.mktemp("ranks"), Path(__file__).with_name("family_worker.py")
-    torch.save({"batches_SBT": batches_SBT, "lr": LR}, folder / "task.pt")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(worker), str(folder)]
-    ranks = [
-        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True) for rank in range(2)
-    ]
-    try:
-        for rank in ranks:
-            _, errors = rank.communicate(timeout=120)
-            assert rank.returncode == 0, errors[-4000:]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+def reports(two_ranks):
+    """What each rank saw."""
+    return [torch.load(two_ranks / f"families-{rank}.pt") for rank in range(2)]
 
 
 def reference(model, batches_SBT):

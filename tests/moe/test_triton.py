@@ -11,6 +11,7 @@ import torch
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_triton_cases():
     environment = dict(os.environ)

@@ -1,11 +1,6 @@
-"""Started by torchrun: trains a tiny model for 20 steps at a given EP degree and writes what a test compares.
-
-Arguments: output file, ep, zero stage.
-"""
+"""What a rank does: trains a tiny model for 20 steps at a given EP degree and writes what a test compares."""
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import torch
@@ -19,7 +14,7 @@ from moe.deepspeed_ep import bind_expert_parallel
 from moe.layout import Layout
 from trainer.engine import create_engine, prepare_deepspeed
 from trainer.recipe import load_recipe
-from trainer.rendezvous import join
+from trainer.rendezvous import Process
 
 FIELDS = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
@@ -42,9 +37,8 @@ def train(engine, process, batches_SBT, first, last):
     return losses
 
 
-def main(out, ep, zero):
-    torch.set_num_threads(1)
-    process = join("cpu")
+def report(rank, world, out, ep, zero):
+    process = Process(rank, world, rank, torch.device("cpu"))
     recipe = load_recipe(
         Path(__file__).parent / "ep_recipe.yaml",
         [f"parallel.workers={process.world}", f"parallel.ep={ep}", f"parallel.zero={zero}",
@@ -89,10 +83,4 @@ def main(out, ep, zero):
             "losses": losses, "again": again, "norm": norm, "final": final, "replayed": before_flip, "flipped": flipped,
             "ranges": gathered, "local_units": units,
         }  # fmt: skip
-        Path(out).write_text(json.dumps(report))
-    dist.barrier()
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+        out.write_text(json.dumps(report))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import signal
@@ -12,60 +13,46 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import run_planaria
 from trainer import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = "recipes/quickstart.yaml"
 
 
-def planaria(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run(
-        [sys.executable, "-m", "trainer", *arguments],
-        cwd=ROOT,
-        env={**clean, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 @pytest.mark.parametrize(
-    "arguments",
+    "commands",
     [
-        ["--help"],
-        ["validate", QUICKSTART],
-        ["drill", "--help"],
-        ["validate", QUICKSTART, "train.stepz=1"],
-        ["keeper", "stop", "--help"],
-        ["checkpoint", "ls", "recipes"],
-        ["checkpoint", "verify", "memory://empty"],
-        ["checkpoint", "rm", "memory://empty", "4"],
+        [["--help"], ["drill", "--help"], ["keeper", "stop", "--help"], ["validate", QUICKSTART]],
+        [["validate", QUICKSTART, "train.stepz=1"], ["checkpoint", "ls", "recipes"]],
+        [["checkpoint", "verify", "memory://empty"], ["checkpoint", "rm", "memory://empty", "4"]],
     ],
-    ids=["help", "validate", "drill-help", "validate-broken", "keeper", "ls", "verify", "rm"],
+    ids=["help and validate", "mistakes", "no checkpoint"],
 )
-def test_no_torch_before_it_is_needed(arguments: list[str]) -> None:
-    """Nor deepspeed, transformers or datasets, which take seconds to import."""
+def test_no_torch_before_it_is_needed(commands: list[list[str]]) -> None:
+    """Nor deepspeed, transformers or datasets, which take seconds to import: not by any of the commands so far."""
     code = """
-import sys
+import json, sys
 from trainer.cli import main
-try:
-    main(sys.argv[1:])
-except SystemExit:
-    pass
-heavy = {"torch", "deepspeed", "transformers", "datasets", "tokenizers"} & set(sys.modules)
-print("HEAVY", sorted(heavy))
+for command in json.loads(sys.argv[1]):
+    try:
+        main(command)
+    except SystemExit:
+        pass
+    heavy = {"torch", "deepspeed", "transformers", "datasets", "tokenizers"} & set(sys.modules)
+    print("\\nHEAVY", *command, sorted(heavy))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-    )
+        [sys.executable, "-c", code, json.dumps(commands)], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "HEAVY []"
+    found = [line for line in done.stdout.splitlines() if line.startswith("HEAVY")]
+    assert found == [" ".join(["HEAVY", *command, "[]"]) for command in commands]
 
 
 def test_help_names_every_verb() -> None:
-    done = planaria("--help")
+    done = run_planaria("--help")
     assert done.returncode == 0
     for verb in ("train", "validate", "drill", "export", "checkpoint", "keeper", "generate"):
         assert re.search(rf"^    {verb}\b", done.stdout, re.MULTILINE), done.stdout
@@ -73,7 +60,7 @@ def test_help_names_every_verb() -> None:
 
 
 def test_validate_prints_the_card() -> None:
-    done = planaria("validate", QUICKSTART, "train.steps=123", "log.run=mine")
+    done = run_planaria("validate", QUICKSTART, "train.steps=123", "log.run=mine")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     for part in ("runs/mine", "2 workers, ep 2, ZeRO-1", "  experts\n", "123 steps", "per worker"):
@@ -81,7 +68,7 @@ def test_validate_prints_the_card() -> None:
 
 
 def test_validate_warns_on_stderr() -> None:
-    done = planaria("validate", QUICKSTART, "checkpoint={memory: {enabled: false}}")
+    done = run_planaria("validate", QUICKSTART, "checkpoint={memory: {enabled: false}}")
     assert done.returncode == 0
     assert done.stderr.startswith("warning: checkpoint: memory is off")
 
@@ -111,7 +98,7 @@ def test_validate_warns_on_stderr() -> None:
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
 def test_a_users_mistake_is_status_2_without_a_traceback(arguments: list[str], part: str) -> None:
-    done = planaria(*arguments)
+    done = run_planaria(*arguments)
     assert done.returncode == 2, done.stderr
     assert part in done.stderr
     assert "Traceback" not in done.stderr
@@ -158,24 +145,24 @@ def test_ctrl_c_while_modules_are_imported_leaves_no_traceback() -> None:
 
 
 def test_every_problem_is_printed() -> None:
-    done = planaria("validate", "tests/broken_recipes/everything.yaml", "train.epochs=1", "train.seed=-1")
+    done = run_planaria("validate", "tests/broken_recipes/everything.yaml", "train.epochs=1", "train.seed=-1")
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 6
     assert done.stdout == ""
 
 
 def test_world_of_another_size_is_refused() -> None:
-    done = planaria("validate", QUICKSTART, RANK="0", WORLD_SIZE="3")
+    done = run_planaria("validate", QUICKSTART, RANK="0", WORLD_SIZE="3")
     assert done.returncode == 2
     assert "WORLD_SIZE=3" in done.stderr
     assert "parallel.workers=2" in done.stderr
-    assert planaria("validate", QUICKSTART, RANK="1", WORLD_SIZE="2").returncode == 0
+    assert run_planaria("validate", QUICKSTART, RANK="1", WORLD_SIZE="2").returncode == 0
 
 
 def test_a_worker_restarted_after_a_users_mistake_leaves_at_once(tmp_path: Path) -> None:
     refusal = tmp_path / "refusal"
     refusal.write_text("said before")
-    done = planaria("train", QUICKSTART, RANK="0", WORLD_SIZE="2", PLANARIA_REFUSAL=str(refusal))
+    done = run_planaria("train", QUICKSTART, RANK="0", WORLD_SIZE="2", PLANARIA_REFUSAL=str(refusal))
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
 
 
@@ -234,23 +221,24 @@ def test_a_lingering_keeper_is_shown_and_stopped(tmp_path: Path, discard: bool) 
         [sys.executable, "-c", HOLD_STEPS, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60,
         check=True,
     )  # fmt: skip
-    shown = planaria("keeper", "status", str(tmp_path))
+    shown = run_planaria("keeper", "status", str(tmp_path))
     assert shown.stdout == f"keeper {done.stdout.strip()}\ndp0000  no worker, sealed steps 1, 2\n"
     (tmp_path / "checkpoints").touch()  # no folder can be made there
-    refused = planaria("keeper", "stop", str(tmp_path))
+    refused = run_planaria("keeper", "stop", str(tmp_path))
     assert refused.returncode == 1
     assert "step 2 could not be written" in refused.stderr
     (tmp_path / "checkpoints").unlink()
-    stopped = planaria("keeper", "stop", str(tmp_path), *(["--discard"] if discard else []))
+    stopped = run_planaria("keeper", "stop", str(tmp_path), *(["--discard"] if discard else []))
     assert (stopped.returncode, stopped.stdout) == (0, f"{tmp_path}: its keeper is stopped\n")
     assert (tmp_path / "checkpoints" / "step-2").exists() is not discard
     for action in ("stop", "status"):
-        absent = planaria("keeper", action, str(tmp_path))
+        absent = run_planaria("keeper", action, str(tmp_path))
         assert (absent.returncode, absent.stderr) == (1, f"{tmp_path}: no keeper runs\n")
 
 
 STILL_ABLE_TO_FORK = """
 import os
+from tests.forked import run_planaria
 from trainer import cli
 cli._launcher()
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -261,6 +249,7 @@ print(len(os.listdir("/proc/self/task")))
 """
 
 
+@pytest.mark.slow
 def test_the_launcher_has_one_thread_after_importing_what_workers_need() -> None:
     """With more it could not fork them, and every recovery would import torch again."""
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}

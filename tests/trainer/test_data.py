@@ -12,7 +12,10 @@ import subprocess
 import sys
 import sysconfig
 from collections import Counter
+from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from tests.forked import start
+from tests.trainer.cache_builder import load_when_told
 from trainer import data as data_module
 from trainer.data import DataBundle, DataError, PackedDataset, load, load_section
 from trainer.documents import Document, held_out, matching_files, read_documents, scan
@@ -289,82 +294,91 @@ def test_a_damaged_cache_is_built_again(tmp_path: Path) -> None:
         assert path.read_bytes() == good
 
 
-LOAD = """
-import sys
-from pathlib import Path
-from trainer.data import load_section
-from trainer.schema import DataSection, TokenizerSection
-data = DataSection(source="stdlib", include=("json/*.py", "email/*.py"), sequence_length=16,
-                   tokenizer=TokenizerSection(kind="bpe", vocab_size=500))
-print("ready", flush=True)
-sys.stdin.readline()
-bundle = load_section(data, cache_root=Path(sys.argv[1]))
-print(bundle.key, bundle.train[len(bundle.train) - 1].tolist(), flush=True)
-"""
+class Loader:
+    """A process that loads what ``cache_builder`` names when it is told to."""
+
+    def __init__(self, cache: Path) -> None:
+        self.pipe, theirs = Pipe()
+        self.process = start(load_when_told, theirs, cache, output=sys.__stderr__.fileno())
+        theirs.close()
+        assert self._received() == "ready"
+        self.pid = self.process.pid
+
+    def go(self) -> None:
+        self.pipe.send("go")
+
+    def result(self) -> tuple[str, list[int]]:
+        """The key and the last sample, of a process that has ended well."""
+        found = self._received()
+        assert self.process.wait(timeout=30) == 0
+        return found
+
+    def _received(self) -> Any:
+        assert self.pipe.poll(120), "it says nothing"
+        return self.pipe.recv()
 
 
-def start_loader(cache: Path) -> subprocess.Popen[str]:
-    loader = subprocess.Popen(
-        [sys.executable, "-c", LOAD, str(cache)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert loader.stdout is not None
-    assert loader.stdout.readline() == "ready\n"
-    return loader
+@pytest.fixture
+def start_loader() -> Iterator[Callable[[Path], Loader]]:
+    loaders: list[Loader] = []
+
+    def begin(cache: Path) -> Loader:
+        loaders.append(Loader(cache))
+        return loaders[-1]
+
+    yield begin
+    for loader in loaders:
+        loader.process.kill()
+        loader.process.wait(timeout=30)
 
 
-def test_processes_that_build_at_once_agree_on_one_cache(tmp_path: Path) -> None:
+def test_processes_that_build_at_once_agree_on_one_cache(
+    tmp_path: Path, start_loader: Callable[[Path], Loader]
+) -> None:
     loaders = [start_loader(tmp_path) for _ in range(3)]
     for loader in loaders:
-        assert loader.stdin is not None
-        loader.stdin.write("go\n")
-        loader.stdin.flush()
-    outputs = {loader.communicate(timeout=120)[0] for loader in loaders}
-    assert len(outputs) == 1
-    assert [loader.returncode for loader in loaders] == [0, 0, 0]
+        loader.go()
+    results = [loader.result() for loader in loaders]
+    assert results == results[:1] * 3
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
 
 
-def test_a_process_waits_for_the_one_that_builds(tmp_path: Path) -> None:
+def test_a_process_waits_for_the_one_that_builds(tmp_path: Path, start_loader: Callable[[Path], Loader]) -> None:
     (tmp_path / "elsewhere").mkdir()
     builder = start_loader(tmp_path / "elsewhere")
-    output = builder.communicate("go\n", timeout=120)[0]
-    key = output.split()[0]
+    builder.go()
+    result = builder.result()
+    key = result[0]
 
     with (tmp_path / f"{key}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         waiting = start_loader(tmp_path)
-        assert waiting.stdin is not None
-        waiting.stdin.write("go\n")
-        waiting.stdin.flush()
+        waiting.go()
         # The system lists a process that waits for a lock behind an arrow.
         while not re.search(rf"-> FLOCK .* {waiting.pid} ", Path("/proc/locks").read_text()):
-            assert waiting.poll() is None, "it built without the lock"
+            assert waiting.process.poll() is None, "it built without the lock"
         (tmp_path / "elsewhere" / key).rename(tmp_path / key)
         inode = (tmp_path / key).stat().st_ino
-    assert waiting.communicate(timeout=120)[0] == output
+    assert waiting.result() == result
     assert (tmp_path / key).stat().st_ino == inode, "it took what the other had built"
 
 
-def test_a_killed_builder_leaves_neither_lock_nor_half_a_cache(tmp_path: Path) -> None:
+def test_a_killed_builder_leaves_neither_lock_nor_half_a_cache(
+    tmp_path: Path, start_loader: Callable[[Path], Loader]
+) -> None:
     loader = start_loader(tmp_path)
-    assert loader.stdin is not None
-    loader.stdin.write("go\n")
-    loader.stdin.flush()
+    loader.go()
     # The temporary folder is made under the lock, before the work begins.
     while not list(tmp_path.glob("*.tmp-*")):
-        assert loader.poll() is None
+        assert loader.process.poll() is None
     os.kill(loader.pid, signal.SIGKILL)
-    loader.communicate(timeout=30)
+    loader.process.wait(timeout=30)
     assert len(list(tmp_path.glob("*.tmp-*"))) == 1
 
     successor = start_loader(tmp_path)
-    output = successor.communicate("go\n", timeout=120)[0]
-    assert successor.returncode == 0
-    assert (tmp_path / output.split()[0] / "meta.json").exists()
+    successor.go()
+    key, _ = successor.result()
+    assert (tmp_path / key / "meta.json").exists()
     assert not list(tmp_path.glob("*.tmp-*"))
 
 

@@ -1,17 +1,13 @@
 """Expert parallelism under DeepSpeed against one process, on real gloo ranks."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from checkpointing.partial import Experts, bytes_per_rank, expert_of, imbalance, select, zero_placement
 from checkpointing.units import Range, overlaps, uncovered
-from trainer.launch import worker_environment
-
-HERE = Path(__file__).parent
+from tests.forked import run_ranks
+from tests.trainer import ep_worker
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +15,10 @@ def reports(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ep")
     found = {}
     for world, ep, zero in [(1, 1, 1), (2, 2, 1), (4, 2, 2)]:
-        out = folder / f"{world}.json"
-        worker = [str(HERE / "ep_worker.py"), str(out), str(ep), str(zero)]
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "--max-restarts=0"]
-        command = [sys.executable, *torchrun, *worker]
-        environment = {**worker_environment(world), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, timeout=150, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[:6000]
-        found[world] = json.loads(out.read_text())
+        ranks = folder / str(world)
+        ranks.mkdir()
+        run_ranks(ep_worker.report, ranks, ranks / "report.json", ep, zero, world=world)
+        found[world] = json.loads((ranks / "report.json").read_text())
     return found
 
 

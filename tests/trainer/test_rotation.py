@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from checkpointing.cost import BudgetError, Partition, wal_memory
+from tests.forked import run_ranks
 from trainer.events import EventLog, read_events
-from trainer.launch import worker_environment
 from trainer.recipe import load_recipe
 from trainer.rendezvous import Process
 from trainer.rotation import settle
@@ -22,25 +20,6 @@ from trainer.schema import Recipe
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
 WAL = ["checkpoint.mode=wal", "parallel.workers=1", "parallel.ep=1"]
-
-TWO_RANKS = """
-import json, os, sys
-import torch.distributed as dist
-from pathlib import Path
-from checkpointing.cost import Partition
-from trainer.events import EventLog
-from trainer.recipe import load_recipe
-from trainer.rendezvous import join
-from trainer.rotation import settle
-process = join("cpu")
-folder = Path(sys.argv[1])
-recipe = load_recipe(sys.argv[2], ["checkpoint.mode=wal"])
-events = EventLog(folder, process.rank, 0)
-chosen = settle(recipe, process, folder, events, Partition(10**6, 4))
-(folder / f"{process.rank}.json").write_text(json.dumps(chosen))
-dist.barrier()
-os._exit(0)  # gloo's threads end with the process
-"""
 
 
 @pytest.fixture
@@ -81,15 +60,16 @@ def test_a_budget_is_kept(alone: Process, tmp_path: Path) -> None:
         settle(recipe_with(f"checkpoint.memory.budget_gib={least / 2}"), alone, tmp_path / "other", events, partition)
 
 
+def settle_on_a_rank(rank: int, world: int, folder: Path) -> None:
+    process = Process(rank, world, rank, torch.device("cpu"))
+    recipe = load_recipe(QUICKSTART, ["checkpoint.mode=wal"])
+    with EventLog(folder, rank, 0) as events:
+        chosen = settle(recipe, process, folder, events, Partition(10**6, 4))
+    (folder / f"{rank}.json").write_text(json.dumps(chosen))
+
+
 def test_two_ranks_agree(tmp_path: Path) -> None:
-    script = tmp_path / "rank.py"
-    script.write_text(TWO_RANKS)
-    worker = [str(script), str(tmp_path), str(QUICKSTART)]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=0"]
-    command = [sys.executable, *torchrun, *worker]
-    environment = {**worker_environment(2), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(QUICKSTART.parents[1])}
-    done = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(settle_on_a_rank, tmp_path, tmp_path)
     chosen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert chosen[0] == chosen[1]
     rows = [row for row in read_events(tmp_path) if row["kind"] == "schedule"]

@@ -1,17 +1,13 @@
 """Two workers record where they route; a second run that follows the trace ends with the same bits."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from moe.tracefile import TraceError, read_trace
+from tests.forked import planaria
 from trainer.events import read_events
 from trainer.recipe import load_recipe, recipe_fingerprint
 from trainer.routing_trace import open_tape
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """
 model: {family: qwen3_moe, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1,
         moe_intermediate_size: 16, num_experts: 8, num_experts_per_tok: 2, router_aux_loss_coef: 0.01}
@@ -30,10 +26,11 @@ def recipe(tmp_path):
 
 
 def train(recipe, *overrides):
-    command = [sys.executable, "-m", "trainer", "train", str(recipe), *overrides]
-    done = subprocess.run(command, cwd=ROOT, timeout=120, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    log = recipe.with_suffix(".log")
+    with log.open("wb") as output:
+        status = planaria("train", recipe, *overrides, output=output.fileno()).wait(timeout=120)
+    assert status == 0, log.read_text()[-4000:]
+    return log.read_text()
 
 
 @pytest.mark.slow

@@ -10,18 +10,15 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
 from inference.requests import Output
+from tests.forked import planaria
 
-ROOT = Path(__file__).parents[3]
 KEY = "sk-secret"
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<eos>{% endfor %}"
@@ -127,22 +124,18 @@ def adapter_folder(chat_folder, tmp_path_factory):
 @pytest.fixture(scope="session")
 def server(chat_folder, adapter_folder):
     """``planaria serve``; when the tests are done, SIGTERM must end it with status 0."""
-    command = [sys.executable, "-m", "trainer", "serve", str(chat_folder), "--port", "0", "--expert-budget", "0.25"]
+    command = ["serve", chat_folder, "--port", "0", "--expert-budget", "0.25"]
     command += ["--api-key", KEY, "--adapter", f"tuned={adapter_folder}", "--max-queue", "20", "--max-body", "100000"]
     command += ["--max-tokens", "200", "--log-requests"]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    (out, its_out), (err, its_err) = os.pipe(), os.pipe()
+    process = planaria(*command, output=(its_out, its_err))
+    os.close(its_out)
+    os.close(its_err)
     lines: queue.Queue[str] = queue.Queue()
     errors: list[str] = []
     readers = [
-        threading.Thread(target=lambda: [lines.put(line) for line in process.stdout], daemon=True),
-        threading.Thread(target=lambda: errors.extend(process.stderr), daemon=True),
+        threading.Thread(target=_each_line, args=(out, lines.put), daemon=True),
+        threading.Thread(target=_each_line, args=(err, errors.append), daemon=True),
     ]
     for reader in readers:
         reader.start()
@@ -160,6 +153,12 @@ def server(chat_folder, adapter_folder):
     finally:
         process.kill()
         process.wait(timeout=10)
+
+
+def _each_line(descriptor: int, take) -> None:
+    with open(descriptor) as stream:
+        for line in stream:
+            take(line)
 
 
 class ToldEngine:
