@@ -285,7 +285,8 @@ def test_little_is_kept_for_the_backward(preset):
         out = experts(x, index, weights)
     pairs = index.numel()
     extra = sum(size for address, size in kept.items() if address not in known)
-    assert extra <= pairs * (2 * INNER + 2 * case.r) + 2 * pairs + EXPERTS
+    counts = EXPERTS + 1  # one place for choices that have no expert here
+    assert extra <= pairs * (2 * INNER + 2 * case.r) + 2 * pairs + counts
     del out
 
 
