@@ -131,6 +131,7 @@ def interrupted(name, *rest):
         os.kill(os.getpid(), signal.SIGINT)
     return imported(name, *rest)
 builtins.__import__ = interrupted
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
 from trainer.__main__ import main
 main()
 """
@@ -238,7 +239,6 @@ def test_a_lingering_keeper_is_shown_and_stopped(tmp_path: Path, discard: bool) 
 
 STILL_ABLE_TO_FORK = """
 import os
-from tests.forked import run_planaria
 from trainer import cli
 cli._launcher()
 os.environ["OMP_NUM_THREADS"] = "1"
