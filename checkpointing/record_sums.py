@@ -6,6 +6,7 @@ The others, at the borders of pieces and at the end, are the keeper's to read, a
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -44,17 +45,31 @@ class RecordSums:
     """``chunk`` is that of the records, in bytes."""
 
     def __init__(self, sums: DeviceSums, chunk: int) -> None:
-        self._sums, self._chunk = sums, chunk
+        self._sums: DeviceSums | None = sums
+        self._chunk = chunk
 
     def queue_records(self, records: Iterable[Record], after: torch.cuda.Event | None) -> list[Place]:
-        """Begin after an event of the device; returns which chunks. Their bytes must stay till :meth:`take_records`."""
+        """Begin after an event of the device; returns which chunks. Their bytes must stay till :meth:`take_records`.
+
+        A device that cannot, for want of memory or of a compiler, is not asked again: the keeper reads everything then.
+        """
+        if self._sums is None:
+            return []
         found = [(slot, *whole) for slot, _, parts in records for whole in whole_chunks(parts, self._chunk)]
         places = [(slot, first + n) for slot, source, first in found for n in range(source.numel() // self._chunk)]
-        return places[: self._sums.queue([source for _, source, _ in found], after)]
+        try:
+            return places[: self._sums.queue([source for _, source, _ in found], after)]
+        except Exception as error:  # Triton and compilers raise whatever they like, and training needs none of them
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            print(f"the GPU takes no checksums ({reason}); the keeper takes all", file=sys.stderr, flush=True)
+            self._sums = None
+            return []
 
     def take_records(self, places: Sequence[Place]) -> dict[int, dict[int, bytes]]:
         """What to tell the keeper, by slot."""
         taken: dict[int, dict[int, bytes]] = {}
+        if self._sums is None or not places:
+            return taken
         for (slot, number), lanes in zip(places, self._sums.take(len(places)), strict=True):
             taken.setdefault(slot, {})[number] = lanes
         return taken

@@ -43,7 +43,8 @@ class Redo:
     def begin(self, log: LoggedStep) -> None:
         """Set the step counts to what they were before this step, the first that is applied."""
         for partition, group in zip(self.partitions, json.loads(log.meta)["groups"], strict=True):
-            if "step" in self._twin.state[partition]:  # SGD counts none
+            # SGD counts none: a gap in its log is found by the records' numbers alone.
+            if "step" in self._twin.state[partition]:
                 self._twin.state[partition]["step"].fill_(group["step"])
 
     def apply(self, step: int, log: LoggedStep) -> None:

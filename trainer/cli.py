@@ -36,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except OSError as error:
-        # Errors of a stream do not say whose they are; what cannot be written now is what could not be written then.
-        if (failed := _output_error()) is None:
+        # Errors of a stream do not say whose they are, those of a file do. What cannot be written now is what could not
+        # be written then.
+        if error.filename is not None or (failed := _output_error()) is None:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
         if isinstance(failed, BrokenPipeError):

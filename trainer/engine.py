@@ -136,7 +136,7 @@ def deepspeed_config(recipe: Recipe, dtype: torch.dtype, accumulation: int) -> d
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0 if recipe.tenants else train.max_grad_norm,  # tenants are clipped one by one
         # The loop asks whether the norm is a number before a state can be captured. DeepSpeed would ask every gradient,
-        # which takes half of its step.
+        # in a third of all kernels of a step.
         "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": False},
         "zero_optimization": {
             "stage": recipe.parallel.zero,

@@ -49,4 +49,6 @@ def lasting_output() -> Iterator[None]:
     try:
         yield
     finally:
+        for stream in streams:
+            stream.flush()  # what is held back would fail in the hands of others
         sys.stdout, sys.stderr = out, err

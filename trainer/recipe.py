@@ -227,6 +227,8 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
     if values["checkpoint"]["load_from"] is None:
         del values["checkpoint"]["load_from"]
     values["train"] = {key: value for key, value in values["train"].items() if value is not None}
+    if recipe.train.optimizer == "adamw":
+        del values["train"]["optimizer"]  # runs of before the key was there may be resumed
     if tenants := tenant_recipe.plain(values.pop("tenants")):
         values["tenants"] = tenants
     for name in ("cache_dir", "text_key", *CHAT_KEYS):

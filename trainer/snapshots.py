@@ -291,8 +291,7 @@ class Snapshots:
 
     def extras(self, progress: Progress) -> dict[str, bytes]:
         progress.optimizer_steps = self.tap.counts if self.tap is not None else optimizer_steps(self.zero_optimizer)
-        balance = {EXTRA: self.bias.dump()} if self.bias is not None else {}
-        return {"progress": progress.dump(), **capture_rng(), **balance}
+        return {"progress": progress.dump(), **capture_rng(), **({EXTRA: self.bias.dump()} if self.bias else {})}
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -366,7 +365,8 @@ def open_snapshots(
 
 
 def _capturer(of: Snapshots, client: KeeperClient, protection: Protection) -> Capturer:
-    return Capturer(client, of.buffers, protection.log, of.failpoints.reached, reads_back=of.recipe.parallel.ep > 1)
+    reads_back = of.recipe.parallel.ep > 1 or of.recipe.parallel.dtype == "fp32"  # counts of such experts' products
+    return Capturer(client, of.buffers, protection.log, of.failpoints.reached, reads_back)
 
 
 def _protect(snapshots: Snapshots) -> Protection:

@@ -234,4 +234,5 @@ def _finish(run: Run) -> None:
         run.events.write("done", step=run.progress.step, state_hash=digest, consumed=run.progress.consumed)
     snapshots.finish(run.progress)
     if run.process.rank == 0:
-        print(f"done: step {run.progress.step}, state hash {digest[:16]}, {time.monotonic() - started:.1f} s to close")
+        took = time.monotonic() - started
+        print(f"done: step {run.progress.step}, state hash {digest[:16]}, {took:.1f} s to close", flush=True)

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from xxhash import xxh3_128_digest
 
-from checkpointing.record_sums import whole_chunks
+from checkpointing.record_sums import RecordSums, whole_chunks
+from checkpointing.records import Kind
 from checkpointing.xxh3 import BLOCK, SECRET, START, finish
 
 MASK = (1 << 64) - 1
@@ -113,3 +114,23 @@ def test_the_kernels_sums_are_the_librarys() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", KERNELS], env=environment, capture_output=True, text=True, timeout=100)
     assert done.stdout == "equal\n", done.stderr
+
+
+class Without:
+    """A device without room, or without a compiler."""
+
+    asked = 0
+
+    def queue(self, sources: object, after: object = None) -> int:
+        self.asked += 1
+        raise RuntimeError("CUDA out of memory\nand much more")
+
+
+def test_a_device_that_cannot_leaves_all_sums_to_the_keeper(capsys: pytest.CaptureFixture[str]) -> None:
+    device = Without()
+    sums = RecordSums(device, 1024)  # type: ignore[arg-type]
+    records = [(3, Kind.BASE, [(torch.zeros(4096, dtype=torch.uint8), 0)])]
+    for _ in range(2):
+        assert sums.take_records(sums.queue_records(records, None)) == {}
+    assert device.asked == 1
+    assert capsys.readouterr().err == "the GPU takes no checksums (CUDA out of memory); the keeper takes all\n"

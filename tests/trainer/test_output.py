@@ -32,3 +32,13 @@ def test_what_can_be_written_is_and_the_streams_come_back(capsys: pytest.Capture
         assert sys.stdout.encoding == before[0].encoding
     assert (sys.stdout, sys.stderr) == before
     assert capsys.readouterr() == ("out\n", "err\n")
+
+
+def test_what_was_held_back_cannot_fail_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as broken:
+        monkeypatch.setattr(sys, "stdout", broken)
+        with lasting_output():
+            print("done")  # less than a buffer
+        broken.flush()
