@@ -97,11 +97,21 @@ def place_failpoints(run: Any, model: Any, experts: Sequence[Any], inner: torch.
 
 
 def _interrupt(experts: Any, reached: Any) -> None:
-    """Between the two exchanges: this rank has received other ranks' rows, and they wait for them to come back."""
-    mix = experts.mix
+    """Amid the exchange: this rank has begun to send rows, and others wait for them and for what becomes of theirs."""
+    forward = experts.forward
 
     def interrupted(*arguments: Any) -> Any:
-        reached("alltoall")
-        return mix(*arguments)
+        meanwhile = experts.meanwhile
 
-    experts.mix = interrupted
+        def amid() -> None:
+            reached("alltoall")
+            if meanwhile is not None:
+                meanwhile()
+
+        experts.meanwhile = amid
+        try:
+            return forward(*arguments)
+        finally:
+            experts.meanwhile = meanwhile
+
+    experts.forward = interrupted

