@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -102,6 +103,32 @@ def test_other_shapes_are_computed_as_they_are(model_folder, monkeypatch):
     for prompts in (PROMPTS, PROMPTS[:1]):
         assert answers(llm, prompts) == answers(plain, prompts)
     assert set(llm.engine.models[None]._steps) == {(2, 16)}
+
+
+@pytest.mark.parametrize(("budget", "cpu"), [(1.0, False), (0.25, False), (0.25, True)])
+def test_a_shape_whose_capture_fails_is_computed_as_it_is(model_folder, monkeypatch, caplog, budget, cpu):
+    made = []
+
+    class Failing(Uncaptured):
+        def __init__(self, *_):
+            super().__init__()
+            made.append(weakref.ref(self))
+
+        def capture(self, function):
+            super().capture(function)
+            function()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for name in ("Uncaptured", "SegmentedGraph"):
+        monkeypatch.setattr(graphed, name, Failing)
+    more = {"cpu": True, "profile": EVEN} if cpu else {}
+    llm, plain = opened(model_folder, budget, **more), opened(model_folder, budget, graphs=False, **more)
+    for _ in range(2):
+        assert answers(llm) == answers(plain)
+    assert [graph() for graph in made] == [None], "one attempt, and nothing of it is left"
+    assert caplog.text.count("capturing steps of 2 sequences of 16 blocks failed") == 1
+    assert "OutOfMemoryError: CUDA out of memory" in caplog.text
+    assert llm.engine.failure is None
 
 
 def test_both_lanes_are_counted_as_elsewhere(model_folder):
