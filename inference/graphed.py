@@ -14,6 +14,7 @@ import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from subprocess import SubprocessError
 
 import torch
 from torch import Tensor
@@ -155,7 +156,7 @@ def _lane(cpu: CpuExperts, cache: ExpertCache) -> CpuLane:
     shape, layout = cache.store.shape, cache.layout
     try:
         return CpuLane(cpu.threads, shape.hidden, shape.intermediate, layout.dtype, layout.parts[1].start)
-    except LaneError as error:
+    except (LaneError, OSError, SubprocessError) as error:  # the last two: it could not be compiled
         raise NotCaptured(f"captured steps have no CPU lane: {error}", "leave graphs or cpu out") from error
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import weakref
+from subprocess import TimeoutExpired
 
 import pytest
 import torch
@@ -11,9 +13,10 @@ import torch
 from inference import graphed
 from inference.compiled_experts import COMPILED
 from inference.costmodel import ExpertCosts, Timing
+from inference.cpu_lane import LaneError
 from inference.decode import DecodeStep
 from inference.engine import LLM
-from inference.errors import InferenceError
+from inference.errors import InferenceError, NotCaptured
 from inference.graphs import Uncaptured
 from inference.kv import PagedKV
 from inference.offload import Crossing
@@ -149,6 +152,18 @@ def test_captured_steps_have_the_threads_of_the_others(model_folder):
     llm = opened(model_folder, cpu=True, profile=WITH_COMPILED)
     assert llm.engine.models[None]._lane is llm.executor.cpu.compiled.lane
     assert opened(model_folder, cpu=True, profile=EVEN).executor.cpu.compiled is None
+
+
+@pytest.mark.parametrize("error", [PermissionError("~/.cache"), TimeoutExpired("cc", 120), LaneError("no compiler")])
+def test_a_lane_that_cannot_be_compiled_is_a_sentence(model_folder, monkeypatch, error):
+    def refused(*_):
+        raise error
+
+    monkeypatch.setattr(graphed, "CpuLane", refused)
+    with pytest.raises(NotCaptured, match=f"no CPU lane: {re.escape(str(error))}; leave graphs or cpu out"):
+        opened(model_folder, cpu=True, profile=EVEN)
+    plain = opened(model_folder, graphs=None, cpu=True, profile=EVEN)
+    assert not isinstance(plain.engine.models[None], graphed.GraphedModel)
 
 
 def test_what_graphs_would_not_do_is_refused(model_folder):
