@@ -29,7 +29,8 @@ from inference.errors import InferenceError, NotCaptured
 from inference.executor import Executor
 from inference.experts import OffloadedExperts, computable
 from inference.graphs import SegmentedGraph, StepGraph, Uncaptured
-from inference.model import CAPTURED_ROWS, Model
+from inference.limits import CAPTURED_ROWS
+from inference.model import Model
 from inference.planner import CallPlanner
 from inference.rows import Rows, padded_blocks
 
