@@ -147,7 +147,7 @@ class DecodeExperts:
         if lane is not None and host is not None:
             self._addresses = [[host(ref) for ref in refs] for refs in self._refs]
             arrays = (t.numpy() for t in (self._x_TH, self._score_TK, self._cpu_y_PH))
-            self._call = LaneCall(*arrays, experts=self._spare)
+            self._call = LaneCall(*arrays, experts=self._spare, reads=partial(_blocks, transfer))
         self._blocks = cache.blocks_CB.unbind(0)
         self._room = self._spare
         if lane is not None and split is not None:
@@ -332,3 +332,7 @@ class DecodeExperts:
         counts.fetched += fetched
         counts.computed += computed
         counts.behind += len(work.behind)
+
+
+def _blocks(transfer: TransferEngine, layer: int, experts: Sequence[int]) -> list[Tensor | None]:
+    return [transfer.source.block(ExpertRef(layer, expert)) for expert in experts]

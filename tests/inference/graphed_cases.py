@@ -6,14 +6,15 @@ import dataclasses
 import re
 import weakref
 from subprocess import TimeoutExpired
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from inference import graphed
+from inference import cpu_lane, graphed
 from inference.compiled_experts import COMPILED
 from inference.costmodel import ExpertCosts, Timing
-from inference.cpu_lane import LaneError
+from inference.cpu_lane import LaneError, LaneHung
 from inference.decode import DecodeStep
 from inference.engine import LLM
 from inference.errors import InferenceError, NotCaptured
@@ -98,6 +99,28 @@ def test_a_failed_capture_leaves_others_keys(model_folder):
         DecodeStep(served.model, served.step._modules, served.experts, Failing(), 2, len(TABLES[0]))
     kv: PagedKV = served.model.kv
     assert (kv.pool_LNSCD[:, 0, 0] == 7.0).all()
+
+
+def test_what_a_thread_that_hangs_reads_outlives_the_banks(model_folder, monkeypatch):
+    served, lost, given = Served(model_folder, 16, 0.5), [], []
+    lane, banks = served.experts.lane, served.experts.transfer.source
+    library = lane._library
+
+    def submit(*args):
+        given.append(list(served.experts._call.block[: args[1]]))
+        return library.lane_submit(*args)
+
+    said = SimpleNamespace(lane_submit=submit, lane_wait=lambda lane: library.lane_wait(lane) or -2 * bool(given))
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_lane, "_lost_calls", lost)
+        patch.setattr(lane, "_library", said)
+        with pytest.raises(LaneHung, match="start again"):
+            served.tokens(1)
+    banks.close()
+    assert banks.ready_share == 0
+    ((call, blocks),) = lost
+    assert call is served.experts._call
+    assert [block.data_ptr() for block in blocks] == given[0]
 
 
 def test_other_shapes_are_computed_as_they_are(model_folder, monkeypatch):
