@@ -37,6 +37,7 @@ _FAR_BEHIND = 3.0
 _REPEATS = (3, 10)  # of a timing: at least, and at most for a short one
 _REPEAT_S = 0.05
 _WHOLE_CALL = 8  # experts of one call, as a token of a model with eight choices makes it
+_METHOD = 2  # of measuring, and the kernels that are timed: what another found is not looked at
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def machine_profile(kind: ExpertKind, device: torch.device, *, recalibrate: bool
 def profile_file(kind: ExpertKind, device: torch.device) -> Path:
     """Where this machine's profile is kept."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    key = f"{hardware(device)}|{torch.__version__}|{kind.dtype_name}|{kind.hidden}x{kind.intermediate}|1"
+    key = f"{hardware(device)}|{torch.__version__}|{kind.dtype_name}|{kind.hidden}x{kind.intermediate}|{_METHOD}"
     return home / "planaria" / "profiles" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 

@@ -44,7 +44,6 @@ class CompiledExperts:
     def __init__(self, threads: int, hidden: int, intermediate: int, dtype: torch.dtype, down_start: int) -> None:
         self.lane = CpuLane(threads, hidden, intermediate, dtype, down_start)
         self._dtype, self._down_start = dtype, down_start
-        self._busy: object = None  # what the call under way reads and writes
 
     def takes(self, expert: HostExpert) -> bool:
         """Whether it lies as the lane reads."""
@@ -68,19 +67,17 @@ class CompiledExperts:
         """
         x_NH = x_NH.float().contiguous()
         ones_N1 = torch.ones(x_NH.shape[0], 1)
-        call = LaneCall(x_NH.numpy(), ones_N1.numpy(), out_NH.numpy(), len(work))
+        call = LaneCall(x_NH.numpy(), ones_N1.numpy(), out_NH.numpy(), len(work), lambda *_: work)
         rows, first = [], [0]
         for _, here in work:
             rows += range(here.start, here.stop)
             first.append(len(rows))
         blocks = [expert.gate_up_2IH.data_ptr() for expert, _ in work]
         self.lane.submit(call, blocks, first, rows, what)
-        self._busy = (call, x_NH, ones_N1, out_NH, list(work))
 
     def wait(self) -> None:
         """Until the results are there; the caller's thread helps."""
         self.lane.wait()
-        self._busy = None
 
     def close(self) -> None:
         self.lane.close()

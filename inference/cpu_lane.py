@@ -17,7 +17,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ _OPEN = [*[ctypes.c_int] * 3, ctypes.c_long, ctypes.c_int, ctypes.c_long]
 
 LIMIT_S = 60.0  # a call takes milliseconds
 _LOST = -2
-_lost_calls: list[object] = []  # what a thread that was given up may still read and write
+_lost_calls: list[object] = []  # what a thread that was given up may still read and write, kept until the process ends
 
 
 class LaneError(RuntimeError):
@@ -92,13 +92,21 @@ class LaneCall:
     Args:
         x_TH, score_TK, y_PH: fp32, contiguous.
         experts: of one call, at most.
+        reads: what keeps the blocks of a layer's experts in memory, asked for if a thread hangs that may read them.
     """
 
-    def __init__(self, x_TH: np.ndarray, score_TK: np.ndarray, y_PH: np.ndarray, experts: int) -> None:
+    def __init__(
+        self,
+        x_TH: np.ndarray,
+        score_TK: np.ndarray,
+        y_PH: np.ndarray,
+        experts: int,
+        reads: Callable[[int, Sequence[int]], object] = lambda *_: None,
+    ) -> None:
         self.arrays = (x_TH, score_TK, y_PH)
         assert all(array.dtype == np.float32 and array.flags.c_contiguous for array in self.arrays)
         self.addresses = tuple(array.ctypes.data for array in self.arrays)
-        self.choices = score_TK.shape[1]
+        self.choices, self.reads = score_TK.shape[1], reads
         self.block = (_POINTER * experts)()
         self.first = (ctypes.c_int32 * (experts + 1))()
         self.pair = (ctypes.c_int32 * score_TK.size)()
@@ -128,7 +136,7 @@ class CpuLane:
     ) -> None:
         self._lane = None
         self.threads, self.limit_s = threads, limit_s
-        self._call: LaneCall | None = None
+        self._call: LaneCall | None = None  # under way: what it reads and writes must stay
         self._what: tuple[int, Sequence[int]] = (-1, ())
         if dtype not in (torch.bfloat16, torch.float32):
             raise LaneError(f"experts in {dtype} cannot be computed by the CPU lane; it knows bfloat16 and float32")
@@ -177,9 +185,15 @@ class CpuLane:
         """Until the last call's results are in its y. Raises LaneHung if they do not come."""
         if self._library.lane_wait(self._lane):
             raise self._hung()
+        self._call = None
+
+    def _keep(self) -> None:
+        if self._call is not None:
+            _lost_calls.append((self._call, self._call.reads(*self._what)))
+            self._call = None
 
     def _hung(self) -> LaneHung:
-        _lost_calls.append(self._call)
+        self._keep()
         layer, experts = self._what
         named = ", ".join(str(ExpertRef(layer, expert)) for expert in experts) or "no experts"
         return LaneHung(
@@ -189,7 +203,9 @@ class CpuLane:
 
     def close(self) -> None:
         if self._lane is not None:
+            if self._library.lane_wait(self._lane):
+                self._keep()
             self._library.lane_close(self._lane)
-            self._lane = None
+            self._lane = self._call = None
 
     __del__ = close

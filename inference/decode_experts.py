@@ -45,7 +45,7 @@ class Split(Protocol):
 
     def __call__(self, misses: int, period_s: float) -> tuple[int, int]:
         """How many the link brings, and how many of the others it brings behind those, for later, in the seconds that
-        pass until the next call has copies for it."""
+        pass until the next layer's call."""
 
 
 @dataclass
@@ -147,13 +147,13 @@ class DecodeExperts:
         if lane is not None and host is not None:
             self._addresses = [[host(ref) for ref in refs] for refs in self._refs]
             arrays = (t.numpy() for t in (self._x_TH, self._score_TK, self._cpu_y_PH))
-            self._call = LaneCall(*arrays, experts=self._spare)
+            self._call = LaneCall(*arrays, experts=self._spare, reads=partial(_blocks, transfer))
         self._blocks = cache.blocks_CB.unbind(0)
         self._room = self._spare
         if lane is not None and split is not None:
             self._room = min(self._spare, split.most + _MOST_BEHIND)
-        self._period_s = [0.0] * layers  # from each layer's copies to the next call's, of late
-        self._copied = 0, 0.0  # the layer that had copies last, and when
+        self._period_s = [0.0] * layers  # from each layer's turn at the link to the next one's in a step, of late
+        self._turn: tuple[int, float] | None = None  # the layer that had its turn last in this step, and when
         self._calls = 0
         self._under_way = _Divided([], [], [], 0)
         self._coming: list[Transfer] = []
@@ -198,6 +198,7 @@ class DecodeExperts:
         Raises InferenceError if a transfer failed before.
         """
         self.transfer.check()
+        self._turn = None  # who knows how long nothing was asked for
         if not self.all_resident:
             self.cache.release(self._layers[0])
             self.cache.make_room(self._room)
@@ -242,7 +243,7 @@ class DecodeExperts:
         if work.away:  # first, since the lane is what ends last
             self._submit(row, work.away, chosen)
         table_3E[0], table_3E[1], table_3E[2] = slots_E, -1, 0
-        self._note_period(row)
+        self._note_turn(row)
         brought = self._bring(row, work.fetch + work.behind, len(work.fetch))
         self._settle(self._behind)
         self._coming += brought[: len(work.fetch)]
@@ -262,11 +263,12 @@ class DecodeExperts:
         pairs = [(refs[expert], self._blocks[slot]) for expert, slot in zip(got, slots, strict=True)]
         return self.transfer.demand_all(pairs, [now] if 0 < now < len(got) else [])
 
-    def _note_period(self, row: int) -> None:
-        before, since = self._copied
-        self._copied = row, time.perf_counter()
-        if since:
-            self._period_s[before] += (self._copied[1] - since - self._period_s[before]) / 8
+    def _note_turn(self, row: int) -> None:
+        now = time.perf_counter()
+        if self._turn is not None:
+            before, since = self._turn
+            self._period_s[before] += (now - since - self._period_s[before]) / 8
+        self._turn = row, now
 
     def _settle(self, transfers: list[Transfer]) -> None:
         """What the GPU is given from here on finds these experts in their slots."""
@@ -332,3 +334,7 @@ class DecodeExperts:
         counts.fetched += fetched
         counts.computed += computed
         counts.behind += len(work.behind)
+
+
+def _blocks(transfer: TransferEngine, layer: int, experts: Sequence[int]) -> list[Tensor | None]:
+    return [transfer.source.block(ExpertRef(layer, expert)) for expert in experts]

@@ -174,7 +174,10 @@ def _choose(logits, score, index, experts: tl.constexpr, E: tl.constexpr, choice
     e, k = tl.arange(0, E), tl.arange(0, K)
     value = tl.load(logits + row * experts + e, mask=e < experts, other=float("-inf")).to(tl.float32)
     chance = tl.exp(value - tl.max(value, 0))
-    left = tl.where(e < experts, chance / tl.sum(chance, 0), -1.0)
+    total = tl.sum(chance, 0)
+    share = chance / total
+    # A row with NaN has no shares. Lanes beyond the experts must not win there either: nobody has such an expert.
+    left = tl.where(e < experts, tl.where(share == share, share, 0.0), -1.0)
     best, which = tl.zeros((K,), dtype=tl.float32), tl.zeros((K,), dtype=tl.int32)
     for turn in range(choices):
         highest = tl.max(left, 0)
@@ -183,12 +186,15 @@ def _choose(logits, score, index, experts: tl.constexpr, E: tl.constexpr, choice
         left = tl.where(e == at, -2.0, left)
     if SHARES:
         best = best / tl.sum(best, 0)
+    best = tl.where(total == total, best, total)
     tl.store(score + row * choices + k, best.to(score.dtype.element_ty), mask=k < choices)
     tl.store(index + row * choices + k, which.to(tl.int64), mask=k < choices)
 
 
 def choose(logits_RE: Tensor, choices: int, *, shares: bool) -> tuple[Tensor, Tensor]:
     """The best of a softmax over experts: scores [R,K] in the logits' precision, best first, and which [R,K].
+
+    Where logits are NaN all scores of the row are, for any experts.
 
     Args:
         shares: divide the scores by their sum.

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from moe.kernels.probe import runs_triton
 
 Function = Callable[[Tensor], Tensor]
+_ADDED = (torch.bfloat16, torch.float16, torch.float32)  # what the kernel of a sum and its norm adds up in float32
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -91,7 +92,7 @@ class Norm:
         # torch's own is one kernel on a GPU, but six small operations on a CPU, where each costs more than its work.
         self._short = weight_H.device.type == "cpu" and weight_H.dtype in (torch.float32, torch.float64)
         self._add_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] | None = None
-        if weight_H.dim() == 1 and runs_triton(weight_H.device):
+        if weight_H.dim() == 1 and weight_H.dtype in _ADDED and runs_triton(weight_H.device):
             self._add_norm = importlib.import_module("inference.decode_kernels").add_norm
 
     @classmethod

@@ -67,7 +67,8 @@ class LLM:
         vram: in place of ``expert_budget``, memory for all of the model: bytes, or text as ``8GiB``. What the dense
             part, the keys and values and half a gibibyte for CUDA leave is given to experts.
         graphs: capture decode steps of few sequences as CUDA graphs, see :mod:`inference.graphed`; by default where
-            they can be, and ``decoding`` says whether. The tokens are the same either way.
+            they can be, and ``decoding`` says whether. With fetching alone the tokens are the same either way; where
+            the CPU computes experts, too, logits are close.
         trace: file to make, in which the routing of everything that is served is recorded, with what lookahead heads
             say if the folder has any; :meth:`close` ends it.
         max_rows, max_sequences, reuse: see :class:`~inference.batching.Engine`.

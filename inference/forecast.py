@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from inference.costmodel import ExpertCosts, MachineProfile, distinct_experts
-from inference.limits import MAX_ROWS
+from inference.limits import CAPTURED_ROWS, MAX_ROWS
 from inference.phases import DECODE, PREFILL, PhasePlan, plan_phase
 from inference.phases import dense_seconds as dense_pass_seconds
 from inference.placement import ModelSizes, Placement, PlacementError, show_size
@@ -23,7 +23,6 @@ from inference.simulate import HEDGE, Routing, replay
 
 PASSES = ((DECODE, 1), (DECODE, 16), (PREFILL, 1024), (PREFILL, 4096))
 CONTEXT = 1024
-CAPTURED_ROWS = 8  # up to so many sequences decode in captured steps (inference.graphed)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,10 @@ _SOFTMAX = ("Qwen2MoeTopKRouter", "Qwen3MoeTopKRouter", "OlmoeTopKRouter")
 
 
 def hasten(gate: nn.Module, device: torch.device) -> None:
-    """Has ``gate`` compute the same in fewer launches, if its kind is known and Triton runs on ``device``."""
+    """Has ``gate`` choose in fewer launches, if its kind is known and Triton runs on ``device``.
+
+    The choice is the same up to ties, of which the first wins, and rounding.
+    """
     known = type(gate).__name__ in _SOFTMAX and type(gate).__module__.startswith("transformers.")
     if known and runs_triton(device):
         gate.forward = _Hastened(gate)  # type: ignore[method-assign]

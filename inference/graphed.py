@@ -3,16 +3,20 @@
 A step counts as decoding if each of its rows is the newest of a sequence. For every number of rows, up to a few, and
 every power of two of blocks, the step is captured when it first comes up, which takes about a second, in which all
 requests wait. Captures keep memory of their own, so there are only so many: steps of other shapes are computed as they
-are.
+are, and so are those of a shape whose capture failed, for want of memory as a rule.
 
 Shapes: R rows, L rows whose scores are wanted, V vocabulary.
 """
 
 from __future__ import annotations
 
+import gc
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from subprocess import SubprocessError
 
+import torch
 from torch import Tensor
 
 from inference.banks import ExpertBanks
@@ -21,15 +25,18 @@ from inference.cpu_experts import CpuExperts
 from inference.cpu_lane import CpuLane, LaneError
 from inference.decode import DecodeStep
 from inference.decode_experts import DecodeExperts, Split
-from inference.errors import NotCaptured
+from inference.errors import InferenceError, NotCaptured
 from inference.executor import Executor
 from inference.experts import OffloadedExperts, computable
 from inference.graphs import SegmentedGraph, StepGraph, Uncaptured
-from inference.model import CAPTURED_ROWS, Model
+from inference.limits import CAPTURED_ROWS
+from inference.model import Model
 from inference.planner import CallPlanner
 from inference.rows import Rows, padded_blocks
 
 MOST_STEPS = 16  # captured shapes
+
+_log = logging.getLogger(__name__)
 
 
 class GraphedModel:
@@ -49,6 +56,7 @@ class GraphedModel:
         self.model, self.config, self.kv = model, model.config, model.kv
         self._modules, self._executor = tuple(modules), executor
         self._steps: dict[tuple[int, int], DecodeStep] = {}
+        self._failed: set[tuple[int, int]] = set()  # shapes that could not be captured
         cache, choices = executor.cache, int(self.config.num_experts_per_tok)
         all_resident = cache.slots == cache.store.total
         self._most = CAPTURED_ROWS if all_resident else min(CAPTURED_ROWS, cache.slots // (2 * choices))
@@ -79,27 +87,45 @@ class GraphedModel:
         return self._executor.cache.slots == self._executor.cache.store.total or source.ready_share == 1
 
     def _step(self, called: Rows) -> DecodeStep | None:
-        """The captured step for these rows; None if there are too many others."""
-        rows, blocks = len(called.spans), padded_blocks(called.spans, self.kv.block_size)
-        if (rows, blocks) not in self._steps:
-            if len(self._steps) >= MOST_STEPS:
-                return None
-            cuda = self.kv.device.type == "cuda"
-            graph: StepGraph = SegmentedGraph(self.kv.device) if cuda else Uncaptured()
-            experts = DecodeExperts(
-                self._executor.cache,
-                self._executor.transfers,
-                rows,
-                int(self.config.num_experts_per_tok),
-                graph=graph,
-                lane=self._lane,
-                host=None if self._lane is None else self._executor.transfers.source.address,
-                split=self._split,
+        """The captured step for these rows; None if there are too many others, or if their capture failed."""
+        shape = len(called.spans), padded_blocks(called.spans, self.kv.block_size)
+        if shape in self._steps or shape in self._failed or len(self._steps) >= MOST_STEPS:
+            return self._steps.get(shape)
+        try:
+            self._steps[shape] = self._capture(*shape)
+        except InferenceError:  # an expert's, or the link's: it would end other steps, too
+            raise
+        except Exception as error:
+            self._failed.add(shape)
+            _log.warning(
+                "capturing steps of %d sequences of %d blocks failed, they are computed one launch after the other: "
+                "%s: %s; with more memory left to the GPU (--vram) it may not, and --no-graphs never tries",
+                *shape,
+                type(error).__name__,
+                str(error),
             )
-            if experts.all_resident:
-                experts.fill()
-            self._steps[rows, blocks] = DecodeStep(self.model, self._modules, experts, graph, rows, blocks)
-        return self._steps[rows, blocks]
+        if shape in self._failed:  # and the error is gone, which had hold of what was made
+            gc.collect()
+            if self.kv.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return self._steps.get(shape)
+
+    def _capture(self, rows: int, blocks: int) -> DecodeStep:
+        cuda = self.kv.device.type == "cuda"
+        graph: StepGraph = SegmentedGraph(self.kv.device) if cuda else Uncaptured()
+        experts = DecodeExperts(
+            self._executor.cache,
+            self._executor.transfers,
+            rows,
+            int(self.config.num_experts_per_tok),
+            graph=graph,
+            lane=self._lane,
+            host=None if self._lane is None else self._executor.transfers.source.address,
+            split=self._split,
+        )
+        if experts.all_resident:
+            experts.fill()
+        return DecodeStep(self.model, self._modules, experts, graph, rows, blocks)
 
 
 def _check(executor: Executor, choices: int) -> None:
@@ -131,7 +157,7 @@ def _lane(cpu: CpuExperts, cache: ExpertCache) -> CpuLane:
     shape, layout = cache.store.shape, cache.layout
     try:
         return CpuLane(cpu.threads, shape.hidden, shape.intermediate, layout.dtype, layout.parts[1].start)
-    except LaneError as error:
+    except (LaneError, OSError, SubprocessError) as error:  # the last two: it could not be compiled
         raise NotCaptured(f"captured steps have no CPU lane: {error}", "leave graphs or cpu out") from error
 
 

@@ -63,20 +63,25 @@ class SegmentedGraph:
         self._open: torch.cuda.CUDAGraph | None = None
 
     def capture(self, function: Step) -> None:
-        """Runs the function ``warmups`` times before, so that kernels are compiled and libraries have their memory."""
+        """Runs the function ``warmups`` times before, so that kernels are compiled and libraries have their memory.
+
+        Whatever it raises, nothing of it is under way then.
+        """
         assert not self._steps, "captured already"
         torch.cuda.synchronize()
-        with torch.cuda.stream(self.stream):
-            for _ in range(self._warmups):
-                function()
+        try:
+            with torch.cuda.stream(self.stream):
+                for _ in range(self._warmups):
+                    function()
+                torch.cuda.synchronize()
+                gc.collect()
+                self._begin()
+                try:
+                    function()
+                finally:
+                    self._end()
+        finally:
             torch.cuda.synchronize()
-            gc.collect()
-            self._begin()
-            try:
-                function()
-            finally:
-                self._end()
-        torch.cuda.synchronize()
 
     def cut(self, host: Step) -> None:
         """Ends a graph here, so that a replay calls ``host`` before the next; in a warm-up just calls it."""

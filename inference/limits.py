@@ -10,6 +10,7 @@ from inference.requests import Request
 
 MAX_ROWS = 512  # rows of a step, as the engine is opened by default: longer prompts are read in chunks
 MAX_SEQUENCES = 64  # that are computed at once, likewise
+CAPTURED_ROWS = 8  # of a step that is captured: beyond, reading an expert once per row costs more than launches do
 
 
 @dataclass(frozen=True)

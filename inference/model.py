@@ -19,6 +19,7 @@ from inference.errors import InferenceError
 from inference.kv import PagedKV
 from inference.lanes import LANES
 from inference.latent_attention import LatentAttention, interleaved
+from inference.limits import CAPTURED_ROWS
 from inference.rope import RopeTable
 from inference.rows import Group, Rows, Span, computing, groups, padded_blocks, written
 from moe.kernels.probe import runs_triton
@@ -27,7 +28,6 @@ __all__ = ["Forward", "Model", "Rows", "Segment", "Span"]
 
 Segment = Callable[[Tensor, Tensor | None, Step], tuple[Tensor, Tensor]]
 
-CAPTURED_ROWS = 8  # beyond, reading an expert once per row costs more than launches do
 SMALL_PRODUCT = 1 << 23  # multiplications; one thread does so many in half a millisecond
 
 Attention = GroupedAttention | LatentAttention

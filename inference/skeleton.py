@@ -78,7 +78,7 @@ def expert_shape(folder: Path, blocks: list[MoEBlock]) -> ExpertShape:
 def offload_experts(blocks: list[MoEBlock], cache: ExpertCache, executor: Executor | None = None) -> None:
     """Puts experts that borrow from ``cache`` in place of the skeleton's own; ``executor`` brings them over a link.
 
-    Gates are hastened where that is known to change nothing.
+    Gates of known kinds are hastened: they make the same choice, up to ties and rounding.
     """
     for block in blocks:
         hasten(block.gate, cache.blocks_CB.device)

@@ -101,6 +101,8 @@ class EngineThread:
 
         Time in which nobody looked does not count: a process that was stopped for an hour has no step of an hour.
         """
+        if self.failure:  # a dead engine is in no step
+            return
         elapsed, step = self._ticker.elapsed(), self._step
         self._step_age_s = self._step_age_s + elapsed if step is not None and step == self._seen else 0.0
         self._seen = step
@@ -248,4 +250,5 @@ class EngineThread:
         except BaseException as error:
             traceback.print_exc(file=sys.stderr)
             self.failure = f"{type(error).__name__}; restart the server, its log says more"
+            self._step = None  # it has ended
             self._loop.call_soon_threadsafe(self._fail_all, engine_failed(self.failure))

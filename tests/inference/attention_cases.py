@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from inference.decode_kernels import add_norm, attention, choose
+from inference.dense import Norm
 from inference.rope import rotated
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,6 +68,16 @@ def test_the_sum_and_its_norm_are_torchs():
     torch.testing.assert_close(normed, F.rms_norm(x + added, (80,), weight, 1e-6))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sum_and_its_norm_are_as_precise_as_the_model(dtype):
+    x, added = (torch.randn(3, 80, device=DEVICE, dtype=dtype) for _ in range(2))
+    norm = Norm(torch.randn(80, device=DEVICE, dtype=dtype), 1e-6)
+    total, normed = norm.behind(x, added)
+    assert torch.equal(total, x + added)
+    torch.testing.assert_close(normed, F.rms_norm(x + added, (80,), norm.weight_H, 1e-6))
+    assert (norm._add_norm is None) == (dtype == torch.float64)
+
+
 @pytest.mark.parametrize("shares", [False, True])
 @pytest.mark.parametrize(("experts", "choices"), [(128, 8), (60, 4), (8, 1)])
 def test_the_choice_is_torchs(experts, choices, shares):
@@ -80,3 +91,17 @@ def test_the_choice_is_torchs(experts, choices, shares):
 def test_equal_chances_are_chosen_in_order():
     _, index = choose(torch.zeros(1, 6, device=DEVICE), 3, shares=True)
     assert index.tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_row_without_numbers_chooses_experts_that_there_are(broken, shares):
+    logits = torch.randn(3, 60, device=DEVICE)
+    want = choose(logits, 4, shares=shares)
+    logits[1] = broken
+    score, index = choose(logits, 4, shares=shares)
+    assert (index < 60).all()
+    assert len(set(index[1].tolist())) == 4
+    assert score[1].isnan().all(), "not a number that would hide it"
+    for found, whole in zip((score, index), want, strict=True):
+        assert torch.equal(found[::2], whole[::2])

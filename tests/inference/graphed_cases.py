@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import weakref
+from subprocess import TimeoutExpired
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from inference import graphed
+from inference import cpu_lane, graphed
 from inference.compiled_experts import COMPILED
 from inference.costmodel import ExpertCosts, Timing
+from inference.cpu_lane import LaneError, LaneHung
 from inference.decode import DecodeStep
 from inference.engine import LLM
-from inference.errors import InferenceError
+from inference.errors import InferenceError, NotCaptured
 from inference.graphs import Uncaptured
 from inference.kv import PagedKV
 from inference.offload import Crossing
@@ -96,12 +101,60 @@ def test_a_failed_capture_leaves_others_keys(model_folder):
     assert (kv.pool_LNSCD[:, 0, 0] == 7.0).all()
 
 
+def test_what_a_thread_that_hangs_reads_outlives_the_banks(model_folder, monkeypatch):
+    served, lost, given = Served(model_folder, 16, 0.5), [], []
+    lane, banks = served.experts.lane, served.experts.transfer.source
+    library = lane._library
+
+    def submit(*args):
+        given.append(list(served.experts._call.block[: args[1]]))
+        return library.lane_submit(*args)
+
+    said = SimpleNamespace(lane_submit=submit, lane_wait=lambda lane: library.lane_wait(lane) or -2 * bool(given))
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_lane, "_lost_calls", lost)
+        patch.setattr(lane, "_library", said)
+        with pytest.raises(LaneHung, match="start again"):
+            served.tokens(1)
+    banks.close()
+    assert banks.ready_share == 0
+    ((call, blocks),) = lost
+    assert call is served.experts._call
+    assert [block.data_ptr() for block in blocks] == given[0]
+
+
 def test_other_shapes_are_computed_as_they_are(model_folder, monkeypatch):
     monkeypatch.setattr(graphed, "MOST_STEPS", 1)
     llm, plain = opened(model_folder), opened(model_folder, graphs=False)
     for prompts in (PROMPTS, PROMPTS[:1]):
         assert answers(llm, prompts) == answers(plain, prompts)
     assert set(llm.engine.models[None]._steps) == {(2, 16)}
+
+
+@pytest.mark.parametrize(("budget", "cpu"), [(1.0, False), (0.25, False), (0.25, True)])
+def test_a_shape_whose_capture_fails_is_computed_as_it_is(model_folder, monkeypatch, caplog, budget, cpu):
+    made = []
+
+    class Failing(Uncaptured):
+        def __init__(self, *_):
+            super().__init__()
+            made.append(weakref.ref(self))
+
+        def capture(self, function):
+            super().capture(function)
+            function()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for name in ("Uncaptured", "SegmentedGraph"):
+        monkeypatch.setattr(graphed, name, Failing)
+    more = {"cpu": True, "profile": EVEN} if cpu else {}
+    llm, plain = opened(model_folder, budget, **more), opened(model_folder, budget, graphs=False, **more)
+    for _ in range(2):
+        assert answers(llm) == answers(plain)
+    assert [graph() for graph in made] == [None], "one attempt, and nothing of it is left"
+    assert caplog.text.count("capturing steps of 2 sequences of 16 blocks failed") == 1
+    assert "OutOfMemoryError: CUDA out of memory" in caplog.text
+    assert llm.engine.failure is None
 
 
 def test_both_lanes_are_counted_as_elsewhere(model_folder):
@@ -122,6 +175,18 @@ def test_captured_steps_have_the_threads_of_the_others(model_folder):
     llm = opened(model_folder, cpu=True, profile=WITH_COMPILED)
     assert llm.engine.models[None]._lane is llm.executor.cpu.compiled.lane
     assert opened(model_folder, cpu=True, profile=EVEN).executor.cpu.compiled is None
+
+
+@pytest.mark.parametrize("error", [PermissionError("~/.cache"), TimeoutExpired("cc", 120), LaneError("no compiler")])
+def test_a_lane_that_cannot_be_compiled_is_a_sentence(model_folder, monkeypatch, error):
+    def refused(*_):
+        raise error
+
+    monkeypatch.setattr(graphed, "CpuLane", refused)
+    with pytest.raises(NotCaptured, match=f"no CPU lane: {re.escape(str(error))}; leave graphs or cpu out"):
+        opened(model_folder, cpu=True, profile=EVEN)
+    plain = opened(model_folder, graphs=None, cpu=True, profile=EVEN)
+    assert not isinstance(plain.engine.models[None], graphed.GraphedModel)
 
 
 def test_what_graphs_would_not_do_is_refused(model_folder):

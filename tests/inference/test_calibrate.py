@@ -115,6 +115,14 @@ def test_profiles_are_kept_apart_by_kind(cache):
     assert len(files) == 4
 
 
+def test_what_was_measured_in_another_way_is_measured_again(cache, monkeypatch):
+    monkeypatch.setattr("inference.calibrate.calibrate", lambda *_: STEADY)
+    machine_profile(TINY, CPU)
+    assert profile_file(TINY, CPU).exists()
+    monkeypatch.setattr("inference.calibrate._METHOD", 1)
+    assert not profile_file(TINY, CPU).exists()
+
+
 def test_a_home_that_cannot_be_written_only_costs_time(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference import cpu_lane
+from inference.compiled_experts import CompiledExperts
 from inference.cpu_lane import CpuLane, LaneCall, LaneError, LaneHung, library
+from inference.host_expert import HostExpert
 
 
 def _case(rows: int, choices: int, experts: int, hidden: int, inner: int, dtype: torch.dtype, seed: int):
@@ -111,16 +113,43 @@ def test_a_thread_that_hangs_is_given_up(tmp_path):
 def test_a_call_that_does_not_end_is_named(monkeypatch):
     expert_TK, block_EN, x_TH, score_P = _case(1, 2, 9, 8, 8, torch.float32, 0)
     lane = CpuLane(1, 8, 8, torch.float32, limit_s=7)
-    call = LaneCall(x_TH.numpy(), score_P.view(expert_TK.shape).numpy(), np.zeros((2, 8), np.float32), 2)
-    lane.submit(call, [block_EN[expert].data_ptr() for expert in (3, 8)], [0, 1, 2], [0, 1], (5, [3, 8]))
-    lane.wait()
+    score_TK, y_PH = score_P.view(expert_TK.shape).numpy(), np.zeros((2, 8), np.float32)
+    call = LaneCall(x_TH.numpy(), score_TK, y_PH, 2, lambda layer, experts: ("blocks", layer, experts))
+    monkeypatch.setattr(cpu_lane, "_lost_calls", [])
+    for _ in range(2):
+        lane.submit(call, [block_EN[expert].data_ptr() for expert in (3, 8)], [0, 1, 2], [0, 1], (5, [3, 8]))
     monkeypatch.setattr(lane, "_library", SimpleNamespace(lane_wait=lambda _: -2, lane_close=lambda _: None))
     with pytest.raises(LaneHung, match=r"\(1 threads .* layer 5 \(L05.E003, L05.E008\) within 7 s"):
         lane.wait()
     with pytest.raises(LaneHung, match="layer 5"):
         lane.submit(call, [], [0], [])
+    assert cpu_lane._lost_calls == [(call, ("blocks", 5, [3, 8]))], "what its thread may read is kept, and once"
     monkeypatch.undo()
     lane.close()
+
+
+def test_a_thread_that_hangs_when_the_lane_is_closed_may_go_on(monkeypatch):
+    lost = []
+    monkeypatch.setattr(cpu_lane, "_lost_calls", lost)
+    compiled = CompiledExperts(1, 8, 8, torch.float32, 128)
+    block_N = torch.zeros(192)
+    work = [(HostExpert(block_N[:128].view(16, 8), block_N[128:].view(8, 8)), slice(0, 1))]
+    compiled.submit(work, torch.zeros(1, 8), torch.zeros(1, 8))
+    real = library()
+    said = SimpleNamespace(lane_wait=lambda lane: real.lane_wait(lane) or -2, lane_close=real.lane_close)
+    monkeypatch.setattr(compiled.lane, "_library", said)
+    compiled.close()
+    ((_, kept),) = lost
+    assert kept is work
+
+
+def test_a_lane_that_ended_its_call_keeps_nothing(monkeypatch):
+    monkeypatch.setattr(cpu_lane, "_lost_calls", [])
+    lane = CpuLane(1, 8, 8, torch.float32)
+    _computed(lane, *_case(1, 1, 1, 8, 8, torch.float32, 0), [0])
+    lane.close()
+    assert cpu_lane._lost_calls == []
+    assert lane._call is None
 
 
 def test_down_may_begin_behind_a_gap():

@@ -75,6 +75,18 @@ def test_an_engine_that_dies_fails_requests_and_health_instead_of_hanging(told, 
     assert "MemoryError: no room" in capfd.readouterr().err
 
 
+def test_an_engine_that_is_dead_does_not_hang(told, capfd):
+    engine, address, server = told(step_s=0.2, exit_when_hung=True)
+    engine.raises = MemoryError("no room")
+    assert address.post("/v1/completions", PLAIN)[0] == 500
+    for _ in range(20):  # more looks than a step of 0.2 s lasts, however long they are apart
+        server.engine._ticker._last -= 3600
+        server.engine.look()
+    assert server.engine.hanging is None
+    assert "hangs" not in capfd.readouterr().err
+    assert json.loads(address.raw("GET", "/health")[2])["reason"].startswith("MemoryError")
+
+
 def test_an_answer_that_fails_alone_is_a_500_and_a_good_one_mends_the_health(told):
     engine, address, _ = told()
     engine.fails = "a bad expert"
