@@ -110,7 +110,7 @@ def test_chat_tenants_train_as_runs_without_tenants_do(begin, folder):
         assert loss == pytest.approx(row["loss"], rel=1e-6)
     mine = alone(factors(two), "up")
     for path, want in factors(plain).items():
-        # AdamW divides by small second moments, which lets roundings grow; a wrong divisor of the loss would be far off.
+        # AdamW divides by small second moments, which lets roundings grow; a wrong divisor would be far off.
         assert (mine[path] - want).norm() < 5e-5 * want.norm(), path
 
 
