@@ -11,7 +11,7 @@ import shutil
 import time
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,8 +24,11 @@ from trainer.progress import Progress
 from trainer.snapshots import Snapshots
 
 
-class Arm(Protocol):
-    """``name`` in the tables; ``every_step``: whether it saves in every step, or once in a block."""
+class Arm:
+    """``name`` in the tables; ``every_step``: whether it saves in every step, or once in a block.
+
+    What an arm does not say otherwise does nothing.
+    """
 
     name: str
     every_step: bool
@@ -38,20 +41,24 @@ class Arm(Protocol):
     def attach(self) -> None:
         """Begin to take part in steps."""
 
-    def settle(self) -> int: ...
+    def settle(self) -> int:
+        return -1
 
-    def reserve(self, step: int) -> None: ...
+    def reserve(self, step: int) -> None:
+        """Find room for what :meth:`after_step` of this step will save."""
 
-    def after_step(self, step: int, progress: Progress) -> None: ...
+    def after_step(self, step: int, progress: Progress) -> None:
+        """Save the step, or begin to."""
 
     def drain(self) -> float:
         """Wait until nothing is under way; returns the seconds that took."""
+        return 0.0
 
     def detach(self) -> None:
         """Leave the training step as it was before :meth:`attach`."""
 
 
-class Off:
+class Off(Arm):
     """No checkpoints."""
 
     name, every_step = "off", True
@@ -59,29 +66,8 @@ class Off:
     def __init__(self) -> None:
         self.committed, self.progress = -1, Progress()
 
-    def prepare(self) -> None:
-        pass
 
-    def attach(self) -> None:
-        pass
-
-    def settle(self) -> int:
-        return -1
-
-    def reserve(self, step: int) -> None:
-        pass
-
-    def after_step(self, step: int, progress: Progress) -> None:
-        pass
-
-    def drain(self) -> float:
-        return 0.0
-
-    def detach(self) -> None:
-        pass
-
-
-class Planaria:
+class Planaria(Arm):
     """The product's snapshots in a mode, every step in memory; nothing goes to disk.
 
     The steps of this arm are counted by themselves, so that it is in its steady state from block to block. What the log
@@ -141,9 +127,6 @@ class Planaria:
         log = protection.log.nbytes if protection.log is not None else 0
         return round(sum(f.nbytes for f in protection.fragments) / len(protection.fragments)) + log
 
-    def prepare(self) -> None:
-        pass
-
     def attach(self) -> None:
         vars(self.job.zero_optimizer).update(self._hooks)
         if self.snapshots.tap is not None:
@@ -198,7 +181,7 @@ class Planaria:
         dist.barrier()
 
 
-class DeepSpeed:
+class DeepSpeed(Arm):
     """``engine.save_checkpoint`` as it comes: the training thread writes everything to disk."""
 
     name, every_step = "deepspeed save", False
@@ -208,18 +191,12 @@ class DeepSpeed:
         self.folder = job.folder / "deepspeed"
         self._saved = -1
 
-    def attach(self) -> None:
-        pass
-
     def prepare(self) -> None:
         """Remove the save before: a disk holds few of them."""
         _remove(self.job, self.folder)
 
     def settle(self) -> int:
         return self._saved
-
-    def reserve(self, step: int) -> None:
-        pass
 
     def after_step(self, step: int, progress: Progress) -> None:
         with _plain_layers(self.job.run.engine):
@@ -228,9 +205,6 @@ class DeepSpeed:
 
     def drain(self) -> float:
         return 0.0
-
-    def detach(self) -> None:
-        pass
 
     def load(self) -> None:
         with _plain_layers(self.job.run.engine):
@@ -257,7 +231,7 @@ class _plain_layers:
         self._engine.has_moe_layers = self._before
 
 
-class Dcp:
+class Dcp(Arm):
     """torch's ``async_save`` of the same buffers that the product captures, each under a name of its own.
 
     Args:
@@ -282,9 +256,6 @@ class Dcp:
         self._steps: list[float] = []
         self._state: dict[str, torch.Tensor] = {}
 
-    def attach(self) -> None:
-        pass
-
     def prepare(self) -> None:
         _remove(self.job, self.folder)
         coordinate = self.job.process.coordinate
@@ -298,9 +269,6 @@ class Dcp:
             self._uploaded.result()
             self._uploaded, self._saved = None, self._saving
         return self._saved
-
-    def reserve(self, step: int) -> None:
-        pass
 
     def after_step(self, step: int, progress: Progress) -> None:
         self._steps = optimizer_steps(self.job.zero_optimizer)
@@ -317,9 +285,6 @@ class Dcp:
             self._uploaded.result()
         self.settle()
         return time.perf_counter() - started
-
-    def detach(self) -> None:
-        pass
 
     def load(self) -> None:
         dcp.load(self._state, checkpoint_id=str(self.folder), process_group=self.group)

@@ -16,7 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-STATE_WIDTH = 12  # bytes per parameter: fp32 master weight, AdamW's exp_avg and exp_avg_sq
+from checkpointing.moments import state_width
+
+STATE_WIDTH = state_width("adamw")
 SLACK = 3  # captures that may be under way beyond the committed step
 MAX_OVERHEAD = 0.035  # of a step's time, CheckFreq's bound
 _MAX_ROTATION = 256

@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpointing.moments import MOMENTS as MOMENTS_OF
 from checkpointing.state.buffers import StateBuffer, StateSpan
 from checkpointing.units import Range
 from moe.refs import TensorAddress
 
 EXPERT_PREFIX = "deepspeed_moe.experts.deepspeed_experts."
 MODEL_STATES = "mp_rank_00_model_states.pt"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = MOMENTS_OF["AdamW"]
 _STACKED = re.compile(r"(?:.*\.)?(?:layers|mtp)\.(\d+)\..*\bexperts\.(\w+)")
 _GROUP = re.compile(r"ep_size_(\d+)")
 
