@@ -90,13 +90,13 @@ class DeviceSums:
         self._found_C8 = torch.empty(_MOST, 8, dtype=torch.uint64, device=device)
         self._host_chunks_C, self._host_found_C8 = of_host(_MOST), of_host(_MOST, 8)
 
-    def queue(self, sources: Sequence[torch.Tensor], after: torch.cuda.Event | None = None) -> int:
-        """Begin with as many chunks as there is room for, in the order of ``sources``: uint8 tensors of whole chunks.
+    def queue(self, starts: Sequence[int], after: torch.cuda.Event | None = None) -> int:
+        """Begin with as many chunks as there is room for, in the order of ``starts``, their addresses on the device.
 
-        Returns how many those are. The tensors must stay as they are until :meth:`take`. Raises ValueError if one does
-        not begin at a multiple of 16 bytes.
+        Returns how many those are. Their bytes must stay as they are until :meth:`take`. Raises ValueError if one does
+        not begin at a multiple of 16.
         """
-        starts = [s.data_ptr() + at for s in sources for at in range(0, s.numel(), self._chunk)][:_MOST]
+        starts = starts[:_MOST]
         if any(start % 16 for start in starts):
             raise ValueError("state begins between two multiples of 16 bytes")
         count, blocks = len(starts), self._blocks
