@@ -67,9 +67,9 @@ def report(rank, world, out, ep, zero):
     theirs = engine.optimizer.get_grad_norm_direct(parts, list(model.parameters()))
     norms = [float(theirs), float(NormClip._norm_of_group(SimpleNamespace(_zero=engine.optimizer), parts, None))]
 
-    # Going back ten steps and forward again must give the very same bits, and so must DeepSpeed's own clipping.
-    for name in ("scaled_global_norm", "unscale_and_clip_grads"):
-        delattr(engine.optimizer, name)
+    # Going back ten steps and forward again must give the very same bits, and so must what is DeepSpeed's own.
+    for name in ("scaled_global_norm", "unscale_and_clip_grads", "reduce_ready_partitions_and_remove_grads"):
+        vars(engine.optimizer).pop(name, None)
     for buffer, tensor in zip(buffers, saved, strict=True):
         buffer.tensor.copy_(tensor)
     after_restore(engine.optimizer, steps)
