@@ -125,7 +125,7 @@ def create_engine(model: nn.Module, recipe: Recipe, dtype: torch.dtype, accumula
     )
     NormClip(engine)
     if torch.distributed.get_world_size() == 1:
-        # Nothing is to be averaged, yet DeepSpeed would copy each gradient into a bucket, divide it by 1 and copy it back.
+        # Nothing is to be averaged, yet DeepSpeed would copy each gradient into a bucket, divide it by 1, copy it back.
         engine.optimizer.reduce_ready_partitions_and_remove_grads = lambda parameter, group: None
     return engine
 
