@@ -15,7 +15,7 @@ import ctypes
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -33,10 +33,12 @@ from checkpointing.state.gradients import StepLog
 
 # So long does a read of the training step wait at most: 0.6 ms over PCIe 5, and 4.9 ms where it rarely reads.
 _PIECE, _LARGE_PIECE = 32 << 20, 256 << 20
+_PLANS = 512  # kept: more than a rotation's parts in all its slots; experts' would be millions
 _SIGN_OF_LIFE_S = 5.0
 Reached = Callable[[str, int], None]
 Move = tuple[torch.Tensor, torch.Tensor]
 Part = tuple[torch.Tensor, int]  # bytes, and where they go in a payload
+Plan = tuple[list[Part], list[Move]]
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -119,6 +121,7 @@ class Capturer:
         # What the kernels between pieces copy: to another dtype, since that takes a kernel.
         self._gap = (torch.zeros(1, device=self._device), torch.zeros(1, dtype=torch.int32, device=self._device))
         self._sums = device_sums(self._device)
+        self._plans: dict[tuple[int, tuple[int, ...]], Plan] = {}
         self._condition = threading.Condition()
         self._sealed_step = client.restored_step
         self._started = 0  # captures; a step may have several
@@ -192,7 +195,8 @@ class Capturer:
         self._jobs.put(None)
         self._thread.join()
         self.pinning.close()
-        # This view would keep the arena mapped.
+        # These views would keep the arena mapped.
+        self._plans.clear()
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def _wait(self, condition: Callable[[], bool]) -> float:
@@ -244,12 +248,13 @@ class Capturer:
         grant = self._grant(job)
         granted = list(zip(grant.bases, job.fragments, strict=False))
         self._reached("copy", job.step)
-        parts = [(slot, Kind.BASE, self._base_parts(fragment)) for slot, fragment in granted]
+        plans = [(slot, Kind.BASE, self._base_plan(slot, fragment)) for slot, fragment in granted]
         if job.log is not None:
-            parts.append((grant.others[Kind.LOG], Kind.LOG, self._log_parts(job.log)))
-        summed = self._sums.queue_records(parts, job.event) if self._sums is not None else []
-        moves = [move for slot, kind, sources in parts for move in self._moves(slot, kind, sources)]
-        self._copy(moves, job)
+            slot = grant.others[Kind.LOG]
+            plans.append((slot, Kind.LOG, self._planned(slot, Kind.LOG, self._log_parts(job.log))))
+        records = [(slot, kind, parts) for slot, kind, (parts, _) in plans]
+        summed = self._sums.queue_records(records, job.event) if self._sums is not None else []
+        self._copy([move for _, _, (_, moves) in plans for move in moves], job)
         sums = self._sums.take_records(summed) if self._sums is not None else {}
         for slot, fragment in granted:
             self._close_record(slot, Kind.BASE, grant, job.step, fragment.table, fragment.nbytes)
@@ -273,8 +278,15 @@ class Capturer:
         pool = shape.base if kind is Kind.BASE else shape.log
         return self._client.arena.places[slot].offset + pool.payload_offset
 
-    def _base_parts(self, fragment: Fragment) -> list[Part]:
-        return [(bytes_of(self._buffers[p.buffer].tensor[p.lo : p.hi]), p.offset) for p in fragment.pieces]
+    def _base_plan(self, slot: int, fragment: Fragment) -> Plan:
+        """Made once: what takes the interpreter's lock beside a training step makes it slower by as much."""
+        plan = self._plans.get((slot, fragment.parts))
+        if plan is None:
+            if len(self._plans) == _PLANS:
+                self._plans.clear()
+            parts = [(bytes_of(self._buffers[p.buffer].tensor[p.lo : p.hi]), p.offset) for p in fragment.pieces]
+            plan = self._plans[slot, fragment.parts] = self._planned(slot, Kind.BASE, parts)
+        return plan
 
     def _log_parts(self, log: StepLog) -> list[Part]:
         assert self._log is not None
@@ -283,11 +295,12 @@ class Capturer:
                 raise RecordError(f"a gradient of {grad.numel()} x {grad.dtype} is not of the log's layout")
         return [(bytes_of(grad), offset) for grad, offset in zip(log.grads, self._log.offsets, strict=not log.skipped)]
 
-    def _moves(self, slot: int, kind: Kind, parts: list[Part]) -> Iterator[Move]:
-        start = self._place(slot, kind)
+    def _planned(self, slot: int, kind: Kind, parts: list[Part]) -> Plan:
+        start, moves = self._place(slot, kind), []
         for source, offset in parts:
             target = self._memory[start + offset : start + offset + source.numel()]
-            yield from zip(source.split(self._piece), target.split(self._piece), strict=True)
+            moves += zip(source.split(self._piece), target.split(self._piece), strict=True)
+        return parts, moves
 
     def _copy(self, moves: list[Move], job: Job) -> None:
         half = len(moves) // 2

@@ -31,14 +31,10 @@ def device_sums(device: torch.device | None) -> RecordSums | None:
     return RecordSums(DeviceSums(device, CHUNK), CHUNK)
 
 
-def whole_chunks(parts: Iterable[Part], chunk: int) -> list[tuple[torch.Tensor, int]]:
-    """The bytes of each part that fill chunks of the payload, and the number of the first of these."""
-    found = []
-    for source, offset in parts:
-        first, end = -(-offset // chunk), (offset + source.numel()) // chunk
-        if first < end:
-            found.append((source[first * chunk - offset : end * chunk - offset], first))
-    return found
+def whole_chunks(part: Part, chunk: int) -> range:
+    """The numbers of a payload's chunks that lie in this part."""
+    source, offset = part
+    return range(-(-offset // chunk), (offset + source.numel()) // chunk)
 
 
 class RecordSums:
@@ -55,10 +51,15 @@ class RecordSums:
         """
         if self._sums is None:
             return []
-        found = [(slot, *whole) for slot, _, parts in records for whole in whole_chunks(parts, self._chunk)]
-        places = [(slot, first + n) for slot, source, first in found for n in range(source.numel() // self._chunk)]
+        places, starts = [], []
+        for slot, _, parts in records:
+            for part in parts:
+                numbers = whole_chunks(part, self._chunk)
+                begin = part[0].data_ptr() - part[1]
+                places += [(slot, number) for number in numbers]
+                starts += [begin + number * self._chunk for number in numbers]
         try:
-            return places[: self._sums.queue([source for _, source, _ in found], after)]
+            return places[: self._sums.queue(starts, after)]
         except Exception as error:  # Triton and compilers raise whatever they like, and training needs none of them
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             print(f"the GPU takes no checksums ({reason}); the keeper takes all", file=sys.stderr, flush=True)

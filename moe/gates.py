@@ -234,7 +234,9 @@ def _hook(observer: Observer) -> Any:
         logits_TE, weights_TK, index_TK = output
         replay_TK = replayed(observer.layer, *index_TK.shape)
         if replay_TK is not None:
-            weights_TK, index_TK = route(logits_TE, observer.spec, getattr(gate, OWN_BIAS, None), replay_TK)
+            weights_TK, index_TK = route(logits_TE, observer.spec, None, replay_TK)
+        elif weights_TK.is_cuda and weights_TK.requires_grad:  # the same weights, with a shorter way back
+            weights_TK, index_TK = route(logits_TE, observer.spec, None, index_TK)
         return logits_TE, observer(logits_TE, weights_TK, index_TK, None), index_TK
 
     return hook

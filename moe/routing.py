@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +154,7 @@ def route(
         if spec.topk_group < spec.n_group:
             chosen_by_TE = _within_groups(chosen_by_TE, spec)
         index_TK = torch.topk(chosen_by_TE, spec.top_k, dim=-1, sorted=spec.ordered).indices
-    weights_TK = scores_TE.gather(1, index_TK)
+    weights_TK = picked(scores_TE, index_TK)
     if spec.score == "topk_softmax":
         weights_TK = weights_TK.softmax(-1)
     if spec.norm_topk:
@@ -162,6 +162,31 @@ def route(
     if spec.scale != 1.0:
         weights_TK = weights_TK * spec.scale
     return (weights_TK.to(logits_TE.dtype) if spec.weights_like_logits else weights_TK), index_TK
+
+
+def picked(scores_TE: Tensor, index_TK: Tensor) -> Tensor:
+    """The scores [T,K] of a token's choices, which are different experts."""
+    if scores_TE.is_cuda and scores_TE.requires_grad:
+        return cast(Tensor, _Picked.apply(scores_TE, index_TK))
+    return scores_TE.gather(1, index_TK)
+
+
+class _Picked(torch.autograd.Function):
+    """torch's deterministic way back on a GPU sorts all choices, in 34 kernels. Choices that differ need only a sum, of
+    which at most one term is not zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores_TE: Tensor, index_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(index_TK)
+        ctx.experts = scores_TE.shape[1]
+        return scores_TE.gather(1, index_TK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, None]:
+        (index_TK,) = ctx.saved_tensors
+        chosen_TKE = index_TK[:, :, None] == torch.arange(ctx.experts, device=index_TK.device)
+        return torch.where(chosen_TKE, grad_TK[:, :, None], 0).sum(1), None
 
 
 def scores(logits_TE: Tensor, spec: RouterSpec) -> Tensor:

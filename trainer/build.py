@@ -22,6 +22,7 @@ from moe.layout import Layout
 from moe.load import empty_model, fill
 from moe.merging import MergedExperts
 from moe.mtp import attach_mtp
+from moe.norms import fuse_norms
 from moe.overlap import set_exchange
 from moe.selected import train_experts
 from moe.soft import SoftMoE, replace_blocks
@@ -35,6 +36,13 @@ from trainer.schema import Recipe
 
 def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.Module, list[MoEBlock]]:
     """This worker's share of the model. Rank 0 prints what trains and how the experts run."""
+    model, blocks = _built(recipe, process, vocab_size)
+    if process.device.type == "cuda":
+        fuse_norms(model)
+    return model, blocks
+
+
+def _built(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.Module, list[MoEBlock]]:
     dtype = training_dtype(recipe, process.device)
     section = recipe.model
     if section.path is not None:

@@ -28,6 +28,7 @@ from checkpointing.state.optimizers import Lion
 from lora.tenants import parameters_of
 from moe.deepspeed_ep import bind_expert_parallel
 from moe.experts import Experts
+from trainer.clipping import NormClip
 from trainer.schema import Recipe, TrainSection
 
 DEEPSPEED_VERSION = deepspeed.__version__
@@ -79,50 +80,6 @@ def tenant_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     ]
 
 
-class GroupClip:
-    """Each parameter group's gradient scaled on its own, where DeepSpeed would scale all by their common norm.
-
-    Made before anything else watches the optimizer's steps, so that a log of gradients sees what they are multiplied
-    by. DeepSpeed's own clipping must be off.
-    """
-
-    def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
-        self._zero = engine.optimizer
-        self._factors = [1.0] * len(self._zero.single_partition_of_fp32_groups)
-        self._zero.unscale_and_clip_grads = self._apply
-
-    def squares(self) -> torch.Tensor:
-        """This rank's part of each group's squared gradient norm, [groups], after a step's last backward pass."""
-        found = []
-        for group in range(len(self._factors)):
-            norms = [torch.linalg.vector_norm(grad.float()) for grad in self._parts(group)]
-            found.append(torch.stack(norms).pow(2).sum() if norms else torch.zeros((), device=self._zero.device))
-        return torch.stack(found)
-
-    def scale(self, group: int, norm: float, most: float) -> None:
-        """Scale the group's gradient in this step so that its norm, which is ``norm``, is at most ``most`` (0: any)."""
-        clip = torch.clamp((torch.tensor(norm) + 1e-6) / most, min=1.0) if most else torch.ones(())
-        self._factors[group] = float(1.0 / clip)
-
-    def silence(self, group: int) -> None:
-        """Take the group's gradient away in this step, whatever it is: NaN times zero would be NaN."""
-        self._factors[group] = 1.0
-        for grad in self._parts(group):
-            grad.zero_()
-
-    def _parts(self, group: int) -> list[torch.Tensor]:
-        parts = self._zero.averaged_gradients.get(group) or []
-        return [grad for grad in parts if not getattr(grad, "_zero_padding", False)]
-
-    def _apply(self, grads: list[torch.Tensor], _total_norm: Any) -> None:
-        """In DeepSpeed's place, once for each group, between the cast to fp32 and the optimizer's step."""
-        partitions = self._zero.single_partition_of_fp32_groups
-        group = next(i for i, flat in enumerate(partitions) if flat.grad is grads[0])
-        if self._factors[group] != 1.0:
-            for grad in grads:
-                grad.mul_(self._factors[group])
-
-
 def _is_matrix(parameter: nn.Parameter) -> bool:
     """Stacked experts' biases are one vector for each expert."""
     stacked = getattr(parameter, "address", None) is not None and parameter.address.is_expert
@@ -166,6 +123,10 @@ def create_engine(model: nn.Module, recipe: Recipe, dtype: torch.dtype, accumula
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config(recipe, dtype, accumulation), dist_init_required=False
     )
+    NormClip(engine)
+    if torch.distributed.get_world_size() == 1:
+        # Nothing is to be averaged, yet DeepSpeed would copy each gradient into a bucket, divide it by 1, copy it back.
+        engine.optimizer.reduce_ready_partitions_and_remove_grads = lambda parameter, group: None
     return engine
 
 

@@ -117,7 +117,7 @@ def train_step(run: Run, step: int) -> float:
         run.bias.commit()
     run.progress.step = step
     run.labels = labels
-    _check_finite(run, step, "gradient norm", _grad_norm(engine))
+    _check_finite(run, step, "gradient norm", engine.get_global_grad_norm())
     return mean
 
 
@@ -179,7 +179,7 @@ def _report_step(run: Run, step: int, loss: float, seconds: float) -> None:
         step=step,
         loss=loss,
         lr=run.engine.optimizer.param_groups[0]["lr"],
-        grad_norm=_grad_norm(run.engine),
+        grad_norm=run.engine.get_global_grad_norm(),
         seconds=seconds,
         tokens_per_s=tokens / seconds,
         **({} if run.labels is None else {"label_tokens": run.labels}),
@@ -191,14 +191,9 @@ def _report_step(run: Run, step: int, loss: float, seconds: float) -> None:
     if printed:
         age = step - run.snapshots.committed if run.snapshots.committed > 0 else "-"
         print(
-            f"step {step}/{train.steps}  loss {loss:.4f}  grad norm {_grad_norm(run.engine):.3f}  "
+            f"step {step}/{train.steps}  loss {loss:.4f}  grad norm {run.engine.get_global_grad_norm():.3f}  "
             f"{tokens / seconds:,.0f} tok/s  snapshot age {age}{'  ' * bool(routing)}{routing}",
             flush=True,
         )
     if run.tenants is not None:
         run.tenants.report_step(run, step, seconds, printed)
-
-
-def _grad_norm(engine: Any) -> float:
-    norm = engine.get_global_grad_norm()
-    return float(norm) if norm is not None else 0.0

@@ -27,8 +27,8 @@ from moe.context import BatchContext, Slots, batch_context
 from trainer import data as data_module
 from trainer.batches import Batch, labels_of_step, make_batch, sent, training_rows
 from trainer.chat_data import ChatDataset
+from trainer.clipping import GroupClip
 from trainer.data import DataBundle
-from trainer.engine import GroupClip
 from trainer.rendezvous import Process
 from trainer.schedules import learning_rate
 from trainer.schema import Recipe
@@ -72,7 +72,7 @@ class Verdict:
 
 
 class Tenants:
-    """The tenants of a run. ``clip`` must be there before the first step; see :class:`trainer.engine.GroupClip`."""
+    """The tenants of a run. ``clip`` must be there before the first step; see :class:`trainer.clipping.GroupClip`."""
 
     def __init__(self, recipe: Recipe, members: list[Member], clip: GroupClip, watch: TenantWatch) -> None:
         self.recipe, self.members, self.clip, self.watch = recipe, members, clip, watch

@@ -25,7 +25,8 @@ from moe.stats import RoutingMeter
 from trainer import data as data_module
 from trainer.admission import admitted
 from trainer.build import build_model, training_dtype
-from trainer.engine import GroupClip, create_engine, prepare_deepspeed
+from trainer.clipping import GroupClip
+from trainer.engine import create_engine, prepare_deepspeed
 from trainer.events import EventLog, read_events
 from trainer.failpoints import Failpoints, place_failpoints
 from trainer.loop import Run, fit

@@ -44,7 +44,7 @@ class StepLog:
 
     def meta(self) -> bytes:
         """JSON of everything but the gradients. Waits for the device if factors lie there."""
-        factors = [float(factor) for factor in self.factors] or [1.0] * len(self.groups)
+        factors = torch.cat(self.factors).tolist() if self.factors else [1.0] * len(self.groups)
         return json.dumps({"skipped": self.skipped, "factors": factors, "groups": self.groups}).encode()
 
 

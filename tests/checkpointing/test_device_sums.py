@@ -49,11 +49,12 @@ def test_whole_chunks_lie_in_one_part_and_none_is_left_out(stretches: list[tuple
         parts.append((source, at))
         at += size + gap
     found = {}
-    for source, first in whole_chunks(parts, 16):
-        assert len(source) % 16 == 0
-        for n in range(len(source) // 16):
-            assert source[16 * n : 16 * (n + 1)].tolist() == list(range(16 * (first + n), 16 * (first + n + 1)))
-            found[first + n] = True
+    for source, offset in parts:
+        for number in whole_chunks((source, offset), 16):
+            start = 16 * number - offset
+            assert source[start : start + 16].tolist() == list(range(16 * number, 16 * (number + 1)))
+            assert number not in found
+            found[number] = True
     for chunk in range(at // 16 + 1):
         owners = {payload.get(place) for place in range(16 * chunk, 16 * (chunk + 1))}
         assert (chunk in found) == (len(owners) == 1 and None not in owners)
@@ -71,7 +72,7 @@ for blocks in (16, 32, 48):
     data = [torch.randint(0, 256, (n * chunk,), dtype=torch.uint8, device=device) for n in (3, 1, 2)]
     sums = DeviceSums(device, chunk)
     for _ in range(2):
-        count = sums.queue(data)
+        count = sums.queue([d.data_ptr() + at for d in data for at in range(0, d.numel(), chunk)])
         assert count == 6
         if device.type == "cuda": torch.cuda.synchronize()
         found = sums.take(count)
@@ -121,7 +122,7 @@ class Without:
 
     asked = 0
 
-    def queue(self, sources: object, after: object = None) -> int:
+    def queue(self, starts: object, after: object = None) -> int:
         self.asked += 1
         raise RuntimeError("CUDA out of memory\nand much more")
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moe.families import FamilyError, find_moe_blocks
 from moe.gates import Gate, RoutingPolicy, replace_gate
-from moe.routing import RouterSpec, RoutingError, config_fields, route, spec_of
+from moe.routing import RouterSpec, RoutingError, _Picked, config_fields, route, spec_of
 from tests.moe.tiny_families import FAMILIES, tiny
 
 
@@ -130,6 +130,18 @@ def test_device_limited_routing_reaches_at_most_m_devices():
     _, index = route(seeded(200, 16), spec)
     devices = [len(set((row // 2).tolist())) for row in index]
     assert max(devices) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_picking_on_a_gpu_has_the_values_and_gradients_of_gathering(dtype):
+    scores = [seeded(50, 12, dtype=dtype).requires_grad_() for _ in range(2)]
+    index = torch.topk(scores[0].detach(), 5).indices
+    picked, gathered = _Picked.apply(scores[0], index), scores[1].gather(1, index)
+    assert torch.equal(picked, gathered)
+    for found in (picked, gathered):
+        found.backward(seeded(50, 5, seed=1, dtype=dtype))
+    assert scores[0].grad.dtype == dtype
+    assert torch.equal(scores[0].grad, scores[1].grad)
 
 
 def test_replayed_choices_get_the_weights_of_their_scores():

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from moe.build import new_model
 from moe.convert import convert
 from moe.deepspeed_ep import bind_expert_parallel
 from moe.layout import Layout
+from trainer.clipping import NormClip
 from trainer.engine import create_engine, prepare_deepspeed
 from trainer.recipe import load_recipe
 from trainer.rendezvous import Process
@@ -60,9 +62,14 @@ def report(rank, world, out, ep, zero):
     steps = optimizer_steps(engine.optimizer)
     losses += train(engine, process, batches, 10, STEPS)
     final = state_hash(buffers, {}, process.coordinate)
-    norm = float(engine.get_global_grad_norm())
+    norm = engine.get_global_grad_norm()
+    parts = [torch.randn(n, generator=generator).bfloat16() for n in (1, 70_000, 3)]
+    theirs = engine.optimizer.get_grad_norm_direct(parts, list(model.parameters()))
+    norms = [float(theirs), float(NormClip._norm_of_group(SimpleNamespace(_zero=engine.optimizer), parts, None))]
 
-    # Going back ten steps and forward again must give the very same bits.
+    # Going back ten steps and forward again must give the very same bits, and so must what is DeepSpeed's own.
+    for name in ("scaled_global_norm", "unscale_and_clip_grads", "reduce_ready_partitions_and_remove_grads"):
+        vars(engine.optimizer).pop(name, None)
     for buffer, tensor in zip(buffers, saved, strict=True):
         buffer.tensor.copy_(tensor)
     after_restore(engine.optimizer, steps)
@@ -80,7 +87,7 @@ def report(rank, world, out, ep, zero):
     if process.rank == 0:
         units = {span.unit: span.stop - span.start for p in model.parameters() for span in p.address.units()}
         report = {
-            "losses": losses, "again": again, "norm": norm, "final": final, "replayed": before_flip, "flipped": flipped,
-            "ranges": gathered, "local_units": units,
+            "losses": losses, "again": again, "norm": norm, "norms": norms, "final": final, "replayed": before_flip,
+            "clipped": norm > recipe.train.max_grad_norm, "flipped": flipped, "ranges": gathered, "local_units": units,
         }  # fmt: skip
         out.write_text(json.dumps(report))

@@ -33,6 +33,13 @@ def test_losses_equal_one_process_on_every_step(reports, world):
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_norm_and_the_clipping_are_deepspeeds(reports, world):
+    theirs, ours = reports[world]["norms"]
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert reports[world]["clipped"], "the replay, which DeepSpeed clips itself, compares nothing"
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
 def test_restoring_the_buffers_replays_the_same_bits(reports, world):
     report = reports[world]
     assert report["again"] == report["losses"][10:]
