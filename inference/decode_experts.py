@@ -18,7 +18,7 @@ intermediate.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -36,17 +36,14 @@ from inference.slot_kernels import adopt, await_host, combine, compute, publish
 from inference.transfer import Transfer, TransferEngine
 from moe.refs import ExpertRef
 
-_MOST_BEHIND = 2
-
 
 class Split(Protocol):
     """Divides a call's misses between the lanes. ``most``: that the link brings for one call, whatever it misses."""
 
     most: int
 
-    def __call__(self, misses: int, period_s: float) -> tuple[int, int]:
-        """How many the link brings, and how many of the others it brings behind those, for later, in the seconds that
-        pass until the next layer's call."""
+    def __call__(self, misses: int) -> tuple[int, int]:
+        """How many the link brings, and how many of the others it brings behind those, for later."""
 
 
 @dataclass
@@ -85,6 +82,33 @@ class _Divided(NamedTuple):
         return self.away[: self.also]
 
 
+class HostCount:
+    """Work of the host's that a stream waits for without the host giving it anything more: it counts what is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._done_1 = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._awaited_1 = torch.ones(1, dtype=torch.int64, device=device)
+        self._done = self._done_1.numpy()
+
+    def wait(self) -> None:
+        """What the stream is given from here on begins when one more is done. Fit for capture."""
+        await_host(self._done_1, self._awaited_1)
+
+    def add(self) -> None:
+        """One more is done, and what it wrote to pinned memory is there for the device."""
+        self._done[0] += 1
+
+    def give_up(self) -> None:
+        """Nothing more will be done: what waits goes on, and counting begins anew."""
+        self._done[0] = torch.iinfo(torch.int64).max
+        with suppress(RuntimeError):  # CUDA's, of which whoever comes next hears again
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            self._awaited_1.fill_(1)
+        self._done[0] = 0
+
+
 class DecodeExperts:
     """``experts(x [T,H], index [T,K], weights [T,K]) -> [T,H]`` of all layers, for steps of one shape.
 
@@ -94,8 +118,7 @@ class DecodeExperts:
         host: address of an expert's block in host memory, for the CPU lane.
         rows, choices: T and K of every call.
         split: how many of a call's misses the link brings, the lane computes the others; and how many of these the
-            link brings behind them, where it would be idle, so that they are resident the next time; two at most.
-            Without a lane all are fetched.
+            link brings behind them, so that they are resident the next time. Without a lane all are fetched.
 
     Raises InferenceError if the cache has too few slots for a call.
     """
@@ -143,10 +166,7 @@ class DecodeExperts:
         self._chosen_P = self._expert_TK.view(-1).numpy()
         # Of each layer: where experts are, where those that come will be, which ones the CPU has.
         self._tables = [tuple(table_3E) for table_3E in self._new_L3E.numpy()]
-        # Calls of the CPU's that the host knows to be done, and the one that the GPU waits for next.
-        self._done_1 = torch.zeros(1, dtype=torch.int64, pin_memory=pin)
-        self._awaited_1 = torch.ones(1, dtype=torch.int64, device=device)
-        self._done = self._done_1.numpy()
+        self._ended = HostCount(device)  # calls of the lane
         # The host's part of a call is on the way of everything else, so it works on lists, which are made once.
         self._refs = [[ExpertRef(layer, expert) for expert in range(experts)] for layer in self._layers]
         self._used = [[0] * experts for _ in self._layers]  # the call in which each was used last
@@ -157,14 +177,11 @@ class DecodeExperts:
         self._blocks = cache.blocks_CB.unbind(0)
         self._room = self._spare
         if lane is not None and split is not None:
-            self._room = min(self._spare, split.most + _MOST_BEHIND)
-        self._period_s = [0.0] * layers  # from each layer's turn at the link to the next one's in a step, of late
-        self._turn: tuple[int, float] | None = None  # the layer that had its turn last in this step, and when
+            self._room = min(self._spare, split.most)
         self._calls = 0
         self._under_way = _Divided([], [], [], 0)
         self._coming: list[Transfer] = []
         self._behind: list[Transfer] = []  # brought for later, not yet waited for
-        self._new: list[Transfer] = []  # the same of the newest call
 
     def fill(self) -> None:
         """Brings every expert, where all are to be resident, and tells the device where they are.
@@ -195,20 +212,10 @@ class DecodeExperts:
         if self.lane is not None:
             with suppress(LaneHung):
                 self.lane.wait()
-            self._let_go()
+            self._ended.give_up()
         self._coming.clear()
         self._behind.clear()
-        self._new.clear()
         self.cache.abandon_all()
-
-    def _let_go(self) -> None:
-        """The GPU may wait for a call of the CPU's that nobody will count as done."""
-        self._done[0] = torch.iinfo(torch.int64).max
-        with suppress(RuntimeError):  # CUDA's, of which whoever comes next hears again
-            if self._published is not None:
-                torch.cuda.synchronize(self._number)
-            self._awaited_1.fill_(1)
-        self._done[0] = 0
 
     def begin(self) -> None:
         """A step begins: what another lent from the slots is done with, and there must be room for the first call.
@@ -244,7 +251,7 @@ class DecodeExperts:
         compute(*call, table_3E[1], *weights, self._a_PI, self._y_PH)
         self.graph.meanwhile(partial(self._take_in, row))
         if self.lane is not None:
-            await_host(self._done_1, self._awaited_1)
+            self._ended.wait()
         combine(self._y_PH, expert_TK, out_TH, table_3E[2], self._cpu_y_PH)
         return out_TH
 
@@ -261,10 +268,9 @@ class DecodeExperts:
             self._submit(row, work.away, chosen)
         resident_E, coming_E, away_E = self._tables[row]
         resident_E[:] = self.cache.slot_LE[row]
+        self._settle(self._behind)
         if work.fetch or work.also:
             self._bring(row, work)
-        self._settle(self._behind)
-        self._behind, self._new = self._new, self._behind
         coming_E.fill(-1)
         away_E.fill(0)
         slots = self.cache.slots_of[row]
@@ -272,7 +278,6 @@ class DecodeExperts:
             coming_E[expert] = slots[expert]
         for expert in work.away:
             away_E[expert] = 1
-        self._note_turn(row, asked)
         self.counts.asked_s += asked - began
         self.counts.given_s += time.perf_counter() - asked
 
@@ -284,9 +289,9 @@ class DecodeExperts:
         missing = [expert for expert in experts if slots[expert] < 0]
         fetch, behind = len(missing), 0
         if self._split is not None:
-            fetch, behind = self._split(fetch, self._period_s[row])
+            fetch, behind = self._split(fetch)
             fetch = min(fetch, self.cache.free)
-            behind = min(behind, self.cache.free - fetch, _MOST_BEHIND)
+            behind = min(behind, self.cache.free - fetch)
         assert fetch <= self.cache.free, (fetch, self.cache.free)
         missing.sort(key=self._used[row].__getitem__, reverse=True)
         return _Divided(experts, missing[:fetch], missing[fetch:], behind)
@@ -313,13 +318,7 @@ class DecodeExperts:
         pairs = [(refs[expert], self._blocks[slots[expert]]) for expert in wanted]
         brought = self.transfer.demand_all(pairs, [now] if 0 < now < len(wanted) else [])
         self._coming += brought[:now]
-        self._new += brought[now:]
-
-    def _note_turn(self, row: int, now: float) -> None:
-        """A step ends behind its last layer, with all that was brought for later waited for: that has no period."""
-        if self._turn is not None and (before := self._turn[0]) < row:
-            self._period_s[before] += (now - self._turn[1] - self._period_s[before]) / 8
-        self._turn = row, now
+        self._behind += brought[now:]
 
     def _settle(self, transfers: list[Transfer]) -> None:
         """What the GPU is given from here on finds these experts in their slots."""
@@ -339,7 +338,7 @@ class DecodeExperts:
         booked = time.perf_counter()
         if self.lane is not None:
             self.lane.wait()
-            self._done[0] += 1
+            self._ended.add()
         self.counts.books_s += booked - began
         self.counts.lane_s += time.perf_counter() - booked
 

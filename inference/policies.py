@@ -33,7 +33,7 @@ class Policy(ABC):
         self.layers, self.experts = layers, experts
         self.round, self.row = 0, -1
         turns_LL = (np.arange(layers)[None] - np.arange(layers)[:, None] - 1) % layers
-        self._waits = [(turns_L / layers)[:, None] for turns_L in turns_LL]
+        self._waits: list[np.ndarray] = [(turns_L / layers)[:, None] for turns_L in turns_LL]
 
     def begin(self) -> None:  # noqa: B027 - most policies do not care
         """A new sequence starts."""
@@ -74,8 +74,8 @@ class Policy(ABC):
         assert len(where) >= count, f"{count} victims asked of {len(where)} that may go"
         scores = self.scores().reshape(-1)[where]
         if count == 1:
-            return where[[int(scores.argmin())]]
-        return where[scores.argsort(kind="stable")[:count]]
+            return np.asarray(where[[int(scores.argmin())]])
+        return np.asarray(where[scores.argsort(kind="stable")[:count]])
 
 
 class LRU(Policy):

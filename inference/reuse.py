@@ -30,6 +30,7 @@ class ExpectedReuse(Policy):
         super().__init__(layers, experts)
         features = len(self.HALF_LIVES) + 2
         self._decay_F1 = 0.5 ** (1 / np.array(self.HALF_LIVES, dtype=np.float32))[:, None]
+        self._gain_F1 = 1 - self._decay_F1
         # Rates with the floor added, and the share of successions: what the features are the logarithms of.
         self._rate_LFE = np.full((layers, features - 1, experts), self._FLOOR, dtype=np.float32)
         self._x_LFE = np.ones((layers, features, experts), dtype=np.float32)  # the last feature is constant
@@ -58,16 +59,16 @@ class ExpectedReuse(Policy):
         self.weights_F -= self.STEP * gradient_F / np.sqrt(self._squares_F)
         rates_FE = rate_FE[:-1]
         rates_FE *= self._decay_F1
-        rates_FE += (1 - self._decay_F1) * (used_E + self._FLOOR)
-        self._succession(row, experts_N, used_S, rate_FE[-1])
+        rates_FE += self._gain_F1 * (used_E + self._FLOOR)
+        self._succession(row, experts_N, used_S, rate_FE)
         np.log(rate_FE, out=x_FE[:-1])
         np.matmul(-self.weights_F, x_FE, out=against_E)
         np.minimum(against_E, 15, out=against_E)
-        np.maximum(against_E, -15, out=against_E)
         np.exp(against_E, out=against_E)
 
-    def _succession(self, row: int, experts_N: np.ndarray, used_S: np.ndarray, share_E: np.ndarray) -> None:
-        """Share of the turns behind the experts of this one that used each expert, into ``share_E``, plus the floor."""
+    def _succession(self, row: int, experts_N: np.ndarray, used_S: np.ndarray, rate_FE: np.ndarray) -> None:
+        """Share of the turns behind the experts of this one that used each expert, plus the floor, into the last of
+        ``rate_FE``."""
         followed_ES, before_N = self._followed_LES[row], self._before_L[row]
         if before_N is not None:
             behind_NS = followed_ES.take(before_N, 0)  # which is faster than an index
@@ -78,9 +79,11 @@ class ExpectedReuse(Policy):
         behind_NS = followed_ES.take(experts_N, 0)
         weight_N = 1 / (behind_NS[:, -1] + self._DOUBT)
         weight_N /= len(experts_N)
-        np.matmul(weight_N, behind_NS[:, :-1], out=share_E)
-        prior = self._DOUBT * float(weight_N.sum())
-        share_E += prior * (self._rate_LFE[row, -2] - self._FLOOR) + self._FLOOR
+        share_S = weight_N @ behind_NS
+        prior = 1 - float(share_S[-1])  # what the doubt weighs: the last column is how much was seen
+        share_E = np.multiply(rate_FE[-2], prior, out=rate_FE[-1])
+        share_E += share_S[:-1]
+        share_E += self._FLOOR * (1 - prior)
 
     def scores(self) -> Scores:
         return np.asarray(-1 - self._against_LE - self.wait_L1)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from benchmarks.inference_arms import open_banks
-from inference import decode_experts
 from inference.cache import ExpertCache
 from inference.cpu_lane import CpuLane
 from inference.cuda_link import CudaLink
@@ -39,7 +36,7 @@ class Shares:
     def __init__(self, share: float) -> None:
         self.share = share
 
-    def __call__(self, misses, period_s):
+    def __call__(self, misses):
         return round(self.share * misses), int(misses > 2)
 
 
@@ -134,24 +131,6 @@ def test_the_cpu_lane_is_close(resident, model_folder, share):
     assert torch.equal(chosen, tokens)
     assert served.experts.counts.computed > 0
     assert (served.experts.counts.fetched > 0) == (share > 0)
-
-
-def test_time_between_steps_is_no_layers_period(model_folder, monkeypatch):
-    now = 0.0
-
-    def clock():
-        nonlocal now
-        now += 1e-3
-        return now
-
-    monkeypatch.setattr(decode_experts, "time", SimpleNamespace(perf_counter=clock))
-    served = Served(model_folder, 16, 0.5)
-    for t in range(3):
-        served.step.run([t, t], TABLES, [5, 17])
-        now += 3600
-    *periods, last = served.experts._period_s
-    assert all(0 < period < 1 for period in periods)
-    assert last == 0, "the step ends behind its last layer, with all that was brought for later waited for"
 
 
 def test_too_few_slots_are_refused(model_folder):
