@@ -47,6 +47,8 @@ typedef struct {
     pthread_cond_t wake;
     atomic_int sleeping, stop, lost;
     atomic_uint call;      /* number of the newest call */
+    atomic_int told;       /* it has ended, and was counted */
+    _Atomic int64_t *count;
     atomic_int busy;       /* threads inside it */
     /* the newest call */
     int experts, up_units, down_units, units;
@@ -184,7 +186,9 @@ static void work(lane_t *lane) {
         int ups = lane->experts * lane->up_units;
         if (unit < ups) up_unit(lane, unit / lane->up_units, unit % lane->up_units);
         else if (down_unit(lane, (unit - ups) / lane->down_units, (unit - ups) % lane->down_units)) return;
-        atomic_fetch_add_explicit(&lane->done, 1, memory_order_release);
+        if (atomic_fetch_add(&lane->done, 1) + 1 < lane->units) continue;
+        if (lane->count) atomic_fetch_add(lane->count, 1);
+        atomic_store(&lane->told, 1); /* last: until then nobody takes the call for ended */
     }
 }
 
@@ -216,6 +220,7 @@ lane_t *lane_open(int threads, int hidden, int inner, long down_start, int is_bf
     if (!lane) return NULL;
     lane->hidden = hidden; lane->inner = inner; lane->down_start = down_start; lane->is_bf16 = is_bf16;
     lane->limit_ns = limit_ms * 1000000;
+    lane->told = 1;
     lane->up_units = (inner + UP_COLUMNS - 1) / UP_COLUMNS;
     lane->down_units = (hidden + DOWN_ROWS - 1) / DOWN_ROWS;
     pthread_mutex_init(&lane->lock, NULL);
@@ -231,10 +236,13 @@ int lane_wait(lane_t *lane) {
     if (atomic_load(&lane->lost)) return LOST;
     work(lane);
     wait_t wait = {0};
-    while (atomic_load_explicit(&lane->done, memory_order_acquire) < lane->units)
+    while (!atomic_load(&lane->told))
         if (given_up(lane, &wait)) return LOST;
     return 0;
 }
+
+/* Whoever ends a call from the next one on adds one to *count, if there is one. No call may be under way. */
+void lane_count(lane_t *lane, _Atomic int64_t *count) { lane->count = count; }
 
 /* Begins a call; the arrays must live until lane_wait has returned. pair[first[e]] to pair[first[e + 1]] belong to expert
    e; pair p is row p / choices of x, its score is score[p], its result goes to row p of y. Returns 0, NO_MEMORY or LOST. */
@@ -261,6 +269,7 @@ int lane_submit(lane_t *lane, int experts, const char **block, const int32_t *fi
     lane->x = x; lane->score = score; lane->y = y;
     atomic_store(&lane->done, 0);
     lane->units = experts * (lane->up_units + lane->down_units);
+    atomic_store(&lane->told, !lane->units);
     atomic_store(&lane->next, 0);
     atomic_fetch_add(&lane->call, 1);
     if (atomic_load(&lane->sleeping)) {

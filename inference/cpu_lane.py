@@ -81,6 +81,7 @@ def _typed(lib: ctypes.CDLL) -> ctypes.CDLL:
         ],
         ctypes.c_int,
     )
+    lib.lane_count.argtypes, lib.lane_count.restype = [_POINTER, _POINTER], None
     lib.lane_wait.argtypes, lib.lane_wait.restype = [_POINTER], ctypes.c_int
     lib.lane_close.argtypes, lib.lane_close.restype = [_POINTER], None
     return lib
@@ -93,6 +94,7 @@ class LaneCall:
         x_TH, score_TK, y_PH: fp32, contiguous.
         experts: of one call, at most.
         reads: what keeps the blocks of a layer's experts in memory, asked for if a thread hangs that may read them.
+        count: int64 [1], to which the thread that ends a call adds 1, when all results are in y.
     """
 
     def __init__(
@@ -102,9 +104,14 @@ class LaneCall:
         y_PH: np.ndarray,
         experts: int,
         reads: Callable[[int, Sequence[int]], object] = lambda *_: None,
+        count: np.ndarray | None = None,
     ) -> None:
         self.arrays = (x_TH, score_TK, y_PH)
         assert all(array.dtype == np.float32 and array.flags.c_contiguous for array in self.arrays)
+        self.count, self.count_at = count, 0
+        if count is not None:
+            assert count.dtype == np.int64
+            self.count_at = count.ctypes.data
         self.addresses = tuple(array.ctypes.data for array in self.arrays)
         self.choices, self.reads = score_TK.shape[1], reads
         self.block = (_POINTER * experts)()
@@ -137,6 +144,7 @@ class CpuLane:
         self._lane = None
         self.threads, self.limit_s = threads, limit_s
         self._call: LaneCall | None = None  # under way: what it reads and writes must stay
+        self._count_at = 0
         self._what: tuple[int, Sequence[int]] = (-1, ())
         if dtype not in (torch.bfloat16, torch.float32):
             raise LaneError(f"experts in {dtype} cannot be computed by the CPU lane; it knows bfloat16 and float32")
@@ -170,6 +178,9 @@ class CpuLane:
             what: the layer and its experts, for an error.
         """
         self.wait()
+        if call.count_at != self._count_at:
+            self._library.lane_count(self._lane, call.count_at)
+            self._count_at = call.count_at
         call.block[: len(blocks)] = blocks
         call.first[: len(first)] = first
         call.pair[: len(pairs)] = pairs

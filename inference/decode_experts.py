@@ -4,9 +4,9 @@ With all experts resident nothing asks the host: a table on the device says in w
 is cut twice. At the first cut the host reads which experts were chosen, has the missing ones computed by the CPU
 or brought over the link, in this order and before it does anything else, and lets the GPU begin with those that are
 resident. At the second it has the GPU go on with what the link brings, as soon as that is there, and with everything up
-to the next call, which the GPU begins once the host has counted this call of the CPU's as done: nothing is left to
-launch then. Meanwhile the host keeps the books of the cache, and computes with the CPU's other threads. Partial results
-stay apart until they are added in ascending order of expert, so with the link alone the bits are those of all resident.
+to the next call, which the GPU begins once the CPU's threads have counted this call as done: nothing is left to launch
+then. Meanwhile the host keeps the books of the cache, then computes with those threads. Partial results stay apart
+until they are added in ascending order of expert, so with the link alone the bits are those of all resident.
 
 When the host has read a call's experts, everything the GPU was given before is done. So a slot that was given up in an
 earlier call is read by nobody, and the link may write to it without waiting.
@@ -83,30 +83,30 @@ class _Divided(NamedTuple):
 
 
 class HostCount:
-    """Work of the host's that a stream waits for without the host giving it anything more: it counts what is done."""
+    """Work of the host's that a stream waits for without the host giving it anything more: it counts what is done.
+
+    Attributes:
+        done_1: the count, in memory that the device reads; what was done is in pinned memory before it goes up.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._done_1 = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._counted_1 = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._awaited_1 = torch.ones(1, dtype=torch.int64, device=device)
-        self._done = self._done_1.numpy()
+        self.done_1 = self._counted_1.numpy()
 
     def wait(self) -> None:
         """What the stream is given from here on begins when one more is done. Fit for capture."""
-        await_host(self._done_1, self._awaited_1)
-
-    def add(self) -> None:
-        """One more is done, and what it wrote to pinned memory is there for the device."""
-        self._done[0] += 1
+        await_host(self._counted_1, self._awaited_1)
 
     def give_up(self) -> None:
         """Nothing more will be done: what waits goes on, and counting begins anew."""
-        self._done[0] = torch.iinfo(torch.int64).max
+        self.done_1[0] = 1 << 62
         with suppress(RuntimeError):  # CUDA's, of which whoever comes next hears again
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             self._awaited_1.fill_(1)
-        self._done[0] = 0
+        self.done_1[0] = 0
 
 
 class DecodeExperts:
@@ -173,7 +173,8 @@ class DecodeExperts:
         if lane is not None and host is not None:
             self._addresses = [[host(ref) for ref in refs] for refs in self._refs]
             arrays = (t.numpy() for t in (self._x_TH, self._score_TK, self._cpu_y_PH))
-            self._call = LaneCall(*arrays, experts=self._spare, reads=partial(_blocks, transfer))
+            count = self._ended.done_1
+            self._call = LaneCall(*arrays, experts=self._spare, reads=partial(_blocks, transfer), count=count)
         self._blocks = cache.blocks_CB.unbind(0)
         self._room = self._spare
         if lane is not None and split is not None:
@@ -266,6 +267,8 @@ class DecodeExperts:
         work = self._under_way = self._divided(row, chosen)
         if work.away:  # first, since the lane is what ends last
             self._submit(row, work.away, chosen)
+        elif self.lane is not None:
+            self._ended.done_1[0] += 1
         resident_E, coming_E, away_E = self._tables[row]
         resident_E[:] = self.cache.slot_LE[row]
         self._settle(self._behind)
@@ -338,7 +341,6 @@ class DecodeExperts:
         booked = time.perf_counter()
         if self.lane is not None:
             self.lane.wait()
-            self._ended.add()
         self.counts.books_s += booked - began
         self.counts.lane_s += time.perf_counter() - booked
 

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+_FEW = 8  # minima are found one after the other sooner than all are sorted
+
 Flags = np.ndarray  # bool
 Scores = np.ndarray  # float64
 
@@ -58,7 +60,7 @@ class Policy(ABC):
 
     @abstractmethod
     def scores(self) -> Scores:
-        """How much each expert is worth keeping now, [L,E]."""
+        """How much each expert is worth keeping now, [L,E], finite."""
 
     @property
     def wait_L1(self) -> np.ndarray:
@@ -73,9 +75,13 @@ class Policy(ABC):
         (where,) = evictable_LE.reshape(-1).nonzero()
         assert len(where) >= count, f"{count} victims asked of {len(where)} that may go"
         scores = self.scores().reshape(-1)[where]
-        if count == 1:
-            return np.asarray(where[[int(scores.argmin())]])
-        return np.asarray(where[scores.argsort(kind="stable")[:count]])
+        if count > _FEW:
+            return np.asarray(where[scores.argsort(kind="stable")[:count]])
+        worst = []
+        for _ in range(count):
+            worst.append(int(scores.argmin()))
+            scores[worst[-1]] = np.inf
+        return np.asarray(where[worst])
 
 
 class LRU(Policy):

@@ -112,7 +112,11 @@ def test_what_a_thread_that_hangs_reads_outlives_the_banks(model_folder, monkeyp
         given.append(list(served.experts._call.block[: args[1]]))
         return library.lane_submit(*args)
 
-    said = SimpleNamespace(lane_submit=submit, lane_wait=lambda lane: library.lane_wait(lane) or -2 * bool(given))
+    said = SimpleNamespace(
+        lane_count=library.lane_count,
+        lane_submit=submit,
+        lane_wait=lambda lane: library.lane_wait(lane) or -2 * bool(given),
+    )
     with monkeypatch.context() as patch:
         patch.setattr(cpu_lane, "_lost_calls", lost)
         patch.setattr(lane, "_library", said)
