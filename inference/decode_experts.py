@@ -179,8 +179,7 @@ class DecodeExperts:
         self._room = self._spare
         if lane is not None and split is not None:
             self._room = min(self._spare, split.most)
-        self._calls = 0
-        self._under_way = _Divided([], [], [], 0)
+        self._calls, self._under_way = 0, _Divided([], [], [], 0)
         self._coming: list[Transfer] = []
         self._behind: list[Transfer] = []  # brought for later, not yet waited for
 
