@@ -8,16 +8,16 @@ what DFloat11 (Zhang et al., arXiv 2504.11651) rests on, with Huffman codes deco
 
 A packed block of B elements, little-endian, from an address divisible by 64:
 
-======================== =================================================================================================
+======================== ============================================================================================
 64 bytes                 int32: ``base`` (an exponent field), the number X of exceptions; zeros
 ``small`` [B] uint8      bit 7 the sign, bits 6 to 0 the mantissa
-``codes`` [B/2] uint8    16 bytes for 32 elements: byte j has the code of element j in its low, of j + 16 in its high half.
-                         Codes 0 to 14 are the exponent fields base - code, 15 is the field 0 (zeros, subnormals)
-``first`` [tiles+1]      int32: of each tile of 4,096 elements, which exception is the first at or behind its begin; then X.
-                         Padded to 64 bytes from the block's begin
-``exceptions`` [X]       uint64, ascending: element number << 16 | the 16 bits. In ``codes`` they are 15, in ``small`` as
-                         all others: left alone they decode to less than 2**-126
-======================== =================================================================================================
+``codes`` [B/2] uint8    16 bytes for 32 elements: byte j has the code of element j in its low, of j + 16 in its high
+                         half. Codes 0 to 14 are the fields base - code, 15 is the field 0 (zeros, subnormals)
+``first`` [tiles+1]      int32: of each tile of 4,096 elements, which exception is the first at or behind its begin;
+                         then X. Padded to 64 bytes from the block's begin
+``exceptions`` [X]       uint64, ascending: element number << 16 | the 16 bits. In ``codes`` they are 15, in
+                         ``small`` as all others: left alone they decode to less than 2**-126
+======================== ============================================================================================
 
 This is the definition, in numpy; what serves is compiled (``packed.c``), the same in each byte.
 """
@@ -93,7 +93,8 @@ def _whole_lines(nbytes: int) -> int:
 def pack(block_B: Tensor) -> Tensor | None:
     """The block's used bytes, or None if it has too many exceptions."""
     form = PackedBlock(block_B.numel())
-    assert block_B.dtype == torch.bfloat16 and form.elements % GROUP == 0, (block_B.dtype, block_B.shape)
+    assert block_B.dtype == torch.bfloat16, block_B.dtype
+    assert form.elements % GROUP == 0, block_B.shape
     bits_B = block_B.contiguous().view(torch.int16).numpy().view(np.uint16)
     fields_B = (bits_B >> 7 & 0xFF).astype(np.int32)
     base = _base(np.bincount(fields_B, minlength=256))
