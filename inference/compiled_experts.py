@@ -15,8 +15,9 @@ from subprocess import SubprocessError
 import torch
 from torch import Tensor
 
-from inference.cpu_lane import CpuLane, LaneCall, LaneError, library
+from inference.cpu_lane import CpuLane, LaneCall
 from inference.host_expert import HostExpert
+from inference.native import NativeError, library
 
 COMPILED = "compiled"
 
@@ -25,7 +26,7 @@ def compiled_kernels(dtype: torch.dtype) -> tuple[str, ...]:
     """Its name, where a compiler made it and it knows the precision; a cache folder that cannot be written is none."""
     try:
         library()
-    except (LaneError, OSError, SubprocessError):
+    except (NativeError, OSError, SubprocessError):
         return ()
     return (COMPILED,) if dtype in (torch.bfloat16, torch.float32) else ()
 

@@ -18,6 +18,8 @@ A block: gate [I,H], up [I,H] and, from element down_start on, down [H,I], row a
 #include <math.h>
 #include <time.h>
 
+#include "packed.h"
+
 #define UP_COLUMNS 16
 #define DOWN_ROWS 32
 #define MAX_EXPERTS 4096
@@ -28,6 +30,9 @@ A block: gate [I,H], up [I,H] and, from element down_start on, down [H,I], row a
 #define PATIENCE_NS 1000000 /* for which a thread looks before it goes to sleep */
 #define LOOKS 256           /* between two looks at the clock: a pause takes from 5 to 50 ns */
 #define GAP_NS 1000000000   /* of the time between two looks, what counts: the process may have been stopped */
+#ifndef AHEAD_PACKED
+#define AHEAD_PACKED 1024
+#endif
 #define NO_MEMORY (-1)
 #define LOST (-2)
 
@@ -35,9 +40,7 @@ A block: gate [I,H], up [I,H] and, from element down_start on, down [H,I], row a
 #define LATE() ((void)0) /* where a thread may be late; a test lets it be */
 #endif
 
-typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t half_words __attribute__((vector_size(32), aligned(2), may_alias));
-typedef uint32_t words __attribute__((vector_size(64), may_alias));
 
 typedef struct {
     int hidden, inner, is_bf16, threads;
@@ -49,7 +52,7 @@ typedef struct {
     atomic_uint call;      /* number of the newest call */
     atomic_int busy;       /* threads inside it */
     /* the newest call */
-    int experts, up_units, down_units, units;
+    int experts, up_units, down_units, units, packed;
     const char *block[MAX_EXPERTS];
     const int32_t *first, *pair;
     int choices;
@@ -132,14 +135,52 @@ static float dot_fp32(const float *w, const float *x, int n) {
     return total;
 }
 
-static inline void dots(const lane_t *lane, const char *matrix, long row, long other, int n, const float *x, float *a,
-                        float *b) {
-    if (lane->is_bf16) {
-        const uint16_t *w = (const uint16_t *)matrix;
-        dots_bf16(w + row * n, w + other * n, x, n, a, b);
-    } else {
-        *a = dot_fp32((const float *)matrix + row * n, x, n);
-        *b = dot_fp32((const float *)matrix + other * n, x, n);
+/* As dots_bf16, the same sums in the same order, of two rows of a packed block. */
+static void dots_packed(const packed_t *block, long w, long v, const float *x, int n, float *wx, float *vx) {
+    const uint8_t *ws = block->small + w, *wc = block->codes + w / 2, *vs = block->small + v, *vc = block->codes + v / 2;
+    words exponents = exponent_bits(block->base);
+    vec w0 = {0}, w1 = {0}, v0 = {0}, v1 = {0}, part[4];
+    int32_t we = exception_from(block, w), ve = exception_from(block, v);
+    for (size_t i = 0; i < (size_t)n; i += GROUP) {
+        long stop = exception_place(block, we) - w, other = exception_place(block, ve) - v;
+        if (other < stop) stop = other;
+        size_t whole = stop < n ? (size_t)stop / GROUP * GROUP : (size_t)n;
+        for (; i < whole; i += GROUP) {
+            vec x0 = *(const vec *)(x + i), x1 = *(const vec *)(x + i + 16);
+            __builtin_prefetch(ws + i + AHEAD_PACKED);
+            __builtin_prefetch(vs + i + AHEAD_PACKED);
+            __builtin_prefetch(wc + (i + AHEAD_PACKED) / 2);
+            __builtin_prefetch(vc + (i + AHEAD_PACKED) / 2);
+            widened_group(ws + i, wc + i / 2, exponents, &part[0], &part[1]);
+            widened_group(vs + i, vc + i / 2, exponents, &part[2], &part[3]);
+            w0 += part[0] * x0;
+            w1 += part[1] * x1;
+            v0 += part[2] * x0;
+            v1 += part[3] * x1;
+        }
+        if (i == (size_t)n) break;
+        widened_group(ws + i, wc + i / 2, exponents, &part[0], &part[1]);
+        widened_group(vs + i, vc + i / 2, exponents, &part[2], &part[3]);
+        we = patched(block, we, w + i, (float *)&part[0]);
+        ve = patched(block, ve, v + i, (float *)&part[2]);
+        w0 += part[0] * *(const vec *)(x + i);
+        w1 += part[1] * *(const vec *)(x + i + 16);
+        v0 += part[2] * *(const vec *)(x + i);
+        v1 += part[3] * *(const vec *)(x + i + 16);
+    }
+    *wx = sum(w0 + w1);
+    *vx = sum(v0 + v1);
+}
+
+/* Two rows of n weights of an expert's block, which begin at its elements w and v, times x. */
+static inline void dots(const lane_t *lane, const char *block, long w, long v, int n, const float *x, float *wx, float *vx) {
+    if (lane->packed) {
+        packed_t packed = packed_at(block, lane->down_start + (long)lane->hidden * lane->inner);
+        dots_packed(&packed, w, v, x, n, wx, vx);
+    } else if (lane->is_bf16) dots_bf16((const uint16_t *)block + w, (const uint16_t *)block + v, x, n, wx, vx);
+    else {
+        *wx = dot_fp32((const float *)block + w, x, n);
+        *vx = dot_fp32((const float *)block + v, x, n);
     }
 }
 
@@ -150,7 +191,7 @@ static void up_unit(lane_t *lane, int expert, int part) {
         for (int p = lane->first[expert]; p < lane->first[expert + 1]; p++) {
             const float *x = lane->x + (long)(lane->pair[p] / lane->choices) * H;
             float gate, up;
-            dots(lane, lane->block[expert], i, I + i, H, x, &gate, &up);
+            dots(lane, lane->block[expert], (long)i * H, (long)(I + i) * H, H, x, &gate, &up);
             lane->a[(long)p * I + i] = up * gate / (1.0f + expf(-gate));
         }
     atomic_fetch_add_explicit(&lane->up_done[expert], 1, memory_order_release);
@@ -159,7 +200,7 @@ static void up_unit(lane_t *lane, int expert, int part) {
 /* Returns 0, or LOST before anything is written. */
 static int down_unit(lane_t *lane, int expert, int part) {
     int H = lane->hidden, I = lane->inner, end = (part + 1) * DOWN_ROWS;
-    const char *down = lane->block[expert] + lane->down_start * (lane->is_bf16 ? 2 : 4);
+    long down = lane->down_start;
     if (end > H) end = H;
     wait_t wait = {0};
     while (atomic_load_explicit(&lane->up_done[expert], memory_order_acquire) < lane->up_units)
@@ -168,7 +209,8 @@ static int down_unit(lane_t *lane, int expert, int part) {
         for (int p = lane->first[expert]; p < lane->first[expert + 1]; p++) {
             int next = h + 1 < end ? h + 1 : h; /* the last of an odd number stands for itself */
             float *y = lane->y + (long)lane->pair[p] * H, score = lane->score[lane->pair[p]], here, there;
-            dots(lane, down, h, next, I, lane->a + (long)p * I, &here, &there);
+            const float *a = lane->a + (long)p * I;
+            dots(lane, lane->block[expert], down + (long)h * I, down + (long)next * I, I, a, &here, &there);
             y[h] = here * score;
             y[next] = there * score;
         }
@@ -238,8 +280,8 @@ int lane_wait(lane_t *lane) {
 
 /* Begins a call; the arrays must live until lane_wait has returned. pair[first[e]] to pair[first[e + 1]] belong to expert
    e; pair p is row p / choices of x, its score is score[p], its result goes to row p of y. Returns 0, NO_MEMORY or LOST. */
-int lane_submit(lane_t *lane, int experts, const char **block, const int32_t *first, const int32_t *pair, int choices,
-                const float *x, const float *score, float *y) {
+int lane_submit(lane_t *lane, int experts, int packed, const char **block, const int32_t *first, const int32_t *pair,
+                int choices, const float *x, const float *score, float *y) {
     wait_t wait = {0};
     if (lane_wait(lane)) return LOST;
     /* A late thread may still ask for a unit of the last call: it must find none, whatever `units` is by then. */
@@ -257,7 +299,7 @@ int lane_submit(lane_t *lane, int experts, const char **block, const int32_t *fi
         if (!lane->a) return NO_MEMORY;
     }
     for (int e = 0; e < experts; e++) { lane->block[e] = block[e]; atomic_store(&lane->up_done[e], 0); }
-    lane->experts = experts; lane->first = first; lane->pair = pair; lane->choices = choices;
+    lane->experts = experts; lane->packed = packed; lane->first = first; lane->pair = pair; lane->choices = choices;
     lane->x = x; lane->score = score; lane->y = y;
     atomic_store(&lane->done, 0);
     lane->units = experts * (lane->up_units + lane->down_units);

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from inference.expert_block import ExpertBlock, ExpertShape
 from inference.packed import GROUP, HEADER, OTHER, TILE, PackedBlock, pack, packable, unpack
+from inference.packing import pack_into, unpack_into
 
 
 def of_bits(bits_B: np.ndarray) -> torch.Tensor:
@@ -109,3 +110,54 @@ def test_too_many_exceptions_are_refused():
 )
 def test_which_layouts_can_be_packed(hidden, inner, dtype, want):
     assert packable(ExpertBlock(ExpertShape(4, hidden, inner), dtype)) is want
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    groups=st.integers(1, 400),
+    at=st.lists(st.integers(0, 1 << 20), max_size=40),
+    bits=st.lists(st.integers(0, 65535), min_size=40, max_size=40),
+    seed=st.integers(0, 99),
+)
+def test_compiled_code_packs_the_same_bytes(groups, at, bits, seed):
+    block_B = with_outliers(groups * GROUP, at, bits, seed)
+    made = torch.full((PackedBlock(len(block_B)).stride,), 7, dtype=torch.uint8)
+    used, want = pack_into(block_B, made), pack(block_B)
+    if want is None:
+        assert used == 0
+        return
+    assert torch.equal(made[:used], want)
+    out_B = torch.empty_like(block_B)
+    unpack_into(made, len(block_B), out_B)
+    assert same_bits(out_B, block_B)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    groups=st.integers(1, 5),
+    beside=st.integers(0, 400),
+    before=st.integers(0, 300),
+    at=st.lists(st.integers(0, 1 << 20), max_size=60),
+)
+def test_rows_of_a_part_are_unpacked_alone(rows, groups, beside, before, at):
+    start, stride, columns = before * GROUP, (groups + beside) * GROUP, groups * GROUP
+    elements = start + rows * stride
+    block_B = torch.ones(elements).bfloat16()
+    block_B[[place % elements for place in at][: elements // 128]] = 2.0**-100
+    out_RC = torch.empty(rows, columns).bfloat16()
+    unpack_into(pack(block_B), elements, out_RC, start, stride)
+    assert same_bits(out_RC, block_B[start:].view(rows, stride)[:, :columns].contiguous())
+
+
+@pytest.mark.parametrize("fields", [range(15, 256), range(1, 40), [0, 255], [0], [15], [255]])
+def test_compiled_code_chooses_the_same_base(fields):
+    g = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        drawn = torch.tensor(fields)[torch.randint(len(fields), (4,), generator=g)]
+        block_B = of_bits(drawn.numpy().repeat(1024) << 7)
+        block_B[:8] = 2.0**-100
+        made = torch.empty(PackedBlock(4096).stride, dtype=torch.uint8)
+        want = pack(block_B)
+        used = pack_into(block_B, made)
+        assert used == 0 if want is None else torch.equal(made[:used], want)
