@@ -105,6 +105,9 @@ class ExpertBanks:
         start: fill and register in the background, at once. Without, every expert is staged.
         packed: keep packed what can be; the layout must be :func:`~inference.packed.packable`.
 
+    Attributes:
+        packs: whether it does, but for layers that cannot be.
+
     Raises:
         InferenceError: there is not enough memory for the banks, with the figures.
     """
@@ -119,7 +122,7 @@ class ExpertBanks:
         packed: bool = False,
     ) -> None:
         assert not packed or packable(layout), layout
-        self.store, self.layout, self._pack = store, layout, packed
+        self.store, self.layout, self.packs = store, layout, packed
         self._shared = _Shared(registrar)
         self._staging = _arena(STAGING_BUFFERS, layout)
         _register(self._shared, self._staging, "staging buffers")
@@ -137,7 +140,7 @@ class ExpertBanks:
     @property
     def nbytes(self) -> int:
         """Of all banks when they are full; more if some layers cannot be packed."""
-        each = PackedBlock(self.layout.elements).stride if self._pack else self.layout.nbytes
+        each = PackedBlock(self.layout.elements).stride if self.packs else self.layout.nbytes
         return self.store.total * each
 
     @property

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from inference.packed import PackedBlock
+from inference.placement import RING_BYTES
 from inference.transfer import is_packed
 
-_RING_BYTES, _RING_BUFFERS = 64 << 20, 8  # at most, but for two buffers
+_RING_BUFFERS = 8  # at most, as far as there is room for them, but two
 
 
 class _Driver:
@@ -141,7 +142,7 @@ class _Ring:
         from inference.unpack_kernel import Unpacker  # only where there is Triton
 
         stride = PackedBlock(elements).stride
-        self._count = max(min(_RING_BYTES // stride, _RING_BUFFERS) // 2 * 2, 2)
+        self._count = max(min(RING_BYTES // stride, _RING_BUFFERS) // 2 * 2, 2)
         self._elements, self._driver = elements, _driver()
         with torch.cuda.device(copying.device), torch.inference_mode(False):
             self._buffers = torch.empty(self._count, stride, dtype=torch.uint8, device=copying.device)
@@ -159,7 +160,8 @@ class _Ring:
         self._turn = 0
 
     def bring(self, target_B: Tensor, packed_N: Tensor) -> None:
-        assert target_B.numel() == self._elements and packed_N.nbytes <= self._buffers.shape[1], target_B.shape
+        assert target_B.numel() == self._elements, target_B.shape
+        assert packed_N.nbytes <= self._buffers.shape[1], packed_N.shape
         driver, (copying, unpacking) = self._driver, self._streams
         turn, half = self._turn, self._count // 2
         if self._thread != threading.get_ident():  # the driver knows no thread that has not met the device yet

@@ -13,7 +13,7 @@ import torch
 
 from inference.banks import ExpertBanks
 from inference.compiled_experts import COMPILED, CompiledExperts
-from inference.costmodel import ExpertCosts, KernelTable, MachineProfile
+from inference.costmodel import PACKED_BYTES, ExpertCosts, KernelTable, MachineProfile
 from inference.cpu_experts import CpuExperts, HostWeights
 from inference.cpu_lane import LaneError
 from inference.errors import InferenceError
@@ -48,7 +48,8 @@ def open_cpu_lane(
         threads = profile.threads
     team = min(profile.team, threads)
     shape = banks.store.shape
-    costs = ExpertCosts.of(profile, shape.hidden, shape.intermediate, banks.layout.dtype.itemsize, threads)
+    itemsize = PACKED_BYTES if banks.packs else banks.layout.dtype.itemsize
+    costs = ExpertCosts.of(profile, shape.hidden, shape.intermediate, itemsize, threads)
     compiled = None
     if any(timing.kernel == COMPILED for timing in profile.cpu) and computable(shape):
         down_start = banks.layout.parts[1].start

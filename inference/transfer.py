@@ -80,7 +80,7 @@ class Source(Protocol):
     """Where experts come from."""
 
     def block(self, ref: ExpertRef) -> Tensor | None:
-        """The expert's block, or its packed bytes, in memory that the link can read directly; None while there is none."""
+        """The expert's block, or its packed bytes, in memory that the link can read directly; None: not yet."""
 
     def staged(self, ref: ExpertRef, settle: Callable[[Mark], None]) -> tuple[Tensor, Callable[[Mark], None]]:
         """The expert read into a staging buffer, and whom to tell the mark behind which the buffer is free again."""

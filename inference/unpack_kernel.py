@@ -61,8 +61,9 @@ def unpack_on_device(packed_N: Tensor, block_B: Tensor) -> Any:
 
     Returns what Triton compiled.
     """
-    assert packed_N.dtype == torch.uint8 and packed_N.data_ptr() % 64 == 0, packed_N.dtype
-    assert block_B.dtype == torch.bfloat16 and block_B.is_contiguous(), block_B.dtype
+    assert (packed_N.dtype, block_B.dtype) == (torch.uint8, torch.bfloat16), (packed_N.dtype, block_B.dtype)
+    assert packed_N.data_ptr() % 64 == 0
+    assert block_B.is_contiguous()
     form = PackedBlock(block_B.numel())
     return _unpack[(form.tiles,)](
         packed_N, block_B.view(torch.int16), form.elements, form.codes, form.first, form.exceptions, HEADER, OTHER,

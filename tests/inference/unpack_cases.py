@@ -45,5 +45,3 @@ def test_exceptions_come_to_their_places_however_they_lie(crowded):
     bits = [(0x7FC1, 0x0080, 0xFF80, 0x8001, 0x7F7F, 0x0000)[turn % 6] for turn in range(len(at))]
     block_B = with_outliers(elements, at, bits)
     assert same_bits(on_device(block_B), block_B)
-
-
