@@ -30,9 +30,6 @@ A block: gate [I,H], up [I,H] and, from element down_start on, down [H,I], row a
 #define PATIENCE_NS 1000000 /* for which a thread looks before it goes to sleep */
 #define LOOKS 256           /* between two looks at the clock: a pause takes from 5 to 50 ns */
 #define GAP_NS 1000000000   /* of the time between two looks, what counts: the process may have been stopped */
-#ifndef AHEAD_PACKED
-#define AHEAD_PACKED 1024
-#endif
 #define NO_MEMORY (-1)
 #define LOST (-2)
 
@@ -123,97 +120,139 @@ static void dots_bf16(const uint16_t *w, const uint16_t *v, const float *x, int 
     }
 }
 
-static float dot_fp32(const float *w, const float *x, int n) {
-    vec s0 = {0}, s1 = {0};
+static void dots_fp32(const float *w, const float *v, const float *x, int n, float *wx, float *vx) {
+    vec w0 = {0}, w1 = {0}, v0 = {0}, v1 = {0};
     int i = 0;
     for (; i + 32 <= n; i += 32) {
-        s0 += *(const vec *)(w + i) * *(const vec *)(x + i);
-        s1 += *(const vec *)(w + i + 16) * *(const vec *)(x + i + 16);
+        vec x0 = *(const vec *)(x + i), x1 = *(const vec *)(x + i + 16);
+        w0 += *(const vec *)(w + i) * x0;
+        w1 += *(const vec *)(w + i + 16) * x1;
+        v0 += *(const vec *)(v + i) * x0;
+        v1 += *(const vec *)(v + i + 16) * x1;
     }
-    float total = sum(s0 + s1);
-    for (; i < n; i++) total += w[i] * x[i];
-    return total;
+    *wx = sum(w0 + w1);
+    *vx = sum(v0 + v1);
+    for (; i < n; i++) {
+        *wx += w[i] * x[i];
+        *vx += v[i] * x[i];
+    }
 }
 
-/* As dots_bf16, the same sums in the same order, of two rows of a packed block. */
-static void dots_packed(const packed_t *block, long w, long v, const float *x, int n, float *wx, float *vx) {
+static inline long nearer(const packed_t *block, int32_t we, long w, int32_t ve, long v) {
+    long a = exception_place(block, we) - w, b = exception_place(block, ve) - v;
+    return a < b ? a : b;
+}
+
+/* As dots_bf16, the same sums in the same order, of the rows at elements w and v of a packed block. If there is room for
+   both, they are left there as floats. */
+static inline __attribute__((always_inline)) void dots_packed(const packed_t *block, long w, long v, const float *x, int n,
+                                                              float *room, float *wx, float *vx) {
     const uint8_t *ws = block->small + w, *wc = block->codes + w / 2, *vs = block->small + v, *vc = block->codes + v / 2;
-    words exponents = exponent_bits(block->base);
-    vec w0 = {0}, w1 = {0}, v0 = {0}, v1 = {0}, part[4];
     int32_t we = exception_from(block, w), ve = exception_from(block, v);
-    for (size_t i = 0; i < (size_t)n; i += GROUP) {
-        long stop = exception_place(block, we) - w, other = exception_place(block, ve) - v;
-        if (other < stop) stop = other;
-        size_t whole = stop < n ? (size_t)stop / GROUP * GROUP : (size_t)n;
-        for (; i < whole; i += GROUP) {
-            vec x0 = *(const vec *)(x + i), x1 = *(const vec *)(x + i + 16);
-            __builtin_prefetch(ws + i + AHEAD_PACKED);
-            __builtin_prefetch(vs + i + AHEAD_PACKED);
-            __builtin_prefetch(wc + (i + AHEAD_PACKED) / 2);
-            __builtin_prefetch(vc + (i + AHEAD_PACKED) / 2);
-            widened_group(ws + i, wc + i / 2, exponents, &part[0], &part[1]);
-            widened_group(vs + i, vc + i / 2, exponents, &part[2], &part[3]);
-            w0 += part[0] * x0;
-            w1 += part[1] * x1;
-            v0 += part[2] * x0;
-            v1 += part[3] * x1;
+    long exception = nearer(block, we, w, ve, v);
+    words exponents = exponents_of(block);
+    vec w0 = {0}, w1 = {0}, v0 = {0}, v1 = {0};
+    for (long i = 0; i < n; i += GROUP) {
+        vec x0 = *(const vec *)(x + i), x1 = *(const vec *)(x + i + 16), a0, a1, b0, b1;
+        __builtin_prefetch(ws + i + AHEAD);
+        __builtin_prefetch(vs + i + AHEAD);
+        __builtin_prefetch(wc + (i >> 1) + AHEAD / 2);
+        __builtin_prefetch(vc + (i >> 1) + AHEAD / 2);
+        widened_group(ws + i, wc + (i >> 1), exponents, &a0, &a1);
+        widened_group(vs + i, vc + (i >> 1), exponents, &b0, &b1);
+        if (__builtin_expect(exception < i + GROUP, 0)) {
+            vec a[2] = {a0, a1}, b[2] = {b0, b1};
+            we = patched(block, we, w + i, (float *)a);
+            ve = patched(block, ve, v + i, (float *)b);
+            exception = nearer(block, we, w, ve, v);
+            a0 = a[0]; a1 = a[1]; b0 = b[0]; b1 = b[1];
         }
-        if (i == (size_t)n) break;
-        widened_group(ws + i, wc + i / 2, exponents, &part[0], &part[1]);
-        widened_group(vs + i, vc + i / 2, exponents, &part[2], &part[3]);
-        we = patched(block, we, w + i, (float *)&part[0]);
-        ve = patched(block, ve, v + i, (float *)&part[2]);
-        w0 += part[0] * *(const vec *)(x + i);
-        w1 += part[1] * *(const vec *)(x + i + 16);
-        v0 += part[2] * *(const vec *)(x + i);
-        v1 += part[3] * *(const vec *)(x + i + 16);
+        if (room) {
+            *(vec *)(room + i) = a0;
+            *(vec *)(room + i + 16) = a1;
+            *(vec *)(room + n + i) = b0;
+            *(vec *)(room + n + i + 16) = b1;
+        }
+        w0 += a0 * x0;
+        w1 += a1 * x1;
+        v0 += b0 * x0;
+        v1 += b1 * x1;
     }
     *wx = sum(w0 + w1);
     *vx = sum(v0 + v1);
 }
 
-/* Two rows of n weights of an expert's block, which begin at its elements w and v, times x. */
-static inline void dots(const lane_t *lane, const char *block, long w, long v, int n, const float *x, float *wx, float *vx) {
+/* Two rows of n weights. Packed ones begin at elements w and v of their block. */
+typedef struct {
+    enum { BF16, FP32, PACKED, PACKED_ONCE } form;
+    const void *w_row, *v_row;
+    long w, v;
+    packed_t packed;
+    float *room;
+    int n;
+} rows_t;
+
+/* Of an expert's block, to be multiplied so many times; `room` is for 2 n floats. */
+static inline rows_t rows_of(const lane_t *lane, int expert, long w, long v, int n, int times, float *room) {
+    const char *block = lane->block[expert];
+    int size = lane->is_bf16 ? 2 : 4;
+    rows_t rows = {lane->is_bf16 ? BF16 : FP32, block + w * size, block + v * size, w, v, .room = room, .n = n};
     if (lane->packed) {
-        packed_t packed = packed_at(block, lane->down_start + (long)lane->hidden * lane->inner);
-        dots_packed(&packed, w, v, x, n, wx, vx);
-    } else if (lane->is_bf16) dots_bf16((const uint16_t *)block + w, (const uint16_t *)block + v, x, n, wx, vx);
-    else {
-        *wx = dot_fp32((const float *)block + w, x, n);
-        *vx = dot_fp32((const float *)block + v, x, n);
+        rows.form = times > 1 ? PACKED : PACKED_ONCE;
+        rows.packed = packed_at(block, lane->down_start + (long)lane->hidden * lane->inner);
+    }
+    return rows;
+}
+
+static inline void dots(rows_t *rows, const float *x, float *wx, float *vx) {
+    switch (rows->form) {
+    case BF16: dots_bf16(rows->w_row, rows->v_row, x, rows->n, wx, vx); break;
+    case FP32: dots_fp32(rows->w_row, rows->v_row, x, rows->n, wx, vx); break;
+    case PACKED_ONCE: dots_packed(&rows->packed, rows->w, rows->v, x, rows->n, NULL, wx, vx); break;
+    case PACKED:
+        dots_packed(&rows->packed, rows->w, rows->v, x, rows->n, rows->room, wx, vx);
+        rows->form = FP32;
+        rows->w_row = rows->room;
+        rows->v_row = rows->room + rows->n;
     }
 }
 
 static void up_unit(lane_t *lane, int expert, int part) {
-    int H = lane->hidden, I = lane->inner, end = (part + 1) * UP_COLUMNS;
+    int H = lane->hidden, I = lane->inner, end = (part + 1) * UP_COLUMNS, from = lane->first[expert];
+    int pairs = lane->first[expert + 1] - from;
+    float room[lane->packed && pairs > 1 ? 2 * H : 1] __attribute__((aligned(64)));
     if (end > I) end = I;
-    for (int i = part * UP_COLUMNS; i < end; i++)
-        for (int p = lane->first[expert]; p < lane->first[expert + 1]; p++) {
-            const float *x = lane->x + (long)(lane->pair[p] / lane->choices) * H;
+    for (int i = part * UP_COLUMNS; i < end; i++) {
+        rows_t rows = rows_of(lane, expert, (long)i * H, (long)(I + i) * H, H, pairs, room);
+        for (int p = from; p < from + pairs; p++) {
             float gate, up;
-            dots(lane, lane->block[expert], (long)i * H, (long)(I + i) * H, H, x, &gate, &up);
+            dots(&rows, lane->x + (long)(lane->pair[p] / lane->choices) * H, &gate, &up);
             lane->a[(long)p * I + i] = up * gate / (1.0f + expf(-gate));
         }
+    }
     atomic_fetch_add_explicit(&lane->up_done[expert], 1, memory_order_release);
 }
 
 /* Returns 0, or LOST before anything is written. */
 static int down_unit(lane_t *lane, int expert, int part) {
-    int H = lane->hidden, I = lane->inner, end = (part + 1) * DOWN_ROWS;
-    long down = lane->down_start;
+    int H = lane->hidden, I = lane->inner, end = (part + 1) * DOWN_ROWS, from = lane->first[expert];
+    int pairs = lane->first[expert + 1] - from;
+    float room[lane->packed && pairs > 1 ? 2 * I : 1] __attribute__((aligned(64)));
     if (end > H) end = H;
     wait_t wait = {0};
     while (atomic_load_explicit(&lane->up_done[expert], memory_order_acquire) < lane->up_units)
         if (given_up(lane, &wait)) return LOST;
-    for (int h = part * DOWN_ROWS; h < end; h += 2)
-        for (int p = lane->first[expert]; p < lane->first[expert + 1]; p++) {
-            int next = h + 1 < end ? h + 1 : h; /* the last of an odd number stands for itself */
+    for (int h = part * DOWN_ROWS; h < end; h += 2) {
+        int next = h + 1 < end ? h + 1 : h; /* the last of an odd number stands for itself */
+        long down = lane->down_start;
+        rows_t rows = rows_of(lane, expert, down + (long)h * I, down + (long)next * I, I, pairs, room);
+        for (int p = from; p < from + pairs; p++) {
             float *y = lane->y + (long)lane->pair[p] * H, score = lane->score[lane->pair[p]], here, there;
-            const float *a = lane->a + (long)p * I;
-            dots(lane, lane->block[expert], down + (long)h * I, down + (long)next * I, I, a, &here, &there);
+            dots(&rows, lane->a + (long)p * I, &here, &there);
             y[h] = here * score;
             y[next] = there * score;
         }
+    }
     return 0;
 }
 

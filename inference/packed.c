@@ -72,16 +72,16 @@ static inline void unpack_half(const uint8_t *small, const uint8_t *codes, int s
     }
 }
 
-/* Rows of so many elements, each `stride` behind the one before, from element `start` on; all three whole groups. */
+/* Rows of so many elements, each `stride` behind the one before, the first at element `start`; all three whole groups.
+   They come to their places in the block `to`, of which nothing else is written. */
 void packed_unpack(const char *block, long elements, long start, long rows, long columns, long stride, uint16_t *to) {
     packed_t at = packed_at(block, elements);
-    for (long row = start; rows > 0; rows--, row += stride, to += columns) {
-        for (long i = 0; i < columns; i += GROUP) {
-            const uint8_t *small = at.small + row + i, *codes = at.codes + (row + i) / 2;
-            unpack_half(small, codes, 0, at.base, to + i);
-            unpack_half(small + GROUP / 2, codes, 4, at.base, to + i + GROUP / 2);
+    for (long row = start; rows > 0; rows--, row += stride) {
+        for (long i = row; i < row + columns; i += GROUP) {
+            unpack_half(at.small + i, at.codes + i / 2, 0, at.base, to + i);
+            unpack_half(at.small + i + GROUP / 2, at.codes + i / 2, 4, at.base, to + i + GROUP / 2);
         }
         int32_t e = exception_from(&at, row);
-        for (long place; (place = exception_place(&at, e) - row) < columns; e++) to[place] = (uint16_t)at.exception[e];
+        for (long place; (place = exception_place(&at, e)) < row + columns; e++) to[place] = (uint16_t)at.exception[e];
     }
 }

@@ -2,7 +2,7 @@
 
 Any number of threads may do so at once: neither holds the interpreter's lock.
 
-Shapes: B elements of a block, R rows of C columns.
+Shapes: B elements of a block.
 """
 
 from __future__ import annotations
@@ -27,15 +27,20 @@ def pack_into(block_B: Tensor, packed: Tensor) -> int:
     return int(library().packed_pack(block_B.data_ptr(), elements, packed.data_ptr()))
 
 
-def unpack_into(packed: Tensor, elements: int, out: Tensor, start: int = 0, stride: int = 0) -> None:
-    """Unpack rows [R,C] of a packed block of so many elements, the first from ``start`` on, each ``stride`` behind it.
+def unpack_into(packed: Tensor, block_B: Tensor) -> None:
+    """Unpack a whole block. Raises NativeError."""
+    unpack_rows(packed, block_B, 0, 1, block_B.numel(), block_B.numel())
 
-    By default they follow each other. ``start``, ``stride`` and C are whole groups. Raises NativeError.
+
+def unpack_rows(packed: Tensor, block_B: Tensor, start: int, rows: int, columns: int, stride: int) -> None:
+    """Unpack some rows to their places in a block, of which nothing else is written. Raises NativeError.
+
+    Args:
+        start: the first row's first element; the others begin ``stride`` behind each other. Whole groups, all three.
     """
-    assert out.dtype == torch.bfloat16, out.dtype
-    assert out.is_contiguous(), out.stride()
-    columns = out.shape[-1]
-    rows, stride = out.numel() // columns, stride or columns
+    assert block_B.dtype == torch.bfloat16, block_B.dtype
+    assert block_B.is_contiguous(), block_B.stride()
     assert start % GROUP == columns % GROUP == stride % GROUP == 0, (start, columns, stride)
-    assert start + (rows - 1) * stride + columns <= elements, (start, out.shape, stride, elements)
-    library().packed_unpack(packed.data_ptr(), elements, start, rows, columns, stride, out.data_ptr())
+    assert start + (rows - 1) * stride + columns <= block_B.numel(), (start, rows, columns, stride, block_B.shape)
+    given = (packed.data_ptr(), block_B.numel(), start, rows, columns, stride, block_B.data_ptr())
+    library().packed_unpack(*given)

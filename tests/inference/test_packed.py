@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from inference.expert_block import ExpertBlock, ExpertShape
 from inference.packed import GROUP, HEADER, OTHER, TILE, PackedBlock, pack, packable, unpack
-from inference.packing import pack_into, unpack_into
+from inference.packing import pack_into, unpack_into, unpack_rows
 
 
 def of_bits(bits_B: np.ndarray) -> torch.Tensor:
@@ -128,7 +128,7 @@ def test_compiled_code_packs_the_same_bytes(groups, at, bits, seed):
         return
     assert torch.equal(made[:used], want)
     out_B = torch.empty_like(block_B)
-    unpack_into(made, len(block_B), out_B)
+    unpack_into(made, out_B)
     assert same_bits(out_B, block_B)
 
 
@@ -140,14 +140,16 @@ def test_compiled_code_packs_the_same_bytes(groups, at, bits, seed):
     before=st.integers(0, 300),
     at=st.lists(st.integers(0, 1 << 20), max_size=60),
 )
-def test_rows_of_a_part_are_unpacked_alone(rows, groups, beside, before, at):
+def test_rows_are_unpacked_to_their_places(rows, groups, beside, before, at):
     start, stride, columns = before * GROUP, (groups + beside) * GROUP, groups * GROUP
     elements = start + rows * stride
     block_B = torch.ones(elements).bfloat16()
     block_B[[place % elements for place in at][: elements // 128]] = 2.0**-100
-    out_RC = torch.empty(rows, columns).bfloat16()
-    unpack_into(pack(block_B), elements, out_RC, start, stride)
-    assert same_bits(out_RC, block_B[start:].view(rows, stride)[:, :columns].contiguous())
+    out_B = torch.full((elements,), torch.nan).bfloat16()
+    unpack_rows(pack(block_B), out_B, start, rows, columns, stride)
+    want_B = torch.full((elements,), torch.nan).bfloat16()
+    want_B[start:].view(rows, stride)[:, :columns] = block_B[start:].view(rows, stride)[:, :columns]
+    assert same_bits(out_B, want_B), "and nothing else"
 
 
 @pytest.mark.parametrize("fields", [range(15, 256), range(1, 40), [0, 255], [0], [15], [255]])
