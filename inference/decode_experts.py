@@ -90,7 +90,8 @@ class DecodeExperts:
     Args:
         cache: holds the slots.
         graph: the step that the calls are part of.
-        host: address of an expert's block in host memory, for the CPU lane.
+        host: address of an expert's block in host memory, for the CPU lane; ``packed`` says of which layers they are
+            packed.
         rows, choices: T and K of every call.
         split: how many of a call's misses the link brings, the lane computes the others; and how many of these the
             link brings behind them, where it would be idle, so that they are resident the next time; two at most.
@@ -109,6 +110,7 @@ class DecodeExperts:
         graph: StepGraph | None = None,
         lane: CpuLane | None = None,
         host: Callable[[ExpertRef], int] | None = None,
+        packed: Callable[[int], bool] = lambda _: False,
         split: Split | None = None,
     ) -> None:
         assert lane is None or host is not None
@@ -146,6 +148,7 @@ class DecodeExperts:
         self._used = [[0] * experts for _ in self._layers]  # the call in which each was used last
         if lane is not None and host is not None:
             self._addresses = [[host(ref) for ref in refs] for refs in self._refs]
+            self._packed = [packed(layer) for layer in self._layers]
             arrays = (t.numpy() for t in (self._x_TH, self._score_TK, self._cpu_y_PH))
             self._call = LaneCall(*arrays, experts=self._spare, reads=partial(_blocks, transfer))
         self._blocks = cache.blocks_CB.unbind(0)
@@ -300,7 +303,8 @@ class DecodeExperts:
                 pairs += [pair for pair, other in enumerate(chosen) if other == expert]
             first.append(len(pairs))
         what = (self._layers[row], experts)
-        self.lane.submit(self._call, [addresses[expert] for expert in experts], first, pairs, what)
+        blocks = [addresses[expert] for expert in experts]
+        self.lane.submit(self._call, blocks, first, pairs, what, packed=self._packed[row])
 
     def _await_link(self) -> None:
         self._settle(self._coming)

@@ -158,7 +158,8 @@ def test_prompts_go_the_way_that_is_printed(model_folder, way):
                 torch.testing.assert_close(logits, plain, rtol=1e-3, atol=1e-3)
                 assert way != "stream" or torch.equal(logits, plain)
             measured = llm.report(EVEN).measured
-            assert measured.pass_ways == {way: 2}
+            ways = measured.pass_ways
+            assert ways == {way: 2} or (way == "split" and ways == {"split": 1, "cpu": 1}), "one miss cannot be split"
             assert (measured.cpu_experts > 0, measured.fetched_bytes > 0) == (way != "stream", way != "cpu")
 
 
