@@ -26,8 +26,11 @@ from inference.compiled_experts import COMPILED, CompiledExperts, compiled_kerne
 from inference.cores import cpu_cores, last_cache_bytes
 from inference.costmodel import BYTES, PACKED_BYTES, KernelTable, MachineProfile, ProfileError, Rates, Timing
 from inference.cpu_experts import CpuExperts, kernels_for
+from inference.expert_block import ExpertBlock, ExpertShape
 from inference.gpu_bank import GpuBank
-from inference.host_expert import HostExpert
+from inference.host_expert import HostExpert, PackedExpert, StoredExpert
+from inference.packed import PackedBlock
+from inference.packing import pack_into
 
 TEAMS = (1, 2, 4)
 ROWS = (1, 16, 64, 4)  # in this order, as far as the time goes
@@ -236,26 +239,31 @@ class _Bank:
 
     def __init__(self, kind: ExpertKind) -> None:
         self.kind = kind
-        nbytes = min(max(_BANK_BYTES, 2 * last_cache_bytes()), _MOST_BYTES)
-        self.count = max(nbytes // kind.nbytes, _WHOLE_CALL)
-        each = 3 * kind.hidden * kind.intermediate
-        self.weights_N = host_memory(self.count * each, kind.dtype)
+        self._layout = ExpertBlock(ExpertShape(1, kind.hidden, kind.intermediate), kind.dtype)
         # Small and unequal, and quick to make: products of zeros or denormal numbers are no measure.
-        pattern_N = (torch.arange(each) % 251 - 125).float() / 4096
-        self.weights_N.view(self.count, each).copy_(pattern_N)
+        one_B = ((torch.arange(self._layout.elements) % 251 - 125).float() / 4096).to(kind.dtype)
+        if kind.packed:
+            block_B, one_B = one_B, torch.zeros(PackedBlock(len(one_B)).stride, dtype=torch.uint8)
+            pack_into(block_B, one_B)
+        nbytes = min(max(_BANK_BYTES, 2 * last_cache_bytes()), _MOST_BYTES)
+        self.count = max(nbytes // one_B.nbytes, _WHOLE_CALL)
+        self.weights_N = host_memory(self.count * len(one_B), one_B.dtype)
+        self._blocks = self.weights_N.view(self.count, -1)
+        self._blocks.copy_(one_B)
         self._next = 0
         self.spread = 1.0  # the worst of all timings, typical over best
 
-    def __call__(self, _layer: int, expert: int) -> HostExpert:
-        hidden, intermediate = self.kind.hidden, self.kind.intermediate
-        gate_up_N, down_N = self.weights_N.view(self.count, -1)[expert].tensor_split([2 * hidden * intermediate])
-        return HostExpert(gate_up_N.view(-1, hidden), down_N.view(hidden, -1))
+    def __call__(self, _layer: int, expert: int) -> StoredExpert:
+        block = self._blocks[expert]
+        if self.kind.packed:
+            return PackedExpert(block, self._layout)
+        return HostExpert.of_parts(self._layout.split(block), self._layout.shape.form)
 
     def experts(self, threads: int, team: int, table: KernelTable) -> CpuExperts:
         compiled = None
         if any(timing.kernel == COMPILED for timing in table.timings):
             sizes = (self.kind.hidden, self.kind.intermediate, self.kind.dtype)
-            compiled = CompiledExperts(threads, *sizes, 2 * self.kind.hidden * self.kind.intermediate)
+            compiled = CompiledExperts(threads, *sizes, self._layout.parts[1].start)
         return CpuExperts(self, lambda gate, up: silu(gate) * up, table, threads, team, compiled)
 
     def timing(self, kernel: str, threads: int, team: int, rows: int) -> Timing:
