@@ -35,6 +35,7 @@ from inference.costmodel import PACKED_BYTES, ExpertCosts, describe
 from inference.cpu_lane import CpuLane
 from inference.expert_block import ExpertBlock
 from inference.graphed import PlannedSplit
+from inference.packed import packable
 from inference.planner import CallPlanner
 from inference.policies import LRU, LayeredLRU, Policy
 from inference.shadow import SAMPLED, Hedge
@@ -56,7 +57,7 @@ class Config:
 
 CONFIGS = {
     "gpu": Config(Shape(12, 2048, 768, 128, 8, 32, 4, 128, 32768, torch.bfloat16), "cuda", 0.1, 96, 48, 5),
-    "tiny": Config(Shape(2, 64, 32, 16, 2, 4, 2, 16, 320, torch.bfloat16), "cpu", 0.25, 2, 2, 2),
+    "tiny": Config(Shape(2, 64, 32, 16, 2, 4, 2, 16, 320, torch.float32), "cpu", 0.25, 2, 2, 2),
 }
 
 
@@ -89,8 +90,12 @@ class Bench:
         self.slots = max(round(config.share * shape.total), 2 * shape.choices)
 
     def _form(self, packed: bool) -> Form:
-        """With as many threads as the product's calibration found best, and the plan that follows from it."""
+        """With as many threads as the product's calibration found best, and the plan that follows from it.
+
+        Packed only if it can be: the tiny model's experts are in fp32.
+        """
         shape, (store, layout) = self.config.shape, _store(self.folder)
+        packed = packed and packable(layout)
         profile = calibrate(ExpertKind(shape.hidden, shape.intermediate, shape.dtype, packed), self.device)
         began = time.monotonic()
         banks = self._stack.enter_context(closing(open_banks(store, layout, self.device, packed)))

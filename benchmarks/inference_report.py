@@ -98,6 +98,6 @@ def _rates(form: str, rates: Mapping[str, Any]) -> str:
     gb = {name: f"{rates[name] / 1e9:.1f}" for name in ("link", "link_beside", "lane", "lane_beside", "memory")}
     return (
         f"experts {form}, {rates['host_bytes'] / 1e6:.2f} MB: link {gb['link']} GB/s, beside the CPU "
-        f"{gb['link_beside']}; CPU lane {gb['lane']}, beside the link {gb['lane_beside']}; GPU memory {gb['memory']}; a "
-        f"call of 1, 2, ... experts on the CPU, link busy: {', '.join(f'{1e6 * s:.0f}' for s in rates['lane_s'])} us"
+        f"{gb['link_beside']}; CPU lane {gb['lane']}, beside the link {gb['lane_beside']}; GPU memory {gb['memory']}; "
+        f"a call of 1, 2, ... experts on the CPU, link busy: {', '.join(f'{1e6 * s:.0f}' for s in rates['lane_s'])} us"
     )

@@ -31,7 +31,8 @@ from torch import Tensor
 from checkpointing.keeper.memory import available_bytes
 from inference.errors import InferenceError
 from inference.expert_block import ExpertBlock
-from inference.packed import PackedBlock, pack, packable
+from inference.packed import PackedBlock, packable
+from inference.packing import pack_into
 from inference.store import ExpertStore
 from inference.transfer import Mark, is_packed
 from moe.refs import ExpertRef
@@ -268,12 +269,10 @@ def _packed_layer(
         if not hasattr(own, "block_B"):
             own.block_B = torch.empty(layout.elements, dtype=layout.dtype)
         read(expert, own.block_B)
-        packed = pack(own.block_B)
-        if packed is None:
+        nbytes = pack_into(own.block_B, into_N)
+        if not nbytes:
             refused.set()
-            return 0
-        into_N[: len(packed)] = packed
-        return len(packed)
+        return nbytes
 
     used = list(pool.map(read_packed, range(experts), arena_EN))
     if not refused.is_set():
