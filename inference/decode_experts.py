@@ -118,8 +118,8 @@ class DecodeExperts:
         self.counts = DecodeCounts()
         self._split = split
         self._layers = cache.store.layers
-        layers, experts = len(self._layers), cache.store.shape.num_experts
-        hidden, inner = cache.store.shape.hidden, cache.store.shape.intermediate
+        shape = cache.store.shape
+        layers, experts, hidden, inner = len(self._layers), shape.num_experts, shape.hidden, shape.intermediate
         self._shape, pairs = (rows, choices), rows * choices
         # What a call may bring at once; as many slots again hold what is being replaced.
         self._spare = min(pairs, experts)
