@@ -37,7 +37,6 @@ A block: gate [I,H], up [I,H] and, from element down_start on, down [H,I], row a
 #define LATE() ((void)0) /* where a thread may be late; a test lets it be */
 #endif
 
-typedef uint16_t half_words __attribute__((vector_size(32), aligned(2), may_alias));
 
 typedef struct {
     int hidden, inner, is_bf16, threads;
@@ -84,13 +83,13 @@ static inline int given_up(lane_t *lane, wait_t *wait) {
     return atomic_load(&lane->lost);
 }
 
-static inline vec widened(const uint16_t *p) {
-    return (vec)(__builtin_convertvector(*(const half_words *)p, words) << 16);
-}
-
-static inline float sum(vec v) {
+/* Of 32 running sums, always in the order in which 16 lanes have them. */
+static inline float sum(const vec *sums) {
     float total = 0;
-    for (int i = 0; i < 16; i++) total += v[i];
+    for (int part = 0; part < PARTS / 2; part++) {
+        vec both = sums[part] + sums[part + PARTS / 2];
+        for (int i = 0; i < LANES; i++) total += both[i];
+    }
     return total;
 }
 
@@ -101,19 +100,19 @@ static inline float scalar(uint16_t h) {
 
 /* Two rows at once: twice as many lines are on their way from memory, and x is loaded once for both. */
 static void dots_bf16(const uint16_t *w, const uint16_t *v, const float *x, int n, float *wx, float *vx) {
-    vec w0 = {0}, w1 = {0}, v0 = {0}, v1 = {0};
+    vec ws[PARTS] = {0}, vs[PARTS] = {0};
     int i = 0;
-    for (; i + 32 <= n; i += 32) {
-        vec x0 = *(const vec *)(x + i), x1 = *(const vec *)(x + i + 16);
+    for (; i + GROUP <= n; i += GROUP) {
         __builtin_prefetch(w + i + AHEAD);
         __builtin_prefetch(v + i + AHEAD);
-        w0 += widened(w + i) * x0;
-        w1 += widened(w + i + 16) * x1;
-        v0 += widened(v + i) * x0;
-        v1 += widened(v + i + 16) * x1;
+        for (int part = 0; part < PARTS; part++) {
+            vec xs = *(const vec *)(x + i + part * LANES);
+            ws[part] += widened(w + i + part * LANES) * xs;
+            vs[part] += widened(v + i + part * LANES) * xs;
+        }
     }
-    *wx = sum(w0 + w1);
-    *vx = sum(v0 + v1);
+    *wx = sum(ws);
+    *vx = sum(vs);
     for (; i < n; i++) {
         *wx += scalar(w[i]) * x[i];
         *vx += scalar(v[i]) * x[i];
@@ -121,21 +120,19 @@ static void dots_bf16(const uint16_t *w, const uint16_t *v, const float *x, int 
 }
 
 static void dots_fp32(const float *w, const float *v, const float *x, int n, float *wx, float *vx) {
-    vec w0 = {0}, w1 = {0}, v0 = {0}, v1 = {0};
+    vec ws[PARTS] = {0}, vs[PARTS] = {0};
     int i = 0;
-    for (; i + 32 <= n; i += 32) {
-        vec x0 = *(const vec *)(x + i), x1 = *(const vec *)(x + i + 16);
-        w0 += *(const vec *)(w + i) * x0;
-        w1 += *(const vec *)(w + i + 16) * x1;
-        v0 += *(const vec *)(v + i) * x0;
-        v1 += *(const vec *)(v + i + 16) * x1;
-    }
-    *wx = sum(w0 + w1);
-    *vx = sum(v0 + v1);
-    for (; i < n; i++) {
-        *wx += w[i] * x[i];
-        *vx += v[i] * x[i];
-    }
+    for (; i + GROUP <= n; i += GROUP)
+        for (int part = 0; part < PARTS; part++) {
+            vec xs = *(const vec *)(x + i + part * LANES);
+            ws[part] += *(const vec *)(w + i + part * LANES) * xs;
+            vs[part] += *(const vec *)(v + i + part * LANES) * xs;
+        }
+    float total_w = sum(ws), total_v = sum(vs);
+    for (int j = i; j < n; j++) total_w += w[j] * x[j];
+    for (int j = i; j < n; j++) total_v += v[j] * x[j];
+    *wx = total_w;
+    *vx = total_v;
 }
 
 static inline long nearer(const packed_t *block, int32_t we, long w, int32_t ve, long v) {
@@ -147,39 +144,38 @@ static inline long nearer(const packed_t *block, int32_t we, long w, int32_t ve,
    both, they are left there as floats. */
 static inline __attribute__((always_inline)) void dots_packed(const packed_t *block, long w, long v, const float *x, int n,
                                                               float *room, float *wx, float *vx) {
-    const uint8_t *ws = block->small + w, *wc = block->codes + w / 2, *vs = block->small + v, *vc = block->codes + v / 2;
+    const uint8_t *small_w = block->small + w, *codes_w = block->codes + w / 2;
+    const uint8_t *small_v = block->small + v, *codes_v = block->codes + v / 2;
     int32_t we = exception_from(block, w), ve = exception_from(block, v);
     long exception = nearer(block, we, w, ve, v);
     words exponents = exponents_of(block);
-    vec w0 = {0}, w1 = {0}, v0 = {0}, v1 = {0};
+    vec ws[PARTS] = {0}, vs[PARTS] = {0};
     for (long i = 0; i < n; i += GROUP) {
-        vec x0 = *(const vec *)(x + i), x1 = *(const vec *)(x + i + 16), a0, a1, b0, b1;
-        __builtin_prefetch(ws + i + AHEAD);
-        __builtin_prefetch(vs + i + AHEAD);
-        __builtin_prefetch(wc + (i >> 1) + AHEAD / 2);
-        __builtin_prefetch(vc + (i >> 1) + AHEAD / 2);
-        widened_group(ws + i, wc + (i >> 1), exponents, &a0, &a1);
-        widened_group(vs + i, vc + (i >> 1), exponents, &b0, &b1);
+        vec a[PARTS], b[PARTS];
+        __builtin_prefetch(small_w + i + AHEAD);
+        __builtin_prefetch(small_v + i + AHEAD);
+        __builtin_prefetch(codes_w + (i >> 1) + AHEAD / 2);
+        __builtin_prefetch(codes_v + (i >> 1) + AHEAD / 2);
+        widened_group(small_w + i, codes_w + (i >> 1), exponents, a);
+        widened_group(small_v + i, codes_v + (i >> 1), exponents, b);
         if (__builtin_expect(exception < i + GROUP, 0)) {
-            vec a[2] = {a0, a1}, b[2] = {b0, b1};
-            we = patched(block, we, w + i, (float *)a);
-            ve = patched(block, ve, v + i, (float *)b);
+            vec c[PARTS], d[PARTS]; /* only these have addresses: the others stay in registers */
+            for (int part = 0; part < PARTS; part++) { c[part] = a[part]; d[part] = b[part]; }
+            we = patched(block, we, w + i, (float *)c);
+            ve = patched(block, ve, v + i, (float *)d);
             exception = nearer(block, we, w, ve, v);
-            a0 = a[0]; a1 = a[1]; b0 = b[0]; b1 = b[1];
+            for (int part = 0; part < PARTS; part++) { a[part] = c[part]; b[part] = d[part]; }
         }
-        if (room) {
-            *(vec *)(room + i) = a0;
-            *(vec *)(room + i + 16) = a1;
-            *(vec *)(room + n + i) = b0;
-            *(vec *)(room + n + i + 16) = b1;
+        for (int part = 0; part < PARTS; part++) {
+            long at = i + part * LANES;
+            vec xs = *(const vec *)(x + at);
+            if (room) { *(vec *)(room + at) = a[part]; *(vec *)(room + n + at) = b[part]; }
+            ws[part] += a[part] * xs;
+            vs[part] += b[part] * xs;
         }
-        w0 += a0 * x0;
-        w1 += a1 * x1;
-        v0 += b0 * x0;
-        v1 += b1 * x1;
     }
-    *wx = sum(w0 + w1);
-    *vx = sum(v0 + v1);
+    *wx = sum(ws);
+    *vx = sum(vs);
 }
 
 /* Two rows of n weights. Packed ones begin at elements w and v of their block. */

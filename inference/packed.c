@@ -4,6 +4,8 @@
 
 #include "packed.h"
 
+typedef uint64_t quads __attribute__((vector_size(32)));
+
 #define ELEMENTS_PER_EXCEPTION 128
 #define TABLES 4 /* neighbours are counted in different ones: they often have the same exponent */
 
@@ -26,17 +28,23 @@ static int chosen_base(const uint16_t *block, long elements) {
     return base;
 }
 
+/* Codes of 16 elements; adds to `outside` what is not 0 for exceptions among them. */
+static inline halves codes_of(halves bits, int base, halves *outside) {
+    halves exponent = bits >> 7 & 0xff, below = (uint16_t)base - exponent; /* wraps around above the base */
+    halves inside = (halves)(below < OTHER);
+    *outside |= exponent & ~inside;
+    return (below & inside) | (OTHER & ~inside);
+}
+
 /* 32 elements; returns whether there are exceptions among them. */
 static inline int pack_group(const uint16_t *from, int base, uint8_t *small, uint8_t *codes) {
-    uint8_t code[GROUP], outside = 0;
-    for (int i = 0; i < GROUP; i++) {
-        uint8_t exponent = from[i] >> 7, below = base - exponent; /* wraps around above the base */
-        small[i] = (from[i] >> 8 & 0x80) | (from[i] & 0x7f);
-        code[i] = below < OTHER ? below : OTHER;
-        outside |= below < OTHER ? 0 : exponent;
-    }
-    for (int i = 0; i < GROUP / 2; i++) codes[i] = code[i] | code[i + GROUP / 2] << 4;
-    return outside != 0;
+    halves low = *(const halves *)from, high = *(const halves *)(from + GROUP / 2), outside = {0};
+    *(bytes *)small = __builtin_convertvector((low >> 8 & 0x80) | (low & 0x7f), bytes);
+    *(bytes *)(small + GROUP / 2) = __builtin_convertvector((high >> 8 & 0x80) | (high & 0x7f), bytes);
+    halves low_codes = codes_of(low, base, &outside), high_codes = codes_of(high, base, &outside);
+    *(bytes *)codes = __builtin_convertvector(low_codes | high_codes << 4, bytes);
+    quads any = (quads)outside;
+    return (any[0] | any[1] | any[2] | any[3]) != 0;
 }
 
 /* Returns the used bytes, or 0 if the block has too many exceptions; `to` must have room for as many as there may be. */
@@ -64,23 +72,12 @@ long packed_pack(const uint16_t *block, long elements, char *to) {
     return (char *)(exception + count) - to;
 }
 
-/* 16 elements, exceptions left alone. */
-static inline void unpack_half(const uint8_t *small, const uint8_t *codes, int shift, uint16_t base, uint16_t *to) {
-    for (int j = 0; j < GROUP / 2; j++) {
-        uint16_t code = codes[j] >> shift & 15, exponent = base - code;
-        to[j] = (uint16_t)((small[j] & 0x80) << 8 | (small[j] & 0x7f) | (code == OTHER ? 0 : exponent) << 7);
-    }
-}
-
 /* Rows of so many elements, each `stride` behind the one before, the first at element `start`; all three whole groups.
    They come to their places in the block `to`, of which nothing else is written. */
 void packed_unpack(const char *block, long elements, long start, long rows, long columns, long stride, uint16_t *to) {
     packed_t at = packed_at(block, elements);
     for (long row = start; rows > 0; rows--, row += stride) {
-        for (long i = row; i < row + columns; i += GROUP) {
-            unpack_half(at.small + i, at.codes + i / 2, 0, at.base, to + i);
-            unpack_half(at.small + i + GROUP / 2, at.codes + i / 2, 4, at.base, to + i + GROUP / 2);
-        }
+        for (long i = row; i < row + columns; i += GROUP) unpack_group(at.small + i, at.codes + i / 2, at.base, to + i);
         int32_t e = exception_from(&at, row);
         for (long place; (place = exception_place(&at, e)) < row + columns; e++) to[place] = (uint16_t)at.exception[e];
     }
