@@ -145,8 +145,8 @@ class Ours(_Decoding):
         cuda = device.type == "cuda"
         graph = SegmentedGraph(device) if graphs and cuda else Uncaptured()
         transfer = TransferEngine(CudaLink(device, timed=False) if cuda else SimulatedLink(), banks)
-        host = {"lane": lane, "host": banks.address, "packed": banks.packed, "split": split}
-        self.experts = DecodeExperts(self.cache, transfer, 1, trace_NLK.shape[2], graph=graph, **host)
+        beside = {"lane": lane, "host": banks, "split": split}
+        self.experts = DecodeExperts(self.cache, transfer, 1, trace_NLK.shape[2], graph=graph, **beside)
         if self.experts.all_resident:
             self.experts.fill()
         self.table = tuple(range(1, CONTEXT // 16 + 1))

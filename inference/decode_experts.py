@@ -17,7 +17,7 @@ intermediate.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -46,6 +46,16 @@ class Split(Protocol):
     def __call__(self, misses: int, period_s: float) -> tuple[int, int]:
         """How many the link brings, and how many of the others it brings behind those, for later, in the seconds that
         pass until the next layer's call."""
+
+
+class HostBlocks(Protocol):
+    """Experts in host memory, as :class:`inference.banks.ExpertBanks` keeps them when all are ready."""
+
+    def address(self, ref: ExpertRef) -> int:
+        """Where its block begins."""
+
+    def packed(self, layer: int) -> bool:
+        """Whether the blocks of a layer are packed ones."""
 
 
 @dataclass
@@ -90,8 +100,7 @@ class DecodeExperts:
     Args:
         cache: holds the slots.
         graph: the step that the calls are part of.
-        host: address of an expert's block in host memory, for the CPU lane; ``packed`` says of which layers they are
-            packed.
+        host: where experts lie in host memory, for the CPU lane.
         rows, choices: T and K of every call.
         split: how many of a call's misses the link brings, the lane computes the others; and how many of these the
             link brings behind them, where it would be idle, so that they are resident the next time; two at most.
@@ -109,8 +118,7 @@ class DecodeExperts:
         *,
         graph: StepGraph | None = None,
         lane: CpuLane | None = None,
-        host: Callable[[ExpertRef], int] | None = None,
-        packed: Callable[[int], bool] = lambda _: False,
+        host: HostBlocks | None = None,
         split: Split | None = None,
     ) -> None:
         assert lane is None or host is not None
@@ -147,8 +155,8 @@ class DecodeExperts:
         self._refs = [[ExpertRef(layer, expert) for expert in range(experts)] for layer in self._layers]
         self._used = [[0] * experts for _ in self._layers]  # the call in which each was used last
         if lane is not None and host is not None:
-            self._addresses = [[host(ref) for ref in refs] for refs in self._refs]
-            self._packed = [packed(layer) for layer in self._layers]
+            self._addresses = [[host.address(ref) for ref in refs] for refs in self._refs]
+            self._packed = [host.packed(layer) for layer in self._layers]
             arrays = (t.numpy() for t in (self._x_TH, self._score_TK, self._cpu_y_PH))
             self._call = LaneCall(*arrays, experts=self._spare, reads=partial(_blocks, transfer))
         self._blocks = cache.blocks_CB.unbind(0)

@@ -111,7 +111,6 @@ class GraphedModel:
         return self._steps.get(shape)
 
     def _capture(self, rows: int, blocks: int) -> DecodeStep:
-        source = self._executor.transfers.source
         cuda = self.kv.device.type == "cuda"
         graph: StepGraph = SegmentedGraph(self.kv.device) if cuda else Uncaptured()
         experts = DecodeExperts(
@@ -121,8 +120,7 @@ class GraphedModel:
             int(self.config.num_experts_per_tok),
             graph=graph,
             lane=self._lane,
-            host=None if self._lane is None else source.address,
-            packed=source.packed,
+            host=self._executor.transfers.source,
             split=self._split,
         )
         if experts.all_resident:

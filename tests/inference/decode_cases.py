@@ -80,8 +80,7 @@ class Served:
             CHOICES,
             graph=graph,
             lane=lane,
-            host=banks.address,
-            packed=banks.packed,
+            host=banks,
             split=None if share is None else Shares(share),
         )
         if self.experts.all_resident:
