@@ -56,7 +56,8 @@ class CudaLink:
         self._stream = torch.cuda.Stream(device, priority=-1)
         self._driver, self._handle = _driver(), self._stream.cuda_stream
         self._ring: _Ring | None = None
-        self._plain = False  # whether copies were given that the ring's stream does not know of
+        # Whether copies were given that the other stream does not know of: on this one, and on the ring's.
+        self._plain = self._packed = False
         self._timed = timed
         self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._stall_s = 0.0
@@ -69,8 +70,13 @@ class CudaLink:
     def copy(self, target_B: Tensor, source_B: Tensor) -> None:
         if is_packed(source_B):
             self._ring_for(target_B).bring(target_B, source_B)
+            self._packed = True
             return
         assert target_B.dtype == source_B.dtype, (target_B.dtype, source_B.dtype)
+        if self._packed:  # the target may be one that something is still unpacked to
+            assert self._ring is not None
+            self._stream.wait_stream(self._ring.unpacking)
+            self._packed = False
         self._plain = True
         if self._driver.copy(target_B.data_ptr(), source_B.data_ptr(), target_B.nbytes, self._handle):
             with torch.cuda.stream(self._stream):  # a thread that has not met this device yet; or torch says what it is

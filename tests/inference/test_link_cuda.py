@@ -16,6 +16,7 @@ from inference.expert_block import ExpertBlock, ExpertShape
 from inference.experts import OffloadedExperts
 from inference.layer_stream import LayerStream
 from inference.offload import Crossing
+from inference.packed import unpack
 from inference.predictors import PREDICTORS, SameAsLast
 from inference.prefetch import Prefetcher
 from inference.rows import computing
@@ -98,6 +99,25 @@ def test_packed_and_plain_layers_share_a_link(store, device, monkeypatch):
         for ref, got in zip(refs, copied, strict=True):
             store.read(ref.layer, ref.expert, layout, expected)
             assert torch.equal(got.cpu(), expected), (turn, ref)
+    banks.close()
+
+
+def test_the_last_copy_into_a_block_is_the_one_that_stays(store, device):
+    """Though it is a plain one, behind a packed one that is unpacked late."""
+    layout = ExpertBlock(SHAPE, torch.bfloat16)
+    banks = ExpertBanks(store, layout, CudaRegistrar(device), packed=True)
+    banks.join()
+    link, target_B = CudaLink(device), torch.zeros(layout.elements, dtype=torch.bfloat16, device=device)
+    plain_B = torch.ones(layout.elements, dtype=torch.bfloat16).pin_memory()
+    link.copy(target_B, banks.block(ExpertRef(0, 0)))
+    with torch.cuda.stream(link._ring.unpacking):
+        torch.cuda._sleep(50_000_000)
+    for first, last in ((banks.block(ExpertRef(0, 1)), plain_B), (plain_B, banks.block(ExpertRef(0, 1)))):
+        link.copy(target_B, first)
+        link.copy(target_B, last)
+        link.settle(link.mark())
+        expected = plain_B if last is plain_B else unpack(last, layout.elements)
+        assert torch.equal(target_B.cpu(), expected)
     banks.close()
 
 
