@@ -62,6 +62,20 @@ def test_packed_experts_leave_every_bit_and_take_fewer_bytes(model_folder, promp
     assert 0.74 < crossed[True] / crossed[False] < 0.8
 
 
+def test_the_cpu_computes_packed_experts_with_the_same_bits(model_folder, prompts):
+    """The plans are the same: all costs of the made-up machine are in proportion to the bytes."""
+    found, computed = [], []
+    for pack in (True, False):
+        crossing = Crossing(cpu=True, profile=EVEN, pack=pack, link=SimulatedLink(rate=5e7))
+        with LLM(model_folder, 0.1, device="cpu", dtype=torch.bfloat16, poison=True, crossing=crossing) as llm:
+            llm.executor.transfers.source.join()
+            found.append([llm.logits(prompt) for prompt in prompts[:2]])
+            found[-1] += [torch.tensor(one.token_ids) for one in llm.generate(prompts[:2], 6)]
+            computed.append(llm.stats().cpu_experts)
+    assert computed[0] == computed[1] > 0
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_only_what_can_be_packed_is(model_folder, monkeypatch):
     def packs(dtype, **given):
         crossing = Crossing(link=SimulatedLink(), **given)
