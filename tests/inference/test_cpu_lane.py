@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -125,12 +126,31 @@ def test_threads_and_company_do_not_reach_the_bits():
         lane.close()
 
 
-def _printed(name: str, tmp_path: Path) -> str:
+def _printed(name: str, tmp_path: Path, *flags: str) -> str:
     source, made = Path(__file__).with_name(name), tmp_path / "made"
     include = f"-I{Path(cpu_lane.__file__).parent}"
-    command = [shutil.which("cc") or "gcc", "-O2", "-march=native", "-pthread", include, source, "-o", made, "-lm"]
+    command = [
+        shutil.which("cc") or "gcc",
+        "-O2",
+        "-march=native",
+        *flags,
+        "-pthread",
+        include,
+        source,
+        "-o",
+        made,
+        "-lm",
+    ]
     subprocess.run(command, check=True, timeout=60)
     return subprocess.run([made], capture_output=True, text=True, timeout=60, check=False).stdout
+
+
+@pytest.mark.parametrize("without", [(), ("avx512vbmi",), ("avx512f",), ("avx512f", "avx2")], ids="-".join)
+def test_packed_rows_have_the_bits_of_raw_ones_on_other_processors(tmp_path, without):
+    if without and platform.machine() != "x86_64":
+        pytest.skip("these are x86's")
+    said = _printed("packed_lane.c", tmp_path, "-O3", *(f"-mno-{feature}" for feature in without))
+    assert said == "0 differ, 0 of the weights\n"
 
 
 def test_threads_may_be_late_anywhere(tmp_path):
