@@ -9,7 +9,9 @@ Threads look for work without sleeping for a millisecond after a call, since the
 Who waits for another thread's unit does so for a time only. Then the lane is lost, for good: nobody knows where that thread
 is, so what it reads and writes must stay.
 
-A block: gate [I,H], up [I,H] and, from element down_start on, down [H,I], row after row, bf16 or fp32. x [T,H], y [P,H] and scores [P] are fp32. */
+A block: gate [I,H], up [I,H] and, from element down_start on, down [H,I], row after row, bf16 or fp32; or packed (packed.h).
+Packed rows are made floats in registers, and what is added, and in which order, is what a block of bf16 would have.
+x [T,H], y [P,H] and scores [P] are fp32. */
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -36,7 +38,6 @@ A block: gate [I,H], up [I,H] and, from element down_start on, down [H,I], row a
 #ifndef LATE
 #define LATE() ((void)0) /* where a thread may be late; a test lets it be */
 #endif
-
 
 typedef struct {
     int hidden, inner, is_bf16, threads;
@@ -135,6 +136,7 @@ static void dots_fp32(const float *w, const float *v, const float *x, int n, flo
     *vx = total_v;
 }
 
+/* Of the next exceptions of two rows, the nearer one's place in its row. */
 static inline long nearer(const packed_t *block, int32_t we, long w, int32_t ve, long v) {
     long a = exception_place(block, we) - w, b = exception_place(block, ve) - v;
     return a < b ? a : b;

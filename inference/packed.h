@@ -41,10 +41,14 @@ static inline packed_t packed_at(const char *block, long elements) {
     long codes = HEADER + elements, first = codes + elements / 2, tiles = (elements + TILE - 1) / TILE;
     long exceptions = (first + 4 * (tiles + 1) + 63) / 64 * 64;
     const int32_t *header = (const int32_t *)block;
-    return (packed_t){
-        (const uint8_t *)block + HEADER,          (const uint8_t *)block + codes, (const int32_t *)(block + first),
-        (const uint64_t *)(block + exceptions), header[0],                      header[1],
-    };
+    packed_t packed;
+    packed.small = (const uint8_t *)block + HEADER;
+    packed.codes = (const uint8_t *)block + codes;
+    packed.first = (const int32_t *)(block + first);
+    packed.exception = (const uint64_t *)(block + exceptions);
+    packed.base = header[0];
+    packed.exceptions = header[1];
+    return packed;
 }
 
 /* The element of exception number e; behind the last one no element is left. */
@@ -81,7 +85,7 @@ static inline halves widened_bytes(const uint8_t *p) {
 /* 16 elements, exceptions left alone. */
 static inline void unpack_half(const uint8_t *small, const uint8_t *codes, int shift, int base, uint16_t *to) {
     halves byte = widened_bytes(small);
-    halves code = widened_bytes(codes) >> shift & 15;
+    halves code = widened_bytes(codes) >> (uint16_t)shift & 15;
     halves exponent = ((uint16_t)base - code) & (halves)(code != OTHER);
     *(halves *)to = (byte & 0x80) << 8 | exponent << 7 | (byte & 0x7f);
 }
