@@ -108,8 +108,12 @@ def forecast(
 
 
 def lane_costs(profile: MachineProfile, sizes: ModelSizes, cpu_experts: bool) -> ExpertCosts:
-    """Of a model's experts. Beside a GPU the CPU computes none unless asked, as in the runtime."""
-    threads = None if cpu_experts or profile.link is None else 0
+    """Of a model's experts. Beside a GPU the CPU computes none unless asked, as in the runtime; without one it computes
+    all, where they lie in their files, not packed.
+    """
+    if profile.link is None:
+        return ExpertCosts.of(profile, sizes.hidden, sizes.intermediate, sizes.itemsize)
+    threads = None if cpu_experts else 0
     return ExpertCosts.of(profile, sizes.hidden, sizes.intermediate, sizes.host_itemsize, threads)
 
 

@@ -289,6 +289,8 @@ def test_without_a_gpu_the_cores_compute_everything(sizes):
     # A token reads its experts and the dense part: no faster than memory.
     token = 48 * 8 * placed.sizes.expert_bytes + placed.sizes.dense_bytes - placed.sizes.table_bytes
     assert forecast(profile, placed)[0].plan.seconds > token / 91e9
+    packed = dataclasses.replace(placed, sizes=sizes.kept(pack=True))
+    assert forecast(profile, packed) == forecast(profile, placed), "files are not packed"
 
 
 def test_hits_of_a_trace_are_those_of_its_replay(sizes):
