@@ -80,7 +80,7 @@ def _launch() -> Callable[..., int]:
 
 
 class Unpacker:
-    """Blocks of one size on one device, launched through CUDA's driver: Triton's own launch takes the host twice as long.
+    """Blocks of one size on one device, launched by CUDA's driver: Triton's own launch takes the host twice as long.
 
     ``(packed, block, stream)``, addresses and a handle, to CUDA's status, 0 for success.
     """
