@@ -4,7 +4,7 @@ Both forms have the same experts and take turns, and the best of their rounds co
 experts of a form are more than caches hold, and each call takes the next ones. Weights are normally distributed, as
 those of trained models are: a few in ten thousand are exceptions.
 
-``python -m benchmarks.cpu_lane [--threads 2] [--rows 1 2 8]``; rows go to each expert of a call.
+``python -m benchmarks.cpu_lane [--threads 1 2] [--rows 1 2 8]``; rows go to each expert of a call.
 
 Shapes: E experts, B elements of a block, N bytes of a packed one, T rows, P pairs, H hidden, I intermediate.
 """
@@ -81,13 +81,14 @@ def lane_s(lane: CpuLane, experts: Experts, rows: int, rounds: int) -> dict[bool
     return {packed: min(spent) for packed, spent in times.items()}
 
 
-def run(hidden: int, intermediate: int, count: int, threads: int, rows: Sequence[int], rounds: int) -> dict[str, Any]:
-    experts = Experts(hidden, intermediate, count)
+def run(experts: Experts, threads: Sequence[int], rows: Sequence[int], rounds: int) -> dict[str, Any]:
+    shape = experts.layout.shape
+    hidden, intermediate, count = shape.hidden, shape.intermediate, shape.num_experts
     raw_bytes, packed_bytes = experts.layout.nbytes, experts.used
     say(f"H={hidden}, I={intermediate}, {count} experts of {raw_bytes / 1e6:.2f} MB, packed {packed_bytes / 1e6:.2f}")
     say(f"a thread packs {experts.pack_rate / 1e9:.1f} GB/s and unpacks {experts.unpack_rate / 1e9:.1f}, of raw bytes")
     result: dict[str, Any] = {"pack_rate": experts.pack_rate, "unpack_rate": experts.unpack_rate, "lane": []}
-    for team in range(1, threads + 1):
+    for team in threads:
         lane = CpuLane(team - 1, hidden, intermediate, torch.bfloat16, experts.layout.parts[1].start)
         for count_rows in rows:
             seconds = lane_s(lane, experts, count_rows, rounds)
@@ -106,13 +107,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=768)
-    parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=2, help="the caller's and those beside it; each number up to it")
+    parser.add_argument("--experts", type=int, default=32)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="the caller's and those beside it")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--out", help="result file")
     args = parser.parse_args()
-    result = run(args.hidden, args.intermediate, args.experts, args.threads, args.rows, args.rounds)
+    experts = Experts(args.hidden, args.intermediate, args.experts)
+    result = run(experts, args.threads, args.rows, args.rounds)
     save(result_path("cpu_lane.json", args.out), {"machine": describe_machine(), **vars(args), "result": result})
 
 
