@@ -123,8 +123,7 @@ class DecodeExperts:
     ) -> None:
         assert lane is None or host is not None
         self.cache, self.transfer, self.graph, self.lane = cache, transfer, graph or Uncaptured(), lane
-        self.counts = DecodeCounts()
-        self._split = split
+        self.counts, self._split = DecodeCounts(), split
         self._layers = cache.store.layers
         shape = cache.store.shape
         layers, experts, hidden, inner = len(self._layers), shape.num_experts, shape.hidden, shape.intermediate
