@@ -18,7 +18,7 @@ intermediate.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +44,16 @@ class Split(Protocol):
 
     def __call__(self, misses: int) -> tuple[int, int]:
         """How many the link brings, and how many of the others it brings behind those, for later."""
+
+
+class HostBlocks(Protocol):
+    """Experts in host memory, as :class:`inference.banks.ExpertBanks` keeps them when all are ready."""
+
+    def address(self, ref: ExpertRef) -> int:
+        """Where its block begins."""
+
+    def packed(self, layer: int) -> bool:
+        """Whether the blocks of a layer are packed ones."""
 
 
 @dataclass
@@ -115,7 +125,7 @@ class DecodeExperts:
     Args:
         cache: holds the slots.
         graph: the step that the calls are part of.
-        host: address of an expert's block in host memory, for the CPU lane.
+        host: where experts lie in host memory, for the CPU lane.
         rows, choices: T and K of every call.
         split: how many of a call's misses the link brings, the lane computes the others; and how many of these the
             link brings behind them, so that they are resident the next time. Without a lane all are fetched.
@@ -132,16 +142,15 @@ class DecodeExperts:
         *,
         graph: StepGraph | None = None,
         lane: CpuLane | None = None,
-        host: Callable[[ExpertRef], int] | None = None,
+        host: HostBlocks | None = None,
         split: Split | None = None,
     ) -> None:
         assert lane is None or host is not None
         self.cache, self.transfer, self.graph, self.lane = cache, transfer, graph or Uncaptured(), lane
-        self.counts = DecodeCounts()
-        self._split = split
+        self.counts, self._split = DecodeCounts(), split
         self._layers = cache.store.layers
-        layers, experts = len(self._layers), cache.store.shape.num_experts
-        hidden, inner = cache.store.shape.hidden, cache.store.shape.intermediate
+        shape = cache.store.shape
+        layers, experts, hidden, inner = len(self._layers), shape.num_experts, shape.hidden, shape.intermediate
         self._shape, pairs = (rows, choices), rows * choices
         # What a call may bring at once; as many slots again hold what is being replaced.
         self._spare = min(pairs, experts)
@@ -171,7 +180,8 @@ class DecodeExperts:
         self._refs = [[ExpertRef(layer, expert) for expert in range(experts)] for layer in self._layers]
         self._used = [[0] * experts for _ in self._layers]  # the call in which each was used last
         if lane is not None and host is not None:
-            self._addresses = [[host(ref) for ref in refs] for refs in self._refs]
+            self._addresses = [[host.address(ref) for ref in refs] for refs in self._refs]
+            self._packed = [host.packed(layer) for layer in self._layers]
             arrays = (t.numpy() for t in (self._x_TH, self._score_TK, self._cpu_y_PH))
             count = self._ended.done_1
             self._call = LaneCall(*arrays, experts=self._spare, reads=partial(_blocks, transfer), count=count)
@@ -309,7 +319,8 @@ class DecodeExperts:
                 pairs += [pair for pair, other in enumerate(chosen) if other == expert]
                 first.append(len(pairs))
         what = (self._layers[row], experts)
-        self.lane.submit(self._call, [addresses[expert] for expert in experts], first, pairs, what)
+        blocks = [addresses[expert] for expert in experts]
+        self.lane.submit(self._call, blocks, first, pairs, what, packed=self._packed[row])
 
     def _bring(self, row: int, work: _Divided) -> None:
         """What is to be fetched is wanted now, the others later."""

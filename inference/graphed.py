@@ -120,7 +120,7 @@ class GraphedModel:
             int(self.config.num_experts_per_tok),
             graph=graph,
             lane=self._lane,
-            host=None if self._lane is None else self._executor.transfers.source.address,
+            host=self._executor.transfers.source,
             split=self._split,
         )
         if experts.all_resident:

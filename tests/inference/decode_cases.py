@@ -43,19 +43,27 @@ class Shares:
 class Served:
     """The tiny model with a budget of slots, and steps of two sequences."""
 
-    def __init__(self, folder, slots: int, share: float | None = None, rows: int = 2) -> None:
+    def __init__(
+        self,
+        folder,
+        slots: int,
+        share: float | None = None,
+        rows: int = 2,
+        dtype: torch.dtype = torch.float32,
+        packed: bool = False,
+    ) -> None:
         files = TensorFiles(folder)
-        module, blocks = build_skeleton(folder, None)
+        module, blocks = build_skeleton(folder, dtype)
         shape = expert_shape(folder, blocks)
         store = ExpertStore(files, {b.layer: f"{b.path}.experts" for b in blocks}, shape)
         policy = Hedge(len(store.layers), shape.num_experts, slots)
-        self.cache = ExpertCache(store, slots, device=DEVICE, policy=policy, poison=True)
+        self.cache = ExpertCache(store, slots, device=DEVICE, dtype=dtype, policy=policy, poison=True)
         offload_experts(blocks, self.cache)
         load_dense(module, files, DEVICE)
-        kv = PagedKV(KVShape.of(module.config), 10, 4, device=DEVICE)
+        kv = PagedKV(KVShape.of(module.config), 10, 4, device=DEVICE, dtype=dtype)
         kv.pool_LNSCD[:, 0, 0] = 7.0
         self.model = Model(module, kv)
-        banks = open_banks(store, self.cache.layout, DEVICE)
+        banks = open_banks(store, self.cache.layout, DEVICE, packed)
         link = CudaLink(DEVICE) if DEVICE.type == "cuda" else SimulatedLink()
         graph = SegmentedGraph(DEVICE) if DEVICE.type == "cuda" else Uncaptured()
         lane = None
@@ -69,7 +77,7 @@ class Served:
             CHOICES,
             graph=graph,
             lane=lane,
-            host=banks.address,
+            host=banks,
             split=None if share is None else Shares(share),
         )
         if self.experts.all_resident:
@@ -131,6 +139,18 @@ def test_the_cpu_lane_is_close(resident, model_folder, share):
     assert torch.equal(chosen, tokens)
     assert served.experts.counts.computed > 0
     assert (served.experts.counts.fetched > 0) == (share > 0)
+
+
+@pytest.mark.parametrize("share", [None, 0.5], ids=["fetched", "shared out"])
+def test_packing_does_not_reach_the_bits(model_folder, share):
+    plain = Served(model_folder, 64 if share is None else 16, share, dtype=torch.bfloat16)
+    served = Served(model_folder, 16, share, dtype=torch.bfloat16, packed=True)
+    for got, expected in zip(served.tokens(STEPS), plain.tokens(STEPS), strict=True):
+        assert torch.equal(got, expected)
+    counts, moved = served.experts.counts, served.experts.transfer.counts
+    assert min(counts.fetched, counts.resident) > 0
+    assert (counts.computed > 0) == (share is not None)
+    assert moved.demanded_bytes < 0.8 * (counts.fetched + counts.behind) * served.cache.layout.nbytes
 
 
 def test_too_few_slots_are_refused(model_folder):

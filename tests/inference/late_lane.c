@@ -42,7 +42,7 @@ int main(void) {
     for (int i = 0; i < HIDDEN; i++) x[i] = (i % 5 - 2) / 3.f;
     signal(SIGALRM, hangs);
     lane_t *lane = lane_open(1, HIDDEN, INNER, 2 * INNER * HIDDEN, 0, 60000);
-    lane_submit(lane, EXPERTS, blocks, first, pair, EXPERTS, x, score, want);
+    lane_submit(lane, EXPERTS, 0, blocks, first, pair, EXPERTS, x, score, want);
     lane_wait(lane);
     lane_count(lane, &count);
     for (int call = 0; call < CALLS; call++) {
@@ -50,7 +50,7 @@ int main(void) {
         int experts = call % 2 ? EXPERTS : 1 + call % 3;
         alarm(3);
         memset(y, 0, sizeof y);
-        lane_submit(lane, experts, blocks, first, pair, EXPERTS, x, score, y);
+        lane_submit(lane, experts, 0, blocks, first, pair, EXPERTS, x, score, y);
         lane_wait(lane);
         wrong += memcmp(y, want, sizeof(float) * HIDDEN * experts) != 0;
     }
