@@ -27,13 +27,15 @@ from benchmarks.inference_arms import Arm, Ours, Transformers, open_banks, warme
 from benchmarks.inference_freetoken import FreeToken
 from benchmarks.inference_model import Shape, described, draw_trace, locality, write_model
 from benchmarks.inference_rates import Rates, measure
-from benchmarks.inference_report import ALL, summarise, tables
+from benchmarks.inference_report import ALL, RAW, summarise, tables
 from benchmarks.machine import describe_machine, result_path, save, say
+from inference.banks import ExpertBanks
 from inference.calibrate import ExpertKind, calibrate
-from inference.costmodel import ExpertCosts, describe
+from inference.costmodel import PACKED_BYTES, ExpertCosts, describe
 from inference.cpu_lane import CpuLane
 from inference.expert_block import ExpertBlock
 from inference.graphed import PlannedSplit
+from inference.packed import packable
 from inference.planner import CallPlanner
 from inference.policies import LRU, LayeredLRU, Policy
 from inference.shadow import SAMPLED, Hedge
@@ -59,6 +61,16 @@ CONFIGS = {
 }
 
 
+@dataclass(frozen=True)
+class Form:
+    """Experts as they lie in host memory, packed or not, with the product's lane and plan for them."""
+
+    banks: ExpertBanks
+    lane: CpuLane
+    plan: CallPlanner
+    rates: Rates
+
+
 class Bench:
     """The arms, made one after the other; one that cannot be made is left out, and the reader told why.
 
@@ -73,20 +85,29 @@ class Bench:
         self.skipped: dict[str, str] = {}
         shape = config.shape
         self.trace_NLK = draw_trace(shape, config.warm + config.tokens * config.rounds + 64)
-        store, layout = _store(folder)
-        self.banks = open_banks(store, layout, self.device)
-        self.lane, self.rates = self._lane(store.layers, layout)
+        self.forms = {packed: self._form(packed) for packed in (False, True)}
+        self.banks = self.forms[False].banks
         self.slots = max(round(config.share * shape.total), 2 * shape.choices)
 
-    def _lane(self, layers: tuple[int, ...], layout: ExpertBlock) -> tuple[CpuLane, Rates]:
-        """The product's: with as many threads as its calibration found best, and the plan that follows from it."""
-        shape = self.config.shape
-        profile = calibrate(ExpertKind(shape.hidden, shape.intermediate, shape.dtype), self.device)
-        self.threads = profile.threads
-        self.plan = CallPlanner(ExpertCosts.of(profile, shape.hidden, shape.intermediate, shape.dtype.itemsize))
-        lane = CpuLane(self.threads, shape.hidden, shape.intermediate, shape.dtype, layout.parts[1].start)
-        say(f"{self.threads} threads and the caller's; {'; '.join(describe(profile))}")
-        return lane, measure(shape, self.banks, lane, layers, self.device)
+    def _form(self, packed: bool) -> Form:
+        """With as many threads as the product's calibration found best, and the plan that follows from it.
+
+        Packed only if it can be: the tiny model's experts are in fp32.
+        """
+        shape, (store, layout) = self.config.shape, _store(self.folder)
+        packed = packed and packable(layout)
+        profile = calibrate(ExpertKind(shape.hidden, shape.intermediate, shape.dtype, packed), self.device)
+        began = time.monotonic()
+        banks = self._stack.enter_context(closing(open_banks(store, layout, self.device, packed)))
+        say(f"{'packed ' * packed}banks of {banks.nbytes:,} bytes filled in {time.monotonic() - began:.1f} s")
+        itemsize = PACKED_BYTES if packed else shape.dtype.itemsize
+        plan = CallPlanner(ExpertCosts.of(profile, shape.hidden, shape.intermediate, itemsize))
+        sizes = (shape.hidden, shape.intermediate, shape.dtype, layout.parts[1].start)
+        lane = self._stack.enter_context(closing(CpuLane(profile.threads, *sizes)))
+        say(f"{profile.threads} threads and the caller's; {'; '.join(describe(profile))}")
+        rates = measure(shape, banks, lane, store.layers, self.device)
+        say(f"rates, {'packed' if packed else 'as they are'}: {rates}")
+        return Form(banks, lane, plan, rates)
 
     def add(self, name: str, make: Callable[[str], Arm]) -> None:
         if self.only and not any(part in name for part in self.only):
@@ -103,18 +124,25 @@ class Bench:
         say(f"{name}: ready after {time.monotonic() - began:.1f} s")
 
     def ours(
-        self, slots: int, policy: Callable[[int, int, int], Policy], *, lane: bool, graphs: bool = True
+        self,
+        slots: int,
+        policy: Callable[[int, int, int], Policy],
+        *,
+        lane: bool,
+        graphs: bool = True,
+        packed: bool = True,
     ) -> Callable[[str], Arm]:
+        form = self.forms[packed]
         return partial(
             Ours,
             folder=self.folder,
             trace_NLK=self.trace_NLK,
-            banks=self.banks,
+            banks=form.banks,
             device=self.device,
             slots=slots,
             policy=policy,
-            lane=self.lane if lane else None,
-            split=PlannedSplit(self.plan, self.config.shape.choices) if lane else None,
+            lane=form.lane if lane else None,
+            split=PlannedSplit(form.plan, self.config.shape.choices) if lane else None,
             graphs=graphs,
         )
 
@@ -187,17 +215,20 @@ def run(config: Config, folder: Path, args: argparse.Namespace, began: float) ->
 
 def _measured(bench: Bench, folder: Path, args: argparse.Namespace, began: float, path: Path) -> dict[str, Any]:
     config = bench.config
-    say(f"banks ready, rates measured after {time.monotonic() - began:.0f} s: {bench.rates}")
+    say(f"banks ready, rates measured after {time.monotonic() - began:.0f} s")
     every, some = config.shape.total, bench.slots
     percent = f"{config.share:.0%} resident"
     bench.add(ALL, bench.ours(every, _lru, lane=False))
     bench.add(f"ours, {percent}", bench.ours(some, _hedge, lane=True))
+    bench.add(f"ours, {percent}{RAW}", bench.ours(some, _hedge, lane=True, packed=False))
     bench.add(f"ours, {percent}, layered LRU", bench.ours(some, _layered, lane=True))
     quarter = max(round(0.25 * every), 2 * config.shape.choices)
     bench.add("ours, a quarter resident", bench.ours(quarter, _hedge, lane=True))
     bench.add(f"ours, {percent}, link only", bench.ours(some, _hedge, lane=False))
-    bench.add(f"ours, {percent}, on demand, LRU, graphs", bench.ours(some, _lru, lane=False))
-    bench.add(f"ours, {percent}, on demand, LRU", bench.ours(some, _lru, lane=False, graphs=False))
+    on_demand = f"ours, {percent}, on demand, LRU"
+    bench.add(f"{on_demand}, graphs", bench.ours(some, _lru, lane=False))
+    bench.add(f"{on_demand}, graphs{RAW}", bench.ours(some, _lru, lane=False, packed=False))
+    bench.add(f"{on_demand}{RAW}", bench.ours(some, _lru, lane=False, graphs=False, packed=False))
     for experts in ("batched_mm", "grouped_mm"):
         bench.add(f"transformers, all resident, {experts}", bench.theirs(experts))
     if config.device == "cuda":
@@ -213,15 +244,15 @@ def _measured(bench: Bench, folder: Path, args: argparse.Namespace, began: float
         "shape": described(config.shape),
         "config": {k: v for k, v in asdict(config).items() if k != "shape"},
         "slots": some,
-        "threads": bench.threads,
+        "threads": bench.forms[True].lane.threads,
         "routing": locality(bench.trace_NLK, config.shape.experts),
-        "rates": asdict(bench.rates),
+        "rates": {"packed": asdict(bench.forms[True].rates), "as they are": asdict(bench.forms[False].rates)},
         "skipped": bench.skipped,
     }
     save(path, result)
     result["rows"] = bench.run(began + args.budget_seconds)
     result["exact"] = exactness(bench)
-    result["summary"] = summarise(config.shape, bench.rates, result["rows"])
+    result["summary"] = summarise(config.shape, [bench.forms[packed].rates for packed in (False, True)], result["rows"])
     save(path, result)
     return result
 

@@ -37,9 +37,10 @@ CONTEXT = 256  # positions; an arm that reaches the end goes back to the prompt'
 PROMPT = 32
 
 
-def open_banks(store: ExpertStore, layout: ExpertBlock, device: torch.device) -> ExpertBanks:
+def open_banks(store: ExpertStore, layout: ExpertBlock, device: torch.device, packed: bool = False) -> ExpertBanks:
     """All experts in host memory, page-locked where there is a GPU."""
-    banks = ExpertBanks(store, layout, CudaRegistrar(device) if device.type == "cuda" else NoRegistrar())
+    registrar = CudaRegistrar(device) if device.type == "cuda" else NoRegistrar()
+    banks = ExpertBanks(store, layout, registrar, packed=packed)
     banks.join()
     return banks
 
@@ -144,9 +145,8 @@ class Ours(_Decoding):
         cuda = device.type == "cuda"
         graph = SegmentedGraph(device) if graphs and cuda else Uncaptured()
         transfer = TransferEngine(CudaLink(device, timed=False) if cuda else SimulatedLink(), banks)
-        self.experts = DecodeExperts(
-            self.cache, transfer, 1, trace_NLK.shape[2], graph=graph, lane=lane, host=banks.address, split=split
-        )
+        beside = {"lane": lane, "host": banks, "split": split}
+        self.experts = DecodeExperts(self.cache, transfer, 1, trace_NLK.shape[2], graph=graph, **beside)
         if self.experts.all_resident:
             self.experts.fill()
         self.table = tuple(range(1, CONTEXT // 16 + 1))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 ALL = "ours, all resident"
+RAW = ", not packed"
 
 
 def ours_of(names: Sequence[str]) -> str | None:
@@ -13,14 +14,17 @@ def ours_of(names: Sequence[str]) -> str | None:
     return next((name for name in names if name.startswith("ours, ") and name.endswith("% resident")), None)
 
 
-def summarise(shape: Any, rates: Any, rows: Mapping[str, Any]) -> dict[str, Any]:
-    """Per arm tokens/s, experts per token by what became of them, the floor and the share of it; and the ratios."""
+def summarise(shape: Any, rates: Sequence[Any], rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Per arm tokens/s, experts per token by what became of them, the floor and the share of it; and the ratios.
+
+    ``rates``: of experts as they are, and packed.
+    """
     arms: dict[str, Any] = {}
     for name, row in rows.items():
         best = min(row["times_s"])
         arms[name] = {"tokens_per_s": 1 / row["s"], "ms": 1e3 * row["s"], "best_tokens_per_s": 1 / best}
         if name.startswith("ours, "):
-            arms[name] |= _per_token(shape, rates, name, row)
+            arms[name] |= _per_token(shape, rates[not name.endswith(RAW)], name, row)
     return {"arms": arms, "ratios": _ratios(arms)}
 
 
@@ -60,17 +64,13 @@ def _ratios(arms: Mapping[str, Any]) -> dict[str, float]:
 
 def tables(result: Mapping[str, Any]) -> str:
     """What a reader wants: rates, arms beside their floors, ratios, exactness."""
-    rates, summary, routing = result["rates"], result["summary"], result["routing"]
-    gb = {name: f"{rates[name] / 1e9:.1f}" for name in ("link", "link_beside", "lane", "lane_beside", "memory")}
+    summary, routing = result["summary"], result["routing"]
     lines = [
         "",
         f"{', '.join(result['machine']['gpus']) or 'no GPU'}; commit {result['machine']['commit']}; "
         f"{result['slots']} slots; a token shares {routing['shared_with_last']:.0%} of its experts with the last, "
         f"the popular half takes {routing['popular_half']:.0%}",
-        f"link {gb['link']} GB/s, beside the CPU {gb['link_beside']}; CPU lane {gb['lane']}, beside the link "
-        f"{gb['lane_beside']}; GPU memory {gb['memory']}; a call of 1, 2, ... experts on the CPU, link busy: "
-        + ", ".join(f"{1e6 * s:.0f}" for s in rates["lane_s"])
-        + " us",
+        *(_rates(form, rates) for form, rates in result["rates"].items()),
         "",
         "tokens/s       ms   (min to max)   hits  fetched  on CPU   floor ms  share  arm",
     ]
@@ -92,3 +92,12 @@ def tables(result: Mapping[str, Any]) -> str:
             lines.append(f"{name}: host ms a token " + ", ".join(f"{k} {v:.2f}" for k, v in arm["host_ms"].items()))
     lines += [f"left out: {what}: {why}" for what, why in result["skipped"].items()]
     return "\n".join(lines)
+
+
+def _rates(form: str, rates: Mapping[str, Any]) -> str:
+    gb = {name: f"{rates[name] / 1e9:.1f}" for name in ("link", "link_beside", "lane", "lane_beside", "memory")}
+    return (
+        f"experts {form}, {rates['host_bytes'] / 1e6:.2f} MB: link {gb['link']} GB/s, beside the CPU "
+        f"{gb['link_beside']}; CPU lane {gb['lane']}, beside the link {gb['lane_beside']}; GPU memory {gb['memory']}; "
+        f"a call of 1, 2, ... experts on the CPU, link busy: {', '.join(f'{1e6 * s:.0f}' for s in rates['lane_s'])} us"
+    )

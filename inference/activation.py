@@ -75,10 +75,11 @@ class ExpertMap(Policy):
     def __init__(self, layers: int, experts: int, memory: int = 256) -> None:
         super().__init__(layers, experts)
         self.memory = memory
-        self._maps_MLE = np.zeros((memory, layers, experts), dtype=np.float32)
-        self._known = 0
-        self._now_LE = np.zeros((layers, experts), dtype=np.float32)
-        self._dots_M = np.zeros(memory)
+        # Maps twice: as flags side by side, which one product compares with a call, and as flat indices into [L,E].
+        self._flags_LEM = np.zeros((layers, experts, memory), dtype=np.float32)
+        self._maps: list[np.ndarray] = []
+        self._now: list[np.ndarray] = []  # of this round, call by call
+        self._dots_M = np.zeros(memory, dtype=np.float32)
         self._uses_LE = np.zeros((layers, experts))
         self._total_L1 = np.full((layers, 1), 1e-12)
         self._worth = 1.0  # of a use now: it grows, instead of all counts shrinking at each call
@@ -90,28 +91,33 @@ class ExpertMap(Policy):
         super().use(row, experts_N)
 
     def _remember(self) -> None:
-        if self._known < self.memory:
-            slot, self._known = self._known, self._known + 1
+        now, flags_XM = np.concatenate(self._now), self._flags_LEM.reshape(-1, self.memory)
+        if len(self._maps) < self.memory:
+            slot = len(self._maps)
+            self._maps.append(now)
         else:
             slot = int(self._dots_M.argmax())
-        self._maps_MLE[slot] = self._now_LE
-        self._now_LE[:] = 0
+            flags_XM[self._maps[slot], slot] = 0
+            self._maps[slot] = now
+        flags_XM[now, slot] = 1
+        self._now.clear()
         self._dots_M[:] = 0
 
     def _note(self, row: int, experts_N: np.ndarray) -> None:
-        self._now_LE[row, experts_N] = 1
+        self._now.append(experts_N + row * self.experts)
         self._worth *= 2.0 ** (1 / (64 * self.layers))
         if self._worth > 1e100:
             self._uses_LE /= self._worth
             self._total_L1 /= self._worth
             self._worth = 1.0
-        self._uses_LE[row, experts_N] += self._worth
+        uses_E = self._uses_LE[row]
+        uses_E[experts_N] += self._worth
         self._total_L1[row] += self._worth * len(experts_N)
-        known = self._known
+        known = len(self._maps)
         if not known:
             return
         # Every map has as many ones in a row as the model has choices, so dot products order as cosines do.
-        self._dots_M[:known] += self._maps_MLE[:known, row][:, experts_N].sum(1)
+        self._dots_M += np.add.reduce(self._flags_LEM[row].take(experts_N, 0))
         self._match = int(self._dots_M[:known].argmax())
 
     @property
@@ -122,7 +128,9 @@ class ExpertMap(Policy):
     def scores(self) -> Scores:
         likely_LE = self._uses_LE / self._total_L1
         if self._match >= 0:
-            likely_LE[self.row + 1 :] += self._maps_MLE[self._match, self.row + 1 :]
+            map_X = self._maps[self._match]
+            ahead = map_X.searchsorted((self.row + 1) * self.experts)
+            likely_LE.reshape(-1)[map_X[ahead:]] += 1
         return np.asarray(likely_LE)
 
 

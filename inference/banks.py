@@ -5,11 +5,15 @@ page-locked memory up to powers of two. So each layer's experts, converted to th
 anonymous mapping of just their size, which is then registered with CUDA. Serving need not wait for that: an expert
 whose layer is not ready passes through one of a few staging buffers.
 
-Shapes: E experts, B elements of a block.
+Banks may keep experts packed (:mod:`inference.packed`): less memory, and fewer bytes for the link and for processors to
+read. A layer with an expert that cannot be packed stays as it is.
+
+Shapes: E experts, B elements of a block, N bytes of a packed one.
 """
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import resource
@@ -27,13 +31,17 @@ from torch import Tensor
 from checkpointing.keeper.memory import available_bytes
 from inference.errors import InferenceError
 from inference.expert_block import ExpertBlock
+from inference.packed import PackedBlock, packable
+from inference.packing import pack_into
 from inference.store import ExpertStore
-from inference.transfer import Mark
+from inference.transfer import Mark, is_packed
 from moe.refs import ExpertRef
 
 STAGING_BUFFERS = 4
 _READERS = 8  # beyond that, threads that copy out of the page cache only get into each other's way
 _GIB = 1 << 30
+
+_log = logging.getLogger(__name__)
 
 
 class Registrar(Protocol):
@@ -83,7 +91,7 @@ class _Shared:
 
     registrar: Registrar
     stop: threading.Event = field(default_factory=threading.Event)
-    filled: dict[int, Tensor] = field(default_factory=dict)  # by layer, [E,B]
+    filled: dict[int, Tensor] = field(default_factory=dict)  # by layer, [E,B]; or packed, [E,N]
     ready: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)  # the experts of those that may be used
     registered: list[int] = field(default_factory=list)
     error: BaseException | None = None
@@ -96,13 +104,26 @@ class ExpertBanks:
     Args:
         registrar: page-locks arenas.
         start: fill and register in the background, at once. Without, every expert is staged.
+        packed: keep packed what can be; the layout must be :func:`~inference.packed.packable`.
+
+    Attributes:
+        packs: whether it does, but for layers that cannot be.
 
     Raises:
         InferenceError: there is not enough memory for the banks, with the figures.
     """
 
-    def __init__(self, store: ExpertStore, layout: ExpertBlock, registrar: Registrar, *, start: bool = True) -> None:
-        self.store, self.layout = store, layout
+    def __init__(
+        self,
+        store: ExpertStore,
+        layout: ExpertBlock,
+        registrar: Registrar,
+        *,
+        start: bool = True,
+        packed: bool = False,
+    ) -> None:
+        assert not packed or packable(layout), layout
+        self.store, self.layout, self.packs = store, layout, packed
         self._shared = _Shared(registrar)
         self._staging = _arena(STAGING_BUFFERS, layout)
         _register(self._shared, self._staging, "staging buffers")
@@ -112,15 +133,16 @@ class ExpertBanks:
         if start:
             check_memory(self.nbytes)
             thread = threading.Thread(
-                target=_fill, args=(self._shared, store, layout), name="expert-banks", daemon=True
+                target=_fill, args=(self._shared, store, layout, packed), name="expert-banks", daemon=True
             )
             self._shared.thread = thread
             thread.start()
 
     @property
     def nbytes(self) -> int:
-        """Of all banks when they are full."""
-        return self.store.total * self.layout.nbytes
+        """Of all banks when they are full; more if some layers cannot be packed."""
+        each = PackedBlock(self.layout.elements).stride if self.packs else self.layout.nbytes
+        return self.store.total * each
 
     @property
     def ready_share(self) -> float:
@@ -162,13 +184,18 @@ class ExpertBanks:
 
         return self._staging[turn], release
 
+    def packed(self, layer: int) -> bool:
+        """Whether the experts of a layer that is ready are packed."""
+        return is_packed(self._shared.filled[layer])
+
     def address(self, ref: ExpertRef) -> int:
         """Where an expert's block begins. Its layer must be ready: see :meth:`join`."""
         bank_EB = self._shared.filled[ref.layer]
         return bank_EB.data_ptr() + ref.expert * bank_EB.shape[1] * bank_EB.itemsize
 
     def stacked(self, layer: int) -> tuple[Tensor, ...]:
-        """The parts of all experts of a layer that is ready, [E, ...] each."""
+        """The parts of all experts of a layer that is ready and not packed, [E, ...] each."""
+        assert not self.packed(layer), layer
         return self.layout.stacked(self._shared.filled[layer])
 
     def _raise(self) -> None:
@@ -200,24 +227,63 @@ def host_memory(elements: int, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype)
 
 
-def _fill(shared: _Shared, store: ExpertStore, layout: ExpertBlock) -> None:
-    def read(layer: int, expert: int, arena_EB: Tensor) -> None:
-        if not shared.stop.is_set():
-            store.read(layer, expert, layout, arena_EB[expert])
-
-    experts = range(store.shape.num_experts)
+def _fill(shared: _Shared, store: ExpertStore, layout: ExpertBlock, packed: bool) -> None:
+    experts = store.shape.num_experts
     try:
         with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), "expert-banks") as pool:
             for layer in store.layers:
-                arena_EB = _arena(len(experts), layout)
-                list(pool.map(read, [layer] * len(experts), experts, [arena_EB] * len(experts)))
+                filled = _packed_layer(shared, pool, store, layout, layer) if packed else None
+                if filled is None:
+                    arena_EB = _arena(experts, layout)
+                    list(pool.map(_reader(shared, store, layout, layer), range(experts), arena_EB))
+                    filled = arena_EB, arena_EB.unbind()
                 if shared.stop.is_set():
                     return
-                shared.filled[layer] = arena_EB
-                _register(shared, arena_EB, f"layer {layer}")
-                shared.ready[layer] = arena_EB.unbind()  # last: from here on it is used
+                shared.filled[layer], blocks = filled
+                _register(shared, filled[0], f"layer {layer}")
+                shared.ready[layer] = blocks  # last: from here on it is used
     except BaseException as error:  # told to the thread that serves, at its next call
         shared.error = error
+
+
+def _reader(shared: _Shared, store: ExpertStore, layout: ExpertBlock, layer: int) -> Callable[[int, Tensor], None]:
+    def read(expert: int, block_B: Tensor) -> None:
+        if not shared.stop.is_set():
+            store.read(layer, expert, layout, block_B)
+
+    return read
+
+
+def _packed_layer(
+    shared: _Shared, pool: ThreadPoolExecutor, store: ExpertStore, layout: ExpertBlock, layer: int
+) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+    """The arena, and of each expert in it the bytes that are used; None, and why is said, if one cannot be packed."""
+    experts, stride = store.shape.num_experts, PackedBlock(layout.elements).stride
+    arena_EN = host_memory(experts * stride, torch.uint8).view(experts, stride)
+    own, refused = threading.local(), threading.Event()
+    read = _reader(shared, store, layout, layer)
+
+    def read_packed(expert: int, into_N: Tensor) -> int:
+        if refused.is_set() or shared.stop.is_set():
+            return 0
+        if not hasattr(own, "block_B"):
+            own.block_B = torch.empty(layout.elements, dtype=layout.dtype)
+        read(expert, own.block_B)
+        nbytes = pack_into(own.block_B, into_N)
+        if not nbytes:
+            refused.set()
+        return nbytes
+
+    used = list(pool.map(read_packed, range(experts), arena_EN))
+    if not refused.is_set():
+        return arena_EN, tuple(block_N[:nbytes] for block_N, nbytes in zip(arena_EN, used, strict=True))
+    expert = used.index(0)
+    _log.warning(
+        "%s and perhaps others have weights of too many magnitudes to be packed: their layer stays as it is",
+        ExpertRef(layer, expert),
+    )
+    check_memory(experts * layout.nbytes)
+    return None
 
 
 def _register(shared: _Shared, arena: Tensor, what: str) -> None:

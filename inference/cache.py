@@ -105,11 +105,11 @@ class ExpertCache:
         self.blocks_CB = _allocate(allocated, self.layout, device)
         self.gate_up_C2IH, self.down_CHI, *_ = self.layout.stacked(self.blocks_CB)
         self._views = [self.layout.views(block_B) for block_B in self.blocks_CB]
-        self._loans: dict[tuple[int, int], Loan] = {}
-        # The slot of each expert, -1 for none; and whether it may be evicted: committed, and not of the current call.
+        # The slot of each expert, -1 for none; the same as lists, of which one number is had sooner; whether committed.
         self.slot_LE = np.full((len(self._row), shape.num_experts), -1, dtype=np.int32)
+        self.slots_of: list[list[int]] = self.slot_LE.tolist()
         self._resident_LE = np.zeros((len(self._row), shape.num_experts), dtype=bool)
-        self._lent: tuple[int, list[int]] = (0, [])
+        self._lent: tuple[int, np.ndarray] = (0, np.zeros(0, dtype=np.intp))  # of the current call: not evicted
         self._untried: set[tuple[int, int]] = set()  # prefetched and not yet used
         self._ghosts: dict[tuple[int, int], int] = {}  # evicted for a prefetch, and when
         self._free = list(reversed(range(allocated)))
@@ -126,7 +126,7 @@ class ExpertCache:
 
     def block(self, ref: ExpertRef) -> Tensor:
         """The slot that is reserved for an expert, or holds it."""
-        slot = int(self.slot_LE[self._row[ref.layer], ref.expert])
+        slot = self.slots_of[self._row[ref.layer]][ref.expert]
         assert slot >= 0, ref
         return self.blocks_CB[slot]
 
@@ -141,20 +141,22 @@ class ExpertCache:
         """
         assert len(set(experts)) == len(experts), "experts must be distinct"
         row = self._row[layer]
-        self._lent = (row, list(experts))
-        if all((row, expert) in self._loans for expert in experts):
-            return Wanted(list(experts), [], [])
-        slots, wanted = self.slot_LE[row], Wanted([], [], [])
+        self._lend(row, experts)
+        slots, resident_E, wanted = self.slots_of[row], self._resident_LE[row], Wanted([], [], [])
         for expert in experts:
-            held = wanted.resident if (row, expert) in self._loans else wanted.coming
+            held = wanted.resident if resident_E[expert] else wanted.coming
             (held if slots[expert] >= 0 else wanted.missing).append(expert)
         return wanted
+
+    def _lend(self, row: int, experts: Sequence[int]) -> np.ndarray:
+        experts_N = np.array(experts, dtype=np.intp)
+        self._lent = (row, experts_N)
+        return experts_N
 
     def note(self, layer: int, experts: Sequence[int]) -> None:
         """The policy sees what a layer call wants. Once in each call; the call may be under way by then."""
         row = self._row[layer]
-        self.policy.use(row, experts)
-        self._lent = (row, list(experts))
+        self.policy.use(row, self._lend(row, experts))
         if self._untried or self._ghosts:
             self._judge(row, experts)
 
@@ -170,32 +172,27 @@ class ExpertCache:
 
     def make_room(self, count: int) -> None:
         """Has the policy give up slots ahead of need until ``count`` are free, so that no demand waits for it."""
-        if (needed := count - len(self._free)) > 0:
-            evictable_LE = self.evictable()
-            for flat in self.policy.victims(evictable_LE, min(needed, int(evictable_LE.sum()))):
-                self._evict(*divmod(int(flat), self.policy.experts))
+        for row, expert in self.victims(count - len(self._free)):
+            self._evict(row, expert)
 
     def evictable(self) -> np.ndarray:
         """Which experts [L,E] may be evicted now."""
         evictable_LE = self._resident_LE.copy()
-        row, experts = self._lent
-        evictable_LE[row, experts] = False
+        row, experts_N = self._lent
+        evictable_LE[row][experts_N] = False
         return evictable_LE
 
     def reserve(self, layer: int, experts: Sequence[int]) -> list[int]:
         """Slots for experts that have none, as many of them as there can be, in order: free ones, then those that the
         policy takes from others. Returns the experts that got one.
         """
-        if (needed := len(experts) - len(self._free)) > 0:
-            evictable_LE = self.evictable()
-            if (count := min(needed, int(evictable_LE.sum()))) > 0:
-                for flat in self.policy.victims(evictable_LE, count):
-                    self._evict(*divmod(int(flat), self.policy.experts))
+        self.make_room(len(experts))
         got = list(experts[: len(self._free)])
         row = self._row[layer]
+        slots, slot_E = self.slots_of[row], self.slot_LE[row]
         for expert in got:
-            assert self.slot_LE[row, expert] < 0, (layer, expert)
-            self.slot_LE[row, expert] = self._free.pop()
+            assert slots[expert] < 0, (layer, expert)
+            slots[expert] = slot_E[expert] = self._free.pop()
         return got
 
     def victims(self, count: int) -> list[tuple[int, int]]:
@@ -203,8 +200,9 @@ class ExpertCache:
         if count <= 0:
             return []
         evictable_LE = self.evictable()
-        flat = self.policy.victims(evictable_LE, min(count, int(evictable_LE.sum())))
-        return [divmod(int(one), self.policy.experts) for one in flat]
+        if (count := min(count, np.count_nonzero(evictable_LE))) == 0:
+            return []
+        return [divmod(flat, self.policy.experts) for flat in self.policy.victims(evictable_LE, count).tolist()]
 
     @property
     def free(self) -> int:
@@ -242,10 +240,8 @@ class ExpertCache:
     def commit(self, ref: ExpertRef) -> None:
         """The expert is whole in its slot."""
         row = self._row[ref.layer]
-        assert self.slot_LE[row, ref.expert] >= 0, ref
+        assert self.slots_of[row][ref.expert] >= 0, ref
         self._resident_LE[row, ref.expert] = True
-        slot = int(self.slot_LE[row, ref.expert])
-        self._loans[row, ref.expert] = Loan(ref.expert, slot, self._views[slot])
 
     def abandon(self, ref: ExpertRef) -> None:
         """The slot was not filled: nobody has it."""
@@ -261,7 +257,9 @@ class ExpertCache:
 
     def loan(self, layer: int, expert: int) -> Loan:
         """A committed expert."""
-        return self._loans[self._row[layer], expert]
+        assert self.holds(layer, expert), (layer, expert)
+        slot = self.slots_of[self._row[layer]][expert]
+        return Loan(expert, slot, self._views[slot])
 
     def lend(self, layer: int, experts: Sequence[int]) -> Iterator[list[Loan]]:
         """Yields the distinct ``experts`` of one layer call in groups that fit the slots, each read when it is missing.
@@ -283,8 +281,8 @@ class ExpertCache:
     def fill(self, layer: int, group: list[int]) -> None:
         """Have all of a group that fits the slots resident, reading what is missing."""
         row = self._row[layer]
-        self._lent = (row, group)
-        missing = [expert for expert in group if (row, expert) not in self._loans]
+        self._lend(row, group)
+        missing = [expert for expert in group if not self._resident_LE[row, expert]]
         self.counts.hits += len(group) - len(missing)
         if not missing:
             return
@@ -316,7 +314,7 @@ class ExpertCache:
 
     def release(self, layer: int) -> None:
         """What was lent of this call has been used: it may be evicted, and is where nothing is kept."""
-        self._lent = (self._row[layer], [])
+        self._lend(self._row[layer], [])
         if self.slots == 0:
             for row, expert in zip(*np.nonzero(self._resident_LE), strict=True):
                 self._evict(int(row), int(expert))
@@ -332,15 +330,14 @@ class ExpertCache:
     def _evict(self, row: int, expert: int) -> None:
         assert self._resident_LE[row, expert], (row, expert)
         self._resident_LE[row, expert] = False
-        del self._loans[row, expert]
         if (row, expert) in self._untried:
             self._untried.discard((row, expert))
             self.counts.wasted += 1
         self._give_up(row, expert)
 
     def _give_up(self, row: int, expert: int) -> None:
-        slot = int(self.slot_LE[row, expert])
-        self.slot_LE[row, expert] = -1
+        slot = self.slots_of[row][expert]
+        self.slots_of[row][expert] = self.slot_LE[row, expert] = -1
         if self.poison:
             self.blocks_CB[slot].fill_(float("nan"))
         self._free.append(slot)

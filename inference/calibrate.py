@@ -19,18 +19,21 @@ from statistics import median
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
 from inference.banks import host_memory
 from inference.compiled_experts import COMPILED, CompiledExperts, compiled_kernels
 from inference.cores import cpu_cores, last_cache_bytes
-from inference.costmodel import BYTES, KernelTable, MachineProfile, ProfileError, Rates, Timing
+from inference.costmodel import BYTES, PACKED_BYTES, KernelTable, MachineProfile, ProfileError, Rates, Timing
 from inference.cpu_experts import CpuExperts, kernels_for
-from inference.host_expert import HostExpert
+from inference.expert_block import ExpertBlock, ExpertShape
+from inference.gpu_bank import GpuBank
+from inference.host_expert import HostExpert, PackedExpert, StoredExpert
+from inference.packed import PackedBlock
+from inference.packing import pack_into
 
 TEAMS = (1, 2, 4)
 ROWS = (1, 16, 64, 4)  # in this order, as far as the time goes
-GPU_ROWS = (1, 16, 256, 2048)
 _BANK_BYTES = 128 << 20  # of made-up experts, quick to fill; of more, where the caches hold so many
 _MOST_BYTES = 1 << 30
 _FAR_BEHIND = 3.0
@@ -42,11 +45,12 @@ _METHOD = 2  # of measuring, and the kernels that are timed: what another found 
 
 @dataclass(frozen=True)
 class ExpertKind:
-    """What is timed: experts of this shape and precision."""
+    """What is timed: experts of this shape and precision, and how the cores have them in host memory."""
 
     hidden: int
     intermediate: int
     dtype: torch.dtype
+    packed: bool = False
 
     @property
     def dtype_name(self) -> str:
@@ -54,13 +58,23 @@ class ExpertKind:
 
     @property
     def nbytes(self) -> int:
+        """Of one on the GPU."""
         return 3 * self.hidden * self.intermediate * BYTES[self.dtype_name]
 
+    @property
+    def host_nbytes(self) -> int:
+        """Of one in host memory."""
+        return int(3 * self.hidden * self.intermediate * PACKED_BYTES) if self.packed else self.nbytes
 
-def this_machine(hidden: int, intermediate: int, dtype: str, *, recalibrate: bool = False) -> MachineProfile:
+
+def this_machine(
+    hidden: int, intermediate: int, dtype: str, *, packed: bool = False, recalibrate: bool = False
+) -> MachineProfile:
     """:func:`machine_profile` of the device that the runtime would choose, for callers without torch."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return machine_profile(ExpertKind(hidden, intermediate, getattr(torch, dtype)), device, recalibrate=recalibrate)
+    packed = packed and device.type == "cuda" and bool(compiled_kernels(getattr(torch, dtype)))
+    kind = ExpertKind(hidden, intermediate, getattr(torch, dtype), packed)
+    return machine_profile(kind, device, recalibrate=recalibrate)
 
 
 def machine_profile(kind: ExpertKind, device: torch.device, *, recalibrate: bool = False) -> MachineProfile:
@@ -96,6 +110,7 @@ def profile_file(kind: ExpertKind, device: torch.device) -> Path:
     """Where this machine's profile is kept."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     key = f"{hardware(device)}|{torch.__version__}|{kind.dtype_name}|{kind.hidden}x{kind.intermediate}|{_METHOD}"
+    key += "|packed" * kind.packed
     return home / "planaria" / "profiles" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
@@ -123,12 +138,12 @@ def calibrate(kind: ExpertKind, device: torch.device, budget_s: float = 2.0) -> 
 def _calibrate(kind: ExpertKind, device: torch.device, budget_s: float) -> MachineProfile:
     began = time.perf_counter()
     bank = _Bank(kind)
-    gpu = _Gpu(kind, device) if device.type == "cuda" else None
+    gpu = GpuBank(kind, device) if device.type == "cuda" else None
     dram = _read_rate(bank.weights_N)
     trials = Trials.of(kind, cpu_cores(), gpu is not None)
     threads, team, timings = cpu_table(bank, trials, 0.7 * budget_s - (time.perf_counter() - began))
     table = KernelTable(tuple(timings))
-    alone = kind.nbytes / table.best(1, threads).seconds
+    alone = kind.host_nbytes / table.best(1, threads).seconds
     common = {
         "name": "this machine",
         "hardware": hardware(device),
@@ -136,6 +151,7 @@ def _calibrate(kind: ExpertKind, device: torch.device, budget_s: float) -> Machi
         "dtype": kind.dtype_name,
         "hidden": kind.hidden,
         "intermediate": kind.intermediate,
+        "packed": kind.packed,
         "threads": threads,
         "team": team,
         "cpu": tuple(timings),
@@ -149,7 +165,7 @@ def _calibrate(kind: ExpertKind, device: torch.device, budget_s: float) -> Machi
     link = gpu.link_rate()
     with_reads = gpu.beside_link(lambda: _read_s(bank.weights_N), bank.weights_N.nbytes)
     with bank.experts(threads, team, table) as experts:
-        with_experts = gpu.beside_link(lambda: bank.call_s(experts, 1), _WHOLE_CALL * kind.nbytes)
+        with_experts = gpu.beside_link(lambda: bank.call_s(experts, 1), _WHOLE_CALL * kind.host_nbytes)
         handover = _typical(experts.hand_over)
     profile = MachineProfile(
         **common,
@@ -223,26 +239,31 @@ class _Bank:
 
     def __init__(self, kind: ExpertKind) -> None:
         self.kind = kind
-        nbytes = min(max(_BANK_BYTES, 2 * last_cache_bytes()), _MOST_BYTES)
-        self.count = max(nbytes // kind.nbytes, _WHOLE_CALL)
-        each = 3 * kind.hidden * kind.intermediate
-        self.weights_N = host_memory(self.count * each, kind.dtype)
+        self._layout = ExpertBlock(ExpertShape(1, kind.hidden, kind.intermediate), kind.dtype)
         # Small and unequal, and quick to make: products of zeros or denormal numbers are no measure.
-        pattern_N = (torch.arange(each) % 251 - 125).float() / 4096
-        self.weights_N.view(self.count, each).copy_(pattern_N)
+        one_B = ((torch.arange(self._layout.elements) % 251 - 125).float() / 4096).to(kind.dtype)
+        if kind.packed:
+            block_B, one_B = one_B, torch.zeros(PackedBlock(len(one_B)).stride, dtype=torch.uint8)
+            pack_into(block_B, one_B)
+        nbytes = min(max(_BANK_BYTES, 2 * last_cache_bytes()), _MOST_BYTES)
+        self.count = max(nbytes // one_B.nbytes, _WHOLE_CALL)
+        self.weights_N = host_memory(self.count * len(one_B), one_B.dtype)
+        self._blocks = self.weights_N.view(self.count, -1)
+        self._blocks.copy_(one_B)
         self._next = 0
         self.spread = 1.0  # the worst of all timings, typical over best
 
-    def __call__(self, _layer: int, expert: int) -> HostExpert:
-        hidden, intermediate = self.kind.hidden, self.kind.intermediate
-        gate_up_N, down_N = self.weights_N.view(self.count, -1)[expert].tensor_split([2 * hidden * intermediate])
-        return HostExpert(gate_up_N.view(-1, hidden), down_N.view(hidden, -1))
+    def __call__(self, _layer: int, expert: int) -> StoredExpert:
+        block = self._blocks[expert]
+        if self.kind.packed:
+            return PackedExpert(block, self._layout)
+        return HostExpert.of_parts(self._layout.split(block), self._layout.shape.form)
 
     def experts(self, threads: int, team: int, table: KernelTable) -> CpuExperts:
         compiled = None
         if any(timing.kernel == COMPILED for timing in table.timings):
             sizes = (self.kind.hidden, self.kind.intermediate, self.kind.dtype)
-            compiled = CompiledExperts(threads, *sizes, 2 * self.kind.hidden * self.kind.intermediate)
+            compiled = CompiledExperts(threads, *sizes, self._layout.parts[1].start)
         return CpuExperts(self, lambda gate, up: silu(gate) * up, table, threads, team, compiled)
 
     def timing(self, kernel: str, threads: int, team: int, rows: int) -> Timing:
@@ -291,107 +312,3 @@ def _typical(act: Callable[[], object], repeats: int = 15) -> float:
         act()
         times.append(time.perf_counter() - began)
     return median(times)
-
-
-class _Gpu:
-    """The same for a GPU and the link to it."""
-
-    def __init__(self, kind: ExpertKind, device: torch.device) -> None:
-        self.kind, self.device = kind, device
-        self.count = max(min(_BANK_BYTES // kind.nbytes, 64), 2)
-        self.host_B = torch.empty(self.count, kind.nbytes, dtype=torch.uint8, pin_memory=True)
-        self.there_B = torch.zeros(self.count, kind.nbytes, dtype=torch.uint8, device=device)
-        self.stream = torch.cuda.Stream(device)
-
-    def close(self) -> None:
-        """Give the pinned memory back; torch would keep it for the next one who asks."""
-        del self.host_B, self.there_B
-        if (empty := getattr(torch._C, "_host_emptyCache", None)) is not None:
-            empty()
-
-    def link_rate(self) -> float:
-        self._copy_all(1)
-        return max(self._copy_all(1) for _ in range(2))
-
-    def _copy_all(self, rounds: int) -> float:
-        """Bytes/s of so many rounds through the bank, in blocks of an expert."""
-        begin, end = self._enqueue(rounds)
-        end.synchronize()
-        return rounds * self.host_B.nbytes / (begin.elapsed_time(end) / 1e3)
-
-    def _enqueue(self, rounds: int) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        with torch.cuda.stream(self.stream):
-            begin.record()
-            for _ in range(rounds):
-                for here_B, there_B in zip(self.host_B, self.there_B, strict=True):
-                    there_B.copy_(here_B, non_blocking=True)
-            end.record()
-        return begin, end
-
-    def beside_link(self, act: Callable[[], float], nbytes: int) -> tuple[float, float]:
-        """(link, host) bytes/s while both are busy; ``act`` reads ``nbytes`` and says how long that took.
-
-        The link is given more than it can carry meanwhile; only what ``act`` did before it ended counts, and of that
-        the best, as of all timings: threads that slept until then are slow at first.
-        """
-        alone = act()
-        rounds = max(round(20 * alone * 60e9 / self.host_B.nbytes), 12)
-        begin, end = self._enqueue(rounds)
-        times = []
-        while not end.query():
-            times.append(act())
-        link = rounds * self.host_B.nbytes / (begin.elapsed_time(end) / 1e3)
-        whole = times[:-1] or times or [alone]  # the last one ended alone
-        return link, nbytes / min(whole)
-
-    def table(self) -> tuple[Timing, ...]:
-        """Products as the GPU does them, weights resident and not in its cache."""
-        kind, found = self.kind, []
-        weights = self.there_B.view(kind.dtype).view(self.count, 3, -1).normal_()
-        for rows in GPU_ROWS:
-            x_RH = torch.randn(rows, kind.hidden, dtype=kind.dtype, device=self.device)
-            seconds = self._timed(lambda x_RH=x_RH: self._all_experts(weights, x_RH)) / self.count
-            found.append(Timing("gpu", 1, rows, seconds))
-        return tuple(found)
-
-    def _all_experts(self, weights: Tensor, x_RH: Tensor) -> None:
-        hidden, intermediate = self.kind.hidden, self.kind.intermediate
-        for one in weights:
-            gate_up_2IH = one[:2].reshape(2 * intermediate, hidden)
-            gate_RI, up_RI = linear(x_RH, gate_up_2IH).chunk(2, -1)
-            linear(silu(gate_RI) * up_RI, one[2].view(hidden, intermediate))
-
-    def _timed(self, act: Callable[[], object]) -> float:
-        """Seconds on the device, from a graph, so that launching does not count; the best of three."""
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            act()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            act()
-        times = []
-        for _ in range(3):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        return min(times)
-
-    def memory_rate(self) -> float:
-        """Bytes/s of reading, by a sum over the bank."""
-        data_N = self.there_B.view(torch.float32)
-        return data_N.numel() * 4 / self._timed(lambda: data_N.sum())
-
-    def flops(self) -> float:
-        """Of a large square product in the experts' precision."""
-        size = 4096
-        a = torch.randn(size, size, dtype=self.kind.dtype, device=self.device)
-        return 2 * size**3 / self._timed(lambda: a @ a)
-
-    def round_trip(self) -> None:
-        self.there_B[0, 0].item()

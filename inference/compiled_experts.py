@@ -15,8 +15,9 @@ from subprocess import SubprocessError
 import torch
 from torch import Tensor
 
-from inference.cpu_lane import CpuLane, LaneCall, LaneError, library
-from inference.host_expert import HostExpert
+from inference.cpu_lane import CpuLane, LaneCall
+from inference.host_expert import PackedExpert, StoredExpert
+from inference.native import NativeError, library
 
 COMPILED = "compiled"
 
@@ -25,7 +26,7 @@ def compiled_kernels(dtype: torch.dtype) -> tuple[str, ...]:
     """Its name, where a compiler made it and it knows the precision; a cache folder that cannot be written is none."""
     try:
         library()
-    except (LaneError, OSError, SubprocessError):
+    except (NativeError, OSError, SubprocessError):
         return ()
     return (COMPILED,) if dtype in (torch.bfloat16, torch.float32) else ()
 
@@ -45,8 +46,11 @@ class CompiledExperts:
         self.lane = CpuLane(threads, hidden, intermediate, dtype, down_start)
         self._dtype, self._down_start = dtype, down_start
 
-    def takes(self, expert: HostExpert) -> bool:
+    def takes(self, expert: StoredExpert) -> bool:
         """Whether it lies as the lane reads."""
+        if isinstance(expert, PackedExpert):
+            layout = expert.layout
+            return self.lane.packs and layout.shape.plain and layout.parts[1].start == self._down_start
         fused_2IH, down_HI = expert.gate_up_2IH, expert.down_HI
         if expert.interleaved or expert.gate_up_bias is not None or expert.dtype != self._dtype:
             return False
@@ -56,14 +60,15 @@ class CompiledExperts:
 
     def submit(
         self,
-        work: Sequence[tuple[HostExpert, slice]],
+        work: Sequence[tuple[StoredExpert, slice]],
         x_NH: Tensor,
         out_NH: Tensor,
         what: tuple[int, Sequence[int]] = (-1, ()),
     ) -> None:
         """Begin: the rows of each expert go through it, from x into those of out. A call before is waited for.
 
-        ``what`` are the layer and its experts. Raises :class:`inference.cpu_lane.LaneHung`, as ``wait`` does.
+        All are packed or none is. ``what`` are the layer and its experts. Raises
+        :class:`inference.cpu_lane.LaneHung`, as ``wait`` does.
         """
         x_NH = x_NH.float().contiguous()
         ones_N1 = torch.ones(x_NH.shape[0], 1)
@@ -72,8 +77,8 @@ class CompiledExperts:
         for _, here in work:
             rows += range(here.start, here.stop)
             first.append(len(rows))
-        blocks = [expert.gate_up_2IH.data_ptr() for expert, _ in work]
-        self.lane.submit(call, blocks, first, rows, what)
+        blocks = [expert.address for expert, _ in work]
+        self.lane.submit(call, blocks, first, rows, what, packed=isinstance(work[0][0], PackedExpert))
 
     def wait(self) -> None:
         """Until the results are there; the caller's thread helps."""

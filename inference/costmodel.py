@@ -20,6 +20,7 @@ from inference.errors import InferenceError
 
 _TINY = 1e-30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+PACKED_BYTES = 1.5  # of a weight, see inference.packed; what else there is of a packed block is under a hundredth
 PROFILES = Path(__file__).parent / "profiles"
 _UNSTEADY = 3.0  # typical over best of one timing's repeats
 _ABSURD = 8.0  # an expert of more rows that much faster: small experts differ by what a call costs, not so far
@@ -62,6 +63,7 @@ class MachineProfile:
         hardware: in words.
         source: who measured it, when and how, or which figures were taken from where.
         dtype: of the experts that were timed, as ``bfloat16``.
+        packed: the cores had them packed in host memory.
         hidden, intermediate: their sizes.
         threads: for CPU experts, as many as were fastest; ``team`` of them compute one, or a part of it, together.
         link: host to device, pinned, in blocks of an expert's size; None without a GPU.
@@ -95,6 +97,7 @@ class MachineProfile:
     sync_s: float = 0.0
     handover_s: float = 0.0
     spread: float = 1.0
+    packed: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in BYTES or min(self.hidden, self.intermediate, self.threads, self.team) < 1 or not self.cpu:
@@ -105,9 +108,14 @@ class MachineProfile:
             raise ProfileError(f"profile {self.name!r}: has a link but not what the GPU behind it does")
 
     @property
-    def expert_bytes(self) -> int:
+    def elements(self) -> int:
         """Of the expert that was timed."""
-        return 3 * self.hidden * self.intermediate * BYTES[self.dtype]
+        return 3 * self.hidden * self.intermediate
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of the expert that was timed, as it lay in host memory."""
+        return int(self.elements * (PACKED_BYTES if self.packed else BYTES[self.dtype]))
 
     @property
     def unsteady(self) -> str | None:
@@ -219,11 +227,13 @@ class ExpertCosts:
 
     @classmethod
     def of(
-        cls, profile: MachineProfile, hidden: int, intermediate: int, itemsize: int, threads: int | None = None
+        cls, profile: MachineProfile, hidden: int, intermediate: int, itemsize: float, threads: int | None = None
     ) -> ExpertCosts:
-        """``threads`` of the CPU lane: by default as many as the profile has; 0 leaves the lane out."""
+        """``threads`` of the CPU lane: by default as many as the profile has; 0 leaves the lane out. ``itemsize``: of a
+        weight in host memory, :data:`PACKED_BYTES` of packed ones. If others were timed, times scale with it.
+        """
         elements = 3 * hidden * intermediate
-        size, link = elements * itemsize, profile.link
+        size, link = int(elements * itemsize), profile.link
         return cls(
             profile=profile,
             expert_bytes=size,
@@ -263,8 +273,7 @@ class ExpertCosts:
         """On the GPU, its weights there; 0 without a GPU, where nothing is ever there."""
         if not self.profile.gpu:
             return 0.0
-        timed = self.profile.expert_bytes
-        return self._gpu.best(rows, 1).seconds * self.expert_bytes / timed
+        return self._gpu.best(rows, 1).seconds * self.elements / self.profile.elements
 
 
 def describe(profile: MachineProfile) -> list[str]:
@@ -272,7 +281,8 @@ def describe(profile: MachineProfile) -> list[str]:
     table = KernelTable(profile.cpu)
     best = table.best(1, profile.threads)
     memory = f"host memory: {_gb(profile.dram.alone)} alone"
-    experts = f"CPU experts: {_gb(profile.expert_bytes / best.seconds)} of weights at one row"
+    weights = "packed weights" if profile.packed else "weights"
+    experts = f"CPU experts: {_gb(profile.expert_bytes / best.seconds)} of {weights} at one row"
     experts += f" ({best.kernel}, {best.threads} threads)"
     lines = [f"machine: {profile.hardware}", f"figures: {profile.source}"]
     if profile.link is None:

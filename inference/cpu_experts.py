@@ -23,11 +23,12 @@ from torch import Tensor
 
 from inference.compiled_experts import COMPILED, CompiledExperts
 from inference.costmodel import KernelTable
-from inference.host_expert import HostExpert
+from inference.expert_block import ExpertBlock
+from inference.host_expert import HostExpert, PackedExpert, StoredExpert
 
 Product = Callable[[Tensor, Tensor], Tensor]
 Gated = Callable[[Tensor, Tensor], Tensor]  # (gate, up), elementwise
-HostWeights = Callable[[int, int], HostExpert]  # (layer, expert)
+HostWeights = Callable[[int, int], StoredExpert]  # (layer, expert)
 MIN_COLUMNS = 128  # of a part: below it, calling costs more than computing
 
 
@@ -162,15 +163,15 @@ class CpuExperts:
         assert sum(rows for _, rows in work) == x_NH.shape[0], (work, x_NH.shape)
         out_NH = torch.empty(x_NH.shape, dtype=torch.float32) if out_NH is None else out_NH
         out_NH.zero_()
-        tasks: list[tuple[Product, HostExpert, Tensor, slice]] = []
-        compiled: list[tuple[HostExpert, slice]] = []
+        tasks: list[tuple[Product, StoredExpert, Tensor, slice]] = []
+        compiled: list[tuple[StoredExpert, slice]] = []
         where, start = [], 0
         for expert, count in work:
             rows = slice(start, start + count)
             start += count
             weights = self.weights(layer, expert)
             kernel = self.table.best(count, self.threads).kernel
-            if kernel == COMPILED and self.compiled is not None and self.compiled.takes(weights):
+            if kernel == COMPILED and self._compiles(weights, compiled):
                 compiled.append((weights, rows))
                 continue
             if kernel == COMPILED:
@@ -187,6 +188,11 @@ class CpuExperts:
             self._pool.submit(_work, turns, tasks, self.gated, shares) for _ in range(min(self.workers, len(tasks)))
         ]
         return Pending(where, shares, workers, out_NH, self.compiled if compiled else None)
+
+    def _compiles(self, weights: StoredExpert, with_them: Sequence[tuple[StoredExpert, slice]]) -> bool:
+        """Whether the compiled kernel takes it into a call with others; their layer's bank may be ready by now."""
+        alike = not with_them or type(with_them[0][0]) is type(weights)
+        return alike and self.compiled is not None and self.compiled.takes(weights)
 
     def _columns(self, intermediate: int, experts: int) -> list[slice]:
         """Into how many parts an expert is cut: so many that no worker is idle."""
@@ -235,10 +241,23 @@ def _workers(count: int, team: int) -> ThreadPoolExecutor:
 @torch.inference_mode()
 def _work(
     turns: Iterator[int],
-    tasks: Sequence[tuple[Product, HostExpert, Tensor, slice]],
+    tasks: Sequence[tuple[Product, StoredExpert, Tensor, slice]],
     gated: Gated,
     shares: list[Tensor],
 ) -> None:
     for turn in turns:
         product, expert, x_RH, columns = tasks[turn]
+        if isinstance(expert, PackedExpert):
+            expert = expert.unpacked(columns, _own_block(expert.layout))
         shares[turn] = expert_rows(product, gated, expert, x_RH, columns)
+
+
+_own = threading.local()
+
+
+def _own_block(layout: ExpertBlock) -> Tensor:
+    """[B], of this thread, to unpack experts to."""
+    block_B: Tensor | None = getattr(_own, "block_B", None)
+    if block_B is None or (block_B.numel(), block_B.dtype) != (layout.elements, layout.dtype):
+        block_B = _own.block_B = torch.empty(layout.elements, dtype=layout.dtype)
+    return block_B

@@ -9,7 +9,9 @@ Threads look for work without sleeping for a millisecond after a call, since the
 Who waits for another thread's unit does so for a time only. Then the lane is lost, for good: nobody knows where that thread
 is, so what it reads and writes must stay.
 
-A block: gate [I,H], up [I,H] and, from element down_start on, down [H,I], row after row, bf16 or fp32. x [T,H], y [P,H] and scores [P] are fp32. */
+A block: gate [I,H], up [I,H] and, from element down_start on, down [H,I], row after row, bf16 or fp32; or packed (packed.h).
+Packed rows are made floats in registers, and what is added, and in which order, is what a block of bf16 would have.
+x [T,H], y [P,H] and scores [P] are fp32. */
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -17,6 +19,8 @@ A block: gate [I,H], up [I,H] and, from element down_start on, down [H,I], row a
 #include <stdlib.h>
 #include <math.h>
 #include <time.h>
+
+#include "packed.h"
 
 #define UP_COLUMNS 16
 #define DOWN_ROWS 32
@@ -35,10 +39,6 @@ A block: gate [I,H], up [I,H] and, from element down_start on, down [H,I], row a
 #define LATE() ((void)0) /* where a thread may be late; a test lets it be */
 #endif
 
-typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t half_words __attribute__((vector_size(32), aligned(2), may_alias));
-typedef uint32_t words __attribute__((vector_size(64), may_alias));
-
 typedef struct {
     int hidden, inner, is_bf16, threads;
     long down_start, limit_ns;
@@ -47,9 +47,11 @@ typedef struct {
     pthread_cond_t wake;
     atomic_int sleeping, stop, lost;
     atomic_uint call;      /* number of the newest call */
+    atomic_int told;       /* it has ended, and was counted */
+    _Atomic int64_t *count;
     atomic_int busy;       /* threads inside it */
     /* the newest call */
-    int experts, up_units, down_units, units;
+    int experts, up_units, down_units, units, packed;
     const char *block[MAX_EXPERTS];
     const int32_t *first, *pair;
     int choices;
@@ -84,13 +86,13 @@ static inline int given_up(lane_t *lane, wait_t *wait) {
     return atomic_load(&lane->lost);
 }
 
-static inline vec widened(const uint16_t *p) {
-    return (vec)(__builtin_convertvector(*(const half_words *)p, words) << 16);
-}
-
-static inline float sum(vec v) {
+/* Of 32 running sums, always in the order in which 16 lanes have them. */
+static inline float sum(const vec *sums) {
     float total = 0;
-    for (int i = 0; i < 16; i++) total += v[i];
+    for (int part = 0; part < PARTS / 2; part++) {
+        vec both = sums[part] + sums[part + PARTS / 2];
+        for (int i = 0; i < LANES; i++) total += both[i];
+    }
     return total;
 }
 
@@ -101,77 +103,156 @@ static inline float scalar(uint16_t h) {
 
 /* Two rows at once: twice as many lines are on their way from memory, and x is loaded once for both. */
 static void dots_bf16(const uint16_t *w, const uint16_t *v, const float *x, int n, float *wx, float *vx) {
-    vec w0 = {0}, w1 = {0}, v0 = {0}, v1 = {0};
+    vec ws[PARTS] = {0}, vs[PARTS] = {0};
     int i = 0;
-    for (; i + 32 <= n; i += 32) {
-        vec x0 = *(const vec *)(x + i), x1 = *(const vec *)(x + i + 16);
+    for (; i + GROUP <= n; i += GROUP) {
         __builtin_prefetch(w + i + AHEAD);
         __builtin_prefetch(v + i + AHEAD);
-        w0 += widened(w + i) * x0;
-        w1 += widened(w + i + 16) * x1;
-        v0 += widened(v + i) * x0;
-        v1 += widened(v + i + 16) * x1;
+        for (int part = 0; part < PARTS; part++) {
+            vec xs = *(const vec *)(x + i + part * LANES);
+            ws[part] += widened(w + i + part * LANES) * xs;
+            vs[part] += widened(v + i + part * LANES) * xs;
+        }
     }
-    *wx = sum(w0 + w1);
-    *vx = sum(v0 + v1);
+    *wx = sum(ws);
+    *vx = sum(vs);
     for (; i < n; i++) {
         *wx += scalar(w[i]) * x[i];
         *vx += scalar(v[i]) * x[i];
     }
 }
 
-static float dot_fp32(const float *w, const float *x, int n) {
-    vec s0 = {0}, s1 = {0};
+static void dots_fp32(const float *w, const float *v, const float *x, int n, float *wx, float *vx) {
+    vec ws[PARTS] = {0}, vs[PARTS] = {0};
     int i = 0;
-    for (; i + 32 <= n; i += 32) {
-        s0 += *(const vec *)(w + i) * *(const vec *)(x + i);
-        s1 += *(const vec *)(w + i + 16) * *(const vec *)(x + i + 16);
-    }
-    float total = sum(s0 + s1);
-    for (; i < n; i++) total += w[i] * x[i];
-    return total;
+    for (; i + GROUP <= n; i += GROUP)
+        for (int part = 0; part < PARTS; part++) {
+            vec xs = *(const vec *)(x + i + part * LANES);
+            ws[part] += *(const vec *)(w + i + part * LANES) * xs;
+            vs[part] += *(const vec *)(v + i + part * LANES) * xs;
+        }
+    float total_w = sum(ws), total_v = sum(vs);
+    for (int j = i; j < n; j++) total_w += w[j] * x[j];
+    for (int j = i; j < n; j++) total_v += v[j] * x[j];
+    *wx = total_w;
+    *vx = total_v;
 }
 
-static inline void dots(const lane_t *lane, const char *matrix, long row, long other, int n, const float *x, float *a,
-                        float *b) {
-    if (lane->is_bf16) {
-        const uint16_t *w = (const uint16_t *)matrix;
-        dots_bf16(w + row * n, w + other * n, x, n, a, b);
-    } else {
-        *a = dot_fp32((const float *)matrix + row * n, x, n);
-        *b = dot_fp32((const float *)matrix + other * n, x, n);
+/* Of the next exceptions of two rows, the nearer one's place in its row. */
+static inline long nearer(const packed_t *block, int32_t we, long w, int32_t ve, long v) {
+    long a = exception_place(block, we) - w, b = exception_place(block, ve) - v;
+    return a < b ? a : b;
+}
+
+/* As dots_bf16, the same sums in the same order, of the rows at elements w and v of a packed block. If there is room for
+   both, they are left there as floats. */
+static inline __attribute__((always_inline)) void dots_packed(const packed_t *block, long w, long v, const float *x, int n,
+                                                              float *room, float *wx, float *vx) {
+    const uint8_t *small_w = block->small + w, *codes_w = block->codes + w / 2;
+    const uint8_t *small_v = block->small + v, *codes_v = block->codes + v / 2;
+    int32_t we = exception_from(block, w), ve = exception_from(block, v);
+    long exception = nearer(block, we, w, ve, v);
+    words exponents = exponents_of(block);
+    vec ws[PARTS] = {0}, vs[PARTS] = {0};
+    for (long i = 0; i < n; i += GROUP) {
+        vec a[PARTS], b[PARTS];
+        __builtin_prefetch(small_w + i + AHEAD);
+        __builtin_prefetch(small_v + i + AHEAD);
+        __builtin_prefetch(codes_w + (i >> 1) + AHEAD / 2);
+        __builtin_prefetch(codes_v + (i >> 1) + AHEAD / 2);
+        widened_group(small_w + i, codes_w + (i >> 1), exponents, a);
+        widened_group(small_v + i, codes_v + (i >> 1), exponents, b);
+        if (__builtin_expect(exception < i + GROUP, 0)) {
+            vec c[PARTS], d[PARTS]; /* only these have addresses: the others stay in registers */
+            for (int part = 0; part < PARTS; part++) { c[part] = a[part]; d[part] = b[part]; }
+            we = patched(block, we, w + i, (float *)c);
+            ve = patched(block, ve, v + i, (float *)d);
+            exception = nearer(block, we, w, ve, v);
+            for (int part = 0; part < PARTS; part++) { a[part] = c[part]; b[part] = d[part]; }
+        }
+        for (int part = 0; part < PARTS; part++) {
+            long at = i + part * LANES;
+            vec xs = *(const vec *)(x + at);
+            if (room) { *(vec *)(room + at) = a[part]; *(vec *)(room + n + at) = b[part]; }
+            ws[part] += a[part] * xs;
+            vs[part] += b[part] * xs;
+        }
+    }
+    *wx = sum(ws);
+    *vx = sum(vs);
+}
+
+/* Two rows of n weights. Packed ones begin at elements w and v of their block. */
+typedef struct {
+    enum { BF16, FP32, PACKED, PACKED_ONCE } form;
+    const void *w_row, *v_row;
+    long w, v;
+    packed_t packed;
+    float *room;
+    int n;
+} rows_t;
+
+/* Of an expert's block, to be multiplied so many times; `room` is for 2 n floats. */
+static inline rows_t rows_of(const lane_t *lane, int expert, long w, long v, int n, int times, float *room) {
+    const char *block = lane->block[expert];
+    int size = lane->is_bf16 ? 2 : 4;
+    rows_t rows = {lane->is_bf16 ? BF16 : FP32, block + w * size, block + v * size, w, v, .room = room, .n = n};
+    if (lane->packed) {
+        rows.form = times > 1 ? PACKED : PACKED_ONCE;
+        rows.packed = packed_at(block, lane->down_start + (long)lane->hidden * lane->inner);
+    }
+    return rows;
+}
+
+static inline void dots(rows_t *rows, const float *x, float *wx, float *vx) {
+    switch (rows->form) {
+    case BF16: dots_bf16(rows->w_row, rows->v_row, x, rows->n, wx, vx); break;
+    case FP32: dots_fp32(rows->w_row, rows->v_row, x, rows->n, wx, vx); break;
+    case PACKED_ONCE: dots_packed(&rows->packed, rows->w, rows->v, x, rows->n, NULL, wx, vx); break;
+    case PACKED:
+        dots_packed(&rows->packed, rows->w, rows->v, x, rows->n, rows->room, wx, vx);
+        rows->form = FP32;
+        rows->w_row = rows->room;
+        rows->v_row = rows->room + rows->n;
     }
 }
 
 static void up_unit(lane_t *lane, int expert, int part) {
-    int H = lane->hidden, I = lane->inner, end = (part + 1) * UP_COLUMNS;
+    int H = lane->hidden, I = lane->inner, end = (part + 1) * UP_COLUMNS, from = lane->first[expert];
+    int pairs = lane->first[expert + 1] - from;
+    float room[lane->packed && pairs > 1 ? 2 * H : 1] __attribute__((aligned(64)));
     if (end > I) end = I;
-    for (int i = part * UP_COLUMNS; i < end; i++)
-        for (int p = lane->first[expert]; p < lane->first[expert + 1]; p++) {
-            const float *x = lane->x + (long)(lane->pair[p] / lane->choices) * H;
+    for (int i = part * UP_COLUMNS; i < end; i++) {
+        rows_t rows = rows_of(lane, expert, (long)i * H, (long)(I + i) * H, H, pairs, room);
+        for (int p = from; p < from + pairs; p++) {
             float gate, up;
-            dots(lane, lane->block[expert], i, I + i, H, x, &gate, &up);
+            dots(&rows, lane->x + (long)(lane->pair[p] / lane->choices) * H, &gate, &up);
             lane->a[(long)p * I + i] = up * gate / (1.0f + expf(-gate));
         }
+    }
     atomic_fetch_add_explicit(&lane->up_done[expert], 1, memory_order_release);
 }
 
 /* Returns 0, or LOST before anything is written. */
 static int down_unit(lane_t *lane, int expert, int part) {
-    int H = lane->hidden, I = lane->inner, end = (part + 1) * DOWN_ROWS;
-    const char *down = lane->block[expert] + lane->down_start * (lane->is_bf16 ? 2 : 4);
+    int H = lane->hidden, I = lane->inner, end = (part + 1) * DOWN_ROWS, from = lane->first[expert];
+    int pairs = lane->first[expert + 1] - from;
+    float room[lane->packed && pairs > 1 ? 2 * I : 1] __attribute__((aligned(64)));
     if (end > H) end = H;
     wait_t wait = {0};
     while (atomic_load_explicit(&lane->up_done[expert], memory_order_acquire) < lane->up_units)
         if (given_up(lane, &wait)) return LOST;
-    for (int h = part * DOWN_ROWS; h < end; h += 2)
-        for (int p = lane->first[expert]; p < lane->first[expert + 1]; p++) {
-            int next = h + 1 < end ? h + 1 : h; /* the last of an odd number stands for itself */
+    for (int h = part * DOWN_ROWS; h < end; h += 2) {
+        int next = h + 1 < end ? h + 1 : h; /* the last of an odd number stands for itself */
+        long down = lane->down_start;
+        rows_t rows = rows_of(lane, expert, down + (long)h * I, down + (long)next * I, I, pairs, room);
+        for (int p = from; p < from + pairs; p++) {
             float *y = lane->y + (long)lane->pair[p] * H, score = lane->score[lane->pair[p]], here, there;
-            dots(lane, down, h, next, I, lane->a + (long)p * I, &here, &there);
+            dots(&rows, lane->a + (long)p * I, &here, &there);
             y[h] = here * score;
             y[next] = there * score;
         }
+    }
     return 0;
 }
 
@@ -184,7 +265,9 @@ static void work(lane_t *lane) {
         int ups = lane->experts * lane->up_units;
         if (unit < ups) up_unit(lane, unit / lane->up_units, unit % lane->up_units);
         else if (down_unit(lane, (unit - ups) / lane->down_units, (unit - ups) % lane->down_units)) return;
-        atomic_fetch_add_explicit(&lane->done, 1, memory_order_release);
+        if (atomic_fetch_add(&lane->done, 1) + 1 < lane->units) continue;
+        if (lane->count) atomic_fetch_add(lane->count, 1);
+        atomic_store(&lane->told, 1); /* last: until then nobody takes the call for ended */
     }
 }
 
@@ -216,6 +299,7 @@ lane_t *lane_open(int threads, int hidden, int inner, long down_start, int is_bf
     if (!lane) return NULL;
     lane->hidden = hidden; lane->inner = inner; lane->down_start = down_start; lane->is_bf16 = is_bf16;
     lane->limit_ns = limit_ms * 1000000;
+    lane->told = 1;
     lane->up_units = (inner + UP_COLUMNS - 1) / UP_COLUMNS;
     lane->down_units = (hidden + DOWN_ROWS - 1) / DOWN_ROWS;
     pthread_mutex_init(&lane->lock, NULL);
@@ -231,15 +315,18 @@ int lane_wait(lane_t *lane) {
     if (atomic_load(&lane->lost)) return LOST;
     work(lane);
     wait_t wait = {0};
-    while (atomic_load_explicit(&lane->done, memory_order_acquire) < lane->units)
+    while (!atomic_load(&lane->told))
         if (given_up(lane, &wait)) return LOST;
     return 0;
 }
 
+/* Whoever ends a call from the next one on adds one to *count, if there is one. No call may be under way. */
+void lane_count(lane_t *lane, _Atomic int64_t *count) { lane->count = count; }
+
 /* Begins a call; the arrays must live until lane_wait has returned. pair[first[e]] to pair[first[e + 1]] belong to expert
    e; pair p is row p / choices of x, its score is score[p], its result goes to row p of y. Returns 0, NO_MEMORY or LOST. */
-int lane_submit(lane_t *lane, int experts, const char **block, const int32_t *first, const int32_t *pair, int choices,
-                const float *x, const float *score, float *y) {
+int lane_submit(lane_t *lane, int experts, int packed, const char **block, const int32_t *first, const int32_t *pair,
+                int choices, const float *x, const float *score, float *y) {
     wait_t wait = {0};
     if (lane_wait(lane)) return LOST;
     /* A late thread may still ask for a unit of the last call: it must find none, whatever `units` is by then. */
@@ -257,10 +344,11 @@ int lane_submit(lane_t *lane, int experts, const char **block, const int32_t *fi
         if (!lane->a) return NO_MEMORY;
     }
     for (int e = 0; e < experts; e++) { lane->block[e] = block[e]; atomic_store(&lane->up_done[e], 0); }
-    lane->experts = experts; lane->first = first; lane->pair = pair; lane->choices = choices;
+    lane->experts = experts; lane->packed = packed; lane->first = first; lane->pair = pair; lane->choices = choices;
     lane->x = x; lane->score = score; lane->y = y;
     atomic_store(&lane->done, 0);
     lane->units = experts * (lane->up_units + lane->down_units);
+    atomic_store(&lane->told, !lane->units);
     atomic_store(&lane->next, 0);
     atomic_fetch_add(&lane->call, 1);
     if (atomic_load(&lane->sleeping)) {

@@ -2,12 +2,18 @@
 
 They are handed to CUDA's driver itself. The link is idle until it has been given a copy, and torch's ``copy_`` spends
 more than 10 us on each, most of it to remember who still reads the memory, which whoever gives copies knows here.
+
+Packed blocks go into a ring of buffers on the device, and from there, unpacked by a second stream, to where they are
+wanted: while one is unpacked, the next one crosses.
+
+Shapes: B elements of a block, N bytes of a packed one.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,14 +21,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inference.packed import PackedBlock
+from inference.placement import RING_BYTES
+from inference.transfer import is_packed
 
-@functools.cache
-def _copy_to_device() -> Callable[[int, int, int, int], int]:
-    """(target, source, bytes, stream) to CUDA's status, 0 for success."""
-    call: Any = ctypes.CDLL("libcuda.so.1").cuMemcpyHtoDAsync_v2
-    call.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-    call.restype = ctypes.c_int
-    return call  # type: ignore[no-any-return]
+_RING_BUFFERS = 8  # at most, as far as there is room for them, but two
+
+
+class _Driver:
+    """CUDA's driver. Each call returns its status, 0 for success."""
+
+    def __init__(self) -> None:
+        library, pointer = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p
+        self.copy = self._typed(library.cuMemcpyHtoDAsync_v2, ctypes.c_uint64, pointer, ctypes.c_size_t, pointer)
+        self.record = self._typed(library.cuEventRecord, pointer, pointer)
+        self.wait = self._typed(library.cuStreamWaitEvent, pointer, pointer, ctypes.c_uint)
+
+    @staticmethod
+    def _typed(call: Any, *arguments: Any) -> Callable[..., int]:
+        call.argtypes, call.restype = arguments, ctypes.c_int
+        return call  # type: ignore[no-any-return]
+
+
+_driver = functools.cache(_Driver)
 
 
 class CudaLink:
@@ -33,7 +54,10 @@ class CudaLink:
         # Streams are asked for by number: from a device torch finds it out in 10 us.
         self._number = torch.cuda.current_device() if device.index is None else device.index
         self._stream = torch.cuda.Stream(device, priority=-1)
-        self._give, self._handle = _copy_to_device(), self._stream.cuda_stream
+        self._driver, self._handle = _driver(), self._stream.cuda_stream
+        self._ring: _Ring | None = None
+        # Whether copies were given that the other stream does not know of: on this one, and on the ring's.
+        self._plain = self._packed = False
         self._timed = timed
         self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._stall_s = 0.0
@@ -44,8 +68,17 @@ class CudaLink:
         return self._stall_s
 
     def copy(self, target_B: Tensor, source_B: Tensor) -> None:
+        if is_packed(source_B):
+            self._ring_for(target_B).bring(target_B, source_B)
+            self._packed = True
+            return
         assert target_B.dtype == source_B.dtype, (target_B.dtype, source_B.dtype)
-        if self._give(target_B.data_ptr(), source_B.data_ptr(), target_B.nbytes, self._handle):
+        if self._packed:  # the target may be one that something is still unpacked to
+            assert self._ring is not None
+            self._stream.wait_stream(self._ring.unpacking)
+            self._packed = False
+        self._plain = True
+        if self._driver.copy(target_B.data_ptr(), source_B.data_ptr(), target_B.nbytes, self._handle):
             with torch.cuda.stream(self._stream):  # a thread that has not met this device yet; or torch says what it is
                 target_B.copy_(source_B, non_blocking=True)
 
@@ -59,7 +92,13 @@ class CudaLink:
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event()
-        event.record(self._stream)
+        if self._ring is None:
+            event.record(self._stream)
+            return event
+        if self._plain:
+            self._ring.unpacking.wait_stream(self._stream)
+            self._plain = False
+        event.record(self._ring.unpacking)
         return event
 
     def done(self, mark: torch.cuda.Event) -> bool:
@@ -84,7 +123,69 @@ class CudaLink:
     def fence(self) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self._number))
 
+    def _ring_for(self, target_B: Tensor) -> _Ring:
+        if self._ring is None:
+            self._ring = _Ring(target_B.numel(), self._stream)
+        return self._ring
+
     def _harvest(self) -> None:
         while self._waits and self._waits[0][1].query():
             before, after = self._waits.popleft()
             self._stall_s += before.elapsed_time(after) / 1e3
+
+
+class _Ring:
+    """Packed blocks of one size on their way.
+
+    Buffers take turns, and are given back by halves of the ring: a copy into the first buffer of a half is behind the
+    unpacking of the last block that was in that half.
+
+    Attributes:
+        unpacking: the stream on which blocks become whole, in the order in which they were brought.
+    """
+
+    def __init__(self, elements: int, copying: torch.cuda.Stream) -> None:
+        from inference.unpack_kernel import Unpacker  # only where there is Triton
+
+        stride = PackedBlock(elements).stride
+        self._count = max(min(RING_BYTES // stride, _RING_BUFFERS) // 2 * 2, 2)
+        self._elements, self._driver = elements, _driver()
+        with torch.cuda.device(copying.device), torch.inference_mode(False):
+            self._buffers = torch.empty(self._count, stride, dtype=torch.uint8, device=copying.device)
+            self._unpack = Unpacker(elements, copying.device)
+            self.unpacking = torch.cuda.Stream(copying.device, priority=-1)
+            copying.wait_stream(torch.cuda.current_stream())  # the memory may have been somebody's
+            self._events = [torch.cuda.Event() for _ in range(self._count + 2)]
+            for event in self._events:  # only then there is one
+                event.record(self.unpacking)
+        handles = [event.cuda_event for event in self._events]
+        self._arrived, self._free = handles[: self._count], handles[self._count :]
+        self._addresses = [buffer.data_ptr() for buffer in self._buffers]
+        self._copying, self._thread = copying, threading.get_ident()
+        self._streams = copying.cuda_stream, self.unpacking.cuda_stream
+        self._turn = 0
+
+    def bring(self, target_B: Tensor, packed_N: Tensor) -> None:
+        assert target_B.numel() == self._elements, target_B.shape
+        assert packed_N.nbytes <= self._buffers.shape[1], packed_N.shape
+        driver, (copying, unpacking) = self._driver, self._streams
+        turn, half = self._turn, self._count // 2
+        if self._thread != threading.get_ident():  # the driver knows no thread that has not met the device yet
+            torch.cuda.Event().record(self._copying)
+            self._thread = threading.get_ident()
+        buffer, arrived = self._addresses[turn], self._arrived[turn]
+        if turn % half == 0:
+            self._check(driver.wait(copying, self._free[turn // half], 0))
+        self._check(driver.copy(buffer, packed_N.data_ptr(), packed_N.nbytes, copying))
+        self._check(driver.record(arrived, copying))
+        self._check(driver.wait(unpacking, arrived, 0))
+        self._check(self._unpack(buffer, target_B.data_ptr(), unpacking))
+        self._turn = (turn + 1) % self._count
+        if self._turn % half == 0:
+            self._check(driver.record(self._free[turn // half], unpacking))
+
+    @staticmethod
+    def _check(status: int) -> None:
+        if status:
+            torch.cuda.synchronize()  # says what it is, if it is the device's
+            raise RuntimeError(f"CUDA error {status}")

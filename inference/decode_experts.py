@@ -1,11 +1,12 @@
 """The experts seam of a decode step on a GPU: kernels that can be captured, and what the host does between them.
 
 With all experts resident nothing asks the host: a table on the device says in which slot an expert is. Otherwise a call
-is cut three times. At the first cut the host reads which experts were chosen, has the missing ones computed by the CPU
+is cut twice. At the first cut the host reads which experts were chosen, has the missing ones computed by the CPU
 or brought over the link, in this order and before it does anything else, and lets the GPU begin with those that are
-resident. At the second it has the GPU go on with what the link brings, as soon as that is there. At the third it keeps
-the books of the cache while all three lanes work, and waits for the CPU. Partial results stay apart until they are
-added in ascending order of expert, so with the link alone the bits are those of all resident.
+resident. At the second it has the GPU go on with what the link brings, as soon as that is there, and with everything up
+to the next call, which the GPU begins once the CPU's threads have counted this call as done: nothing is left to launch
+then. Meanwhile the host keeps the books of the cache, then computes with those threads. Partial results stay apart
+until they are added in ascending order of expert, so with the link alone the bits are those of all resident.
 
 When the host has read a call's experts, everything the GPU was given before is done. So a slot that was given up in an
 earlier call is read by nobody, and the link may write to it without waiting.
@@ -17,7 +18,7 @@ intermediate.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -31,11 +32,9 @@ from inference.cpu_lane import CpuLane, LaneCall, LaneHung
 from inference.errors import InferenceError
 from inference.experts import OffloadedExperts
 from inference.graphs import StepGraph, Uncaptured
-from inference.slot_kernels import adopt, combine, compute, publish
+from inference.slot_kernels import adopt, await_host, combine, compute, publish
 from inference.transfer import Transfer, TransferEngine
 from moe.refs import ExpertRef
-
-_MOST_BEHIND = 2
 
 
 class Split(Protocol):
@@ -43,9 +42,18 @@ class Split(Protocol):
 
     most: int
 
-    def __call__(self, misses: int, period_s: float) -> tuple[int, int]:
-        """How many the link brings, and how many of the others it brings behind those, for later, in the seconds that
-        pass until the next layer's call."""
+    def __call__(self, misses: int) -> tuple[int, int]:
+        """How many the link brings, and how many of the others it brings behind those, for later."""
+
+
+class HostBlocks(Protocol):
+    """Experts in host memory, as :class:`inference.banks.ExpertBanks` keeps them when all are ready."""
+
+    def address(self, ref: ExpertRef) -> int:
+        """Where its block begins."""
+
+    def packed(self, layer: int) -> bool:
+        """Whether the blocks of a layer are packed ones."""
 
 
 @dataclass
@@ -71,10 +79,10 @@ class DecodeCounts:
 
 
 class _Divided(NamedTuple):
-    """The distinct experts of a call, ascending; of those that are missing the ones to fetch and those for the CPU;
-    and how many of the latter the link brings as well."""
+    """The distinct experts of a call; of those that are missing the ones to fetch and those for the CPU; and how many
+    of the latter the link brings as well."""
 
-    experts: list[int]
+    experts: Sequence[int]
     fetch: list[int]
     away: list[int]
     also: int
@@ -84,17 +92,43 @@ class _Divided(NamedTuple):
         return self.away[: self.also]
 
 
+class HostCount:
+    """Work of the host's that a stream waits for without the host giving it anything more: it counts what is done.
+
+    Attributes:
+        done_1: the count, in memory that the device reads; what was done is in pinned memory before it goes up.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._counted_1 = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._awaited_1 = torch.ones(1, dtype=torch.int64, device=device)
+        self.done_1 = self._counted_1.numpy()
+
+    def wait(self) -> None:
+        """What the stream is given from here on begins when one more is done. Fit for capture."""
+        await_host(self._counted_1, self._awaited_1)
+
+    def give_up(self) -> None:
+        """Nothing more will be done: what waits goes on, and counting begins anew."""
+        self.done_1[0] = 1 << 62
+        with suppress(RuntimeError):  # CUDA's, of which whoever comes next hears again
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            self._awaited_1.fill_(1)
+        self.done_1[0] = 0
+
+
 class DecodeExperts:
     """``experts(x [T,H], index [T,K], weights [T,K]) -> [T,H]`` of all layers, for steps of one shape.
 
     Args:
         cache: holds the slots.
         graph: the step that the calls are part of.
-        host: address of an expert's block in host memory, for the CPU lane.
+        host: where experts lie in host memory, for the CPU lane.
         rows, choices: T and K of every call.
         split: how many of a call's misses the link brings, the lane computes the others; and how many of these the
-            link brings behind them, where it would be idle, so that they are resident the next time; two at most.
-            Without a lane all are fetched.
+            link brings behind them, so that they are resident the next time. Without a lane all are fetched.
 
     Raises InferenceError if the cache has too few slots for a call.
     """
@@ -108,16 +142,15 @@ class DecodeExperts:
         *,
         graph: StepGraph | None = None,
         lane: CpuLane | None = None,
-        host: Callable[[ExpertRef], int] | None = None,
+        host: HostBlocks | None = None,
         split: Split | None = None,
     ) -> None:
         assert lane is None or host is not None
         self.cache, self.transfer, self.graph, self.lane = cache, transfer, graph or Uncaptured(), lane
-        self.counts = DecodeCounts()
-        self._split = split
+        self.counts, self._split = DecodeCounts(), split
         self._layers = cache.store.layers
-        layers, experts = len(self._layers), cache.store.shape.num_experts
-        hidden, inner = cache.store.shape.hidden, cache.store.shape.intermediate
+        shape = cache.store.shape
+        layers, experts, hidden, inner = len(self._layers), shape.num_experts, shape.hidden, shape.intermediate
         self._shape, pairs = (rows, choices), rows * choices
         # What a call may bring at once; as many slots again hold what is being replaced.
         self._spare = min(pairs, experts)
@@ -140,22 +173,23 @@ class DecodeExperts:
         self._published = torch.cuda.Event() if pin else None
         self._number = device.index if device.index is not None or not pin else torch.cuda.current_device()
         self._chosen_P = self._expert_TK.view(-1).numpy()
-        self._new = self._new_L3E.numpy()
+        # Of each layer: where experts are, where those that come will be, which ones the CPU has.
+        self._tables = [tuple(table_3E) for table_3E in self._new_L3E.numpy()]
+        self._ended = HostCount(device)  # calls of the lane
         # The host's part of a call is on the way of everything else, so it works on lists, which are made once.
         self._refs = [[ExpertRef(layer, expert) for expert in range(experts)] for layer in self._layers]
         self._used = [[0] * experts for _ in self._layers]  # the call in which each was used last
         if lane is not None and host is not None:
-            self._addresses = [[host(ref) for ref in refs] for refs in self._refs]
+            self._addresses = [[host.address(ref) for ref in refs] for refs in self._refs]
+            self._packed = [host.packed(layer) for layer in self._layers]
             arrays = (t.numpy() for t in (self._x_TH, self._score_TK, self._cpu_y_PH))
-            self._call = LaneCall(*arrays, experts=self._spare, reads=partial(_blocks, transfer))
+            count = self._ended.done_1
+            self._call = LaneCall(*arrays, experts=self._spare, reads=partial(_blocks, transfer), count=count)
         self._blocks = cache.blocks_CB.unbind(0)
         self._room = self._spare
         if lane is not None and split is not None:
-            self._room = min(self._spare, split.most + _MOST_BEHIND)
-        self._period_s = [0.0] * layers  # from each layer's turn at the link to the next one's in a step, of late
-        self._turn: tuple[int, float] | None = None  # the layer that had its turn last in this step, and when
-        self._calls = 0
-        self._under_way = _Divided([], [], [], 0)
+            self._room = min(self._spare, split.most)
+        self._calls, self._under_way = 0, _Divided([], [], [], 0)
         self._coming: list[Transfer] = []
         self._behind: list[Transfer] = []  # brought for later, not yet waited for
 
@@ -188,6 +222,7 @@ class DecodeExperts:
         if self.lane is not None:
             with suppress(LaneHung):
                 self.lane.wait()
+            self._ended.give_up()
         self._coming.clear()
         self._behind.clear()
         self.cache.abandon_all()
@@ -198,7 +233,6 @@ class DecodeExperts:
         Raises InferenceError if a transfer failed before.
         """
         self.transfer.check()
-        self._turn = None  # who knows how long nothing was asked for
         if not self.all_resident:
             self.cache.release(self._layers[0])
             self.cache.make_room(self._room)
@@ -225,7 +259,9 @@ class DecodeExperts:
         compute(*call, table_3E[0], *weights, self._a_PI, self._y_PH)
         self.graph.cut(self._await_link)
         compute(*call, table_3E[1], *weights, self._a_PI, self._y_PH)
-        self.graph.cut(partial(self._take_in, row))
+        self.graph.meanwhile(partial(self._take_in, row))
+        if self.lane is not None:
+            self._ended.wait()
         combine(self._y_PH, expert_TK, out_TH, table_3E[2], self._cpu_y_PH)
         return out_TH
 
@@ -236,39 +272,66 @@ class DecodeExperts:
             self._published.record(torch.cuda.current_stream(self._number))
             self._published.synchronize()
         asked = time.perf_counter()
-        chosen = self._chosen_P.tolist()
-        slots_E, table_3E = self.cache.slot_LE[row], self._new[row]
-        held = dict(zip(chosen, slots_E[self._chosen_P].tolist(), strict=True))
-        work = self._under_way = self._divided(row, held)
+        chosen: list[int] = self._chosen_P.tolist()
+        work = self._under_way = self._divided(row, chosen)
         if work.away:  # first, since the lane is what ends last
             self._submit(row, work.away, chosen)
-        table_3E[0], table_3E[1], table_3E[2] = slots_E, -1, 0
-        self._note_turn(row)
-        brought = self._bring(row, work.fetch + work.behind, len(work.fetch))
+        elif self.lane is not None:
+            self._ended.done_1[0] += 1
+        resident_E, coming_E, away_E = self._tables[row]
+        resident_E[:] = self.cache.slot_LE[row]
         self._settle(self._behind)
-        self._coming += brought[: len(work.fetch)]
-        self._behind += brought[len(work.fetch) :]
-        table_3E[1, work.fetch] = slots_E[work.fetch]
-        table_3E[2, work.away] = 1
+        if work.fetch or work.also:
+            self._bring(row, work)
+        coming_E.fill(-1)
+        away_E.fill(0)
+        slots = self.cache.slots_of[row]
+        for expert in work.fetch:
+            coming_E[expert] = slots[expert]
+        for expert in work.away:
+            away_E[expert] = 1
         self.counts.asked_s += asked - began
         self.counts.given_s += time.perf_counter() - asked
 
-    def _bring(self, row: int, wanted: list[int], now: int) -> list[Transfer]:
-        """So many of them are wanted ``now``, the others later."""
-        if not wanted:
-            return []
+    def _divided(self, row: int, chosen: Sequence[int]) -> _Divided:
+        """First what was used last: likeliest to be wanted again."""
+        slots, experts = self.cache.slots_of[row], chosen
+        if self._shape[0] > 1:
+            experts = list(dict.fromkeys(chosen))
+        missing = [expert for expert in experts if slots[expert] < 0]
+        fetch, behind = len(missing), 0
+        if self._split is not None:
+            fetch, behind = self._split(fetch)
+            fetch = min(fetch, self.cache.free)
+            behind = min(behind, self.cache.free - fetch)
+        assert fetch <= self.cache.free, (fetch, self.cache.free)
+        missing.sort(key=self._used[row].__getitem__, reverse=True)
+        return _Divided(experts, missing[:fetch], missing[fetch:], behind)
+
+    def _submit(self, row: int, experts: Sequence[int], chosen: Sequence[int]) -> None:
+        assert self.lane is not None
+        addresses = self._addresses[row]
+        if self._shape[0] == 1:
+            first, pairs = range(len(experts) + 1), [chosen.index(expert) for expert in experts]
+        else:
+            first, pairs = [0], []
+            for expert in experts:
+                pairs += [pair for pair, other in enumerate(chosen) if other == expert]
+                first.append(len(pairs))
+        what = (self._layers[row], experts)
+        blocks = [addresses[expert] for expert in experts]
+        self.lane.submit(self._call, blocks, first, pairs, what, packed=self._packed[row])
+
+    def _bring(self, row: int, work: _Divided) -> None:
+        """What is to be fetched is wanted now, the others later."""
+        wanted, now = work.fetch + work.behind, len(work.fetch)
         got = self.cache.reserve(self._layers[row], wanted)
         assert got == wanted, (got, wanted)
-        refs, slots = self._refs[row], self.cache.slot_LE[row, got].tolist()
-        pairs = [(refs[expert], self._blocks[slot]) for expert, slot in zip(got, slots, strict=True)]
-        return self.transfer.demand_all(pairs, [now] if 0 < now < len(got) else [])
-
-    def _note_turn(self, row: int) -> None:
-        now = time.perf_counter()
-        if self._turn is not None:
-            before, since = self._turn
-            self._period_s[before] += (now - since - self._period_s[before]) / 8
-        self._turn = row, now
+        refs, slots = self._refs[row], self.cache.slots_of[row]
+        pairs = [(refs[expert], self._blocks[slots[expert]]) for expert in wanted]
+        brought = self.transfer.demand_all(pairs, [now] if 0 < now < len(wanted) else [])
+        self._coming += brought[:now]
+        self._behind += brought[now:]
 
     def _settle(self, transfers: list[Transfer]) -> None:
         """What the GPU is given from here on finds these experts in their slots."""
@@ -277,30 +340,6 @@ class DecodeExperts:
             for transfer in transfers:
                 self.cache.commit(transfer.ref)
             transfers.clear()
-
-    def _divided(self, row: int, held: Mapping[int, int]) -> _Divided:
-        """First what was used last: likeliest to be wanted again."""
-        missing = [expert for expert, slot in held.items() if slot < 0]
-        fetch, behind = len(missing), 0
-        if self.lane is not None and self._split is not None:
-            fetch, behind = self._split(fetch, self._period_s[row])
-            fetch = min(fetch, self.cache.free)
-            behind = min(behind, self.cache.free - fetch, _MOST_BEHIND)
-        assert fetch <= self.cache.free, (fetch, self.cache.free)
-        missing.sort(key=self._used[row].__getitem__, reverse=True)
-        return _Divided(sorted(held), missing[:fetch], missing[fetch:], behind)
-
-    def _submit(self, row: int, experts: Sequence[int], chosen: list[int]) -> None:
-        assert self.lane is not None
-        addresses, first, pairs = self._addresses[row], [0], []
-        for expert in experts:
-            if self._shape[0] == 1:
-                pairs.append(chosen.index(expert))
-            else:
-                pairs += [pair for pair, other in enumerate(chosen) if other == expert]
-            first.append(len(pairs))
-        what = (self._layers[row], experts)
-        self.lane.submit(self._call, [addresses[expert] for expert in experts], first, pairs, what)
 
     def _await_link(self) -> None:
         self._settle(self._coming)
@@ -316,7 +355,7 @@ class DecodeExperts:
         self.counts.lane_s += time.perf_counter() - booked
 
     def _book(self, row: int, work: _Divided) -> None:
-        self.cache.note(self._layers[row], work.experts)
+        self.cache.note(self._layers[row], sorted(work.experts))
         self._calls += 1
         used = self._used[row]
         for expert in work.experts:
@@ -333,7 +372,7 @@ class DecodeExperts:
         counts.resident += resident
         counts.fetched += fetched
         counts.computed += computed
-        counts.behind += len(work.behind)
+        counts.behind += work.also
 
 
 def _blocks(transfer: TransferEngine, layer: int, experts: Sequence[int]) -> list[Tensor | None]:

@@ -105,7 +105,8 @@ class LLM:
         if vram is not None:
             if expert_budget != 1:
                 raise InferenceError("vram and expert_budget both say how many experts are resident; give one of them")
-            placed = place_in(self.path, vram, kv_tokens, self.device, dtype)
+            pack = crossing is None or crossing.pack
+            placed = place_in(self.path, vram, kv_tokens, self.device, dtype, pack)
             expert_budget, kv_tokens = placed.share, placed.kv_tokens
         base = open_base(self.path, expert_budget, self.device, dtype, poison, policy, crossing, trace is not None)
         self._base = base
@@ -239,9 +240,10 @@ class LLM:
         """
         if self.cache is None:
             raise InferenceError(f"{self.path} is a dense model, all of it resident: see stats()")
-        sizes = model_sizes(self.path, str(self.dtype).removeprefix("torch."))
+        packed = self.executor is not None and self.executor.transfers.source.packs
+        sizes = model_sizes(self.path, str(self.dtype).removeprefix("torch.")).kept(pack=packed)
         if profile is None:
-            profile = machine_profile(ExpertKind(sizes.hidden, sizes.intermediate, self.dtype), self.device)
+            profile = machine_profile(ExpertKind(sizes.hidden, sizes.intermediate, self.dtype, packed), self.device)
         return Report.of(self._measured(), sizes, profile)
 
     def _measured(self) -> Measured:

@@ -108,9 +108,13 @@ def forecast(
 
 
 def lane_costs(profile: MachineProfile, sizes: ModelSizes, cpu_experts: bool) -> ExpertCosts:
-    """Of a model's experts. Beside a GPU the CPU computes none unless asked, as in the runtime."""
-    threads = None if cpu_experts or profile.link is None else 0
-    return ExpertCosts.of(profile, sizes.hidden, sizes.intermediate, sizes.itemsize, threads)
+    """Of a model's experts. Beside a GPU the CPU computes none unless asked, as in the runtime; without one it computes
+    all, where they lie in their files, not packed.
+    """
+    if profile.link is None:
+        return ExpertCosts.of(profile, sizes.hidden, sizes.intermediate, sizes.itemsize)
+    threads = None if cpu_experts else 0
+    return ExpertCosts.of(profile, sizes.hidden, sizes.intermediate, sizes.host_itemsize, threads)
 
 
 def assumed_forecast(
@@ -153,7 +157,7 @@ def placement_table(placement: Placement, profile: MachineProfile) -> list[str]:
     """What is where, a line each."""
     sizes = placement.sizes
     slots = f"{placement.slots} of {sizes.total_experts} experts ({placement.share:.0%})"
-    everything = sizes.total_experts * sizes.expert_bytes
+    everything, banked = (sizes.total_experts * each for each in (sizes.expert_bytes, sizes.host_expert_bytes))
     if profile.link is None:
         rows = [
             ("dense part", "host memory", sizes.dense_bytes),
@@ -169,7 +173,7 @@ def placement_table(placement: Placement, profile: MachineProfile) -> list[str]:
         ("two layers, for prompts to stream", "GPU", placement.streamed_bytes),
         ("workspace", "GPU", placement.workspace),
         ("in all", "GPU", placement.gpu_bytes),
-        (f"all {sizes.total_experts} experts", "host memory", everything),
+        (f"all {sizes.total_experts} experts{', packed' * sizes.packed}", "host memory", banked),
     ]
     return [_line(row) for row in rows if row[2]]
 

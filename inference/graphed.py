@@ -120,7 +120,7 @@ class GraphedModel:
             int(self.config.num_experts_per_tok),
             graph=graph,
             lane=self._lane,
-            host=None if self._lane is None else self._executor.transfers.source.address,
+            host=self._executor.transfers.source,
             split=self._split,
         )
         if experts.all_resident:
@@ -164,21 +164,22 @@ def _lane(cpu: CpuExperts, cache: ExpertCache) -> CpuLane:
 class PlannedSplit:
     """``plan`` for up to so many misses of one row each, all cuts made before the first call.
 
-    The compiled lane is given its work by the host itself, so there is no handover to pay for. Until the
-    next call the link brings some of what the lane computes, so that it is resident the next time.
+    The compiled lane is given its work by the host itself, so there is no handover to pay for. Where the CPU computes
+    all that a call misses, the link brings one of them as well: else nothing new would ever become resident. More than
+    that does not pay: link and CPU read the same memory, so what one of them does for later, the other does later now
+    (docs/measurements.md).
     """
 
     def __init__(self, plan: CallPlanner, misses: int) -> None:
-        self._plan, self._link_s = plan, plan.costs.link_overlapped_s
+        self._plan = plan
         lean = CallPlanner(replace(plan.costs, handover_s=0.0))
         self._splits = [lean.plan([(expert, 1) for expert in range(many)], []) for many in range(misses + 1)]
-        self.most = max(len(split.fetch) for split in self._splits)
+        self.most = max(1, *(len(split.fetch) for split in self._splits))
 
-    def __call__(self, misses: int, period_s: float) -> tuple[int, int]:
+    def __call__(self, misses: int) -> tuple[int, int]:
         """See :class:`inference.decode_experts.Split`. Counts the call as the plan's."""
         split = self._splits[misses]
         if misses:
             self._plan.count(split)
         fetch = len(split.fetch)
-        brought = int(period_s / self._link_s)  # none without a link, which takes forever
-        return fetch, min(max(brought - fetch, 0), misses - fetch)
+        return fetch, int(misses > 0 and fetch == 0)

@@ -26,6 +26,9 @@ class StepGraph(Protocol):
     def cut(self, host: Step) -> None:
         """Called by the function: here the host has its turn in every run."""
 
+    def meanwhile(self, host: Step) -> None:
+        """The same, but the host has its turn when all up to the next cut was queued; that may wait for the host."""
+
     def replay(self) -> None:
         """Run it. Returns when all is queued, not when it is done."""
 
@@ -41,6 +44,8 @@ class Uncaptured:
 
     def cut(self, host: Step) -> None:
         host()
+
+    meanwhile = cut
 
     def replay(self) -> None:
         assert self._function is not None
@@ -60,6 +65,7 @@ class SegmentedGraph:
         self._warmups = warmups
         self._pool = torch.cuda.graph_pool_handle()
         self._steps: list[Step] = []
+        self._meanwhile: list[Step] = []
         self._open: torch.cuda.CUDAGraph | None = None
 
     def capture(self, function: Step) -> None:
@@ -92,6 +98,13 @@ class SegmentedGraph:
         self._steps.append(host)
         self._begin()
 
+    def meanwhile(self, host: Step) -> None:
+        """Has a replay call ``host`` when the graph that is being captured was launched; in a warm-up just calls it."""
+        if self._open is None:
+            host()
+        else:
+            self._meanwhile.append(host)
+
     def replay(self) -> None:
         """On :attr:`stream`, behind what the caller's stream was given; that goes on behind it."""
         caller = torch.cuda.current_stream()
@@ -111,5 +124,6 @@ class SegmentedGraph:
         graph, self._open = self._open, None
         if graph is not None:
             graph.capture_end()
-            self._steps.append(graph.replay)
+            self._steps += [graph.replay, *self._meanwhile]
+            self._meanwhile.clear()
             self.segments += 1

@@ -13,15 +13,16 @@ import torch
 
 from inference.banks import ExpertBanks
 from inference.compiled_experts import COMPILED, CompiledExperts
-from inference.costmodel import ExpertCosts, KernelTable, MachineProfile
+from inference.costmodel import PACKED_BYTES, ExpertCosts, KernelTable, MachineProfile
 from inference.cpu_experts import CpuExperts, HostWeights
 from inference.cpu_lane import LaneError
 from inference.errors import InferenceError
 from inference.experts import Arithmetic, computable
-from inference.host_expert import HostExpert
+from inference.host_expert import HostExpert, PackedExpert, StoredExpert
 from inference.phases import PassPlanner, dense_seconds
 from inference.placement import model_sizes
 from inference.planner import CallPlanner
+from inference.transfer import is_packed
 from moe.refs import ExpertRef
 
 
@@ -48,7 +49,8 @@ def open_cpu_lane(
         threads = profile.threads
     team = min(profile.team, threads)
     shape = banks.store.shape
-    costs = ExpertCosts.of(profile, shape.hidden, shape.intermediate, banks.layout.dtype.itemsize, threads)
+    itemsize = PACKED_BYTES if banks.packs else banks.layout.dtype.itemsize
+    costs = ExpertCosts.of(profile, shape.hidden, shape.intermediate, itemsize, threads)
     compiled = None
     if any(timing.kernel == COMPILED for timing in profile.cpu) and computable(shape):
         down_start = banks.layout.parts[1].start
@@ -72,11 +74,13 @@ def host_weights(banks: ExpertBanks) -> HostWeights:
     """Experts in their bank; until it is filled, read from the file: a mapped one could end while it is read."""
     form, store, layout = banks.store.shape.form, banks.store, banks.layout
 
-    def weights(layer: int, expert: int) -> HostExpert:
+    def weights(layer: int, expert: int) -> StoredExpert:
         block_B = banks.block(ExpertRef(layer, expert))
         if block_B is None:
             block_B = torch.empty(layout.elements, dtype=layout.dtype)
             store.read(layer, expert, layout, block_B)
+        if is_packed(block_B):
+            return PackedExpert(block_B, layout)
         return HostExpert.of_parts(layout.split(block_B), form)
 
     return weights

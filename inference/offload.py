@@ -15,6 +15,7 @@ from torch import nn
 from inference.banks import CudaRegistrar, ExpertBanks, NoRegistrar
 from inference.cache import ExpertCache
 from inference.calibrate import ExpertKind, machine_profile
+from inference.compiled_experts import compiled_kernels
 from inference.costmodel import MachineProfile
 from inference.cuda_link import CudaLink
 from inference.errors import InferenceError
@@ -23,9 +24,11 @@ from inference.experts import Arithmetic, computable
 from inference.hybrid import open_cpu_lane
 from inference.layer_stream import LayerStream
 from inference.next_gates import DevicePart, next_gates
+from inference.packed import packable
 from inference.predictors import PREDICTORS, Lookahead, Predictor
 from inference.prefetch import Prefetcher
 from inference.transfer import WINDOW_BYTES, Link, TransferEngine
+from moe.kernels.probe import runs_triton
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Crossing:
         prefetch: what predicts the next layers' experts, one of :data:`~inference.predictors.PREDICTORS`.
         lead: for how many layers ahead.
         pin: keep all experts in page-locked memory; otherwise each is read from its file when it is wanted.
+        pack: keep them packed there (:mod:`inference.packed`), where that is possible: bf16, rows of whole groups, a C
+            compiler, and on a GPU Triton. No bit of a result depends on it.
         cpu: have the CPU compute missing experts beside the link, as far as that is faster by ``profile``, which is
             measured if it is not given. Results are then close to, not equal to, those of the link alone.
         link: None: a CUDA stream on a GPU, and nothing on a CPU. A SimulatedLink shows there what would travel when.
@@ -44,6 +49,7 @@ class Crossing:
     prefetch: str = "none"
     lead: int = 1
     pin: bool = True
+    pack: bool = True
     cpu: bool = False
     profile: MachineProfile | None = None
     link: Link | None = None
@@ -55,7 +61,7 @@ class Crossing:
             return "cpu=True"
         if self.prefetch != "none":
             return f"prefetch={self.prefetch}"
-        return "" if self.pin else "pin=False"
+        return "" if self.pin and self.pack else "pin=False" if self.pack else "pack=False"
 
     def __post_init__(self) -> None:
         if self.prefetch not in PREDICTORS:
@@ -95,8 +101,10 @@ def open_executor(
     registrar = CudaRegistrar(device) if device.type == "cuda" else NoRegistrar()
     all_resident = cache.slots == cache.store.total  # nothing is fetched twice: banks would not be worth their memory
     # Measured before the banks are filled, which keeps cores and memory busy for seconds.
-    profile = _profile(cache, device, crossing) if crossing.cpu and not all_resident else None
-    banks = ExpertBanks(cache.store, cache.layout, registrar, start=crossing.pin and not all_resident)
+    pin = crossing.pin and not all_resident
+    packed = pin and crossing.pack and _packs(cache, device)
+    profile = _profile(cache, device, crossing, packed) if crossing.cpu and not all_resident else None
+    banks = ExpertBanks(cache.store, cache.layout, registrar, start=pin, packed=packed)
     window = max(WINDOW_BYTES, 2 * cache.layout.nbytes)  # prefetches enter the link once in a layer
     transfers = TransferEngine(link, banks, window_bytes=window)
     slot_calls = _slot_calls(cache, device)
@@ -128,9 +136,15 @@ def _slot_calls(cache: ExpertCache, device: torch.device) -> SlotLane | None:
     return SlotCalls(cache)
 
 
-def _profile(cache: ExpertCache, device: torch.device, crossing: Crossing) -> MachineProfile:
+def _packs(cache: ExpertCache, device: torch.device) -> bool:
+    """Whether this machine can pack such experts, and unpack them where they are wanted."""
+    can = packable(cache.layout) and bool(compiled_kernels(cache.layout.dtype))
+    return can and (device.type != "cuda" or runs_triton(device))
+
+
+def _profile(cache: ExpertCache, device: torch.device, crossing: Crossing, packed: bool) -> MachineProfile:
     shape = cache.store.shape
-    kind = ExpertKind(shape.hidden, shape.intermediate, cache.layout.dtype)
+    kind = ExpertKind(shape.hidden, shape.intermediate, cache.layout.dtype, packed)
     return crossing.profile or machine_profile(kind, device)
 
 

@@ -202,7 +202,7 @@ def attach_all(base: Base, trees: Mapping[str, nn.Module], folders: Mapping[str,
 
 
 def place_in(
-    path: Path, vram: int | str, kv_tokens: int | None, device: torch.device, dtype: torch.dtype | None
+    path: Path, vram: int | str, kv_tokens: int | None, device: torch.device, dtype: torch.dtype | None, pack: bool
 ) -> Placement:
     """What of ``vram`` bytes (or ``8GiB``) the dense part, keys and values and experts get.
 
@@ -210,7 +210,7 @@ def place_in(
     not fit.
     """
     nbytes = parse_size(vram) if isinstance(vram, str) else vram
-    sizes = model_sizes(path, None if dtype is None else str(dtype).removeprefix("torch."))
+    sizes = model_sizes(path, None if dtype is None else str(dtype).removeprefix("torch.")).kept(pack=pack)
     return place(sizes, gpu=device.type == "cuda", kv_tokens=kv_tokens, vram=nbytes)
 
 

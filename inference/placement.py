@@ -13,13 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from inference.costmodel import BYTES
+from inference.costmodel import BYTES, PACKED_BYTES
 from inference.errors import InferenceError
 from inference.shards import read_header, shard_names
 from moe.family_table import FAMILIES, known_families
 from moe.quantised import quantisation
 
 WORKSPACE = 512 << 20  # of a GPU: CUDA's own context, activations and buffers
+RING_BYTES = 64 << 20  # of a GPU's buffers for packed experts that have arrived; more where two of them are more
+_GROUP = 32  # weights that are packed together, as in inference.packed
 # Room for keys and values where none is asked for: so many tokens, or as many as this share of the memory holds.
 KV_TOKENS, KV_SHARE = 32768, 0.25
 _UNITS = {"B": 1} | {f"{letter}{kind}": base**power
@@ -61,6 +63,7 @@ class ModelSizes:
         dense_bytes: of everything else, in ``dtype``.
         table_bytes: the part of it that is only looked up: an embedding that is not the output's, too.
         kv_bytes: of one token's keys and values in all layers.
+        packed: experts are packed in host memory (:mod:`inference.packed`).
     """
 
     family: str
@@ -75,10 +78,26 @@ class ModelSizes:
     dense_bytes: int
     table_bytes: int
     kv_bytes: int
+    packed: bool = False
 
     @property
     def itemsize(self) -> int:
         return BYTES[self.dtype]
+
+    def kept(self, *, pack: bool) -> ModelSizes:
+        """As the runtime keeps experts in host memory: if ``pack``, packed where every row is whole groups."""
+        packable = self.dtype == "bfloat16" and not (self.hidden % _GROUP or self.intermediate % _GROUP)
+        return replace(self, packed=pack and packable)
+
+    @property
+    def host_itemsize(self) -> float:
+        """Of an expert's weight in host memory."""
+        return PACKED_BYTES if self.packed else self.itemsize
+
+    @property
+    def host_expert_bytes(self) -> int:
+        """Of one expert in host memory, and on its way over the link."""
+        return int(self.expert_bytes / self.itemsize * self.host_itemsize)
 
     @property
     def total_experts(self) -> int:
@@ -259,16 +278,18 @@ def place(
     """
     assert vram is None or expert_budget is None
     workspace, buffers = (WORKSPACE, 2 * sizes.experts) if gpu else (0, 0)
+    ring = max(RING_BYTES, 2 * sizes.expert_bytes) if gpu and sizes.packed else 0
     if kv_tokens is None:
         kv_tokens = KV_TOKENS if vram is None else min(KV_TOKENS, int(KV_SHARE * vram) // sizes.kv_bytes)
     if vram is None:
         share = 1.0 if expert_budget is None else expert_budget
         slots = max(round(share * sizes.total_experts), 1) if share else 0
-        return Placement(sizes, slots, kv_tokens, workspace, buffers if slots < sizes.total_experts else 0)
+        some = slots < sizes.total_experts
+        return Placement(sizes, slots, kv_tokens, workspace + ring * some, buffers * some)
     used = sizes.dense_bytes + kv_tokens * sizes.kv_bytes + workspace
     if used + sizes.total_experts * sizes.expert_bytes <= vram:
         return Placement(sizes, sizes.total_experts, kv_tokens, workspace, 0, vram)
-    placed = Placement(sizes, 1, kv_tokens, workspace, buffers, vram)
+    placed = Placement(sizes, 1, kv_tokens, workspace + ring, buffers, vram)
     if placed.gpu_bytes > vram:
         raise PlacementError(_refusal(placed, vram))
     return replace(placed, slots=1 + (vram - placed.gpu_bytes) // sizes.expert_bytes)

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+_FEW = 8  # minima are found one after the other sooner than all are sorted
+
 Flags = np.ndarray  # bool
 Scores = np.ndarray  # float64
 
@@ -32,6 +34,8 @@ class Policy(ABC):
     def __init__(self, layers: int, experts: int) -> None:
         self.layers, self.experts = layers, experts
         self.round, self.row = 0, -1
+        turns_LL = (np.arange(layers)[None] - np.arange(layers)[:, None] - 1) % layers
+        self._waits: list[np.ndarray] = [(turns_L / layers)[:, None] for turns_L in turns_LL]
 
     def begin(self) -> None:  # noqa: B027 - most policies do not care
         """A new sequence starts."""
@@ -56,19 +60,28 @@ class Policy(ABC):
 
     @abstractmethod
     def scores(self) -> Scores:
-        """How much each expert is worth keeping now, [L,E]."""
+        """How much each expert is worth keeping now, [L,E], finite."""
+
+    @property
+    def wait_L1(self) -> np.ndarray:
+        """The part of a round until each layer's next turn, 0 for the next layer's."""
+        return self._waits[self.row]
 
     def victims(self, evictable_LE: Flags, count: int) -> np.ndarray:
         """The ``count`` experts to evict, as flat indices into [L,E], all of them evictable; worst first.
 
         Of equal scores the lower index goes first, so that a replay is repeatable.
         """
-        where = np.flatnonzero(evictable_LE)
+        (where,) = evictable_LE.reshape(-1).nonzero()
         assert len(where) >= count, f"{count} victims asked of {len(where)} that may go"
         scores = self.scores().reshape(-1)[where]
-        if count == 1:
-            return where[[int(scores.argmin())]]
-        return where[np.argsort(scores, kind="stable")[:count]]
+        if count > _FEW:
+            return np.asarray(where[scores.argsort(kind="stable")[:count]])
+        worst = []
+        for _ in range(count):
+            worst.append(int(scores.argmin()))
+            scores[worst[-1]] = np.inf
+        return np.asarray(where[worst])
 
 
 class LRU(Policy):
@@ -81,7 +94,7 @@ class LRU(Policy):
 
     def _note(self, row: int, experts_N: np.ndarray) -> None:
         self._calls += 1
-        self._last_LE[row, experts_N] = self._calls
+        self._last_LE[row][experts_N] = self._calls
 
     def scores(self) -> Scores:
         return self._last_LE
@@ -111,11 +124,10 @@ class LayeredLRU(LRU):
     """
 
     def _note(self, row: int, experts_N: np.ndarray) -> None:
-        self._last_LE[row, experts_N] = self.round + 1
+        self._last_LE[row][experts_N] = self.round + 1
 
     def scores(self) -> Scores:
-        wait_L = (np.arange(self.layers) - self.row - 1) % self.layers
-        return self._last_LE - (wait_L / self.layers)[:, None]
+        return np.asarray(self._last_LE - self.wait_L1)
 
 
 class LRFU(Policy):
@@ -139,7 +151,8 @@ class LRFU(Policy):
             if self._scale > 1e100:
                 self._count_LE /= self._scale
                 self._scale = 1.0
-        self._count_LE[row, experts_N] += self._scale
+        count_E = self._count_LE[row]  # an index of one axis takes a third of the time of one of two
+        count_E[experts_N] += self._scale
 
     def scores(self) -> Scores:
         return self._count_LE

@@ -74,7 +74,7 @@ class Report:
         with_link = profile.link is not None
         floor = physical_floor(
             profile,
-            missed_bytes=(measured.misses + measured.cpu_experts) * sizes.expert_bytes if with_link else 0.0,
+            missed_bytes=(measured.misses + measured.cpu_experts) * sizes.host_expert_bytes if with_link else 0.0,
             fetched_bytes=measured.fetched_bytes,
             device_bytes=dense + used * sizes.expert_bytes,
             flops=2 * measured.rows * weights,

@@ -17,7 +17,7 @@ class Runtime:
     Attributes:
         expert_budget: share of the experts; None: all, or what ``vram`` has room for.
         vram: bytes, in place of ``expert_budget``.
-        prefetch, no_pin, cpu_experts: see :class:`inference.offload.Crossing`.
+        prefetch, no_pin, no_pack, cpu_experts: see :class:`inference.offload.Crossing`.
         trace: file to make, in which routing is recorded; ``LLM.close`` ends it.
         graphs: capture decode steps; None: where they can be.
     """
@@ -27,6 +27,7 @@ class Runtime:
     kv_tokens: int | None = None
     prefetch: str = "none"
     no_pin: bool = False
+    no_pack: bool = False
     cpu_experts: bool = False
     trace: str | None = None
     graphs: bool | None = None
@@ -37,7 +38,7 @@ class Runtime:
         from inference.offload import Crossing
 
         share = 1.0 if self.expert_budget is None else self.expert_budget
-        crossing = Crossing(self.prefetch, pin=not self.no_pin, cpu=self.cpu_experts)
+        crossing = Crossing(self.prefetch, pin=not self.no_pin, pack=not self.no_pack, cpu=self.cpu_experts)
         size: dict[str, Any] = {"kv_tokens": self.kv_tokens, "vram": self.vram}
         llm = LLM(model_dir, share, crossing=crossing, trace=self.trace, graphs=self.graphs, **size, **more)
         if llm.decoding:

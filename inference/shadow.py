@@ -45,11 +45,11 @@ class Shadow:
 
     def admit(self, row: int, experts_N: np.ndarray) -> int:
         """The same, where the policy has been told of the call already."""
-        missing_N = experts_N[~self.resident_LE[row, experts_N]]
-        missed = len(missing_N)
+        resident_E = self.resident_LE[row]
+        missed = len(experts_N) - int(np.count_nonzero(resident_E[experts_N]))
         if not missed or not self.slots:
             return missed
-        self.resident_LE[row, missing_N] = True
+        resident_E[experts_N] = True
         self.held += missed
         if (surplus := self.held - self.slots) > 0:
             self._evict(row, experts_N, surplus)
@@ -59,10 +59,10 @@ class Shadow:
         evictable_LE = self.resident_LE
         if not self.bypass:
             evictable_LE = evictable_LE.copy()
-            evictable_LE[row, experts_N] = False
-            if (spare := int(evictable_LE.sum())) < surplus:
+            evictable_LE[row][experts_N] = False
+            if (spare := self.held - len(experts_N)) < surplus:
                 # A call that wants more experts than there are slots: the last of them pass through.
-                self.resident_LE[row, experts_N[: surplus - spare]] = False
+                self.resident_LE[row][experts_N[: surplus - spare]] = False
                 self.held -= surplus - spare
                 surplus = spare
         self.resident_LE.reshape(-1)[self.policy.victims(evictable_LE, surplus)] = False

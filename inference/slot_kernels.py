@@ -111,6 +111,24 @@ def publish(
 
 
 @triton.jit
+def _await_host(done, awaited):
+    number = tl.load(awaited)
+    found = tl.load(done, volatile=True)
+    while found < number:
+        found = tl.load(done, volatile=True)
+    tl.store(awaited, number + 1)
+
+
+def await_host(done_1: Tensor, awaited_1: Tensor) -> None:
+    """What the device does next waits until the host has counted in ``done_1``, pinned memory, up to ``awaited_1``.
+
+    That goes up by one on the device each time, so a captured launch waits for the next count. Whoever gives up
+    counting must set ``done_1`` high enough, or the device waits forever.
+    """
+    _await_host[(1,)](done_1, awaited_1, num_warps=1)
+
+
+@triton.jit
 def _adopt(source, target, numbers, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     tl.store(target + at, tl.load(source + at, mask=at < numbers, other=0), mask=at < numbers)

@@ -8,7 +8,10 @@ can be cancelled. Waiting is left to the device: what is computed later runs aft
 Two links stand behind one protocol: a CUDA stream (:mod:`inference.cuda_link`), and one with a simulated clock, which
 moves the bytes only when their time has come; so tests on a CPU see what is read too early.
 
-Shapes: B elements of a block.
+A source may be packed (:mod:`inference.packed`): then its bytes cross, and the link makes the block of them. It travels
+whole, since its pieces mean nothing.
+
+Shapes: B elements of a block, N bytes of a packed one.
 """
 
 from __future__ import annotations
@@ -21,9 +24,11 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from inference.errors import InferenceError
+from inference.packed import unpack
 from moe.refs import ExpertRef
 
 CHUNK_BYTES = 8 << 20  # within 3 % of the full rate of a PCIe 5 link; 1 MB loses 13 %
@@ -41,7 +46,10 @@ class Urgency(IntEnum):
 
 
 class Link(Protocol):
-    """Copies in the order in which they are given, beside what the device computes."""
+    """Copies in the order in which they are given, beside what the device computes.
+
+    A source of uint8 [N] is a packed block: what arrives in the target is the block.
+    """
 
     def copy(self, target_B: Tensor, source_B: Tensor) -> None:
         """Begin a copy; the source must stay as it is until it is done."""
@@ -72,7 +80,7 @@ class Source(Protocol):
     """Where experts come from."""
 
     def block(self, ref: ExpertRef) -> Tensor | None:
-        """The expert's block in memory that the link can read directly, None while there is none."""
+        """The expert's block, or its packed bytes, in memory that the link can read directly; None: not yet."""
 
     def staged(self, ref: ExpertRef, settle: Callable[[Mark], None]) -> tuple[Tensor, Callable[[Mark], None]]:
         """The expert read into a staging buffer, and whom to tell the mark behind which the buffer is free again."""
@@ -83,7 +91,7 @@ class Source(Protocol):
 
 @dataclass
 class TransferCounts:
-    """Bytes handed to the link, by why; a promoted prefetch counts as one. ``promoted``, ``cancelled``: prefetches."""
+    """Bytes that cross the link, by why; a promoted prefetch counts as one. ``promoted``, ``cancelled``: prefetches."""
 
     demanded_bytes: int = 0
     prefetched_bytes: int = 0
@@ -101,7 +109,7 @@ class Transfer:
     target_B: Tensor
     urgency: Urgency
     given: int = 0  # elements handed to the link
-    source_B: Tensor | None = None
+    source_B: Tensor | None = None  # or packed, [N]
     mark: Mark | None = None  # behind the last piece
     order: int = 0  # among complete ones, in which they arrive
     cancelled: bool = False
@@ -114,6 +122,12 @@ class Transfer:
     def complete(self) -> bool:
         """All of it was handed to the link; not that it has arrived."""
         return self.mark is not None
+
+    @property
+    def nbytes(self) -> int:
+        """That cross the link."""
+        assert self.source_B is not None
+        return self.source_B.nbytes
 
 
 class TransferEngine:
@@ -172,7 +186,7 @@ class TransferEngine:
                 self._complete += 1
                 transfer.given, transfer.order = transfer.target_B.numel(), self._complete
                 transfer.mark = marks[bisect_right(ends, turn)]
-                self.counts.demanded_bytes += transfer.target_B.nbytes
+                self.counts.demanded_bytes += transfer.nbytes
         return transfers
 
     def prefetch(self, ref: ExpertRef, target_B: Tensor, urgency: Urgency) -> Transfer:
@@ -206,15 +220,14 @@ class TransferEngine:
             if transfer.cancelled or transfer.complete:
                 heapq.heappop(self._queue)
                 continue
-            itemsize = transfer.target_B.itemsize
             left = transfer.target_B.numel() - transfer.given
-            piece = min(left, max(self._chunk_bytes // itemsize, 1))
-            if not transfer.begun and not self._direct(transfer):
+            piece = min(left, max(self._chunk_bytes // transfer.target_B.itemsize, 1))
+            if not transfer.begun and (not self._direct(transfer) or is_packed(transfer.source_B)):
                 piece = left  # a staging buffer is not kept for an expert that may stop halfway
-            self._give(transfer, piece)
+            nbytes = self._give(transfer, piece)
             mark = transfer.mark or self.link.mark()
-            self._flying.append((mark, piece * itemsize))
-            self._flying_bytes += piece * itemsize
+            self._flying.append((mark, nbytes))
+            self._flying_bytes += nbytes
 
     def wait(self, transfers: Sequence[Transfer]) -> None:
         """What is computed from here on finds these experts whole."""
@@ -240,16 +253,20 @@ class TransferEngine:
             transfer.source_B = self.source.block(transfer.ref)
         return transfer.source_B is not None
 
-    def _give(self, transfer: Transfer, elements: int) -> None:
+    def _give(self, transfer: Transfer, elements: int) -> int:
+        """Bytes that this takes over the link."""
         release = None
         if not self._direct(transfer):
             transfer.source_B, release = self.source.staged(transfer.ref, self.link.settle)
             self.counts.staged_bytes += transfer.target_B.nbytes
         assert transfer.source_B is not None
-        piece = slice(transfer.given, transfer.given + elements)
-        self._guard(transfer, self.link.copy, transfer.target_B[piece], transfer.source_B[piece])
+        if is_packed(transfer.source_B):
+            nbytes, pair = transfer.nbytes, (transfer.target_B, transfer.source_B)
+        else:
+            piece = slice(transfer.given, transfer.given + elements)
+            nbytes, pair = elements * transfer.target_B.itemsize, (transfer.target_B[piece], transfer.source_B[piece])
+        self._guard(transfer, self.link.copy, *pair)
         transfer.given += elements
-        nbytes = elements * transfer.target_B.itemsize
         if transfer.urgency == Urgency.DEMAND:
             self.counts.demanded_bytes += nbytes
         else:
@@ -260,12 +277,18 @@ class TransferEngine:
             transfer.order = self._complete
         if release is not None:
             release(transfer.mark)
+        return nbytes
 
     def _guard(self, transfer: Transfer, call: Callable[..., Any], *args: Any) -> Any:
         try:
             return call(*args)
         except RuntimeError as error:  # CUDA's errors are
             raise _failed(str(transfer.ref), error) from error
+
+
+def is_packed(source: Tensor) -> bool:
+    """Whether a source is the bytes of a packed block."""
+    return source.dtype == torch.uint8
 
 
 def _failed(which: str, error: RuntimeError) -> InferenceError:
@@ -297,7 +320,7 @@ class SimulatedLink:
         return self._stall_s
 
     def copy(self, target_B: Tensor, source_B: Tensor) -> None:
-        self.busy_until = max(self.now, self.busy_until) + self.latency_s + target_B.nbytes / self.rate
+        self.busy_until = max(self.now, self.busy_until) + self.latency_s + source_B.nbytes / self.rate
         self._flying.append((self.busy_until, target_B, source_B))
 
     def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]], ends: Sequence[int]) -> list[float]:
@@ -329,4 +352,4 @@ class SimulatedLink:
         self.now += max(seconds, 0.0)
         while self._flying and self._flying[0][0] <= self.now:
             _, target_B, source_B = self._flying.popleft()
-            target_B.copy_(source_B)
+            target_B.copy_(unpack(source_B, target_B.numel()) if is_packed(source_B) else source_B)

@@ -56,6 +56,7 @@ def add_budget_options(parser: argparse.ArgumentParser, fraction: Callable[[str]
 def add_way_options(parser: Any) -> None:
     """What the prediction is to reckon with."""
     parser.add_argument("--cpu-experts", action="store_true", help="as `generate --cpu-experts` computes them")
+    parser.add_argument("--no-pack", action="store_true", help="as `generate --no-pack` keeps them")
     parser.add_argument(
         "--graphs",
         action=argparse.BooleanOptionalAction,
@@ -82,7 +83,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.recalibrate and arguments.profile is not None:
         print("--recalibrate measures this machine, --profile names another: give one of them", file=sys.stderr)
         return 2
-    sizes = model_sizes(arguments.model_dir)
+    sizes = model_sizes(arguments.model_dir).kept(pack=not arguments.no_pack)
     profile = _profile(arguments, sizes)
     placement = place(
         sizes,
@@ -120,4 +121,6 @@ def _profile(arguments: argparse.Namespace, sizes: ModelSizes) -> MachineProfile
         return named_profile(arguments.profile)
     from inference.calibrate import this_machine  # torch: only measuring needs it
 
-    return this_machine(sizes.hidden, sizes.intermediate, sizes.dtype, recalibrate=arguments.recalibrate)
+    return this_machine(
+        sizes.hidden, sizes.intermediate, sizes.dtype, packed=sizes.packed, recalibrate=arguments.recalibrate
+    )

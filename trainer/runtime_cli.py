@@ -32,6 +32,11 @@ def add_runtime_options(
         "--no-pin", action="store_true", help="on a GPU: keep no page-locked copy of all experts in memory, read files"
     )
     parser.add_argument(
+        "--no-pack",
+        action="store_true",
+        help="on a GPU: keep bf16 experts in host memory in 16 bits a weight, not in 12",
+    )
+    parser.add_argument(
         "--graphs",
         action=argparse.BooleanOptionalAction,
         help="on a GPU: capture the decode steps of few sequences as CUDA graphs; by default where they can be, "

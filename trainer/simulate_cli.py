@@ -92,8 +92,12 @@ def _check_groups(arguments: argparse.Namespace) -> None:
         raise SimulateError("--capacity, --hit-rate and --prefetch-accuracy are for a shape without a TRACE; --budgets")
     if (arguments.profile is None) != (arguments.shape is None):
         raise SimulateError("times need both: --profile, as h200, and --shape hidden=..,intermediate=..")
-    if arguments.profile is None and (arguments.predictors or arguments.cpu_experts or arguments.graphs):
-        raise SimulateError("--predictors, --cpu-experts and --graphs matter on a clock only: give --profile, as h200")
+    if arguments.profile is None and (
+        arguments.predictors or arguments.cpu_experts or arguments.graphs or arguments.no_pack
+    ):
+        raise SimulateError(
+            "--predictors, --cpu-experts, --no-pack and --graphs matter on a clock only: give --profile, as h200"
+        )
 
 
 def _budgets(text: str) -> list[float]:
@@ -154,17 +158,18 @@ def _timed(arguments: argparse.Namespace, routing: Routing, budgets: list[float]
     from inference.timeline import Timeline, timed_table
 
     layers, top_k = routing.index_TLK.shape[1:]
-    sizes = parse_shape(arguments.shape, {"layers": layers, "experts": routing.experts, "top_k": top_k})
+    known = {"layers": layers, "experts": routing.experts, "top_k": top_k}
+    sizes = parse_shape(arguments.shape, known).kept(pack=not arguments.no_pack)
     profile = named_profile(arguments.profile)
     if profile.link is None:
         raise ShapeError(f"profile {profile.name!r} has no GPU behind a link: nothing is ever fetched there")
     costs = lane_costs(profile, sizes, arguments.cpu_experts)
     if names == POLICIES:
         names = ("lru", "expected_reuse", *([FORESEEN] if routing.heads is not None else []), HEDGE)
-    known = [name for name in PREDICTORS if name not in ("heads", "next_gate") or routing.heads is not None]
-    predictors = tuple(arguments.predictors.split(",")) if arguments.predictors else ("none", known[-1])
-    if wrong := [name for name in predictors if name not in known]:
-        raise SimulateError(f"--predictors: no predictor {wrong[0]!r} here; choose from {', '.join(known)}")
+    able = [name for name in PREDICTORS if name not in ("heads", "next_gate") or routing.heads is not None]
+    predictors = tuple(arguments.predictors.split(",")) if arguments.predictors else ("none", able[-1])
+    if wrong := [name for name in predictors if name not in able]:
+        raise SimulateError(f"--predictors: no predictor {wrong[0]!r} here; choose from {', '.join(able)}")
     found: dict[float, list[TimedReplay]] = {}
     for budget in budgets:
         placement = place(sizes, gpu=True, expert_budget=budget)
@@ -199,7 +204,8 @@ def _without_trace(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and not 0 <= value <= 1:
             raise SimulateError(f"--{name.replace('_', '-')} {value} is out of range; give a share from 0 to 1")
-    sizes, profile = parse_shape(arguments.shape), named_profile(arguments.profile or "h200")
+    sizes = parse_shape(arguments.shape).kept(pack=not arguments.no_pack)
+    profile = named_profile(arguments.profile or "h200")
     found = answer(
         profile,
         sizes,

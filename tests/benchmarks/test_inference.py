@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -58,7 +58,7 @@ def test_ratios_are_the_right_way_up():
         "transformers, all resident, batched_mm": _row([6.0, 4.0, 5.0]),
         "FreeToken 0.1.3, 10% resident, offload": _row([6.0]),
     }
-    found = summarise(Sizes(), FlatRates(), rows)
+    found = summarise(Sizes(), [FlatRates(), FlatRates()], rows)
     ours = found["arms"]["ours, 10% resident"]
     assert ours["hit_rate"] == pytest.approx(2 / 8)
     assert (ours["fetched"], ours["computed"]) == (4.0, 2.0)
@@ -95,11 +95,17 @@ class TestWithTriton:
 
         shape = Shape(1, 10, 10, 8, 4, 1, 1, 10, 10, torch.bfloat16)
         assert shape.expert_bytes == 600
-        rates = Rates(link=60.0, link_beside=40.0, lane=90.0, lane_beside=80.0, memory=1e9, lane_s=(8.0,) * 4)
+        rates = Rates(
+            host_bytes=600, link=60.0, link_beside=40.0, lane=90.0, lane_beside=80.0, memory=1e9, lane_s=(8.0,) * 4
+        )
         split = rates.floor(shape, 0, 1, 3)
         assert (split["bound"], split["s"]) == ("host", pytest.approx(4 * 600 / 120))
         fetched = rates.floor(shape, 0, 4, 0)
         assert (fetched["bound"], fetched["s"]) == ("link", pytest.approx(4 * 600 / 60))
+        packed = replace(rates, host_bytes=450)
+        assert packed.floor(shape, 0, 4, 0)["s"] == pytest.approx(4 * 450 / 60)
+        written = packed.floor(shape, 0, 1, 0)["gpu_memory_s"] - rates.floor(shape, 0, 1, 0)["gpu_memory_s"]
+        assert written * 1e9 == pytest.approx(2 * 450), "what arrives is written and read once more"
 
     def test_drawn_routing_has_the_locality_it_claims(self):
         from benchmarks.inference_model import Shape, draw_trace, locality

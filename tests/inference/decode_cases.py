@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from benchmarks.inference_arms import open_banks
-from inference import decode_experts
 from inference.cache import ExpertCache
 from inference.cpu_lane import CpuLane
 from inference.cuda_link import CudaLink
@@ -39,26 +36,34 @@ class Shares:
     def __init__(self, share: float) -> None:
         self.share = share
 
-    def __call__(self, misses, period_s):
+    def __call__(self, misses):
         return round(self.share * misses), int(misses > 2)
 
 
 class Served:
     """The tiny model with a budget of slots, and steps of two sequences."""
 
-    def __init__(self, folder, slots: int, share: float | None = None, rows: int = 2) -> None:
+    def __init__(
+        self,
+        folder,
+        slots: int,
+        share: float | None = None,
+        rows: int = 2,
+        dtype: torch.dtype = torch.float32,
+        packed: bool = False,
+    ) -> None:
         files = TensorFiles(folder)
-        module, blocks = build_skeleton(folder, None)
+        module, blocks = build_skeleton(folder, dtype)
         shape = expert_shape(folder, blocks)
         store = ExpertStore(files, {b.layer: f"{b.path}.experts" for b in blocks}, shape)
         policy = Hedge(len(store.layers), shape.num_experts, slots)
-        self.cache = ExpertCache(store, slots, device=DEVICE, policy=policy, poison=True)
+        self.cache = ExpertCache(store, slots, device=DEVICE, dtype=dtype, policy=policy, poison=True)
         offload_experts(blocks, self.cache)
         load_dense(module, files, DEVICE)
-        kv = PagedKV(KVShape.of(module.config), 10, 4, device=DEVICE)
+        kv = PagedKV(KVShape.of(module.config), 10, 4, device=DEVICE, dtype=dtype)
         kv.pool_LNSCD[:, 0, 0] = 7.0
         self.model = Model(module, kv)
-        banks = open_banks(store, self.cache.layout, DEVICE)
+        banks = open_banks(store, self.cache.layout, DEVICE, packed)
         link = CudaLink(DEVICE) if DEVICE.type == "cuda" else SimulatedLink()
         graph = SegmentedGraph(DEVICE) if DEVICE.type == "cuda" else Uncaptured()
         lane = None
@@ -72,7 +77,7 @@ class Served:
             CHOICES,
             graph=graph,
             lane=lane,
-            host=banks.address,
+            host=banks,
             split=None if share is None else Shares(share),
         )
         if self.experts.all_resident:
@@ -136,22 +141,16 @@ def test_the_cpu_lane_is_close(resident, model_folder, share):
     assert (served.experts.counts.fetched > 0) == (share > 0)
 
 
-def test_time_between_steps_is_no_layers_period(model_folder, monkeypatch):
-    now = 0.0
-
-    def clock():
-        nonlocal now
-        now += 1e-3
-        return now
-
-    monkeypatch.setattr(decode_experts, "time", SimpleNamespace(perf_counter=clock))
-    served = Served(model_folder, 16, 0.5)
-    for t in range(3):
-        served.step.run([t, t], TABLES, [5, 17])
-        now += 3600
-    *periods, last = served.experts._period_s
-    assert all(0 < period < 1 for period in periods)
-    assert last == 0, "the step ends behind its last layer, with all that was brought for later waited for"
+@pytest.mark.parametrize("share", [None, 0.5], ids=["fetched", "shared out"])
+def test_packing_does_not_reach_the_bits(model_folder, share):
+    plain = Served(model_folder, 64 if share is None else 16, share, dtype=torch.bfloat16)
+    served = Served(model_folder, 16, share, dtype=torch.bfloat16, packed=True)
+    for got, expected in zip(served.tokens(STEPS), plain.tokens(STEPS), strict=True):
+        assert torch.equal(got, expected)
+    counts, moved = served.experts.counts, served.experts.transfer.counts
+    assert min(counts.fetched, counts.resident) > 0
+    assert (counts.computed > 0) == (share is not None)
+    assert moved.demanded_bytes < 0.8 * (counts.fetched + counts.behind) * served.cache.layout.nbytes
 
 
 def test_too_few_slots_are_refused(model_folder):

@@ -30,11 +30,11 @@ int main(void) {
     mine = 1;
     alarm(20);
     lane_t *lane = lane_open(1, HIDDEN, INNER, 2 * INNER * HIDDEN, 0, 100);
-    int before = lane_submit(lane, 1, blocks, first, pair, 1, x, score, y) || lane_wait(lane);
+    int before = lane_submit(lane, 1, 0, blocks, first, pair, 1, x, score, y) || lane_wait(lane);
     hang = 1;
-    before |= lane_submit(lane, 1, blocks, first, pair, 1, x, score, y);
+    before |= lane_submit(lane, 1, 0, blocks, first, pair, 1, x, score, y);
     int waited = lane_wait(lane);
-    int submitted = lane_submit(lane, 1, blocks, first, pair, 1, x, score, y);
+    int submitted = lane_submit(lane, 1, 0, blocks, first, pair, 1, x, score, y);
     printf("%d %d %d %d ", before, waited, submitted, lane_wait(lane));
     lane_close(lane);
     printf("closed\n");

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch.nn.functional import silu
 
 from inference.banks import ExpertBanks
@@ -34,11 +35,12 @@ class Linked:
     """Modules of all layers, and the parts behind them. ``predictor`` makes one from (layers, experts, top_k)."""
 
     def __init__(self, store, slots, *, policy=None, predictor=None, banks=False, many_pairs=1 << 30, link=None,
-                 cpu=None, plan=None, chunk_bytes=4096, window_bytes=16384, act=silu):  # fmt: skip
+                 cpu=None, plan=None, chunk_bytes=4096, window_bytes=16384, act=silu, dtype=torch.float32,
+                 packed=False):  # fmt: skip
         self.store = store
         self.link = link or SimulatedLink(rate=1e9, latency_s=1e-6)
-        self.cache = ExpertCache(store, slots, policy=policy, poison=True)
-        self.banks = ExpertBanks(store, self.cache.layout, Registry(), start=banks)
+        self.cache = ExpertCache(store, slots, dtype=dtype, policy=policy, poison=True)
+        self.banks = ExpertBanks(store, self.cache.layout, Registry(), start=banks, packed=packed)
         if banks:
             self.banks.join()
         self.transfers = TransferEngine(self.link, self.banks, chunk_bytes=chunk_bytes, window_bytes=window_bytes)

@@ -98,6 +98,7 @@ def test_the_command_answers(capsys):
         (["trace", "--capacity", "0.1"], "without a TRACE"),
         (["trace", "--profile", "h200"], "times need both"),
         (["trace", "--cpu-experts"], "on a clock only"),
+        (["trace", "--no-pack"], "on a clock only"),
         (["trace", "--plot", "x.png"], "ends in .svg"),
     ],
 )

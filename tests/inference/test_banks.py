@@ -10,6 +10,7 @@ from inference import banks
 from inference.banks import STAGING_BUFFERS, ExpertBanks, check_memory
 from inference.errors import InferenceError
 from inference.expert_block import ExpertBlock, ExpertShape
+from inference.packed import PackedBlock, unpack
 from inference.store import ExpertStore, TensorFiles
 from moe.refs import ExpertRef
 from tests.inference.linked import Registry
@@ -39,6 +40,45 @@ def test_all_experts_end_up_in_registered_arenas_of_just_their_size(store, dtype
         assert torch.equal(filled.stacked(ref.layer)[1][ref.expert], layout.split(block_B)[1])
     filled.close()
     assert not registry.live
+
+
+def test_packed_banks_hold_each_weight_in_twelve_bits(store):
+    layout, registry = ExpertBlock(SHAPE, torch.bfloat16), Registry()
+    filled = ExpertBanks(store, layout, registry, packed=True)
+    filled.join()
+    stride = PackedBlock(layout.elements).stride
+    assert filled.nbytes == 64 * stride < 64 * layout.nbytes
+    assert sorted(registry.live.values()) == [STAGING_BUFFERS * layout.nbytes] + 4 * [16 * stride]
+    for ref in (ExpertRef(0, 0), ExpertRef(3, 15), ExpertRef(2, 7)):
+        packed_N = filled.block(ref)
+        assert filled.packed(ref.layer)
+        assert 1.5 * layout.elements < len(packed_N) < 0.8 * layout.nbytes
+        expected = torch.zeros(layout.elements, dtype=torch.bfloat16)
+        store.read(ref.layer, ref.expert, layout, expected)
+        assert torch.equal(unpack(packed_N, layout.elements), expected)
+        assert filled.address(ref) == packed_N.data_ptr()
+        assert filled.address(ref) % 64 == 0
+    filled.close()
+
+
+def test_a_layer_with_an_expert_that_cannot_be_packed_stays_as_it_is_and_it_is_said(store, monkeypatch, caplog):
+    read, layout = store.read, ExpertBlock(SHAPE, torch.bfloat16)
+
+    def wild(layer, expert, layout, block_B):
+        read(layer, expert, layout, block_B)
+        if (layer, expert) == (2, 5):
+            block_B[::9] = 2.0 ** (torch.arange(len(block_B[::9])) % 99 - 50)
+
+    monkeypatch.setattr(store, "read", wild)
+    filled = ExpertBanks(store, layout, Registry(), packed=True)
+    filled.join()
+    assert [filled.packed(layer) for layer in store.layers] == [True, True, False, True]
+    assert "L02.E005 and perhaps others" in caplog.text
+    expected = torch.zeros(layout.elements, dtype=torch.bfloat16)
+    store.read(2, 5, layout, expected)
+    assert torch.equal(filled.block(ExpertRef(2, 5)), expected)
+    assert filled.address(ExpertRef(2, 5)) == filled.block(ExpertRef(2, 5)).data_ptr()
+    filled.close()
 
 
 def test_what_is_registered_is_given_back_when_the_banks_are_dropped(store):

@@ -20,7 +20,8 @@ from inference.calibrate import (
 )
 from inference.compiled_experts import compiled_kernels
 from inference.cores import cpu_cores
-from inference.costmodel import MachineProfile, Rates, Timing, describe
+from inference.costmodel import KernelTable, MachineProfile, Rates, Timing, describe
+from inference.host_expert import PackedExpert
 
 CPU = torch.device("cpu")
 TINY = ExpertKind(64, 32, torch.bfloat16)
@@ -104,6 +105,20 @@ def test_a_timing_is_the_best_of_its_repeats_and_says_how_they_differ(monkeypatc
     monkeypatch.setattr(bank, "call_s", lambda *_: next(times))
     assert bank.timing("linear", 1, 1, 1).seconds == 1.0 / 8
     assert bank.spread == 2.0
+
+
+@pytest.mark.skipif(not compiled_kernels(torch.bfloat16), reason="no C compiler")
+@pytest.mark.parametrize("kernel", ["compiled", "linear"])
+def test_packed_experts_are_timed_as_they_are(kernel):
+    results = []
+    for packed in (False, True):
+        bank = _Bank(replace(TINY, packed=packed))
+        assert isinstance(bank(0, 3), PackedExpert) == packed
+        assert bank.weights_N.nbytes >= bank.kind.host_nbytes * bank.count
+        with bank.experts(1, 1, KernelTable((Timing(kernel, 1, 1, 1.0),))) as experts:
+            results.append(experts.submit(0, [(3, 1), (5, 2)], torch.ones(3, 64)).result())
+    assert torch.equal(*results)
+    assert (results[0] != 0).all()
 
 
 def test_profiles_are_kept_apart_by_kind(cache):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference.costmodel import (
+    PACKED_BYTES,
     ExpertCosts,
     KernelTable,
     MachineProfile,
@@ -17,6 +18,7 @@ from inference.costmodel import (
     Rates,
     Timing,
     at,
+    describe,
     distinct_experts,
     named_profile,
     overlap,
@@ -90,6 +92,18 @@ def test_costs_scale_with_the_size_of_an_expert():
     assert ExpertCosts.of(MACHINE, 500, 1000, 2, threads=0).cpu_s(1) == math.inf
     assert ExpertCosts.of(MACHINE, 500, 1000, 2, threads=1).cpu_s(1) == pytest.approx(4e-4), "four were measured"
     assert ExpertCosts.of(MACHINE, 500, 1000, 2, threads=9).cpu_s(1) == pytest.approx(1e-4)
+
+
+def test_packed_experts_cost_link_and_memory_less_and_the_gpu_the_same():
+    plain, packed = (ExpertCosts.of(MACHINE, 1000, 1000, itemsize) for itemsize in (2, PACKED_BYTES))
+    assert packed.expert_bytes == 0.75 * plain.expert_bytes
+    assert packed.link_s == pytest.approx(0.75 * plain.link_s)
+    assert packed.link_overlapped_s == pytest.approx(0.75 * plain.link_overlapped_s)
+    assert packed.cpu_overlapped_s(1) == pytest.approx(0.75 * plain.cpu_overlapped_s(1)), "timed as they are: scaled"
+    assert packed.gpu_s(1) == plain.gpu_s(1), "unpacked there"
+    timed = dataclasses.replace(MACHINE, packed=True)
+    assert ExpertCosts.of(timed, 1000, 1000, PACKED_BYTES).cpu_s(1) == plain.cpu_s(1), "timed packed"
+    assert "of packed weights at one row" in "".join(describe(timed))
 
 
 def test_without_a_gpu_nothing_can_be_fetched():

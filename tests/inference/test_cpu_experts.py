@@ -12,7 +12,10 @@ from torch.nn.functional import silu
 from inference.compiled_experts import COMPILED, CompiledExperts, compiled_kernels
 from inference.costmodel import KernelTable, Timing
 from inference.cpu_experts import KERNELS, CpuExperts, expert_rows, kernels_for
-from inference.host_expert import HostExpert
+from inference.expert_block import ExpertBlock, ExpertShape
+from inference.host_expert import HostExpert, PackedExpert
+from inference.packed import PackedBlock
+from inference.packing import pack_into
 from moe.form import PLAIN, ExpertForm
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -195,6 +198,49 @@ def test_the_compiled_kernel_takes_what_lies_in_blocks_and_leaves_the_rest(opene
         assert_close(y_H, exact_H, dtype)
     assert measured.best(1, 2, without=COMPILED).kernel == "linear"
     assert KernelTable((Timing(COMPILED, 2, 1, 1.0),)).best(1, 2, without=COMPILED).kernel == "linear"
+
+
+@pytest.mark.skipif(not compiled_kernels(torch.bfloat16), reason="no C compiler")
+@pytest.mark.parametrize("form", [PLAIN, ExpertForm(transposed=True, interleaved=True)], ids=["plain", "gpt_oss"])
+@pytest.mark.parametrize("kernel", [COMPILED, "linear", "rows", "upcast"])
+def test_packed_experts_give_the_same_bits(opened, form, kernel):
+    """Whole and in parts whose columns are not whole groups; and by the compiled kernel where it can."""
+    layout = ExpertBlock(ExpertShape(3, 64, 672, form), torch.bfloat16)
+    blocks_EB = (torch.randn(3, layout.elements) / 8).bfloat16()
+    blocks_EB[:, ::999] *= 2.0**-30
+    packed_EN = torch.zeros(3, PackedBlock(layout.elements).stride, dtype=torch.uint8)
+    assert all(map(pack_into, blocks_EB, packed_EN))
+    measured = KernelTable((Timing(kernel, 5, 1, 1.0), Timing("linear", 5, 1, 2.0)))
+    results, took = [], []
+    for weights in (
+        lambda _, expert: HostExpert.of_parts(layout.split(blocks_EB[expert]), form),
+        lambda _, expert: PackedExpert(packed_EN[expert], layout),
+    ):
+        compiled = CompiledExperts(1, 64, 672, torch.bfloat16, layout.parts[1].start)
+        submit = compiled.submit
+        compiled.submit = lambda work, *rest, submit=submit: took.append(len(work)) or submit(work, *rest)
+        cpu = opened(weights, gated, measured, 5, 1, compiled)
+        x_NH = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+        results.append(cpu.submit(0, [(2, 3)], x_NH[:3]).result())
+        results.append(cpu.submit(0, [(2, 3), (0, 1)], x_NH).result())
+    assert [columns.stop for columns in cpu._columns(672, 1)] == [134, 268, 403, 537, 672]
+    assert took == ([1, 2] * 2 if kernel == COMPILED and form == PLAIN else [])
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[1], results[3])
+    assert results[0].isfinite().all()
+
+
+def test_a_call_may_have_packed_experts_and_others(opened):
+    """Their layer's bank may become ready while the call is put together."""
+    layout = ExpertBlock(ExpertShape(2, 32, 32), torch.bfloat16)
+    block_B = (torch.randn(layout.elements) / 8).bfloat16()
+    packed_N = torch.zeros(PackedBlock(layout.elements).stride, dtype=torch.uint8)
+    assert pack_into(block_B, packed_N)
+    stored = [HostExpert.of_parts(layout.split(block_B), PLAIN), PackedExpert(packed_N, layout)]
+    compiled = CompiledExperts(1, 32, 32, torch.bfloat16, layout.parts[1].start)
+    cpu = opened(lambda _, expert: stored[expert], gated, table(COMPILED), 1, 1, compiled)
+    one, other = cpu.submit(0, [(0, 1), (1, 1)], torch.ones(2, 32)).result()
+    torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-2)
 
 
 def test_teams_share_the_threads(opened):

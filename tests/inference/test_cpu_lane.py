@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,8 +16,11 @@ from hypothesis import strategies as st
 
 from inference import cpu_lane
 from inference.compiled_experts import CompiledExperts
-from inference.cpu_lane import CpuLane, LaneCall, LaneError, LaneHung, library
+from inference.cpu_lane import CpuLane, LaneCall, LaneError, LaneHung
 from inference.host_expert import HostExpert
+from inference.native import library
+from inference.packed import PackedBlock
+from inference.packing import pack_into
 
 
 def _case(rows: int, choices: int, experts: int, hidden: int, inner: int, dtype: torch.dtype, seed: int):
@@ -27,14 +31,15 @@ def _case(rows: int, choices: int, experts: int, hidden: int, inner: int, dtype:
     return expert_TK, block_EN, x_TH, torch.rand(rows * choices, generator=g)
 
 
-def _computed(lane: CpuLane, expert_TK, block_EN, x_TH, score_P, wanted: list[int]) -> torch.Tensor:
+def _computed(lane: CpuLane, expert_TK, block_EN, x_TH, score_P, wanted: list[int], packed=False) -> torch.Tensor:
     """[P,H], NaN where the pair's expert is not wanted."""
     flat_P = expert_TK.flatten()
     pairs = [torch.nonzero(flat_P == expert)[:, 0].tolist() for expert in wanted]
     first = np.cumsum([0, *map(len, pairs)]).tolist()
     y_PH = np.full((len(flat_P), x_TH.shape[1]), np.nan, dtype=np.float32)
     call = LaneCall(x_TH.numpy(), score_P.view(expert_TK.shape).numpy(), y_PH, len(block_EN))
-    lane.submit(call, [block_EN[expert].data_ptr() for expert in wanted], first, [p for group in pairs for p in group])
+    blocks = [block_EN[expert].data_ptr() for expert in wanted]
+    lane.submit(call, blocks, first, [p for group in pairs for p in group], packed=packed)
     lane.wait()
     return torch.from_numpy(y_PH)
 
@@ -81,6 +86,33 @@ def test_as_the_formula(rows, choices, hidden, inner, dtype, threads, seed):
     assert torch.allclose(y_PH[mine_P].double(), want_PH[mine_P], rtol=1e-4, atol=1e-4)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 4),
+    choices=st.integers(1, 3),
+    hidden=st.integers(1, 6),
+    inner=st.integers(1, 5),
+    outliers=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 65535)), max_size=60),
+    threads=st.integers(0, 2),
+    seed=st.integers(0, 99),
+)
+def test_packed_blocks_have_the_bits_of_raw_ones(rows, choices, hidden, inner, outliers, threads, seed):
+    hidden, inner = 32 * hidden, 32 * inner
+    expert_TK, block_EN, x_TH, score_P = _case(rows, choices, 3, hidden, inner, torch.bfloat16, seed)
+    size = block_EN.shape[1]
+    for place, bits in outliers[: size // 256]:  # many of them infinite, subnormal or not a number
+        block_EN[place % 3].view(torch.int16)[place % size] = bits - (bits >> 15 << 16)
+    packed_ES = torch.zeros(3, PackedBlock(size).stride, dtype=torch.uint8)
+    assert all(pack_into(*blocks) for blocks in zip(block_EN, packed_ES, strict=True))
+    lane = CpuLane(threads, hidden, inner, torch.bfloat16)
+    raw, packed = (
+        _computed(lane, expert_TK, blocks, x_TH, score_P, [2, 0, 1], packed=blocks is packed_ES)
+        for blocks in (block_EN, packed_ES)
+    )
+    lane.close()
+    assert torch.equal(raw.view(torch.int32), packed.view(torch.int32))
+
+
 def test_threads_and_company_do_not_reach_the_bits():
     case = _case(3, 3, 6, 130, 70, torch.bfloat16, 0)
     lanes = [CpuLane(threads, 130, 70, torch.bfloat16) for threads in (0, 1, 3)]
@@ -94,12 +126,31 @@ def test_threads_and_company_do_not_reach_the_bits():
         lane.close()
 
 
-def _printed(name: str, tmp_path: Path) -> str:
+def _printed(name: str, tmp_path: Path, *flags: str) -> str:
     source, made = Path(__file__).with_name(name), tmp_path / "made"
     include = f"-I{Path(cpu_lane.__file__).parent}"
-    command = [shutil.which("cc") or "gcc", "-O2", "-march=native", "-pthread", include, source, "-o", made, "-lm"]
+    command = [
+        shutil.which("cc") or "gcc",
+        "-O2",
+        "-march=native",
+        *flags,
+        "-pthread",
+        include,
+        source,
+        "-o",
+        made,
+        "-lm",
+    ]
     subprocess.run(command, check=True, timeout=60)
     return subprocess.run([made], capture_output=True, text=True, timeout=60, check=False).stdout
+
+
+@pytest.mark.parametrize("without", [(), ("avx512vbmi",), ("avx512f",), ("avx512f", "avx2")], ids="-".join)
+def test_packed_rows_have_the_bits_of_raw_ones_on_other_processors(tmp_path, without):
+    if without and platform.machine() != "x86_64":
+        pytest.skip("these are x86's")
+    said = _printed("packed_lane.c", tmp_path, "-O3", *(f"-mno-{feature}" for feature in without))
+    assert said == "0 differ, 0 of the weights\n"
 
 
 def test_threads_may_be_late_anywhere(tmp_path):
@@ -177,6 +228,6 @@ def test_what_it_cannot_read_is_refused():
 def test_no_compiler_is_said(monkeypatch):
     monkeypatch.setenv("PATH", "")
     library.cache_clear()
-    with pytest.raises(LaneError, match="no C compiler"):
-        library()
+    with pytest.raises(LaneError, match=r"no C compiler.* computes no experts"):
+        CpuLane(1, 8, 8, torch.float32)
     library.cache_clear()

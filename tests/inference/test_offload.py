@@ -42,6 +42,54 @@ def test_texts_are_the_same_whatever_is_prefetched(model_folder, prompts, prefet
     assert stats.hits + stats.misses > 12 * 4 * 4
 
 
+@pytest.mark.parametrize("prefetch", ["none", "next_gate"])
+def test_packed_experts_leave_every_bit_and_take_fewer_bytes(model_folder, prompts, prefetch):
+    resident = LLM(model_folder, device="cpu", dtype=torch.bfloat16)
+    expected = [resident.logits(prompt) for prompt in prompts[:3]]
+    crossed = {}
+    for pack in (True, False):
+        crossing = Crossing(prefetch, pack=pack, link=SimulatedLink(rate=1e8))
+        llm = LLM(model_folder, 0.25, device="cpu", dtype=torch.bfloat16, poison=True, crossing=crossing)
+        source = llm.executor.transfers.source
+        source.join()
+        assert source.packs == pack
+        for prompt, logits in zip(prompts[:3], expected, strict=True):
+            assert torch.equal(llm.logits(prompt), logits)
+        crossed[pack] = llm.stats().bytes_fetched
+        floor = llm.report(EVEN).floor
+        assert floor.link_s == pytest.approx(crossed[pack] / EVEN.link.alone)
+        llm.close()
+    assert 0.74 < crossed[True] / crossed[False] < 0.8
+
+
+def test_the_cpu_computes_packed_experts_with_the_same_bits(model_folder, prompts):
+    """The plans are the same: all costs of the made-up machine are in proportion to the bytes."""
+    found, computed = [], []
+    for pack in (True, False):
+        crossing = Crossing(cpu=True, profile=EVEN, pack=pack, link=SimulatedLink(rate=5e7))
+        with LLM(model_folder, 0.1, device="cpu", dtype=torch.bfloat16, poison=True, crossing=crossing) as llm:
+            llm.executor.transfers.source.join()
+            found.append([llm.logits(prompt) for prompt in prompts[:2]])
+            found[-1] += [torch.tensor(one.token_ids) for one in llm.generate(prompts[:2], 6)]
+            computed.append(llm.stats().cpu_experts)
+    assert computed[0] == computed[1] > 0
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_only_what_can_be_packed_is(model_folder, monkeypatch):
+    def packs(dtype, **given):
+        crossing = Crossing(link=SimulatedLink(), **given)
+        return LLM(model_folder, 0.25, device="cpu", dtype=dtype, crossing=crossing).executor.transfers.source.packs
+
+    assert packs(torch.bfloat16)
+    assert not packs(torch.float32)
+    assert not packs(torch.bfloat16, pin=False), "without banks there is nothing to pack"
+    monkeypatch.setattr("inference.offload.compiled_kernels", lambda _: ())
+    assert not packs(torch.bfloat16), "without a compiler packing would take minutes"
+    with pytest.raises(InferenceError, match="pack=False has nothing to save on cpu"):
+        LLM(model_folder, 0.5, device="cpu", crossing=Crossing(pack=False))
+
+
 def test_settings_that_mean_nothing_are_refused(model_folder):
     with pytest.raises(InferenceError, match="no predictor is called 'psychic'; there are none, same_as_last"):
         Crossing("psychic")

@@ -25,7 +25,7 @@ from inference.errors import InferenceError
 from inference.forecast import DECODE, PREFILL, assumed_forecast, assumed_use, forecast, lane_costs, traced_use
 from inference.kv import KVShape
 from inference.limits import MAX_ROWS
-from inference.placement import WORKSPACE, PlacementError, model_sizes, parse_size, place, show_size
+from inference.placement import RING_BYTES, WORKSPACE, PlacementError, model_sizes, parse_size, place, show_size
 from inference.simulate import Routing
 from moe.tracefile import TraceHeader, TraceRecord, TraceWriter, trace_file
 from trainer.cli import main
@@ -143,6 +143,25 @@ def test_where_all_fits_nothing_streams(sizes):
     assert place(sizes, kv_tokens=16, gpu=True, vram=all_of_it.gpu_bytes).slots == sizes.total_experts
     less = place(sizes, kv_tokens=16, gpu=True, vram=all_of_it.gpu_bytes - 1)
     assert less.slots == sizes.total_experts - 1 - 256
+
+
+def test_packed_experts_take_three_quarters_of_host_memory_and_a_ring_of_the_gpus(sizes):
+    packed = sizes.kept(pack=True)
+    assert not sizes.packed
+    assert packed.packed
+    assert sizes.kept(pack=False) == sizes
+    assert not dataclasses.replace(sizes, intermediate=760).kept(pack=True).packed, "rows of whole groups only"
+    assert not dataclasses.replace(sizes, dtype="float16").kept(pack=True).packed
+    assert packed.host_expert_bytes == 0.75 * packed.expert_bytes == 0.75 * sizes.host_expert_bytes
+    some = [place(each, gpu=True, expert_budget=0.1) for each in (sizes, packed)]
+    assert some[1].gpu_bytes - some[0].gpu_bytes == RING_BYTES
+    assert [place(each, gpu=True, expert_budget=1.0).gpu_bytes for each in (sizes, packed)] == [
+        place(sizes, gpu=True).gpu_bytes
+    ] * 2, "nothing crosses"
+    large = dataclasses.replace(packed, expert_bytes=352 << 20)
+    placed = place(large, gpu=True, kv_tokens=4096, vram=200 << 30)
+    assert placed.workspace == WORKSPACE + 2 * (352 << 20)
+    assert placed.gpu_bytes <= 200 << 30
 
 
 def test_what_does_not_fit_is_refused_with_what_would(sizes):
@@ -270,6 +289,8 @@ def test_without_a_gpu_the_cores_compute_everything(sizes):
     # A token reads its experts and the dense part: no faster than memory.
     token = 48 * 8 * placed.sizes.expert_bytes + placed.sizes.dense_bytes - placed.sizes.table_bytes
     assert forecast(profile, placed)[0].plan.seconds > token / 91e9
+    packed = dataclasses.replace(placed, sizes=sizes.kept(pack=True))
+    assert forecast(profile, packed) == forecast(profile, placed), "files are not packed"
 
 
 def test_hits_of_a_trace_are_those_of_its_replay(sizes):
@@ -297,11 +318,15 @@ def test_even_routing_is_the_assumption_without_a_trace(sizes):
 
 def test_the_command_prints_what_where_how_fast_and_why(large, tmp_path, capsys):
     told = ["plan-inference", str(large), "--vram", "8GiB", "--kv-tokens", "4096", "--profile", "h200"]
+    assert main([*told, "--no-pack"]) == 0
+    plain = capsys.readouterr().out
+    assert "packed" not in plain
     assert main(told) == 0
     assert "cpu ms" not in capsys.readouterr().out
     assert main([*told, "--cpu-experts"]) == 0
     text = capsys.readouterr().out
-    for part in ("dense part", "keys and values, 4096 tokens", "of 6144 experts", "host memory", "decode, batch 1 ",
+    for part in ("dense part", "all 6144 experts, packed",
+                 "keys and values, 4096 tokens", "of 6144 experts", "host memory", "decode, batch 1 ",
                  "decode, batch 16", "prefill of 1024", "prefill of 4096", "bound by", "assumed: even routing",
                  "not measured", "fetch ms", "cpu ms", "split ms"):  # fmt: skip
         assert part in text, part

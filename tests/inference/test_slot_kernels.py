@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-FILES = ["slot_cases.py", "attention_cases.py", "decode_cases.py", "graphed_cases.py"]
+FILES = ["slot_cases.py", "unpack_cases.py", "attention_cases.py", "decode_cases.py", "graphed_cases.py"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference.errors import InferenceError
+from inference.packed import pack
 from inference.transfer import SimulatedLink, TransferEngine, Urgency
 from moe.refs import ExpertRef
 
@@ -190,6 +191,34 @@ def test_whatever_happens_each_expert_is_whole_once_it_has_arrived(actions, chun
         assert one.target_B.isnan().all() if one.cancelled else (one.target_B == one.ref.expert).all()
     moved = transfers.counts.demanded_bytes + transfers.counts.prefetched_bytes
     assert moved == 4 * SIZE * sum(not one.cancelled for one in made)
+
+
+def test_what_is_packed_travels_whole_in_fewer_bytes_and_arrives_as_it_was():
+    block_B = torch.randn(4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+    packed_N = pack(block_B)
+
+    class Banks:
+        def block(self, ref):
+            return packed_N if ref.layer else block_B
+
+    engine = TransferEngine(SimulatedLink(rate=float(len(packed_N))), Banks(), chunk_bytes=64, window_bytes=64)
+    targets = torch.zeros(4, 4096, dtype=torch.bfloat16)
+    demand, (both, _) = engine.demand(ExpertRef(1, 0), targets[0]), engine.demand_all(
+        [(ExpertRef(layer, 1), targets[1 + layer]) for layer in (0, 1)]
+    )  # fmt: skip
+    assert engine.counts.demanded_bytes == 2 * len(packed_N) + block_B.nbytes
+    engine.link.advance(0.99)
+    assert not targets.any()
+    engine.wait([demand])
+    assert engine.link.now == pytest.approx(1)
+    assert torch.equal(targets[0], block_B)
+    engine.wait([both])
+    ahead = engine.prefetch(ExpertRef(1, 2), targets[3], Urgency.NEXT)
+    engine.pump()
+    assert ahead.complete, "its pieces would mean nothing"
+    assert engine.counts.prefetched_bytes == len(packed_N) < 0.8 * block_B.nbytes
+    engine.wait([ahead])
+    assert all(torch.equal(target, block_B) for target in targets)
 
 
 def test_demands_given_together_are_marked_where_cut():

@@ -1,0 +1,67 @@
+"""The C routines, compiled by the machine's own compiler when first used (Triton needs one too).
+
+The result is kept in the user's cache; there is nothing to build at installation. Calls do not hold the interpreter's
+lock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_lane.c", "packed.c", "packed.h"))
+_FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", "-pthread")
+_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
+_SIGNATURES = {
+    "lane_open": (_POINTER, [_INT, _INT, _INT, _LONG, _INT, _LONG]),
+    "lane_submit": (_INT, [_POINTER, _INT, _INT, *[_POINTER] * 3, _INT, *[_POINTER] * 3]),
+    "lane_count": (None, [_POINTER, _POINTER]),
+    "lane_wait": (_INT, [_POINTER]),
+    "lane_close": (None, [_POINTER]),
+    "packed_pack": (_LONG, [_POINTER, _LONG, _POINTER]),
+    "packed_unpack": (None, [_POINTER, *[_LONG] * 5, _POINTER]),
+}
+
+
+class NativeError(RuntimeError):
+    """The C routines cannot run here, and why."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled routines. Raises NativeError without a compiler, or if it fails."""
+    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise NativeError("no C compiler (cc, gcc or clang) on the PATH")
+    texts = b"".join(source.read_bytes() for source in _SOURCES)
+    key = hashlib.sha256(texts + repr((compiler, _FLAGS, _processor())).encode()).hexdigest()[:16]
+    target = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "planaria" / f"native-{key}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / target.name
+            units = [str(source) for source in _SOURCES if source.suffix == ".c"]
+            command = [compiler, *_FLAGS, *units, "-o", str(made), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+            if done.returncode:
+                raise NativeError(f"{compiler} could not compile {' and '.join(units)}: {done.stderr.strip()[-500:]}")
+            made.replace(target)
+    compiled = ctypes.CDLL(str(target))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(compiled, name)
+        function.restype, function.argtypes = result, arguments
+    return compiled
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on: a home folder may be shared by machines."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
