@@ -279,7 +279,10 @@ class Capturer:
         return self._client.arena.places[slot].offset + pool.payload_offset
 
     def _base_plan(self, slot: int, fragment: Fragment) -> Plan:
-        """Made once: what takes the interpreter's lock beside a training step makes it slower by as much."""
+        """Made once: what takes the interpreter's lock beside a training step makes it slower by as much.
+
+        A capturer sees one cut of the state only, so a fragment's parts tell its pieces.
+        """
         plan = self._plans.get((slot, fragment.parts))
         if plan is None:
             if len(self._plans) == _PLANS:

@@ -15,7 +15,7 @@ import ctypes
 import functools
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,14 +81,6 @@ class CudaLink:
         if self._driver.copy(target_B.data_ptr(), source_B.data_ptr(), target_B.nbytes, self._handle):
             with torch.cuda.stream(self._stream):  # a thread that has not met this device yet; or torch says what it is
                 target_B.copy_(source_B, non_blocking=True)
-
-    def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]], ends: Sequence[int]) -> list[torch.cuda.Event]:
-        marks = []
-        for given, (target_B, source_B) in enumerate(pairs, start=1):
-            self.copy(target_B, source_B)
-            if given in ends:
-                marks.append(self.mark())
-        return marks
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event()

@@ -112,11 +112,11 @@ class HostCount:
     def give_up(self) -> None:
         """Nothing more will be done: what waits goes on, and counting begins anew."""
         self.done_1[0] = 1 << 62
-        with suppress(RuntimeError):  # CUDA's, of which whoever comes next hears again
+        with suppress(RuntimeError), torch.inference_mode():  # CUDA's, of which whoever comes next hears again
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             self._awaited_1.fill_(1)
-        self.done_1[0] = 0
+            self.done_1[0] = 0  # last: a number that is too high lets everybody pass, one that is too low nobody
 
 
 class DecodeExperts:
@@ -146,6 +146,7 @@ class DecodeExperts:
         split: Split | None = None,
     ) -> None:
         assert lane is None or host is not None
+        assert split is None or lane is not None, "who would compute what is not fetched?"
         self.cache, self.transfer, self.graph, self.lane = cache, transfer, graph or Uncaptured(), lane
         self.counts, self._split = DecodeCounts(), split
         self._layers = cache.store.layers
@@ -187,7 +188,7 @@ class DecodeExperts:
             self._call = LaneCall(*arrays, experts=self._spare, reads=partial(_blocks, transfer), count=count)
         self._blocks = cache.blocks_CB.unbind(0)
         self._room = self._spare
-        if lane is not None and split is not None:
+        if split is not None:
             self._room = min(self._spare, split.most)
         self._calls, self._under_way = 0, _Divided([], [], [], 0)
         self._coming: list[Transfer] = []
@@ -324,14 +325,11 @@ class DecodeExperts:
 
     def _bring(self, row: int, work: _Divided) -> None:
         """What is to be fetched is wanted now, the others later."""
-        wanted, now = work.fetch + work.behind, len(work.fetch)
-        got = self.cache.reserve(self._layers[row], wanted)
-        assert got == wanted, (got, wanted)
         refs, slots = self._refs[row], self.cache.slots_of[row]
-        pairs = [(refs[expert], self._blocks[slots[expert]]) for expert in wanted]
-        brought = self.transfer.demand_all(pairs, [now] if 0 < now < len(wanted) else [])
-        self._coming += brought[:now]
-        self._behind += brought[now:]
+        for wanted, brought in ((work.fetch, self._coming), (work.behind, self._behind)):
+            got = self.cache.reserve(self._layers[row], wanted)
+            assert got == wanted, (got, wanted)
+            brought += self.transfer.demand_all([(refs[expert], self._blocks[slots[expert]]) for expert in wanted])
 
     def _settle(self, transfers: list[Transfer]) -> None:
         """What the GPU is given from here on finds these experts in their slots."""

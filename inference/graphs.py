@@ -45,7 +45,7 @@ class Uncaptured:
     def cut(self, host: Step) -> None:
         host()
 
-    meanwhile = cut
+    meanwhile = cut  # before what follows, as nothing is launched ahead here
 
     def replay(self) -> None:
         assert self._function is not None

@@ -17,7 +17,6 @@ Shapes: B elements of a block, N bytes of a packed one.
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,9 +52,6 @@ class Link(Protocol):
 
     def copy(self, target_B: Tensor, source_B: Tensor) -> None:
         """Begin a copy; the source must stay as it is until it is done."""
-
-    def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]], ends: Sequence[int]) -> list[Mark]:
-        """Begin copies of (target, source), in order; marks behind the first ``ends[0]``, ``ends[1]``, ... of them."""
 
     def mark(self) -> Mark:
         """A mark behind everything given so far."""
@@ -166,26 +162,25 @@ class TransferEngine:
         self._give(transfer, target_B.numel())
         return transfer
 
-    def demand_all(self, wanted: Sequence[tuple[ExpertRef, Tensor]], cuts: Sequence[int] = ()) -> list[Transfer]:
-        """:meth:`demand` of several at once, which costs the host little more than of one.
-
-        They are marked together, behind the last; those before each of ``cuts``, positions in ascending order, apart.
-        """
+    def demand_all(self, wanted: Sequence[tuple[ExpertRef, Tensor]]) -> list[Transfer]:
+        """:meth:`demand` of several that are waited for together: one mark, behind the last."""
         transfers = [Transfer(ref, target_B, Urgency.DEMAND) for ref, target_B in wanted]
         if not all(self._direct(transfer) for transfer in transfers):
             for transfer in transfers:
                 self._give(transfer, transfer.target_B.numel())
         elif transfers:
-            pairs = [(transfer.target_B, transfer.source_B) for transfer in transfers]
-            ends = [*cuts, len(pairs)]
+            copy = self.link.copy
             try:
-                marks = self.link.copy_all(pairs, ends)
+                for transfer in transfers:
+                    assert transfer.source_B is not None
+                    copy(transfer.target_B, transfer.source_B)
+                mark = self.link.mark()
             except RuntimeError as error:
                 raise _failed(", ".join(str(transfer.ref) for transfer in transfers), error) from error
-            for turn, transfer in enumerate(transfers):
+            for transfer in transfers:
                 self._complete += 1
                 transfer.given, transfer.order = transfer.target_B.numel(), self._complete
-                transfer.mark = marks[bisect_right(ends, turn)]
+                transfer.mark = mark
                 self.counts.demanded_bytes += transfer.nbytes
         return transfers
 
@@ -322,14 +317,6 @@ class SimulatedLink:
     def copy(self, target_B: Tensor, source_B: Tensor) -> None:
         self.busy_until = max(self.now, self.busy_until) + self.latency_s + source_B.nbytes / self.rate
         self._flying.append((self.busy_until, target_B, source_B))
-
-    def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]], ends: Sequence[int]) -> list[float]:
-        marks = []
-        for given, (target_B, source_B) in enumerate(pairs, start=1):
-            self.copy(target_B, source_B)
-            if given in ends:
-                marks.append(self.mark())
-        return marks
 
     def mark(self) -> float:
         return self.busy_until

@@ -22,6 +22,7 @@ from inference.packed import GROUP, HEADER, OTHER, TILE, PackedBlock
 
 _EXCEPTIONS = 128  # of one tile that are put in their places at once
 _WARPS = 4
+_HIDDEN = 6  # arguments that Triton may add to a kernel
 
 
 @triton.jit
@@ -90,10 +91,12 @@ class Unpacker:
         packed_N = torch.zeros(form.stride, dtype=torch.uint8, device=device)
         compiled = unpack_on_device(packed_N, torch.empty(elements, dtype=torch.bfloat16, device=device))
         assert compiled.metadata.num_warps == _WARPS
-        # Behind the kernel's own arguments Triton has two for scratch memory, which this one does not use.
-        self._arguments = (ctypes.c_uint64 * 4)()
-        places = [ctypes.addressof(self._arguments) + 8 * i for i in range(4)]
-        self._places = (ctypes.c_void_p * 4)(*places)
+        # Behind the kernel's own arguments Triton has its own, two in 3.6, for memory that this one does not use. The
+        # driver reads as many as there are.
+        count = 2 + _HIDDEN
+        self._arguments = (ctypes.c_uint64 * count)()
+        places = [ctypes.addressof(self._arguments) + 8 * i for i in range(count)]
+        self._places = (ctypes.c_void_p * count)(*places)
         self._compiled, self._call = compiled, _launch()
         self._shape = (compiled.function, form.tiles, 1, 1, 32 * _WARPS, 1, 1, compiled.metadata.shared)
 

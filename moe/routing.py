@@ -173,7 +173,7 @@ def picked(scores_TE: Tensor, index_TK: Tensor) -> Tensor:
 
 class _Picked(torch.autograd.Function):
     """torch's deterministic way back on a GPU sorts all choices, in 34 kernels. Choices that differ need only a sum, of
-    which at most one term is not zero.
+    which at most one term is not zero. It is made of [T,K,E] numbers, which are gone behind it.
     """
 
     @staticmethod

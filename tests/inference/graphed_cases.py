@@ -58,7 +58,7 @@ def fails_once(monkeypatch, of, name: str, error: BaseException, after: int = 0)
 
 def test_a_failed_copy_ends_all_steps(model_folder, monkeypatch):
     served = Served(model_folder, 16)
-    fails_once(monkeypatch, served.experts.transfer.link, "copy_all", RuntimeError("CUDA error"), after=2)
+    fails_once(monkeypatch, served.experts.transfer.link, "copy", RuntimeError("CUDA error"), after=2)
     with pytest.raises(InferenceError, match=r"L0\d\.E0\d\d.*: copying .* failed: CUDA error"):
         served.tokens(3)
     assert not (~served.cache._resident_LE & (served.cache.slot_LE >= 0)).any(), "nobody has a slot that was not filled"
@@ -67,7 +67,7 @@ def test_a_failed_copy_ends_all_steps(model_folder, monkeypatch):
             served.step.run([0, 0], TABLES, [5, 17])
 
 
-@pytest.mark.parametrize(("where", "after"), [("copy_all", 1), ("copy_all", 6), ("note", 2)])
+@pytest.mark.parametrize(("where", "after"), [("copy", 1), ("copy", 6), ("note", 2)])
 def test_a_step_that_was_interrupted_leaves_nothing_behind(model_folder, monkeypatch, where, after):
     """``note`` is called while the device waits for the host to count what the CPU computes."""
     served, other = (Served(model_folder, 16, share) for share in (0.5, None))

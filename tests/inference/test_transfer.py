@@ -221,7 +221,7 @@ def test_what_is_packed_travels_whole_in_fewer_bytes_and_arrives_as_it_was():
     assert all(torch.equal(target, block_B) for target in targets)
 
 
-def test_demands_given_together_are_marked_where_cut():
+def test_demands_given_together_are_waited_for_together():
     sources = {ExpertRef(0, e): torch.full((8,), float(e)) for e in range(3)}
 
     class Banks:
@@ -231,10 +231,11 @@ def test_demands_given_together_are_marked_where_cut():
     link = SimulatedLink(rate=32.0)  # a second for each
     engine = TransferEngine(link, Banks(), chunk_bytes=32, window_bytes=32)
     targets = torch.zeros(3, 8)
-    transfers = engine.demand_all([(ref, targets[ref.expert]) for ref in sources], cuts=[2])
+    wanted = [(ref, targets[ref.expert]) for ref in sources]
+    transfers = engine.demand_all(wanted[:2]) + engine.demand_all(wanted[2:])
     assert engine.counts.demanded_bytes == 96
     assert not engine.arrived(transfers[0])
-    engine.wait(transfers[:2])
+    engine.wait(transfers[:1])
     assert link.now == 2.0
     assert targets[:, 0].tolist() == [0.0, 1.0, 0.0], "the third is not waited for"
     engine.wait(transfers)
