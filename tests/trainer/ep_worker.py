@@ -29,29 +29,32 @@ def train(engine, process, batches_SBT, first, last):
     losses = []
     per_rank = GLOBAL_BATCH // process.world
     for step in range(first, last):
+        mean = torch.zeros(())
         mine = batches_SBT[step, process.rank * per_rank : (process.rank + 1) * per_rank]
-        loss = engine(input_ids=mine, labels=mine, use_cache=False).loss
-        engine.backward(loss)
-        engine.step()
-        mean = loss.detach().clone()
+        micros = mine.chunk(engine.gradient_accumulation_steps())
+        for micro in micros:
+            loss = engine(input_ids=micro, labels=micro, use_cache=False).loss
+            engine.backward(loss)
+            engine.step()
+            mean += loss.detach() / len(micros)
         dist.all_reduce(mean)
         losses.append(float(mean) / process.world)
     return losses
 
 
-def report(rank, world, out, ep, zero):
+def report(rank, world, out, ep, zero, accumulation):
     process = Process(rank, world, rank, torch.device("cpu"))
     recipe = load_recipe(
         Path(__file__).parent / "ep_recipe.yaml",
         [f"parallel.workers={process.world}", f"parallel.ep={ep}", f"parallel.zero={zero}",
-         f"train.micro_batch_size={GLOBAL_BATCH // process.world}"],
+         f"train.micro_batch_size={GLOBAL_BATCH // process.world // accumulation}"],
     )  # fmt: skip
     prepare_deepspeed()
     model = new_model("qwen3_moe", FIELDS, vocab_size=VOCAB, seed=5, dtype=torch.float32)
     blocks = convert(model, Layout(process.world, ep), process.rank)
     for block in blocks:
         bind_expert_parallel(block.experts)
-    engine = create_engine(model, recipe, torch.float32, accumulation=1)
+    engine = create_engine(model, recipe, torch.float32, accumulation)
     buffers = zero_buffers(engine.optimizer)
     generator = torch.Generator().manual_seed(9)
     # Squared, so that some tokens are frequent and there is something to learn.

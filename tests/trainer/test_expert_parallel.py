@@ -9,20 +9,24 @@ from checkpointing.units import Range, overlaps, uncovered
 from tests.forked import run_ranks
 from tests.trainer import ep_worker
 
+ACCUMULATED = "accumulated"  # one rank, two micro-batches a step
+
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ep")
     found = {}
-    for world, ep, zero in [(1, 1, 1), (2, 2, 1), (4, 2, 2)]:
-        ranks = folder / str(world)
+    for name, world, ep, zero, accumulation in [
+        (1, 1, 1, 1, 1), (2, 2, 2, 1, 1), (4, 4, 2, 2, 1), (ACCUMULATED, 1, 1, 2, 2)
+    ]:  # fmt: skip
+        ranks = folder / str(name)
         ranks.mkdir()
-        run_ranks(ep_worker.report, ranks, ranks / "report.json", ep, zero, world=world)
-        found[world] = json.loads((ranks / "report.json").read_text())
+        run_ranks(ep_worker.report, ranks, ranks / "report.json", ep, zero, accumulation, world=world)
+        found[name] = json.loads((ranks / "report.json").read_text())
     return found
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 4, ACCUMULATED])
 def test_losses_equal_one_process_on_every_step(reports, world):
     one, many = reports[1], reports[world]
     assert len(one["losses"]) == 20
@@ -32,14 +36,14 @@ def test_losses_equal_one_process_on_every_step(reports, world):
     assert one["losses"][-1] < one["losses"][0] - 0.01, "nothing was learned: the comparison would be empty"
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, 4, ACCUMULATED])
 def test_the_norm_and_the_clipping_are_deepspeeds(reports, world):
     theirs, ours = reports[world]["norms"]
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert reports[world]["clipped"], "the replay, which DeepSpeed clips itself, compares nothing"
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, 4, ACCUMULATED])
 def test_restoring_the_buffers_replays_the_same_bits(reports, world):
     report = reports[world]
     assert report["again"] == report["losses"][10:]
