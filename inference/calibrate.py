@@ -40,7 +40,7 @@ _FAR_BEHIND = 3.0
 _REPEATS = (3, 10)  # of a timing: at least, and at most for a short one
 _REPEAT_S = 0.05
 _WHOLE_CALL = 8  # experts of one call, as a token of a model with eight choices makes it
-_METHOD = 2  # of measuring, and the kernels that are timed: what another found is not looked at
+_METHOD = 3  # of measuring, and the kernels that are timed: what another found is not looked at
 
 
 @dataclass(frozen=True)
