@@ -27,15 +27,14 @@ from inference.cores import cpu_cores, last_cache_bytes
 from inference.costmodel import BYTES, PACKED_BYTES, KernelTable, MachineProfile, ProfileError, Rates, Timing
 from inference.cpu_experts import CpuExperts, kernels_for
 from inference.expert_block import ExpertBlock, ExpertShape
-from inference.gpu_bank import GpuBank
+from inference.gpu_bank import BANK_BYTES, GpuBank
 from inference.host_expert import HostExpert, PackedExpert, StoredExpert
 from inference.packed import PackedBlock
 from inference.packing import pack_into
 
 TEAMS = (1, 2, 4)
 ROWS = (1, 16, 64, 4)  # in this order, as far as the time goes
-_BANK_BYTES = 128 << 20  # of made-up experts, quick to fill; of more, where the caches hold so many
-_MOST_BYTES = 1 << 30
+_MOST_BYTES = 1 << 30  # of made-up experts, where the caches hold many
 _FAR_BEHIND = 3.0
 _REPEATS = (3, 10)  # of a timing: at least, and at most for a short one
 _REPEAT_S = 0.05
@@ -245,7 +244,7 @@ class _Bank:
         if kind.packed:
             block_B, one_B = one_B, torch.zeros(PackedBlock(len(one_B)).stride, dtype=torch.uint8)
             pack_into(block_B, one_B)
-        nbytes = min(max(_BANK_BYTES, 2 * last_cache_bytes()), _MOST_BYTES)
+        nbytes = min(max(BANK_BYTES, 2 * last_cache_bytes()), _MOST_BYTES)
         self.count = max(nbytes // one_B.nbytes, _WHOLE_CALL)
         self.weights_N = host_memory(self.count * len(one_B), one_B.dtype)
         self._blocks = self.weights_N.view(self.count, -1)

@@ -18,7 +18,7 @@ from inference import cpu_lane
 from inference.compiled_experts import CompiledExperts
 from inference.cpu_lane import CpuLane, LaneCall, LaneError, LaneHung
 from inference.host_expert import HostExpert
-from inference.native import library
+from inference.native import NativeError, library, opened
 from inference.packed import PackedBlock
 from inference.packing import pack_into
 
@@ -59,9 +59,9 @@ def _wanted(expert_TK, block_EN, x_TH, score_P, inner: int) -> torch.Tensor:
 def _compiled(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        library.cache_clear()
+        opened.cache_clear()
         yield library()
-    library.cache_clear()
+    opened.cache_clear()
 
 
 @settings(max_examples=40, deadline=None)
@@ -227,7 +227,30 @@ def test_what_it_cannot_read_is_refused():
 
 def test_no_compiler_is_said(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    library.cache_clear()
+    opened.cache_clear()
     with pytest.raises(LaneError, match=r"no C compiler.* computes no experts"):
         CpuLane(1, 8, 8, torch.float32)
-    library.cache_clear()
+    opened.cache_clear()
+
+
+def test_a_compiler_that_fails_is_tried_once(monkeypatch, tmp_path):
+    compiler, tried = tmp_path / "cc", tmp_path / "tried"
+    compiler.write_text(f"#!/bin/sh\necho again >> {tried}\necho cannot >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    opened.cache_clear()
+    for _ in range(2):
+        with pytest.raises(NativeError, match=r"could not compile .*cpu_lane\.c.*: cannot"):
+            library()
+    assert tried.read_text() == "again\n"
+    opened.cache_clear()
+
+
+def test_a_cache_folder_that_cannot_be_written_is_said(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    opened.cache_clear()
+    with pytest.raises(LaneError, match=r"Not a directory: .*file.* computes no experts"):
+        CpuLane(1, 8, 8, torch.float32)
+    opened.cache_clear()
