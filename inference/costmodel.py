@@ -20,7 +20,9 @@ from inference.errors import InferenceError
 
 _TINY = 1e-30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-PACKED_BYTES = 1.5  # of a weight, see inference.packed; what else there is of a packed block is under a hundredth
+# Of a packed weight that is read or crosses the link, see inference.packed: what else is used of a block is under a
+# hundredth. In host memory a block has room for more exceptions than most have, see inference.packed_block.
+PACKED_BYTES = 1.5
 UNPACKED_BYTES = 2  # of the same weight on the GPU
 PROFILES = Path(__file__).parent / "profiles"
 _UNSTEADY = 3.0  # typical over best of one timing's repeats

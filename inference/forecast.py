@@ -157,7 +157,7 @@ def placement_table(placement: Placement, profile: MachineProfile) -> list[str]:
     """What is where, a line each."""
     sizes = placement.sizes
     slots = f"{placement.slots} of {sizes.total_experts} experts ({placement.share:.0%})"
-    everything, banked = (sizes.total_experts * each for each in (sizes.expert_bytes, sizes.host_expert_bytes))
+    everything, banked = (sizes.total_experts * each for each in (sizes.expert_bytes, sizes.bank_expert_bytes))
     if profile.link is None:
         rows = [
             ("dense part", "host memory", sizes.dense_bytes),

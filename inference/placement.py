@@ -15,13 +15,13 @@ from typing import Any
 
 from inference.costmodel import BYTES, PACKED_BYTES
 from inference.errors import InferenceError
+from inference.packed_block import PackedBlock, whole_groups
 from inference.shards import read_header, shard_names
 from moe.family_table import FAMILIES, known_families
 from moe.quantised import quantisation
 
 WORKSPACE = 512 << 20  # of a GPU: CUDA's own context, activations and buffers
 RING_BYTES = 64 << 20  # of a GPU's buffers for packed experts that have arrived; more where two of them are more
-_GROUP = 32  # weights that are packed together, as in inference.packed
 # Room for keys and values where none is asked for: so many tokens, or as many as this share of the memory holds.
 KV_TOKENS, KV_SHARE = 32768, 0.25
 _UNITS = {"B": 1} | {f"{letter}{kind}": base**power
@@ -86,7 +86,7 @@ class ModelSizes:
 
     def kept(self, *, pack: bool) -> ModelSizes:
         """As the runtime keeps experts in host memory: if ``pack``, packed where every row is whole groups."""
-        packable = self.dtype == "bfloat16" and not (self.hidden % _GROUP or self.intermediate % _GROUP)
+        packable = self.dtype == "bfloat16" and whole_groups(self.hidden, self.intermediate)
         return replace(self, packed=pack and packable)
 
     @property
@@ -96,8 +96,13 @@ class ModelSizes:
 
     @property
     def host_expert_bytes(self) -> int:
-        """Of one expert in host memory, and on its way over the link."""
+        """Of one expert as it is read from host memory, and crosses the link."""
         return int(self.expert_bytes / self.itemsize * self.host_itemsize)
+
+    @property
+    def bank_expert_bytes(self) -> int:
+        """That one expert has in host memory: packed ones have room for as many exceptions as one may have."""
+        return PackedBlock(self.expert_bytes // self.itemsize).stride if self.packed else self.expert_bytes
 
     @property
     def total_experts(self) -> int:

@@ -22,9 +22,20 @@ from transformers import (
 from inference.costmodel import named_profile
 from inference.engine import LLM
 from inference.errors import InferenceError
-from inference.forecast import DECODE, PREFILL, assumed_forecast, assumed_use, forecast, lane_costs, traced_use
+from inference.expert_block import ExpertBlock, ExpertShape
+from inference.forecast import (
+    DECODE,
+    PREFILL,
+    assumed_forecast,
+    assumed_use,
+    forecast,
+    lane_costs,
+    placement_table,
+    traced_use,
+)
 from inference.kv import KVShape
 from inference.limits import MAX_ROWS
+from inference.packed_block import PackedBlock
 from inference.placement import RING_BYTES, WORKSPACE, PlacementError, model_sizes, parse_size, place, show_size
 from inference.simulate import Routing
 from moe.tracefile import TraceHeader, TraceRecord, TraceWriter, trace_file
@@ -145,7 +156,7 @@ def test_where_all_fits_nothing_streams(sizes):
     assert less.slots == sizes.total_experts - 1 - 256
 
 
-def test_packed_experts_take_three_quarters_of_host_memory_and_a_ring_of_the_gpus(sizes):
+def test_packed_experts_take_three_quarters_of_the_link_and_a_ring_of_the_gpus_memory(sizes):
     packed = sizes.kept(pack=True)
     assert not sizes.packed
     assert packed.packed
@@ -162,6 +173,18 @@ def test_packed_experts_take_three_quarters_of_host_memory_and_a_ring_of_the_gpu
     placed = place(large, gpu=True, kv_tokens=4096, vram=200 << 30)
     assert placed.workspace == WORKSPACE + 2 * (352 << 20)
     assert placed.gpu_bytes <= 200 << 30
+
+
+def test_host_memory_of_packed_experts_is_what_banks_register(sizes):
+    packed = sizes.kept(pack=True)
+    layout = ExpertBlock(ExpertShape(sizes.experts, sizes.hidden, sizes.intermediate), torch.bfloat16)
+    assert packed.bank_expert_bytes == PackedBlock(layout.elements).stride
+    assert 1.562 < packed.bank_expert_bytes / layout.elements < 1.564, "1.5, and 8 for each 128"
+    assert sizes.bank_expert_bytes == layout.nbytes
+    for each in (packed, sizes):
+        table = placement_table(place(each, gpu=True, expert_budget=0.1), named_profile("h200"))
+        assert table[-1].endswith(f" {show_size(sizes.total_experts * each.bank_expert_bytes)}")
+        assert f"all {sizes.total_experts} experts" in table[-1]
 
 
 def test_what_does_not_fit_is_refused_with_what_would(sizes):
