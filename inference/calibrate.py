@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -30,7 +30,7 @@ from inference.expert_block import ExpertBlock, ExpertShape
 from inference.gpu_bank import BANK_BYTES, GpuBank
 from inference.host_expert import HostExpert, PackedExpert, StoredExpert
 from inference.packed import PackedBlock
-from inference.packing import pack_into
+from inference.packing import pack_into, why_not_packed
 
 TEAMS = (1, 2, 4)
 ROWS = (1, 16, 64, 4)  # in this order, as far as the time goes
@@ -56,6 +56,10 @@ class ExpertKind:
         return str(self.dtype).removeprefix("torch.")
 
     @property
+    def layout(self) -> ExpertBlock:
+        return ExpertBlock(ExpertShape(1, self.hidden, self.intermediate), self.dtype)
+
+    @property
     def nbytes(self) -> int:
         """Of one on the GPU."""
         return 3 * self.hidden * self.intermediate * BYTES[self.dtype_name]
@@ -69,11 +73,14 @@ class ExpertKind:
 def this_machine(
     hidden: int, intermediate: int, dtype: str, *, packed: bool = False, recalibrate: bool = False
 ) -> MachineProfile:
-    """:func:`machine_profile` of the device that the runtime would choose, for callers without torch."""
+    """:func:`machine_profile` of the device that the runtime would choose, for callers without torch.
+
+    ``packed`` if the runtime would pack such experts here: the profile's own ``packed`` says whether.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    packed = packed and device.type == "cuda" and bool(compiled_kernels(getattr(torch, dtype)))
-    kind = ExpertKind(hidden, intermediate, getattr(torch, dtype), packed)
-    return machine_profile(kind, device, recalibrate=recalibrate)
+    kind = ExpertKind(hidden, intermediate, getattr(torch, dtype))
+    packed = packed and device.type == "cuda" and why_not_packed(kind.layout, device) is None
+    return machine_profile(replace(kind, packed=packed), device, recalibrate=recalibrate)
 
 
 def machine_profile(kind: ExpertKind, device: torch.device, *, recalibrate: bool = False) -> MachineProfile:
@@ -238,7 +245,7 @@ class _Bank:
 
     def __init__(self, kind: ExpertKind) -> None:
         self.kind = kind
-        self._layout = ExpertBlock(ExpertShape(1, kind.hidden, kind.intermediate), kind.dtype)
+        self._layout = kind.layout
         # Small and unequal, and quick to make: products of zeros or denormal numbers are no measure.
         one_B = ((torch.arange(self._layout.elements) % 251 - 125).float() / 4096).to(kind.dtype)
         if kind.packed:

@@ -18,7 +18,7 @@ from inference.costmodel import MachineProfile
 from inference.errors import InferenceError
 from inference.kv import PagedKV
 from inference.model import Forward, Model
-from inference.offload import Crossing
+from inference.offload import Crossing, packing_said
 from inference.opening import (
     Base,
     MakePolicy,
@@ -105,7 +105,7 @@ class LLM:
         if vram is not None:
             if expert_budget != 1:
                 raise InferenceError("vram and expert_budget both say how many experts are resident; give one of them")
-            pack = crossing is None or crossing.pack
+            pack = (crossing or Crossing()).packs
             placed = place_in(self.path, vram, kv_tokens, self.device, dtype, pack)
             expert_budget, kv_tokens = placed.share, placed.kv_tokens
         base = open_base(self.path, expert_budget, self.device, dtype, poison, policy, crossing, trace is not None)
@@ -140,6 +140,11 @@ class LLM:
     def recording_failed(self) -> bool:
         """The trace could not be written on; what is served is not touched by that."""
         return self._recorder is not None and self._recorder.failure is not None
+
+    @property
+    def packing(self) -> str:
+        """Whether experts are packed in host memory, and if not why, in a sentence; empty where none are kept there."""
+        return "" if self.executor is None else packing_said(self.executor.transfers.source, self.device)
 
     def close(self) -> None:
         """Ends the recording of routing, and gives back host memory, threads and files; figures stay.
