@@ -256,6 +256,11 @@ class ExpertCosts:
         )
 
     @property
+    def packed(self) -> bool:
+        """In host memory, and on the link."""
+        return self.expert_bytes < self.device_bytes
+
+    @property
     def has_link(self) -> bool:
         return self.profile.link is not None
 
