@@ -63,9 +63,11 @@ class LLM:
             model. All share its weights, its resident experts and its key-value cache.
         kv_tokens: tokens whose keys and values are kept, of all requests together; by default 32768, or what a quarter
             of the device's free memory holds if that is less.
-        crossing: how experts reach a GPU: what predicts and prefetches them, and whether all are page-locked.
-        vram: in place of ``expert_budget``, memory for all of the model: bytes, or text as ``8GiB``. What the dense
-            part, the keys and values and half a gibibyte for CUDA leave is given to experts.
+        crossing: how experts reach a GPU: what predicts and prefetches them, whether all are page-locked, and packed
+            there, and whether the CPU computes some; ``packing`` says whether they are packed, and if not why.
+        vram: in place of ``expert_budget``, memory for all of the model: bytes, or text as ``8GiB``. Experts are given
+            what the dense part, the keys and values and, on a GPU, half a gibibyte for CUDA, two layers' experts for
+            prompts to stream through and the ring for packed experts leave.
         graphs: capture decode steps of few sequences as CUDA graphs, see :mod:`inference.graphed`; by default where
             they can be, and ``decoding`` says whether. With fetching alone the tokens are the same either way; where
             the CPU computes experts, too, logits are close.

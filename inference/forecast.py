@@ -172,6 +172,7 @@ def placement_table(placement: Placement, profile: MachineProfile) -> list[str]:
         (slots, "GPU", placement.slot_bytes),
         ("two layers, for prompts to stream", "GPU", placement.streamed_bytes),
         ("workspace", "GPU", placement.workspace),
+        ("ring for packed experts", "GPU", placement.ring),
         ("in all", "GPU", placement.gpu_bytes),
         (f"all {sizes.total_experts} experts{', packed' * sizes.packed}", "host memory", banked),
     ]

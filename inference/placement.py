@@ -231,6 +231,7 @@ class Placement:
         slots: resident routed experts.
         kv_tokens: for how many tokens keys and values have room, all sequences together.
         workspace: bytes kept free for what else a GPU needs.
+        ring: bytes of buffers for packed experts that have arrived.
         streamed: experts that pass through two buffers of a whole layer each while prompts are read; 0 where nothing
             has to.
         vram: bytes that were given, or None.
@@ -240,6 +241,7 @@ class Placement:
     slots: int
     kv_tokens: int
     workspace: int
+    ring: int
     streamed: int
     vram: int | None = None
 
@@ -262,7 +264,8 @@ class Placement:
 
     @property
     def gpu_bytes(self) -> int:
-        return self.sizes.dense_bytes + self.kv_bytes + self.workspace + self.slot_bytes + self.streamed_bytes
+        room = self.workspace + self.ring + self.streamed_bytes
+        return self.sizes.dense_bytes + self.kv_bytes + self.slot_bytes + room
 
 
 def place(
@@ -290,11 +293,11 @@ def place(
         share = 1.0 if expert_budget is None else expert_budget
         slots = max(round(share * sizes.total_experts), 1) if share else 0
         some = slots < sizes.total_experts
-        return Placement(sizes, slots, kv_tokens, workspace + ring * some, buffers * some)
+        return Placement(sizes, slots, kv_tokens, workspace, ring * some, buffers * some)
     used = sizes.dense_bytes + kv_tokens * sizes.kv_bytes + workspace
     if used + sizes.total_experts * sizes.expert_bytes <= vram:
-        return Placement(sizes, sizes.total_experts, kv_tokens, workspace, 0, vram)
-    placed = Placement(sizes, 1, kv_tokens, workspace + ring, buffers, vram)
+        return Placement(sizes, sizes.total_experts, kv_tokens, workspace, 0, 0, vram)
+    placed = Placement(sizes, 1, kv_tokens, workspace, ring, buffers, vram)
     if placed.gpu_bytes > vram:
         raise PlacementError(_refusal(placed, vram))
     return replace(placed, slots=1 + (vram - placed.gpu_bytes) // sizes.expert_bytes)
@@ -308,6 +311,9 @@ def _refusal(placed: Placement, vram: int) -> str:
     ]
     if placed.workspace:
         parts.append(f"workspace {show_size(placed.workspace)}")
+    if placed.ring:
+        parts.append(f"a ring for packed experts {show_size(placed.ring)}")
+    if placed.streamed:
         parts.append(f"two layers that prompts stream through {show_size(placed.streamed_bytes)}")
     return (
         f"{show_size(vram)} do not hold this model: {', '.join(parts)} and one expert {show_size(sizes.expert_bytes)}; "

@@ -14,7 +14,7 @@ from inference.errors import InferenceError
 from inference.offload import Crossing
 from inference.opening import place_in
 from inference.packing import why_not_packed
-from inference.placement import RING_BYTES, WORKSPACE, place
+from inference.placement import RING_BYTES, place
 from inference.predictors import PREDICTORS
 from inference.runtime import Runtime
 from inference.transfer import SimulatedLink
@@ -139,21 +139,19 @@ def test_what_keeps_experts_from_being_packed(monkeypatch):
 def test_room_for_packed_experts_is_kept_where_they_are_packed_only(model_folder, monkeypatch):
     monkeypatch.setattr("inference.packing.runs_triton", lambda _: True)
 
-    def workspace(device="cuda", pack=True, dtype=torch.bfloat16):
-        return place_in(model_folder, "1GiB", 64, torch.device(device), dtype, pack).workspace - WORKSPACE
+    def ring(device="cuda", pack=True, dtype=torch.bfloat16):
+        return place_in(model_folder, "1GiB", 64, torch.device(device), dtype, pack).ring
 
     monkeypatch.setattr("inference.opening.place", partial(placed_with_one_slot, place))
-    assert workspace() == RING_BYTES
-    assert workspace(pack=False) == workspace(dtype=torch.float32) == 0
-    assert workspace("cpu") == -WORKSPACE
+    assert ring() == RING_BYTES
+    assert ring(pack=False) == ring(dtype=torch.float32) == ring("cpu") == 0
     monkeypatch.setattr("inference.packing.opened", lambda: NO_COMPILER)
-    assert workspace() == 0
+    assert ring() == 0
     asked = []
     monkeypatch.setattr("inference.engine.place_in", lambda *given: asked.append(given[-1]) or place_in(*given))
     for pin, pack in ((True, True), (True, False), (False, True)):
-        LLM(
-            model_folder, vram="1GiB", device="cpu", crossing=Crossing(pin=pin, pack=pack, link=SimulatedLink())
-        ).close()
+        crossing = Crossing(pin=pin, pack=pack, link=SimulatedLink())
+        LLM(model_folder, vram="1GiB", device="cpu", crossing=crossing).close()
     assert asked == [True, False, False], "without page-locked memory nothing is packed"
 
 

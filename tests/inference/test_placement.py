@@ -130,7 +130,7 @@ def test_packed_experts_take_three_quarters_of_the_link_and_a_ring_of_the_gpus_m
     ] * 2, "nothing crosses"
     large = dataclasses.replace(packed, expert_bytes=352 << 20)
     placed = place(large, gpu=True, kv_tokens=4096, vram=200 << 30)
-    assert placed.workspace == WORKSPACE + 2 * (352 << 20)
+    assert (placed.workspace, placed.ring) == (WORKSPACE, 2 * (352 << 20))
     assert placed.gpu_bytes <= 200 << 30
 
 
@@ -151,8 +151,14 @@ def test_what_does_not_fit_is_refused_with_what_would(sizes):
         place(sizes, kv_tokens=4096, gpu=True, vram=2 << 30)
     asked = str(refused.value).partition("at least ")[2].partition(",")[0]
     assert place(sizes, kv_tokens=4096, gpu=True, vram=parse_size(asked)).slots == 1
-    with pytest.raises(PlacementError, match=r"stream through 2\.42 GB"):
+    with pytest.raises(PlacementError, match=r"workspace 537 MB, two layers that prompts stream through 2\.42 GB"):
         place(sizes, kv_tokens=4096, gpu=True, vram=parse_size(asked) - 1_000_000)
+    said = r"workspace 537 MB, a ring for packed experts 67\.1 MB, two layers"
+    with pytest.raises(PlacementError, match=said):
+        place(sizes.kept(pack=True), kv_tokens=4096, gpu=True, vram=2 << 30)
+    table = placement_table(place(sizes.kept(pack=True), gpu=True, expert_budget=0.1), named_profile("h200"))
+    assert sum(line.startswith("ring for packed experts ") and line.endswith("67.1 MB") for line in table) == 1
+    assert not any("ring" in line for line in placement_table(place(sizes, gpu=True), named_profile("h200")))
 
 
 def test_shares_of_experts_are_slots_as_before(sizes):
