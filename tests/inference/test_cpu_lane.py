@@ -220,6 +220,25 @@ def test_nothing_to_do():
     lane.close()
 
 
+@pytest.mark.parametrize("threads", [0, 2])
+def test_calls_are_counted_also_without_experts(threads):
+    count, block_N = np.zeros(1, np.int64), torch.ones(192)
+    call = LaneCall(*(np.ones((1, n), np.float32) for n in (8, 1, 8)), experts=1, count=count)
+    lane = CpuLane(threads, 8, 8, torch.float32)
+    for calls, blocks in enumerate(([], [block_N.data_ptr()], [], []), start=1):
+        lane.submit(call, blocks, [*range(len(blocks) + 1)], [*range(len(blocks))])
+        lane.wait()
+        assert count[0] == calls
+    lane.close()
+
+
+def test_a_lane_without_all_of_its_threads_is_refused(tmp_path, monkeypatch):
+    assert _printed("short_lane.c", tmp_path) == "refused, 2 ended, opened\n"
+    monkeypatch.setattr(cpu_lane, "library", lambda: SimpleNamespace(lane_open=lambda *_: None))
+    with pytest.raises(LaneError, match=r"could not start 3 threads, .*ulimit -u"):
+        CpuLane(3, 8, 8, torch.float32)
+
+
 def test_what_it_cannot_read_is_refused():
     with pytest.raises(LaneError, match="float16"):
         CpuLane(1, 8, 8, torch.float16)
