@@ -110,6 +110,8 @@ def test_packed_blocks_have_the_bits_of_raw_ones(rows, choices, hidden, inner, o
         for blocks in (block_EN, packed_ES)
     )
     lane.close()
+    # Which of two NaN a sum passes on depends on the order in which the compiler has its operands.
+    raw, packed = (torch.where(y_PH.isnan(), torch.nan, y_PH) for y_PH in (raw, packed))
     assert torch.equal(raw.view(torch.int32), packed.view(torch.int32))
 
 
