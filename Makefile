@@ -13,7 +13,7 @@ PURE := moe/refs.py moe/layout.py moe/quantised.py moe/family_table.py moe/dispa
         checkpointing/plt.py lora/config.py lora/methods.py lora/trained_methods.py lora/combinations.py lora/presets.py lora/tenant_rules.py lora/targets.py lora/owners.py lora/cost.py inference/policies.py inference/shadow.py inference/activation.py inference/reuse.py inference/predictors.py inference/simulate.py inference/errors.py inference/requests.py inference/blocks.py inference/scheduler.py inference/text.py inference/limits.py inference/shards.py inference/stats.py trainer/simulate_cli.py trainer/generate_cli.py trainer/cli.py trainer/output.py trainer/recipe.py trainer/recipe_messages.py trainer/model_shapes.py trainer/activations.py trainer/adapter_plan.py trainer/esft_file.py trainer/adapter_seal.py trainer/plan.py trainer/plan_card.py \
         inference/foresight.py inference/recorded_heads.py inference/timeline.py inference/analytic.py inference/chart.py \
         trainer/lookahead_cli.py \
-        inference/cores.py inference/costmodel.py inference/planner.py inference/phases.py inference/placement.py inference/forecast.py inference/report.py \
+        inference/cores.py inference/costmodel.py inference/planner.py inference/phases.py inference/packed_block.py inference/placement.py inference/forecast.py inference/report.py \
         trainer/plan_inference_cli.py \
         trainer/schema.py trainer/faults.py trainer/recipe_view.py trainer/recipe_checks.py \
         trainer/data_rules.py trainer/optimizer_rules.py trainer/chat_layouts.py trainer/chat_packing.py checkpointing/heldout.py \

@@ -131,7 +131,7 @@ class ExpertBanks:
         self._turn = 0
         self._finalizer = weakref.finalize(self, _close, self._shared)
         if start:
-            check_memory(self.nbytes)
+            check_memory(self.nbytes, "all experts")
             thread = threading.Thread(
                 target=_fill, args=(self._shared, store, layout, packed), name="expert-banks", daemon=True
             )
@@ -204,12 +204,12 @@ class ExpertBanks:
             raise error if isinstance(error, InferenceError) else InferenceError(f"filling the host banks: {error}")
 
 
-def check_memory(needed: int) -> None:
-    """Raises InferenceError with the figures if the machine, or the group it limits us to, has less."""
+def check_memory(needed: int, what: str) -> None:
+    """Raises InferenceError with the figures if the machine, or the group it limits us to, has less for ``what``."""
     available = available_bytes()
     if needed > available:
         raise InferenceError(
-            f"page-locked memory for all experts takes {needed:,} bytes ({needed / _GIB:.2f} GiB), {available:,} "
+            f"page-locked memory for {what} takes {needed:,} bytes ({needed / _GIB:.2f} GiB), {available:,} "
             f"({available / _GIB:.2f} GiB) are available to this process; free memory, raise the container's limit, or "
             "serve without banks (--no-pin): experts then pass through staging buffers, which is slower"
         )
@@ -234,6 +234,8 @@ def _fill(shared: _Shared, store: ExpertStore, layout: ExpertBlock, packed: bool
             for layer in store.layers:
                 filled = _packed_layer(shared, pool, store, layout, layer) if packed else None
                 if filled is None:
+                    if packed:
+                        check_memory(experts * layout.nbytes, f"layer {layer}, which cannot be packed,")
                     arena_EB = _arena(experts, layout)
                     list(pool.map(_reader(shared, store, layout, layer), range(experts), arena_EB))
                     filled = arena_EB, arena_EB.unbind()
@@ -260,29 +262,26 @@ def _packed_layer(
     """The arena, and of each expert in it the bytes that are used; None, and why is said, if one cannot be packed."""
     experts, stride = store.shape.num_experts, PackedBlock(layout.elements).stride
     arena_EN = host_memory(experts * stride, torch.uint8).view(experts, stride)
-    own, refused = threading.local(), threading.Event()
-    read = _reader(shared, store, layout, layer)
+    own, refused = threading.local(), list[int]()
 
     def read_packed(expert: int, into_N: Tensor) -> int:
-        if refused.is_set() or shared.stop.is_set():
+        if refused or shared.stop.is_set():
             return 0
         if not hasattr(own, "block_B"):
             own.block_B = torch.empty(layout.elements, dtype=layout.dtype)
-        read(expert, own.block_B)
+        store.read(layer, expert, layout, own.block_B)
         nbytes = pack_into(own.block_B, into_N)
         if not nbytes:
-            refused.set()
+            refused.append(expert)
         return nbytes
 
     used = list(pool.map(read_packed, range(experts), arena_EN))
-    if not refused.is_set():
+    if not refused:
         return arena_EN, tuple(block_N[:nbytes] for block_N, nbytes in zip(arena_EN, used, strict=True))
-    expert = used.index(0)
     _log.warning(
         "%s and perhaps others have weights of too many magnitudes to be packed: their layer stays as it is",
-        ExpertRef(layer, expert),
+        ExpertRef(layer, refused[0]),
     )
-    check_memory(experts * layout.nbytes)
     return None
 
 

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -27,20 +27,19 @@ from inference.cores import cpu_cores, last_cache_bytes
 from inference.costmodel import BYTES, PACKED_BYTES, KernelTable, MachineProfile, ProfileError, Rates, Timing
 from inference.cpu_experts import CpuExperts, kernels_for
 from inference.expert_block import ExpertBlock, ExpertShape
-from inference.gpu_bank import GpuBank
+from inference.gpu_bank import BANK_BYTES, GpuBank
 from inference.host_expert import HostExpert, PackedExpert, StoredExpert
 from inference.packed import PackedBlock
-from inference.packing import pack_into
+from inference.packing import pack_into, why_not_packed
 
 TEAMS = (1, 2, 4)
 ROWS = (1, 16, 64, 4)  # in this order, as far as the time goes
-_BANK_BYTES = 128 << 20  # of made-up experts, quick to fill; of more, where the caches hold so many
-_MOST_BYTES = 1 << 30
+_MOST_BYTES = 1 << 30  # of made-up experts, where the caches hold many
 _FAR_BEHIND = 3.0
 _REPEATS = (3, 10)  # of a timing: at least, and at most for a short one
 _REPEAT_S = 0.05
 _WHOLE_CALL = 8  # experts of one call, as a token of a model with eight choices makes it
-_METHOD = 2  # of measuring, and the kernels that are timed: what another found is not looked at
+_METHOD = 3  # of measuring, and the kernels that are timed: what another found is not looked at
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,10 @@ class ExpertKind:
         return str(self.dtype).removeprefix("torch.")
 
     @property
+    def layout(self) -> ExpertBlock:
+        return ExpertBlock(ExpertShape(1, self.hidden, self.intermediate), self.dtype)
+
+    @property
     def nbytes(self) -> int:
         """Of one on the GPU."""
         return 3 * self.hidden * self.intermediate * BYTES[self.dtype_name]
@@ -70,11 +73,14 @@ class ExpertKind:
 def this_machine(
     hidden: int, intermediate: int, dtype: str, *, packed: bool = False, recalibrate: bool = False
 ) -> MachineProfile:
-    """:func:`machine_profile` of the device that the runtime would choose, for callers without torch."""
+    """:func:`machine_profile` of the device that the runtime would choose, for callers without torch.
+
+    ``packed`` if the runtime would pack such experts here: the profile's own ``packed`` says whether.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    packed = packed and device.type == "cuda" and bool(compiled_kernels(getattr(torch, dtype)))
-    kind = ExpertKind(hidden, intermediate, getattr(torch, dtype), packed)
-    return machine_profile(kind, device, recalibrate=recalibrate)
+    kind = ExpertKind(hidden, intermediate, getattr(torch, dtype))
+    packed = packed and device.type == "cuda" and why_not_packed(kind.layout, device) is None
+    return machine_profile(replace(kind, packed=packed), device, recalibrate=recalibrate)
 
 
 def machine_profile(kind: ExpertKind, device: torch.device, *, recalibrate: bool = False) -> MachineProfile:
@@ -239,13 +245,13 @@ class _Bank:
 
     def __init__(self, kind: ExpertKind) -> None:
         self.kind = kind
-        self._layout = ExpertBlock(ExpertShape(1, kind.hidden, kind.intermediate), kind.dtype)
+        self._layout = kind.layout
         # Small and unequal, and quick to make: products of zeros or denormal numbers are no measure.
         one_B = ((torch.arange(self._layout.elements) % 251 - 125).float() / 4096).to(kind.dtype)
         if kind.packed:
             block_B, one_B = one_B, torch.zeros(PackedBlock(len(one_B)).stride, dtype=torch.uint8)
             pack_into(block_B, one_B)
-        nbytes = min(max(_BANK_BYTES, 2 * last_cache_bytes()), _MOST_BYTES)
+        nbytes = min(max(BANK_BYTES, 2 * last_cache_bytes()), _MOST_BYTES)
         self.count = max(nbytes // one_B.nbytes, _WHOLE_CALL)
         self.weights_N = host_memory(self.count * len(one_B), one_B.dtype)
         self._blocks = self.weights_N.view(self.count, -1)

@@ -10,25 +10,21 @@ Shapes: N rows of all experts of a call, H hidden, I intermediate.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from subprocess import SubprocessError
 
 import torch
 from torch import Tensor
 
 from inference.cpu_lane import CpuLane, LaneCall
 from inference.host_expert import PackedExpert, StoredExpert
-from inference.native import NativeError, library
+from inference.native import opened
 
 COMPILED = "compiled"
 
 
 def compiled_kernels(dtype: torch.dtype) -> tuple[str, ...]:
     """Its name, where a compiler made it and it knows the precision; a cache folder that cannot be written is none."""
-    try:
-        library()
-    except (NativeError, OSError, SubprocessError):
-        return ()
-    return (COMPILED,) if dtype in (torch.bfloat16, torch.float32) else ()
+    known = dtype in (torch.bfloat16, torch.float32)
+    return (COMPILED,) if known and not isinstance(opened(), str) else ()
 
 
 class CompiledExperts:

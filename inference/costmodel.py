@@ -20,7 +20,10 @@ from inference.errors import InferenceError
 
 _TINY = 1e-30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-PACKED_BYTES = 1.5  # of a weight, see inference.packed; what else there is of a packed block is under a hundredth
+# Of a packed weight that is read or crosses the link, see inference.packed: what else is used of a block is under a
+# hundredth. In host memory a block has room for more exceptions than most have, see inference.packed_block.
+PACKED_BYTES = 1.5
+UNPACKED_BYTES = 2  # of the same weight on the GPU
 PROFILES = Path(__file__).parent / "profiles"
 _UNSTEADY = 3.0  # typical over best of one timing's repeats
 _ABSURD = 8.0  # an expert of more rows that much faster: small experts differ by what a call costs, not so far
@@ -118,6 +121,11 @@ class MachineProfile:
         return int(self.elements * (PACKED_BYTES if self.packed else BYTES[self.dtype]))
 
     @property
+    def device_bytes(self) -> int:
+        """Of the expert that was timed, as it lay on the GPU."""
+        return self.elements * BYTES[self.dtype]
+
+    @property
     def unsteady(self) -> str | None:
         """What cannot be of an idle machine, in words."""
         if self.spread > _UNSTEADY:
@@ -209,6 +217,7 @@ class ExpertCosts:
 
     Attributes:
         expert_bytes: of one expert as it lies in host memory.
+        device_bytes: as it lies on the GPU.
         link_s, link_overlapped_s: to bring it to the GPU, alone and beside busy cores; infinite without a link.
         threads: that the CPU lane may use; 0 for none: the CPU computes nothing.
         handover_s: for a call to use the CPU lane at all: the workers' start, and the results' way back to the GPU.
@@ -216,7 +225,7 @@ class ExpertCosts:
 
     profile: MachineProfile
     expert_bytes: int
-    elements: int
+    device_bytes: int
     threads: int
     link_s: float
     link_overlapped_s: float
@@ -237,7 +246,7 @@ class ExpertCosts:
         return cls(
             profile=profile,
             expert_bytes=size,
-            elements=elements,
+            device_bytes=elements * (UNPACKED_BYTES if itemsize == PACKED_BYTES else int(itemsize)),
             threads=profile.threads if threads is None else threads,
             link_s=math.inf if link is None else size / link.alone,
             link_overlapped_s=math.inf if link is None else size / link.overlapped,
@@ -245,6 +254,11 @@ class ExpertCosts:
             _cpu=KernelTable(profile.cpu),
             _gpu=KernelTable(profile.gpu),
         )
+
+    @property
+    def packed(self) -> bool:
+        """In host memory, and on the link."""
+        return self.expert_bytes < self.device_bytes
 
     @property
     def has_link(self) -> bool:
@@ -273,7 +287,7 @@ class ExpertCosts:
         """On the GPU, its weights there; 0 without a GPU, where nothing is ever there."""
         if not self.profile.gpu:
             return 0.0
-        return self._gpu.best(rows, 1).seconds * self.elements / self.profile.elements
+        return self._gpu.best(rows, 1).seconds * self.device_bytes / self.profile.device_bytes
 
 
 def describe(profile: MachineProfile) -> list[str]:

@@ -294,6 +294,19 @@ static void *run(void *argument) {
     }
 }
 
+/* Ends its threads; none may be within a call. */
+static void give_back(lane_t *lane) {
+    atomic_store(&lane->stop, 1);
+    pthread_mutex_lock(&lane->lock);
+    pthread_cond_broadcast(&lane->wake);
+    pthread_mutex_unlock(&lane->lock);
+    for (int t = 0; t < lane->threads; t++) pthread_join(lane->thread[t], NULL);
+    pthread_mutex_destroy(&lane->lock);
+    pthread_cond_destroy(&lane->wake);
+    free(lane->thread); free(lane->a); free(lane);
+}
+
+/* Returns NULL without memory, or if not all threads could be started. */
 lane_t *lane_open(int threads, int hidden, int inner, long down_start, int is_bf16, long limit_ms) {
     lane_t *lane = calloc(1, sizeof(lane_t));
     if (!lane) return NULL;
@@ -307,7 +320,9 @@ lane_t *lane_open(int threads, int hidden, int inner, long down_start, int is_bf
     lane->thread = calloc(threads > 0 ? threads : 1, sizeof(pthread_t));
     for (; lane->thread && lane->threads < threads; lane->threads++)
         if (pthread_create(&lane->thread[lane->threads], NULL, run, lane)) break;
-    return lane;
+    if (lane->threads == threads) return lane;
+    give_back(lane);
+    return NULL;
 }
 
 /* Returns 0, or LOST: now or earlier a unit did not end in time. */
@@ -348,6 +363,7 @@ int lane_submit(lane_t *lane, int experts, int packed, const char **block, const
     lane->x = x; lane->score = score; lane->y = y;
     atomic_store(&lane->done, 0);
     lane->units = experts * (lane->up_units + lane->down_units);
+    if (!lane->units && lane->count) atomic_fetch_add(lane->count, 1); /* of no experts: it has ended, by nobody else */
     atomic_store(&lane->told, !lane->units);
     atomic_store(&lane->next, 0);
     atomic_fetch_add(&lane->call, 1);
@@ -362,12 +378,5 @@ int lane_submit(lane_t *lane, int experts, int packed, const char **block, const
 /* Of a lost lane nothing is given back: its thread may go on. */
 void lane_close(lane_t *lane) {
     if (lane_wait(lane)) return;
-    atomic_store(&lane->stop, 1);
-    pthread_mutex_lock(&lane->lock);
-    pthread_cond_broadcast(&lane->wake);
-    pthread_mutex_unlock(&lane->lock);
-    for (int t = 0; t < lane->threads; t++) pthread_join(lane->thread[t], NULL);
-    pthread_mutex_destroy(&lane->lock);
-    pthread_cond_destroy(&lane->wake);
-    free(lane->thread); free(lane->a); free(lane);
+    give_back(lane);
 }

@@ -39,7 +39,8 @@ class LaneCall:
         x_TH, score_TK, y_PH: fp32, contiguous.
         experts: of one call, at most.
         reads: what keeps the blocks of a layer's experts in memory, asked for if a thread hangs that may read them.
-        count: int64 [1], to which the thread that ends a call adds 1, when all results are in y.
+        count: int64 [1], to which the thread that ends a call adds 1, when all results are in y. A call without experts
+            ends as it begins.
     """
 
     def __init__(
@@ -110,7 +111,10 @@ class CpuLane:
             int(limit_s * 1000),
         )
         if self._lane is None:
-            raise LaneError("no memory for the CPU lane")
+            raise LaneError(
+                f"the CPU lane could not start {threads} threads, so the CPU computes no experts beside the GPU; free "
+                "memory, or raise the limit of threads (ulimit -u, or the container's)"
+            )
 
     def submit(
         self,

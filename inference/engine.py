@@ -18,7 +18,7 @@ from inference.costmodel import MachineProfile
 from inference.errors import InferenceError
 from inference.kv import PagedKV
 from inference.model import Forward, Model
-from inference.offload import Crossing
+from inference.offload import Crossing, packing_said
 from inference.opening import (
     Base,
     MakePolicy,
@@ -63,9 +63,11 @@ class LLM:
             model. All share its weights, its resident experts and its key-value cache.
         kv_tokens: tokens whose keys and values are kept, of all requests together; by default 32768, or what a quarter
             of the device's free memory holds if that is less.
-        crossing: how experts reach a GPU: what predicts and prefetches them, and whether all are page-locked.
-        vram: in place of ``expert_budget``, memory for all of the model: bytes, or text as ``8GiB``. What the dense
-            part, the keys and values and half a gibibyte for CUDA leave is given to experts.
+        crossing: how experts reach a GPU: what predicts and prefetches them, whether all are page-locked, and packed
+            there, and whether the CPU computes some; ``packing`` says whether they are packed, and if not why.
+        vram: in place of ``expert_budget``, memory for all of the model: bytes, or text as ``8GiB``. Experts are given
+            what the dense part, the keys and values and, on a GPU, half a gibibyte for CUDA, two layers' experts for
+            prompts to stream through and the ring for packed experts leave.
         graphs: capture decode steps of few sequences as CUDA graphs, see :mod:`inference.graphed`; by default where
             they can be, and ``decoding`` says whether. With fetching alone the tokens are the same either way; where
             the CPU computes experts, too, logits are close.
@@ -105,7 +107,7 @@ class LLM:
         if vram is not None:
             if expert_budget != 1:
                 raise InferenceError("vram and expert_budget both say how many experts are resident; give one of them")
-            pack = crossing is None or crossing.pack
+            pack = (crossing or Crossing()).packs
             placed = place_in(self.path, vram, kv_tokens, self.device, dtype, pack)
             expert_budget, kv_tokens = placed.share, placed.kv_tokens
         base = open_base(self.path, expert_budget, self.device, dtype, poison, policy, crossing, trace is not None)
@@ -140,6 +142,11 @@ class LLM:
     def recording_failed(self) -> bool:
         """The trace could not be written on; what is served is not touched by that."""
         return self._recorder is not None and self._recorder.failure is not None
+
+    @property
+    def packing(self) -> str:
+        """Whether experts are packed in host memory, and if not why, in a sentence; empty where none are kept there."""
+        return "" if self.executor is None else packing_said(self.executor.transfers.source, self.device)
 
     def close(self) -> None:
         """Ends the recording of routing, and gives back host memory, threads and files; figures stay.

@@ -157,7 +157,7 @@ def placement_table(placement: Placement, profile: MachineProfile) -> list[str]:
     """What is where, a line each."""
     sizes = placement.sizes
     slots = f"{placement.slots} of {sizes.total_experts} experts ({placement.share:.0%})"
-    everything, banked = (sizes.total_experts * each for each in (sizes.expert_bytes, sizes.host_expert_bytes))
+    everything, banked = (sizes.total_experts * each for each in (sizes.expert_bytes, sizes.bank_expert_bytes))
     if profile.link is None:
         rows = [
             ("dense part", "host memory", sizes.dense_bytes),
@@ -172,6 +172,7 @@ def placement_table(placement: Placement, profile: MachineProfile) -> list[str]:
         (slots, "GPU", placement.slot_bytes),
         ("two layers, for prompts to stream", "GPU", placement.streamed_bytes),
         ("workspace", "GPU", placement.workspace),
+        ("ring for packed experts", "GPU", placement.ring),
         ("in all", "GPU", placement.gpu_bytes),
         (f"all {sizes.total_experts} experts{', packed' * sizes.packed}", "host memory", banked),
     ]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from inference.calibrate import ExpertKind
 
 GPU_ROWS = (1, 16, 256, 2048)
-_BYTES = 128 << 20
+BANK_BYTES = 128 << 20  # of made-up experts, quick to fill
 
 
 class GpuBank:
@@ -23,7 +23,7 @@ class GpuBank:
 
     def __init__(self, kind: ExpertKind, device: torch.device) -> None:
         self.kind, self.device = kind, device
-        self.count = max(min(_BYTES // kind.nbytes, 64), 2)
+        self.count = max(min(BANK_BYTES // kind.nbytes, 64), 2)
         self.host_B = torch.empty(self.count, kind.nbytes, dtype=torch.uint8, pin_memory=True)
         self.there_B = torch.zeros(self.count, kind.nbytes, dtype=torch.uint8, device=device)
         self.stream = torch.cuda.Stream(device)

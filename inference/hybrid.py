@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from subprocess import SubprocessError
 
 import torch
 
@@ -56,7 +55,7 @@ def open_cpu_lane(
         down_start = banks.layout.parts[1].start
         try:
             compiled = CompiledExperts(threads, shape.hidden, shape.intermediate, banks.layout.dtype, down_start)
-        except (LaneError, OSError, SubprocessError) as error:
+        except LaneError as error:
             raise InferenceError(
                 f"the profile of {profile.name} counts on the compiled CPU kernel: {error}; measure this machine "
                 "(planaria plan-inference --recalibrate), or install a compiler"

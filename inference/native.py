@@ -34,9 +34,24 @@ class NativeError(RuntimeError):
     """The C routines cannot run here, and why."""
 
 
-@functools.cache
 def library() -> ctypes.CDLL:
     """The compiled routines. Raises NativeError without a compiler, or if it fails."""
+    found = opened()
+    if isinstance(found, str):
+        raise NativeError(found)
+    return found
+
+
+@functools.cache
+def opened() -> ctypes.CDLL | str:
+    """The routines, or why there are none: compiled once in a process, also in vain."""
+    try:
+        return _compiled()
+    except (NativeError, OSError, subprocess.SubprocessError) as error:
+        return str(error)
+
+
+def _compiled() -> ctypes.CDLL:
     compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
     if compiler is None:
         raise NativeError("no C compiler (cc, gcc or clang) on the PATH")

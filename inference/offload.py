@@ -15,7 +15,6 @@ from torch import nn
 from inference.banks import CudaRegistrar, ExpertBanks, NoRegistrar
 from inference.cache import ExpertCache
 from inference.calibrate import ExpertKind, machine_profile
-from inference.compiled_experts import compiled_kernels
 from inference.costmodel import MachineProfile
 from inference.cuda_link import CudaLink
 from inference.errors import InferenceError
@@ -24,11 +23,10 @@ from inference.experts import Arithmetic, computable
 from inference.hybrid import open_cpu_lane
 from inference.layer_stream import LayerStream
 from inference.next_gates import DevicePart, next_gates
-from inference.packed import packable
+from inference.packing import why_not_packed
 from inference.predictors import PREDICTORS, Lookahead, Predictor
 from inference.prefetch import Prefetcher
 from inference.transfer import WINDOW_BYTES, Link, TransferEngine
-from moe.kernels.probe import runs_triton
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,14 @@ class Crossing:
             return "cpu=True"
         if self.prefetch != "none":
             return f"prefetch={self.prefetch}"
-        return "" if self.pin and self.pack else "pin=False" if self.pack else "pack=False"
+        if not self.pack:
+            return "pack=False"
+        return "" if self.pin else "pin=False"
+
+    @property
+    def packs(self) -> bool:
+        """Whether experts are to be packed: there must be memory to keep them in."""
+        return self.pin and self.pack
 
     def __post_init__(self) -> None:
         if self.prefetch not in PREDICTORS:
@@ -102,7 +107,7 @@ def open_executor(
     all_resident = cache.slots == cache.store.total  # nothing is fetched twice: banks would not be worth their memory
     # Measured before the banks are filled, which keeps cores and memory busy for seconds.
     pin = crossing.pin and not all_resident
-    packed = pin and crossing.pack and _packs(cache, device)
+    packed = pin and crossing.pack and why_not_packed(cache.layout, device) is None
     profile = _profile(cache, device, crossing, packed) if crossing.cpu and not all_resident else None
     banks = ExpertBanks(cache.store, cache.layout, registrar, start=pin, packed=packed)
     window = max(WINDOW_BYTES, 2 * cache.layout.nbytes)  # prefetches enter the link once in a layer
@@ -127,6 +132,16 @@ def open_executor(
     )
 
 
+def packing_said(banks: ExpertBanks, device: torch.device) -> str:
+    """Whether experts are kept packed, and if not why, in a sentence; empty where none are kept in host memory."""
+    if not banks.filling:
+        return ""
+    if banks.packs:
+        return "experts are packed in page-locked memory, 12 bits for a weight"
+    why = why_not_packed(banks.layout, device) or "pack=False (--no-pack)"
+    return f"experts are not packed in page-locked memory: {why}"
+
+
 def _slot_calls(cache: ExpertCache, device: torch.device) -> SlotLane | None:
     """Kernels for few rows, where Triton is and the experts' form is theirs."""
     if device.type != "cuda" or not computable(cache.store.shape) or importlib.util.find_spec("triton") is None:
@@ -134,12 +149,6 @@ def _slot_calls(cache: ExpertCache, device: torch.device) -> SlotLane | None:
     from inference.slot_calls import SlotCalls
 
     return SlotCalls(cache)
-
-
-def _packs(cache: ExpertCache, device: torch.device) -> bool:
-    """Whether this machine can pack such experts, and unpack them where they are wanted."""
-    can = packable(cache.layout) and bool(compiled_kernels(cache.layout.dtype))
-    return can and (device.type != "cuda" or runs_triton(device))
 
 
 def _profile(cache: ExpertCache, device: torch.device, crossing: Crossing, packed: bool) -> MachineProfile:

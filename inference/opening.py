@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from checkpointing.keeper.memory import available_bytes
 from inference.cache import ExpertCache
+from inference.calibrate import ExpertKind
 from inference.errors import InferenceError, NotCaptured
 from inference.executor import Executor
 from inference.experts import Arithmetic, OffloadedExperts
@@ -23,6 +24,7 @@ from inference.heads import Heads, has_heads, load_heads, tell_policy
 from inference.kv import BLOCK_SIZE, KVShape, PagedKV
 from inference.model import Forward, Model
 from inference.offload import Crossing, open_executor
+from inference.packing import why_not_packed
 from inference.placement import KV_SHARE, KV_TOKENS, Placement, model_sizes, parse_size, place
 from inference.policies import LRU, Policy
 from inference.recording import RoutingRecorder
@@ -210,8 +212,10 @@ def place_in(
     not fit.
     """
     nbytes = parse_size(vram) if isinstance(vram, str) else vram
-    sizes = model_sizes(path, None if dtype is None else str(dtype).removeprefix("torch.")).kept(pack=pack)
-    return place(sizes, gpu=device.type == "cuda", kv_tokens=kv_tokens, vram=nbytes)
+    sizes, gpu = model_sizes(path, None if dtype is None else str(dtype).removeprefix("torch.")), device.type == "cuda"
+    kind = ExpertKind(sizes.hidden, sizes.intermediate, getattr(torch, sizes.dtype))
+    pack = gpu and pack and why_not_packed(kind.layout, device) is None
+    return place(sizes.kept(pack=pack), gpu=gpu, kv_tokens=kv_tokens, vram=nbytes)
 
 
 def watch(base: Base, trees: Sequence[nn.Module], trace: str | Path | None) -> RoutingRecorder | None:

@@ -24,70 +24,22 @@ This is the definition, in numpy; what serves is compiled (``packed.c``), the sa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from inference.expert_block import ExpertBlock
+from inference.packed_block import GROUP, HEADER, TILE, PackedBlock, whole_groups
 
-GROUP = 32  # elements whose codes lie together
-TILE = 4096  # elements with one entry in `first`
-HEADER = 64  # bytes
+__all__ = ["GROUP", "HEADER", "OTHER", "TILE", "PackedBlock", "pack", "packable", "unpack"]
+
 OTHER = 15  # the code of exponent field 0, and of exceptions
-_LINE = 64
-_ELEMENTS_PER_EXCEPTION = 128  # at least, else a block is not packed
 
 
 def packable(layout: ExpertBlock) -> bool:
     """Whether blocks of this layout can be packed, if their weights allow it: every row is whole groups."""
     sizes = (layout.shape.hidden, layout.shape.intermediate, layout.elements)
-    return layout.dtype == torch.bfloat16 and all(size % GROUP == 0 for size in sizes)
-
-
-@dataclass(frozen=True)
-class PackedBlock:
-    """Where things lie in a packed block of so many ``elements``; in bytes from its begin."""
-
-    elements: int
-
-    @property
-    def small(self) -> int:
-        return HEADER
-
-    @property
-    def codes(self) -> int:
-        return self.small + self.elements
-
-    @property
-    def first(self) -> int:
-        return self.codes + self.elements // 2
-
-    @property
-    def exceptions(self) -> int:
-        return _whole_lines(self.first + 4 * (self.tiles + 1))
-
-    @property
-    def tiles(self) -> int:
-        return -(-self.elements // TILE)
-
-    @property
-    def max_exceptions(self) -> int:
-        return self.elements // _ELEMENTS_PER_EXCEPTION
-
-    @property
-    def stride(self) -> int:
-        """From one block to the next in a bank."""
-        return _whole_lines(self.used(self.max_exceptions))
-
-    def used(self, exceptions: int) -> int:
-        """Bytes of a block with so many exceptions; what is behind them need not travel."""
-        return self.exceptions + 8 * exceptions
-
-
-def _whole_lines(nbytes: int) -> int:
-    return -(-nbytes // _LINE) * _LINE
+    return layout.dtype == torch.bfloat16 and whole_groups(*sizes)
 
 
 def pack(block_B: Tensor) -> Tensor | None:

@@ -10,8 +10,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inference.native import library
-from inference.packed import GROUP, PackedBlock
+from inference.expert_block import ExpertBlock
+from inference.native import library, opened
+from inference.packed import GROUP, PackedBlock, packable
+from moe.kernels.probe import runs_triton
+
+
+def why_not_packed(layout: ExpertBlock, device: torch.device) -> str | None:
+    """What keeps this machine from packing such experts and unpacking them on ``device``; None if it can."""
+    if layout.dtype != torch.bfloat16:
+        return f"they are in {str(layout.dtype).removeprefix('torch.')}, and only bfloat16 is"
+    if not packable(layout):
+        sizes = f"{layout.shape.hidden} and {layout.shape.intermediate}"
+        return f"their rows, of {sizes} weights, are not whole groups of {GROUP}"
+    if isinstance(routines := opened(), str):
+        return routines
+    if device.type == "cuda" and not runs_triton(device):
+        return f"there is no Triton to unpack them on {device}"
+    return None
 
 
 def pack_into(block_B: Tensor, packed: Tensor) -> int:

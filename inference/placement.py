@@ -15,13 +15,13 @@ from typing import Any
 
 from inference.costmodel import BYTES, PACKED_BYTES
 from inference.errors import InferenceError
+from inference.packed_block import PackedBlock, whole_groups
 from inference.shards import read_header, shard_names
 from moe.family_table import FAMILIES, known_families
 from moe.quantised import quantisation
 
 WORKSPACE = 512 << 20  # of a GPU: CUDA's own context, activations and buffers
 RING_BYTES = 64 << 20  # of a GPU's buffers for packed experts that have arrived; more where two of them are more
-_GROUP = 32  # weights that are packed together, as in inference.packed
 # Room for keys and values where none is asked for: so many tokens, or as many as this share of the memory holds.
 KV_TOKENS, KV_SHARE = 32768, 0.25
 _UNITS = {"B": 1} | {f"{letter}{kind}": base**power
@@ -86,7 +86,7 @@ class ModelSizes:
 
     def kept(self, *, pack: bool) -> ModelSizes:
         """As the runtime keeps experts in host memory: if ``pack``, packed where every row is whole groups."""
-        packable = self.dtype == "bfloat16" and not (self.hidden % _GROUP or self.intermediate % _GROUP)
+        packable = self.dtype == "bfloat16" and whole_groups(self.hidden, self.intermediate)
         return replace(self, packed=pack and packable)
 
     @property
@@ -96,8 +96,13 @@ class ModelSizes:
 
     @property
     def host_expert_bytes(self) -> int:
-        """Of one expert in host memory, and on its way over the link."""
+        """Of one expert as it is read from host memory, and crosses the link."""
         return int(self.expert_bytes / self.itemsize * self.host_itemsize)
+
+    @property
+    def bank_expert_bytes(self) -> int:
+        """That one expert has in host memory: packed ones have room for as many exceptions as one may have."""
+        return PackedBlock(self.expert_bytes // self.itemsize).stride if self.packed else self.expert_bytes
 
     @property
     def total_experts(self) -> int:
@@ -226,6 +231,7 @@ class Placement:
         slots: resident routed experts.
         kv_tokens: for how many tokens keys and values have room, all sequences together.
         workspace: bytes kept free for what else a GPU needs.
+        ring: bytes of buffers for packed experts that have arrived.
         streamed: experts that pass through two buffers of a whole layer each while prompts are read; 0 where nothing
             has to.
         vram: bytes that were given, or None.
@@ -235,6 +241,7 @@ class Placement:
     slots: int
     kv_tokens: int
     workspace: int
+    ring: int
     streamed: int
     vram: int | None = None
 
@@ -257,7 +264,8 @@ class Placement:
 
     @property
     def gpu_bytes(self) -> int:
-        return self.sizes.dense_bytes + self.kv_bytes + self.workspace + self.slot_bytes + self.streamed_bytes
+        room = self.workspace + self.ring + self.streamed_bytes
+        return self.sizes.dense_bytes + self.kv_bytes + self.slot_bytes + room
 
 
 def place(
@@ -285,11 +293,11 @@ def place(
         share = 1.0 if expert_budget is None else expert_budget
         slots = max(round(share * sizes.total_experts), 1) if share else 0
         some = slots < sizes.total_experts
-        return Placement(sizes, slots, kv_tokens, workspace + ring * some, buffers * some)
+        return Placement(sizes, slots, kv_tokens, workspace, ring * some, buffers * some)
     used = sizes.dense_bytes + kv_tokens * sizes.kv_bytes + workspace
     if used + sizes.total_experts * sizes.expert_bytes <= vram:
-        return Placement(sizes, sizes.total_experts, kv_tokens, workspace, 0, vram)
-    placed = Placement(sizes, 1, kv_tokens, workspace + ring, buffers, vram)
+        return Placement(sizes, sizes.total_experts, kv_tokens, workspace, 0, 0, vram)
+    placed = Placement(sizes, 1, kv_tokens, workspace, ring, buffers, vram)
     if placed.gpu_bytes > vram:
         raise PlacementError(_refusal(placed, vram))
     return replace(placed, slots=1 + (vram - placed.gpu_bytes) // sizes.expert_bytes)
@@ -303,6 +311,9 @@ def _refusal(placed: Placement, vram: int) -> str:
     ]
     if placed.workspace:
         parts.append(f"workspace {show_size(placed.workspace)}")
+    if placed.ring:
+        parts.append(f"a ring for packed experts {show_size(placed.ring)}")
+    if placed.streamed:
         parts.append(f"two layers that prompts stream through {show_size(placed.streamed_bytes)}")
     return (
         f"{show_size(vram)} do not hold this model: {', '.join(parts)} and one expert {show_size(sizes.expert_bytes)}; "

@@ -33,7 +33,10 @@ class Runtime:
     graphs: bool | None = None
 
     def open(self, model_dir: str, **more: Any) -> LLM:
-        """``more`` goes to LLM as it is. Says on stderr whether steps are captured. Raises what LLM raises."""
+        """``more`` goes to LLM as it is. Says on stderr whether steps are captured and experts packed.
+
+        Raises what LLM raises.
+        """
         from inference.engine import LLM
         from inference.offload import Crossing
 
@@ -41,6 +44,6 @@ class Runtime:
         crossing = Crossing(self.prefetch, pin=not self.no_pin, pack=not self.no_pack, cpu=self.cpu_experts)
         size: dict[str, Any] = {"kv_tokens": self.kv_tokens, "vram": self.vram}
         llm = LLM(model_dir, share, crossing=crossing, trace=self.trace, graphs=self.graphs, **size, **more)
-        if llm.decoding:
-            print(llm.decoding, file=sys.stderr)
+        for said in filter(None, (llm.decoding, llm.packing)):
+            print(said, file=sys.stderr)
         return llm

@@ -1,10 +1,11 @@
 """Replay of recorded decoding on a machine's clock: predictors, prefetches and the split between link and CPU included.
 
 Policies, predictors and the planner are the runtime's own objects and functions, the costs a machine profile's. What is
-simplified: prefetches are handed over piece by piece with no window ahead, so a demand waits for one piece at most; of
-:class:`inference.prefetch.Prefetcher` only :func:`worth_fetching` is here, without corrected chances of absent experts,
-the limit to the first of them and the price of regretted evictions; calls of many rows are demanded, too, where the
-runtime streams them; the dense part takes the same time in all layers; nothing of the host's own work is counted.
+simplified: prefetches are handed over piece by piece (packed ones whole) with no window ahead, so a demand waits for
+one at most; of :class:`inference.prefetch.Prefetcher` only :func:`worth_fetching` is here, without corrected chances of
+absent experts, the limit to the first of them and the price of regretted evictions; calls of many rows are demanded,
+too, where the runtime streams them; the dense part takes the same time in all layers; nothing of the host's own work is
+counted.
 
 A prefetched expert is fetched: it counts in ``fetched`` whether it came in time, late or in vain, and only then is the
 time that it saved seen, in the clock. So a hit by prefetch is no miss avoided.
@@ -123,7 +124,8 @@ class Timeline:
         self.kind = predictor
         self.counts = TimedReplay(policy, predictor, slots)
         self.now = 0.0
-        self.link = _Link(costs.link_s, costs.link_s * min(1.0, CHUNK_BYTES / costs.expert_bytes))
+        self.piece = 1.0 if costs.packed else min(1.0, CHUNK_BYTES / costs.expert_bytes)  # of an expert
+        self.link = _Link(costs.link_s, costs.link_s * self.piece)
         self.resident_LE = np.zeros((routing.layers, routing.experts), dtype=bool)
         self.coming: dict[Expert, int] = {}  # the call each is meant for
         self.untried: set[Expert] = set()
@@ -262,8 +264,7 @@ class Timeline:
                     return
                 victim = divmod(int(self.policy.victims(self.resident_LE, 1)[0]), self.routing.experts)
                 loss = float(self.rate_LE[victim])
-            share = min(1.0, CHUNK_BYTES / self.costs.expert_bytes)
-            if not worth_fetching(chance, loss, fetch_s=1.0, delay_s=self.demanding * share):
+            if not worth_fetching(chance, loss, fetch_s=1.0, delay_s=self.demanding * self.piece):
                 return  # the next is less likely
             self._evict(self.resident_LE, 1 if free <= 0 else 0)
             self.coming[row, expert] = self.calls + suggestion.distance

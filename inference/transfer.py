@@ -131,7 +131,8 @@ class TransferEngine:
 
     Args:
         chunk_bytes: of one piece of a prefetch.
-        window_bytes: how much of prefetches may be on the link at a time; what a demand waits for at most.
+        window_bytes: how much of prefetches may be on the link at a time; what a demand waits for at most. An expert
+            that is larger and travels whole has it for itself.
 
     Attributes:
         failure: what broke a layer call off, set by whoever carries calls out: what is on the link is not known any
@@ -210,19 +211,31 @@ class TransferEngine:
         """Hand queued prefetches to the link as far as the window allows, or the whole queue. Call it often."""
         while self._flying and self.link.done(self._flying[0][0]):
             self._flying_bytes -= self._flying.popleft()[1]
-        while self._queue and (whole or self._flying_bytes + self._chunk_bytes <= self._window_bytes):
+        while self._queue:
             transfer = self._queue[0][2]
             if transfer.cancelled or transfer.complete:
                 heapq.heappop(self._queue)
                 continue
-            left = transfer.target_B.numel() - transfer.given
-            piece = min(left, max(self._chunk_bytes // transfer.target_B.itemsize, 1))
-            if not transfer.begun and (not self._direct(transfer) or is_packed(transfer.source_B)):
-                piece = left  # a staging buffer is not kept for an expert that may stop halfway
+            piece, nbytes = self._next_piece(transfer)
+            if not whole and self._flying and self._flying_bytes + nbytes > self._window_bytes:
+                return
             nbytes = self._give(transfer, piece)
             mark = transfer.mark or self.link.mark()
             self._flying.append((mark, nbytes))
             self._flying_bytes += nbytes
+
+    def _next_piece(self, transfer: Transfer) -> tuple[int, int]:
+        """Elements of a prefetch that go at once, and the bytes that they take over the link.
+
+        What is packed goes whole, and what is staged: a buffer is not kept for an expert that may stop halfway.
+        """
+        left, itemsize = transfer.target_B.numel() - transfer.given, transfer.target_B.itemsize
+        if not self._direct(transfer):
+            return left, left * itemsize
+        if is_packed(transfer.source_B):
+            return left, transfer.nbytes
+        piece = min(left, max(self._chunk_bytes // itemsize, 1))
+        return piece, piece * itemsize
 
     def wait(self, transfers: Sequence[Transfer]) -> None:
         """What is computed from here on finds these experts whole."""

@@ -85,6 +85,8 @@ def _plan(arguments: argparse.Namespace) -> int:
         return 2
     sizes = model_sizes(arguments.model_dir).kept(pack=not arguments.no_pack)
     profile = _profile(arguments, sizes)
+    if arguments.profile is None:
+        sizes = sizes.kept(pack=profile.packed)  # as this machine can
     placement = place(
         sizes,
         gpu=profile.link is not None,

@@ -7,6 +7,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from inference.placement import model_sizes
+from tests.inference.headers import headers_of_a_large_model
+
 TEXT = [
     "A planarian regrows whole from any fragment, and so should a training run.",
     "The gate scores every expert; the best four of sixteen compute the token.",
@@ -80,3 +83,13 @@ def huggingface_tokens():
         return tokens
 
     return run
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory):
+    return headers_of_a_large_model(tmp_path_factory.mktemp("large"))
+
+
+@pytest.fixture(scope="session")
+def sizes(large):
+    return model_sizes(large)

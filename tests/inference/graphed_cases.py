@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import weakref
 from subprocess import TimeoutExpired
@@ -11,15 +12,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from inference import cpu_lane, graphed
+from inference import cpu_lane, graphed, native
 from inference.compiled_experts import COMPILED
 from inference.costmodel import ExpertCosts, Timing
-from inference.cpu_lane import LaneError, LaneHung
+from inference.cpu_lane import LaneHung
 from inference.decode import DecodeStep
 from inference.engine import LLM
 from inference.errors import InferenceError, NotCaptured
 from inference.graphs import Uncaptured
 from inference.kv import PagedKV
+from inference.native import NativeError
 from inference.offload import Crossing
 from inference.opening import capture_steps
 from inference.planner import CallPlanner
@@ -183,13 +185,14 @@ def test_captured_steps_have_the_threads_of_the_others(model_folder):
     assert opened(model_folder, cpu=True, profile=EVEN).executor.cpu.compiled is None
 
 
-@pytest.mark.parametrize("error", [PermissionError("~/.cache"), TimeoutExpired("cc", 120), LaneError("no compiler")])
+@pytest.mark.parametrize("error", [PermissionError("~/.cache"), TimeoutExpired("cc", 120), NativeError("no cc")])
 def test_a_lane_that_cannot_be_compiled_is_a_sentence(model_folder, monkeypatch, error):
     def refused(*_):
         raise error
 
-    monkeypatch.setattr(graphed, "CpuLane", refused)
-    with pytest.raises(NotCaptured, match=f"no CPU lane: {re.escape(str(error))}; leave graphs or cpu out"):
+    monkeypatch.setattr(native, "_compiled", refused)
+    monkeypatch.setattr(native, "opened", functools.cache(native.opened.__wrapped__))
+    with pytest.raises(NotCaptured, match=f"no CPU lane: {re.escape(str(error))}, so .*; leave graphs or cpu out"):
         opened(model_folder, cpu=True, profile=EVEN)
     plain = opened(model_folder, graphs=None, cpu=True, profile=EVEN)
     assert not isinstance(plain.engine.models[None], graphed.GraphedModel)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -61,15 +63,22 @@ def test_packed_banks_hold_each_weight_in_twelve_bits(store):
     filled.close()
 
 
-def test_a_layer_with_an_expert_that_cannot_be_packed_stays_as_it_is_and_it_is_said(store, monkeypatch, caplog):
-    read, layout = store.read, ExpertBlock(SHAPE, torch.bfloat16)
+@pytest.fixture
+def wild(store, monkeypatch):
+    """The store, with an expert in layer 2 that cannot be packed."""
+    read = store.read
 
-    def wild(layer, expert, layout, block_B):
+    def read_wild(layer, expert, layout, block_B):
         read(layer, expert, layout, block_B)
         if (layer, expert) == (2, 5):
             block_B[::9] = 2.0 ** (torch.arange(len(block_B[::9])) % 99 - 50)
 
-    monkeypatch.setattr(store, "read", wild)
+    monkeypatch.setattr(store, "read", read_wild)
+    return store
+
+
+def test_a_layer_with_an_expert_that_cannot_be_packed_stays_as_it_is_and_it_is_said(wild, caplog):
+    store, layout = wild, ExpertBlock(SHAPE, torch.bfloat16)
     filled = ExpertBanks(store, layout, Registry(), packed=True)
     filled.join()
     assert [filled.packed(layer) for layer in store.layers] == [True, True, False, True]
@@ -79,6 +88,52 @@ def test_a_layer_with_an_expert_that_cannot_be_packed_stays_as_it_is_and_it_is_s
     assert torch.equal(filled.block(ExpertRef(2, 5)), expected)
     assert filled.address(ExpertRef(2, 5)) == filled.block(ExpertRef(2, 5)).data_ptr()
     filled.close()
+
+
+def test_without_memory_for_a_layer_that_cannot_be_packed_it_is_named_with_its_own_bytes(wild, monkeypatch):
+    """By then the memory in which it was to be packed is given back."""
+    layout, given_back, asked = ExpertBlock(SHAPE, torch.bfloat16), threading.Event(), []
+    made = banks.mmap.mmap
+    packed_bytes = 16 * PackedBlock(layout.elements).stride
+
+    def mapping(number, nbytes):
+        memory = made(number, nbytes)
+        if nbytes == packed_bytes:
+            given_back.clear()
+            weakref.finalize(memory, given_back.set)
+        return memory
+
+    def available():
+        asked.append(len(asked) == 0 or given_back.wait(5))
+        return 1 << 30 if len(asked) == 1 else 12_345
+
+    monkeypatch.setattr(banks.mmap, "mmap", mapping)
+    monkeypatch.setattr(banks, "available_bytes", available)
+    filling = ExpertBanks(wild, layout, Registry(), packed=True)
+    said = rf"memory for layer 2, which cannot be packed, takes {16 * layout.nbytes:,} bytes.* 12,345 .*--no-pin"
+    with pytest.raises(InferenceError, match=said):
+        filling.join()
+    assert asked == [True, True]
+
+
+def test_banks_that_are_closed_while_they_fill_pack_nothing_that_was_not_read(store, monkeypatch, caplog):
+    class Closed(threading.Event):
+        """From its second look on, whoever looks."""
+
+        looks = 0
+
+        def is_set(self):
+            self.looks += 1
+            return self.looks > 1
+
+    layout, packed, read = ExpertBlock(SHAPE, torch.bfloat16), [], store.read
+    done = []
+    monkeypatch.setattr(store, "read", lambda *given: done.append(given[1]) or read(*given))
+    monkeypatch.setattr(banks, "pack_into", lambda *given: packed.append(1) or 0)
+    with ThreadPoolExecutor(1) as pool:
+        banks._packed_layer(banks._Shared(Registry(), Closed()), pool, store, layout, 1)
+    assert len(packed) == len(done) == 1
+    assert "L01.E000 and perhaps others" in caplog.text
 
 
 def test_what_is_registered_is_given_back_when_the_banks_are_dropped(store):
@@ -149,8 +204,8 @@ def test_a_refused_registration_says_what_there_is(store):
 
 
 def test_too_little_memory_is_refused_with_both_figures(store, monkeypatch):
-    check_memory(1)
+    check_memory(1, "one byte")
     monkeypatch.setattr(banks, "available_bytes", lambda: 1_500_000)
     needed = 64 * ExpertBlock(SHAPE, torch.float32).nbytes
-    with pytest.raises(InferenceError, match=rf"takes {needed:,} bytes.*1,500,000 .*--no-pin"):
+    with pytest.raises(InferenceError, match=rf"for all experts takes {needed:,} bytes.*1,500,000 .*--no-pin"):
         ExpertBanks(store, ExpertBlock(SHAPE, torch.float32), Registry())

@@ -146,10 +146,7 @@ def test_a_home_that_cannot_be_written_only_costs_time(tmp_path, monkeypatch):
 
 
 def test_a_kernel_that_cannot_be_compiled_is_not_offered(monkeypatch):
-    def refused():
-        raise PermissionError(13, "Permission denied", "/home/.cache")
-
-    monkeypatch.setattr("inference.compiled_experts.library", refused)
+    monkeypatch.setattr("inference.compiled_experts.opened", lambda: "[Errno 13] Permission denied: '/home/.cache'")
     assert compiled_kernels(torch.bfloat16) == ()
     assert "compiled" not in Trials.of(TINY, 4, with_gpu=True).kernels
 

@@ -106,6 +106,16 @@ def test_packed_experts_cost_link_and_memory_less_and_the_gpu_the_same():
     assert "of packed weights at one row" in "".join(describe(timed))
 
 
+def test_the_gpu_s_time_is_that_of_the_bytes_that_lie_there():
+    """A float32 model on a profile of bf16 experts, packed or not, reads twice as much; one that was timed, as much."""
+    for timed in (MACHINE, dataclasses.replace(MACHINE, packed=True)):
+        bf16, packed, fp32 = (ExpertCosts.of(timed, 1000, 1000, itemsize) for itemsize in (2, PACKED_BYTES, 4))
+        assert bf16.gpu_s(1) == packed.gpu_s(1) == 1e-5
+        assert fp32.gpu_s(1) == 2e-5
+    of_fp32 = dataclasses.replace(MACHINE, dtype="float32")
+    assert [ExpertCosts.of(of_fp32, 1000, 1000, each).gpu_s(1) for each in (4, 2, PACKED_BYTES)] == [1e-5, 5e-6, 5e-6]
+
+
 def test_without_a_gpu_nothing_can_be_fetched():
     laptop = dataclasses.replace(MACHINE, link=None, gpu=())
     costs = ExpertCosts.of(laptop, 1000, 1000, 2)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
+from inference.calibrate import ExpertKind
 from inference.engine import LLM
 from inference.errors import InferenceError
 from inference.offload import Crossing
+from inference.opening import place_in
+from inference.packing import why_not_packed
+from inference.placement import RING_BYTES, place
 from inference.predictors import PREDICTORS
+from inference.runtime import Runtime
 from inference.transfer import SimulatedLink
 from tests.inference.test_engine import FAMILIES, tiny
 from tests.inference.test_hybrid import EVEN
@@ -84,10 +92,72 @@ def test_only_what_can_be_packed_is(model_folder, monkeypatch):
     assert packs(torch.bfloat16)
     assert not packs(torch.float32)
     assert not packs(torch.bfloat16, pin=False), "without banks there is nothing to pack"
-    monkeypatch.setattr("inference.offload.compiled_kernels", lambda _: ())
+    monkeypatch.setattr("inference.packing.opened", lambda: "no C compiler")
     assert not packs(torch.bfloat16), "without a compiler packing would take minutes"
     with pytest.raises(InferenceError, match="pack=False has nothing to save on cpu"):
         LLM(model_folder, 0.5, device="cpu", crossing=Crossing(pack=False))
+
+
+NO_COMPILER = "no C compiler (cc, gcc or clang) on the PATH"
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "compiled", "said"),
+    [
+        ({}, torch.bfloat16, None, "experts are packed in page-locked memory, 12 bits for a weight\n"),
+        ({"no_pack": True}, torch.bfloat16, None, "not packed in page-locked memory: pack=False (--no-pack)\n"),
+        ({}, torch.float32, None, "not packed in page-locked memory: they are in float32, and only bfloat16 is\n"),
+        ({}, torch.bfloat16, NO_COMPILER, f"not packed in page-locked memory: {NO_COMPILER}\n"),
+        ({"no_pin": True}, torch.bfloat16, None, ""),
+        ({"expert_budget": 1.0}, torch.bfloat16, None, ""),
+    ],
+)
+def test_it_is_said_whether_experts_are_packed_and_if_not_why(
+    model_folder, monkeypatch, capsys, settings, dtype, compiled, said
+):
+    monkeypatch.setattr("inference.offload.Crossing", partial(Crossing, link=SimulatedLink()))
+    if compiled is not None:
+        monkeypatch.setattr("inference.packing.opened", lambda: compiled)
+    Runtime(**{"expert_budget": 0.25} | settings).open(str(model_folder), device="cpu", dtype=dtype).close()
+    found = capsys.readouterr().err
+    assert found.endswith(said) if said else "packed" not in found
+
+
+def test_what_keeps_experts_from_being_packed(monkeypatch):
+    gpu, kind = torch.device("cuda", 0), ExpertKind(64, 32, torch.bfloat16)
+    monkeypatch.setattr("inference.packing.opened", lambda: None)
+    monkeypatch.setattr("inference.packing.runs_triton", lambda device: device.type == "cuda")
+    assert why_not_packed(kind.layout, gpu) is None
+    assert "rows, of 64 and 40 weights, are not whole groups of 32" in why_not_packed(
+        replace(kind, intermediate=40).layout, gpu
+    )
+    monkeypatch.setattr("inference.packing.runs_triton", lambda _: False)
+    assert why_not_packed(kind.layout, gpu) == "there is no Triton to unpack them on cuda:0"
+    assert why_not_packed(kind.layout, torch.device("cpu")) is None
+
+
+def test_room_for_packed_experts_is_kept_where_they_are_packed_only(model_folder, monkeypatch):
+    monkeypatch.setattr("inference.packing.runs_triton", lambda _: True)
+
+    def ring(device="cuda", pack=True, dtype=torch.bfloat16):
+        return place_in(model_folder, "1GiB", 64, torch.device(device), dtype, pack).ring
+
+    monkeypatch.setattr("inference.opening.place", partial(placed_with_one_slot, place))
+    assert ring() == RING_BYTES
+    assert ring(pack=False) == ring(dtype=torch.float32) == ring("cpu") == 0
+    monkeypatch.setattr("inference.packing.opened", lambda: NO_COMPILER)
+    assert ring() == 0
+    asked = []
+    monkeypatch.setattr("inference.engine.place_in", lambda *given: asked.append(given[-1]) or place_in(*given))
+    for pin, pack in ((True, True), (True, False), (False, True)):
+        crossing = Crossing(pin=pin, pack=pack, link=SimulatedLink())
+        LLM(model_folder, vram="1GiB", device="cpu", crossing=crossing).close()
+    assert asked == [True, False, False], "without page-locked memory nothing is packed"
+
+
+def placed_with_one_slot(place, sizes, *, vram, **given):
+    """As if so little memory were given that one expert has a slot, whatever is kept free beside it."""
+    return place(sizes, expert_budget=1e-9, **given)
 
 
 def test_settings_that_mean_nothing_are_refused(model_folder):

@@ -1,4 +1,4 @@
-"""What goes where, from headers alone; and how fast it would run."""
+"""What goes where, from headers alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -22,12 +21,12 @@ from transformers import (
 from inference.costmodel import named_profile
 from inference.engine import LLM
 from inference.errors import InferenceError
-from inference.forecast import DECODE, PREFILL, assumed_forecast, assumed_use, forecast, lane_costs, traced_use
+from inference.expert_block import ExpertBlock, ExpertShape
+from inference.forecast import placement_table
 from inference.kv import KVShape
-from inference.limits import MAX_ROWS
+from inference.packed_block import PackedBlock
 from inference.placement import RING_BYTES, WORKSPACE, PlacementError, model_sizes, parse_size, place, show_size
-from inference.simulate import Routing
-from moe.tracefile import TraceHeader, TraceRecord, TraceWriter, trace_file
+from tests.inference.headers import headers_of_a_large_model
 from trainer.cli import main
 
 TINY = {
@@ -70,35 +69,6 @@ def test_sizes_are_those_of_the_loaded_model(tmp_path, family):
     assert sizes.dense_bytes == 2 * rest
     kv = KVShape.of(AutoConfig.from_pretrained(tmp_path))
     assert sizes.kv_bytes == kv.bytes_per_block(1, torch.bfloat16)
-
-
-def headers_of_a_large_model(folder, layers=48, experts=128, hidden=2048, inner=768, vocab=151936, tied=False):
-    """A folder like Qwen3-30B-A3B's, whose tensors have shapes and no bytes."""
-    shapes = {"model.embed_tokens.weight": [vocab, hidden], "model.norm.weight": [hidden]}
-    shapes |= {} if tied else {"lm_head.weight": [vocab, hidden]}
-    for n in range(layers):
-        block = f"model.layers.{n}"
-        shapes |= {f"{block}.self_attn.{p}_proj.weight": [4096 if p == "q" else 512, hidden] for p in "qkv"}
-        shapes |= {f"{block}.self_attn.o_proj.weight": [hidden, 4096], f"{block}.mlp.gate.weight": [experts, hidden]}
-        for e in range(experts):
-            shapes |= {f"{block}.mlp.experts.{e}.{p}_proj.weight": [inner, hidden] for p in ("gate", "up")}
-            shapes[f"{block}.mlp.experts.{e}.down_proj.weight"] = [hidden, inner]
-    header = json.dumps({n: {"dtype": "BF16", "shape": s, "data_offsets": [0, 0]} for n, s in shapes.items()}).encode()
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    config = {"model_type": "qwen3_moe", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 32}
-    config |= {"num_key_value_heads": 4, "head_dim": 128, "num_experts_per_tok": 8, "torch_dtype": "bfloat16"}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory):
-    return headers_of_a_large_model(tmp_path_factory.mktemp("large"))
-
-
-@pytest.fixture(scope="module")
-def sizes(large):
-    return model_sizes(large)
 
 
 def test_a_large_model_is_read_from_its_headers(sizes):
@@ -145,7 +115,7 @@ def test_where_all_fits_nothing_streams(sizes):
     assert less.slots == sizes.total_experts - 1 - 256
 
 
-def test_packed_experts_take_three_quarters_of_host_memory_and_a_ring_of_the_gpus(sizes):
+def test_packed_experts_take_three_quarters_of_the_link_and_a_ring_of_the_gpus_memory(sizes):
     packed = sizes.kept(pack=True)
     assert not sizes.packed
     assert packed.packed
@@ -160,8 +130,20 @@ def test_packed_experts_take_three_quarters_of_host_memory_and_a_ring_of_the_gpu
     ] * 2, "nothing crosses"
     large = dataclasses.replace(packed, expert_bytes=352 << 20)
     placed = place(large, gpu=True, kv_tokens=4096, vram=200 << 30)
-    assert placed.workspace == WORKSPACE + 2 * (352 << 20)
+    assert (placed.workspace, placed.ring) == (WORKSPACE, 2 * (352 << 20))
     assert placed.gpu_bytes <= 200 << 30
+
+
+def test_host_memory_of_packed_experts_is_what_banks_register(sizes):
+    packed = sizes.kept(pack=True)
+    layout = ExpertBlock(ExpertShape(sizes.experts, sizes.hidden, sizes.intermediate), torch.bfloat16)
+    assert packed.bank_expert_bytes == PackedBlock(layout.elements).stride
+    assert 1.562 < packed.bank_expert_bytes / layout.elements < 1.564, "1.5, and 8 for each 128"
+    assert sizes.bank_expert_bytes == layout.nbytes
+    for each in (packed, sizes):
+        table = placement_table(place(each, gpu=True, expert_budget=0.1), named_profile("h200"))
+        assert table[-1].endswith(f" {show_size(sizes.total_experts * each.bank_expert_bytes)}")
+        assert f"all {sizes.total_experts} experts" in table[-1]
 
 
 def test_what_does_not_fit_is_refused_with_what_would(sizes):
@@ -169,8 +151,14 @@ def test_what_does_not_fit_is_refused_with_what_would(sizes):
         place(sizes, kv_tokens=4096, gpu=True, vram=2 << 30)
     asked = str(refused.value).partition("at least ")[2].partition(",")[0]
     assert place(sizes, kv_tokens=4096, gpu=True, vram=parse_size(asked)).slots == 1
-    with pytest.raises(PlacementError, match=r"stream through 2\.42 GB"):
+    with pytest.raises(PlacementError, match=r"workspace 537 MB, two layers that prompts stream through 2\.42 GB"):
         place(sizes, kv_tokens=4096, gpu=True, vram=parse_size(asked) - 1_000_000)
+    said = r"workspace 537 MB, a ring for packed experts 67\.1 MB, two layers"
+    with pytest.raises(PlacementError, match=said):
+        place(sizes.kept(pack=True), kv_tokens=4096, gpu=True, vram=2 << 30)
+    table = placement_table(place(sizes.kept(pack=True), gpu=True, expert_budget=0.1), named_profile("h200"))
+    assert sum(line.startswith("ring for packed experts ") and line.endswith("67.1 MB") for line in table) == 1
+    assert not any("ring" in line for line in placement_table(place(sizes, gpu=True), named_profile("h200")))
 
 
 def test_shares_of_experts_are_slots_as_before(sizes):
@@ -229,131 +217,6 @@ def test_folders_that_cannot_be_planned_for_are_named(tmp_path, large, damage):
     folder = tmp_path / "nowhere" if damage == "no folder" else tmp_path
     with pytest.raises(InferenceError, match=str(folder)):
         model_sizes(folder)
-
-
-def test_the_h200_splits_if_told_and_streams_prompts_otherwise(sizes):
-    placed = place(sizes, kv_tokens=4096, gpu=True, vram=16 << 30)
-    by_default = {(one.phase, one.tokens): one for one in forecast(named_profile("h200"), placed)}
-    assert [one.plan.mode for one in by_default.values()] == ["fetch", "fetch", "stream", "stream"]
-    assert by_default[PREFILL, 4096].plan.bound == "link"
-    told = forecast(named_profile("h200"), placed, cpu_experts=True)
-    found = {(one.phase, one.tokens): one for one in told}
-    one = found[DECODE, 1]
-    assert one.plan.mode == "split"
-    assert set(one.plan.alternatives) == {"fetch", "cpu", "split"}
-    assert one.tokens_per_second > by_default[DECODE, 1].tokens_per_second
-    assert found[PREFILL, 1024].plan.mode == "split"
-    assert found[PREFILL, 1024].tokens_per_second > by_default[PREFILL, 1024].tokens_per_second
-    assert set(found[PREFILL, 4096].plan.alternatives) == {"stream", "cpu", "split"}
-    # By hand: misses of a layer over both lanes' rates, a floor that no plan may pass.
-    missed = 48 * 8 * (1 - placed.share) * placed.sizes.expert_bytes
-    assert one.plan.seconds > missed / (55.3e9 + 35.5e9)
-    assert found[DECODE, 16].tokens_per_second > one.tokens_per_second
-
-
-def test_a_prompt_streams_all_layers_for_each_chunk(sizes):
-    placed = place(sizes, kv_tokens=4096, gpu=True, expert_budget=0.0)
-    profile = named_profile("h200")
-    once = assumed_forecast(lane_costs(profile, sizes, False), placed, PREFILL, MAX_ROWS).plan
-    for chunks in (2, 8):
-        plan = assumed_forecast(lane_costs(profile, sizes, False), placed, PREFILL, chunks * MAX_ROWS).plan
-        assert plan.seconds == pytest.approx(chunks * once.seconds)
-        assert plan.alternatives[plan.mode] == plan.seconds
-
-
-def test_without_graphs_launches_are_paid_for(sizes):
-    """All resident and one token: what is issued one by one takes longer than reading the weights."""
-    placed = place(sizes, kv_tokens=4096, gpu=True, expert_budget=1.0)
-    slow = dataclasses.replace(named_profile("h200"), launch_s=9e-6)
-    plain, captured = forecast(slow, placed), forecast(slow, placed, graphs=True)
-    assert plain[0].plan.seconds > 48 * 40 * 9e-6 > captured[0].plan.seconds
-    assert plain[2:] == captured[2:], "prompts are not captured"
-
-
-def test_more_memory_is_never_slower(sizes):
-    profile = named_profile("h200")
-    before = [0.0] * 4
-    for budget in (0.0, 0.1, 0.25, 0.5, 0.75, 1.0):
-        placed = place(sizes, kv_tokens=4096, gpu=True, expert_budget=budget)
-        rates = [one.tokens_per_second for one in forecast(profile, placed)]
-        assert all(rate * (1 + 1e-9) >= low for rate, low in zip(rates, before, strict=True)), budget
-        before = rates
-    assert forecast(profile, placed)[0].plan.mode == "resident"
-
-
-def test_without_a_gpu_the_cores_compute_everything(sizes):
-    profile = dataclasses.replace(named_profile("h200"), link=None, gpu=(), gpu_memory=0.0, gpu_flops=0.0)
-    placed = place(sizes, kv_tokens=4096, gpu=False, expert_budget=0.25)
-    for one in forecast(profile, placed):
-        assert one.plan.mode == "cpu"
-    # A token reads its experts and the dense part: no faster than memory.
-    token = 48 * 8 * placed.sizes.expert_bytes + placed.sizes.dense_bytes - placed.sizes.table_bytes
-    assert forecast(profile, placed)[0].plan.seconds > token / 91e9
-    packed = dataclasses.replace(placed, sizes=sizes.kept(pack=True))
-    assert forecast(profile, packed) == forecast(profile, placed), "files are not packed"
-
-
-def test_hits_of_a_trace_are_those_of_its_replay(sizes):
-    """Two experts that every token wants hit always; with them alone in the trace all is resident."""
-    sizes = dataclasses.replace(sizes, moe_layers=2, experts=8, top_k=2)
-    index_TLK = np.tile(np.array([1, 6]), (64, 2, 1))
-    habit = traced_use(sizes, Routing(index_TLK, 8), slots=4, batch=1)
-    assert (habit.distinct, habit.hits) == (2.0, 1.0)
-    assert traced_use(sizes, Routing(index_TLK, 8), slots=4, batch=4).distinct == 2.0
-    halves = np.concatenate([index_TLK[:32], np.tile(np.array([2, 3]), (32, 2, 1))])
-    side_by_side = traced_use(sizes, Routing(halves, 8), slots=4, batch=2)
-    assert side_by_side.distinct == 4.0, "the two halves of the text decode side by side"
-    with pytest.raises(PlacementError, match="2 layers with 9"):
-        traced_use(sizes, Routing(index_TLK, 9), slots=4, batch=1)
-    with pytest.raises(PlacementError, match="too few"):
-        traced_use(sizes, Routing(index_TLK, 8), slots=4, batch=16)
-
-
-def test_even_routing_is_the_assumption_without_a_trace(sizes):
-    use = assumed_use(sizes, 0.25, 16)
-    assert use.distinct == pytest.approx(128 * (1 - (120 / 128) ** 16))
-    assert use.hits == 0.25
-    assert "assumed" in use.source
-
-
-def test_the_command_prints_what_where_how_fast_and_why(large, tmp_path, capsys):
-    told = ["plan-inference", str(large), "--vram", "8GiB", "--kv-tokens", "4096", "--profile", "h200"]
-    assert main([*told, "--no-pack"]) == 0
-    plain = capsys.readouterr().out
-    assert "packed" not in plain
-    assert main(told) == 0
-    assert "cpu ms" not in capsys.readouterr().out
-    assert main([*told, "--cpu-experts"]) == 0
-    text = capsys.readouterr().out
-    for part in ("dense part", "all 6144 experts, packed",
-                 "keys and values, 4096 tokens", "of 6144 experts", "host memory", "decode, batch 1 ",
-                 "decode, batch 16", "prefill of 1024", "prefill of 4096", "bound by", "assumed: even routing",
-                 "not measured", "fetch ms", "cpu ms", "split ms"):  # fmt: skip
-        assert part in text, part
-
-
-def test_the_command_takes_hits_from_a_trace(model_folder, tmp_path, capsys):
-    header = TraceHeader("qwen3_moe", (0, 1, 2, 3), 16, 4)
-    writer = TraceWriter(trace_file(tmp_path / "trace", 0), header)
-    for layer in range(4):
-        writer.write(TraceRecord(0, 0, layer, np.tile(np.arange(4), (256, 1))))
-    writer.close()
-    options = ["--profile", "h200", "--expert-budget", "0.25", "--trace", str(tmp_path)]
-    assert main(["plan-inference", str(model_folder), *options]) == 0
-    text = capsys.readouterr().out
-    assert "experts and hits of decode: replayed: 256 rounds" in text
-    assert "experts and hits of prefill: assumed" in text
-    assert main(["plan-inference", str(model_folder), *options[:-1], str(tmp_path / "none")]) == 2
-
-
-def test_the_command_refuses_in_a_sentence(large, capsys):
-    assert main(["plan-inference", str(large), "--vram", "2GiB", "--profile", "h200"]) == 2
-    assert "give at least" in capsys.readouterr().err
-    assert main(["plan-inference", str(large), "--profile", "h2000"]) == 2
-    assert "choose from h200" in capsys.readouterr().err
-    assert main(["plan-inference", str(large), "--profile", "h200", "--recalibrate"]) == 2
-    with pytest.raises(SystemExit):
-        main(["plan-inference", str(large), "--vram", "2GiB", "--expert-budget", "0.5"])
 
 
 def test_vram_gives_a_model_that_many_slots_and_the_same_text(model_folder, prompts):

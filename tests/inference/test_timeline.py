@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inference.costmodel import ExpertCosts, named_profile
+from inference.costmodel import PACKED_BYTES, ExpertCosts, named_profile
 from inference.predictors import PREDICTORS
 from inference.simulate import FIXED, Routing, replay
-from inference.timeline import Timeline
+from inference.timeline import CHUNK_BYTES, Timeline
 from tests.inference.test_foresight import EXPERTS, LAYERS, drawn, oracle, recorded
 
 H200 = named_profile("h200")
@@ -78,6 +78,17 @@ def test_the_cpu_takes_its_share_of_the_misses_and_time_falls():
     both, link = timed(drawn(), costs=BOTH), timed(drawn())
     assert both.computed > 0.1 * both.wanted
     assert both.seconds < link.seconds
+
+
+def test_packed_prefetches_travel_whole_so_a_late_piece_is_longer():
+    plain, packed = (ExpertCosts.of(H200, 2048, 2048, itemsize, 0) for itemsize in (2, PACKED_BYTES))
+    pieces = [Timeline(Routing(drawn(), EXPERTS), "lru", "none", 10, each, 1e-4).link for each in (plain, packed)]
+    for link, finished in zip(pieces, (CHUNK_BYTES / plain.expert_bytes * plain.link_s, packed.link_s), strict=True):
+        link.queue[0, 0] = link.expert_s
+        link.run(1e-9)
+        assert link.free_at == pytest.approx(finished), "what has begun when a demand comes is finished"
+    assert not plain.packed
+    assert packed.packed
 
 
 def test_the_warm_up_counts_nothing():

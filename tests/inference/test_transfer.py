@@ -221,6 +221,28 @@ def test_what_is_packed_travels_whole_in_fewer_bytes_and_arrives_as_it_was():
     assert all(torch.equal(target, block_B) for target in targets)
 
 
+def test_no_more_packed_prefetches_are_on_the_link_than_the_window_has_room_for():
+    block_B = torch.randn(4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+    packed_N = pack(block_B)
+    nbytes = len(packed_N)
+
+    class Banks:
+        def block(self, ref):
+            return packed_N
+
+    for window, at_once in ((2 * nbytes + 64, 2), (2 * nbytes - 1, 1), (nbytes - 1, 1)):
+        engine = TransferEngine(SimulatedLink(rate=float(nbytes)), Banks(), chunk_bytes=64, window_bytes=window)
+        targets = torch.zeros(3, 4096, dtype=torch.bfloat16)
+        ahead = [engine.prefetch(ExpertRef(0, e), target_B, Urgency.NEXT) for e, target_B in enumerate(targets)]
+        engine.pump()
+        assert engine.counts.prefetched_bytes == at_once * nbytes
+        engine.link.advance(1.0)
+        engine.pump()
+        assert engine.counts.prefetched_bytes == (1 + at_once) * nbytes
+        engine.wait(ahead)
+        assert all(torch.equal(target_B, block_B) for target_B in targets)
+
+
 def test_demands_given_together_are_waited_for_together():
     sources = {ExpertRef(0, e): torch.full((8,), float(e)) for e in range(3)}
 
