@@ -40,6 +40,7 @@ from moe.refs import ExpertRef
 STAGING_BUFFERS = 4
 _READERS = 8  # beyond that, threads that copy out of the page cache only get into each other's way
 _GIB = 1 << 30
+_NAME = "expert-banks"  # of threads
 
 _log = logging.getLogger(__name__)
 
@@ -132,9 +133,7 @@ class ExpertBanks:
         self._finalizer = weakref.finalize(self, _close, self._shared)
         if start:
             check_memory(self.nbytes, "all experts")
-            thread = threading.Thread(
-                target=_fill, args=(self._shared, store, layout, packed), name="expert-banks", daemon=True
-            )
+            thread = threading.Thread(target=_fill, args=(self._shared, store, layout, packed), name=_NAME, daemon=True)
             self._shared.thread = thread
             thread.start()
 
@@ -230,12 +229,14 @@ def host_memory(elements: int, dtype: torch.dtype) -> Tensor:
 def _fill(shared: _Shared, store: ExpertStore, layout: ExpertBlock, packed: bool) -> None:
     experts = store.shape.num_experts
     try:
-        with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), "expert-banks") as pool:
-            for layer in store.layers:
+        with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), _NAME) as pool:
+            for done, layer in enumerate(store.layers, start=1):
                 filled = _packed_layer(shared, pool, store, layout, layer) if packed else None
                 if filled is None:
                     if packed:
-                        check_memory(experts * layout.nbytes, f"layer {layer}, which cannot be packed,")
+                        left = (len(store.layers) - done) * PackedBlock(layout.elements).stride
+                        what = f"layer {layer}, which cannot be packed, and those behind it"
+                        check_memory(experts * (layout.nbytes + left), what)
                     arena_EB = _arena(experts, layout)
                     list(pool.map(_reader(shared, store, layout, layer), range(experts), arena_EB))
                     filled = arena_EB, arena_EB.unbind()
@@ -300,6 +301,10 @@ def _register(shared: _Shared, arena: Tensor, what: str) -> None:
 
 def _close(shared: _Shared) -> None:
     shared.stop.set()
+    if threading.current_thread().name.startswith(f"{_NAME}_"):
+        # Garbage was collected in a reader, which the filling thread waits for.
+        threading.Thread(target=_close, args=(shared,), daemon=True).start()
+        return
     if shared.thread is not None and shared.thread is not threading.current_thread():
         shared.thread.join()
     while shared.registered:

@@ -8,7 +8,7 @@ Shapes: C slots, B elements of a block, L MoE layers, counted from 0 by *row*; E
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,6 +79,7 @@ class ExpertCache:
 
     Attributes:
         blocks_CB: the slots; ``gate_up_C2IH`` and ``down_CHI`` are views of them at the blocks' stride.
+        unfinished: what a step that is under way, or was interrupted, has to tidy up before the next one.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class ExpertCache:
         self.slots_of: list[list[int]] = self.slot_LE.tolist()
         self._resident_LE = np.zeros((len(self._row), shape.num_experts), dtype=bool)
         self._lent: tuple[int, np.ndarray] = (0, np.zeros(0, dtype=np.intp))  # of the current call: not evicted
+        self.unfinished: Callable[[], None] | None = None
         self._untried: set[tuple[int, int]] = set()  # prefetched and not yet used
         self._ghosts: dict[tuple[int, int], int] = {}  # evicted for a prefetch, and when
         self._free = list(reversed(range(allocated)))

@@ -133,10 +133,12 @@ class CpuLane:
             first: ``pairs[first[e]:first[e + 1]]`` are of expert ``e``.
             pairs: pair p takes row ``p // K`` of x, times score p, to row p of y. No other row of y is touched.
             what: the layer and its experts, for an error.
-            packed: whether all blocks are packed ones (:mod:`inference.packed`); results are the same in each bit.
+            packed: whether all blocks are packed ones (:mod:`inference.packed`); results are the same in each bit,
+                but for which of several NaN they are.
         """
         self.wait()
         if call.count_at != self._count_at:
+            self._count_at = -1  # unknown, should an interrupt come in between
             self._library.lane_count(self._lane, call.count_at)
             self._count_at = call.count_at
         call.block[: len(blocks)] = blocks

@@ -220,6 +220,10 @@ class DecodeExperts:
         """
         if isinstance(error, InferenceError):
             self.transfer.failure = self.transfer.failure or error
+        self._tidy_up()
+
+    def _tidy_up(self) -> None:
+        """May itself be interrupted: the next step, of any shape, does it again then."""
         if self.lane is not None:
             with suppress(LaneHung):
                 self.lane.wait()
@@ -227,6 +231,7 @@ class DecodeExperts:
         self._coming.clear()
         self._behind.clear()
         self.cache.abandon_all()
+        self.cache.unfinished = None
 
     def begin(self) -> None:
         """A step begins: what another lent from the slots is done with, and there must be room for the first call.
@@ -234,6 +239,9 @@ class DecodeExperts:
         Raises InferenceError if a transfer failed before.
         """
         self.transfer.check()
+        if self.cache.unfinished is not None:
+            self.cache.unfinished()
+        self.cache.unfinished = self._tidy_up
         if not self.all_resident:
             self.cache.release(self._layers[0])
             self.cache.make_room(self._room)
@@ -241,6 +249,7 @@ class DecodeExperts:
     def finish(self) -> None:
         """A step ends: what was brought for later is waited for on the device, so that another may use the slots."""
         self._settle(self._behind)
+        self.cache.unfinished = None
 
     def run(self, module: OffloadedExperts, x_TH: Tensor, expert_TK: Tensor, score_TK: Tensor) -> Tensor:
         """A call of ``module``, as its executor."""

@@ -47,7 +47,7 @@ def opened() -> ctypes.CDLL | str:
     """The routines, or why there are none: compiled once in a process, also in vain."""
     try:
         return _compiled()
-    except (NativeError, OSError, subprocess.SubprocessError) as error:
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:  # the first, too, where nobody has a home
         return str(error)
 
 
@@ -58,7 +58,7 @@ def _compiled() -> ctypes.CDLL:
     texts = b"".join(source.read_bytes() for source in _SOURCES)
     key = hashlib.sha256(texts + repr((compiler, _FLAGS, _processor())).encode()).hexdigest()[:16]
     target = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "planaria" / f"native-{key}.so"
-    if not target.exists():
+    if not _whole(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
@@ -67,12 +67,26 @@ def _compiled() -> ctypes.CDLL:
             done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
             if done.returncode:
                 raise NativeError(f"{compiler} could not compile {' and '.join(units)}: {done.stderr.strip()[-500:]}")
+            library = made.read_bytes()
+            made.write_bytes(library + hashlib.sha256(library).digest())  # the loader looks at no byte behind the last
             made.replace(target)
-    compiled = ctypes.CDLL(str(target))
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(compiled, name)
-        function.restype, function.argtypes = result, arguments
+    try:
+        compiled = ctypes.CDLL(str(target))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(compiled, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        target.unlink(missing_ok=True)
+        raise NativeError(f"what {compiler} made cannot be loaded: {error}") from error
     return compiled
+
+
+def _whole(target: Path) -> bool:
+    """Whether it is there as it was made: loading a file that lacks its end kills the process."""
+    if not target.exists():
+        return False
+    content = target.read_bytes()
+    return content[-32:] == hashlib.sha256(content[:-32]).digest()
 
 
 def _processor() -> str:

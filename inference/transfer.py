@@ -339,17 +339,20 @@ class SimulatedLink:
 
     def wait(self, mark: float) -> None:
         self._stall_s += max(mark - self.now, 0.0)
-        self.advance(mark - self.now)
+        self._until(mark)
 
     def settle(self, mark: float) -> None:
-        self.advance(mark - self.now)
+        self._until(mark)
 
     def fence(self) -> None:
         """Computing takes no time here but what the test says: it is done."""
 
     def advance(self, seconds: float) -> None:
         """Time passes; what has arrived by then is moved."""
-        self.now += max(seconds, 0.0)
+        self._until(self.now + seconds)
+
+    def _until(self, mark: float) -> None:
+        self.now = max(self.now, mark)
         while self._flying and self._flying[0][0] <= self.now:
             _, target_B, source_B = self._flying.popleft()
             target_B.copy_(unpack(source_B, target_B.numel()) if is_packed(source_B) else source_B)

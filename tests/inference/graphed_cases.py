@@ -83,6 +83,29 @@ def test_a_step_that_was_interrupted_leaves_nothing_behind(model_folder, monkeyp
     assert torch.equal(tokens, chosen)
 
 
+@pytest.mark.parametrize("where", ["wait", "give_up", "abandon_all"])
+def test_tidying_up_that_was_interrupted_is_done_before_the_next_step(model_folder, monkeypatch, where):
+    served, other = (Served(model_folder, 16, share) for share in (0.5, None))
+    experts = served.experts
+    of = {"wait": experts.lane, "give_up": experts._ended, "abandon_all": served.cache}[where]
+    fails_once(monkeypatch, served.cache, "note", KeyboardInterrupt(), after=2)
+    tidy_up = experts._tidy_up
+
+    def interrupted():
+        monkeypatch.setattr(experts, "_tidy_up", tidy_up)
+        fails_once(monkeypatch, of, where, KeyboardInterrupt(), after=0)
+        tidy_up()
+
+    monkeypatch.setattr(experts, "_tidy_up", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        served.tokens(3)
+    logits, tokens = served.tokens(3)
+    want, chosen = other.tokens(3)
+    assert torch.allclose(logits, want, rtol=1e-4, atol=1e-4)
+    assert torch.equal(tokens, chosen)
+    assert served.cache.unfinished is None
+
+
 def test_a_failed_fill_ends_all_calls(model_folder, monkeypatch):
     llm = opened(model_folder, 1.0)
     fails_once(monkeypatch, llm.executor.transfers, "demand", InferenceError("L01.E003: cut short"), after=5)

@@ -90,7 +90,7 @@ def test_a_layer_with_an_expert_that_cannot_be_packed_stays_as_it_is_and_it_is_s
     filled.close()
 
 
-def test_without_memory_for_a_layer_that_cannot_be_packed_it_is_named_with_its_own_bytes(wild, monkeypatch):
+def test_without_memory_for_a_layer_that_cannot_be_packed_it_is_named_with_what_is_left_to_fill(wild, monkeypatch):
     """By then the memory in which it was to be packed is given back."""
     layout, given_back, asked = ExpertBlock(SHAPE, torch.bfloat16), threading.Event(), []
     made = banks.mmap.mmap
@@ -110,7 +110,8 @@ def test_without_memory_for_a_layer_that_cannot_be_packed_it_is_named_with_its_o
     monkeypatch.setattr(banks.mmap, "mmap", mapping)
     monkeypatch.setattr(banks, "available_bytes", available)
     filling = ExpertBanks(wild, layout, Registry(), packed=True)
-    said = rf"memory for layer 2, which cannot be packed, takes {16 * layout.nbytes:,} bytes.* 12,345 .*--no-pin"
+    needed = 16 * layout.nbytes + packed_bytes
+    said = rf"for layer 2, which cannot be packed, and those behind it takes {needed:,} bytes.* 12,345 .*--no-pin"
     with pytest.raises(InferenceError, match=said):
         filling.join()
     assert asked == [True, True]
@@ -209,3 +210,22 @@ def test_too_little_memory_is_refused_with_both_figures(store, monkeypatch):
     needed = 64 * ExpertBlock(SHAPE, torch.float32).nbytes
     with pytest.raises(InferenceError, match=rf"for all experts takes {needed:,} bytes.*1,500,000 .*--no-pin"):
         ExpertBanks(store, ExpertBlock(SHAPE, torch.float32), Registry())
+
+
+def test_banks_that_are_collected_in_one_of_their_own_threads_do_not_wait_for_it(store, monkeypatch):
+    layout, read, closing = ExpertBlock(SHAPE, torch.bfloat16), store.read, threading.Event()
+    opened: list[ExpertBanks] = []
+
+    def reading(*args):
+        closing.wait(20)
+        if opened:
+            opened.pop()._finalizer()  # as the garbage collector may, in whatever thread it comes to be
+        return read(*args)
+
+    monkeypatch.setattr(store, "read", reading)
+    registry = Registry()
+    opened.append(ExpertBanks(store, layout, registry))
+    thread = opened[0]._shared.thread
+    closing.set()
+    thread.join(20)
+    assert not thread.is_alive()

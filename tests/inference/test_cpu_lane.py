@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inference import cpu_lane
+from inference import cpu_lane, native
 from inference.compiled_experts import CompiledExperts
 from inference.cpu_lane import CpuLane, LaneCall, LaneError, LaneHung
 from inference.host_expert import HostExpert
@@ -275,3 +276,63 @@ def test_a_cache_folder_that_cannot_be_written_is_said(monkeypatch, tmp_path):
     with pytest.raises(LaneError, match=r"Not a directory: .*file.* computes no experts"):
         CpuLane(1, 8, 8, torch.float32)
     opened.cache_clear()
+
+
+def test_an_interrupt_between_two_callers_counts_leaves_each_its_own(monkeypatch):
+    expert_TK, block_EN, x_TH, score_P = _case(1, 1, 9, 8, 8, torch.float32, 0)
+    lane = CpuLane(1, 8, 8, torch.float32)
+    score_TK, counts = score_P.view(expert_TK.shape).numpy(), [np.zeros(1, np.int64) for _ in range(2)]
+    calls = [LaneCall(x_TH.numpy(), score_TK, np.zeros((1, 8), np.float32), 1, count=count) for count in counts]
+
+    def submit(call):
+        lane.submit(call, [block_EN[3].data_ptr()], [0, 1], [0])
+        lane.wait()
+
+    def interrupted(*args):
+        library().lane_count(*args)
+        raise KeyboardInterrupt
+
+    submit(calls[0])
+    names = {name: getattr(library(), name) for name in ("lane_submit", "lane_wait", "lane_close")}
+    with monkeypatch.context() as patched:
+        patched.setattr(lane, "_library", SimpleNamespace(**names, lane_count=interrupted))
+        with pytest.raises(KeyboardInterrupt):
+            submit(calls[1])
+    submit(calls[0])
+    submit(calls[1])
+    assert [int(count[0]) for count in counts] == [2, 1]
+    lane.close()
+
+
+@pytest.mark.parametrize("left", [0, 5000, -1])
+def test_a_damaged_library_is_compiled_again(tmp_path, monkeypatch, left):
+    """Loading one that lacks its end kills the process."""
+    source = tmp_path / "one.c"
+    source.write_text("int one(void) { return 1; }")
+    monkeypatch.setattr(native, "_SOURCES", (source,))
+    monkeypatch.setattr(native, "_SIGNATURES", {"one": (ctypes.c_int, [])})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert native._compiled().one() == 1
+    (made,) = tmp_path.glob("planaria/*.so")
+    content = made.read_bytes()
+    made.unlink()  # the first is still mapped
+    made.write_bytes(content[:left])
+    assert native._compiled().one() == 1
+    assert native._whole(made)
+
+
+def test_what_the_compiler_made_and_cannot_be_loaded_is_told(tmp_path, monkeypatch):
+    source = tmp_path / "one.c"
+    source.write_text("int one(void) { return 1; }")
+    monkeypatch.setattr(native, "_SOURCES", (source,))
+    monkeypatch.setattr(native, "_SIGNATURES", {"two": (ctypes.c_int, [])})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(NativeError, match=r"cannot be loaded: .*two"):
+        native._compiled()
+    assert not list(tmp_path.glob("planaria/*.so")), "the next start tries again"
+
+
+def test_without_a_home_there_is_no_lane_but_a_reason(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(native.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
+    assert native.opened.__wrapped__() == "no home directory"

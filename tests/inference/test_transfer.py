@@ -263,3 +263,15 @@ def test_demands_given_together_are_waited_for_together():
     engine.wait(transfers)
     assert (link.now, targets[2, 0].item()) == (3.0, 2.0)
     assert engine.demand_all([]) == []
+
+
+@pytest.mark.parametrize("start", [0.1, 1 / 3, 1234.5678])
+def test_what_was_waited_for_is_there_whatever_the_clock_rounds(start):
+    link = SimulatedLink(rate=3e8)
+    link.advance(start)
+    for number in range(1, 200):
+        target = torch.zeros(number)
+        link.copy(target, torch.ones(number))
+        link.wait(link.mark())
+        assert target.all(), number
+        link.advance(1e-7 * number)
