@@ -38,8 +38,8 @@ class Crossing:
         lead: for how many layers ahead.
         pin: keep all experts in page-locked memory; otherwise each is read from its file when it is wanted.
         pack: keep them packed there (:mod:`inference.packed`), where that is possible: bf16, rows of whole groups, a C
-            compiler, and on a GPU Triton. No bit of what the link brings or the CPU computes depends on it; with ``cpu``
-            it changes what is faster, and so which of the two an expert comes from.
+            compiler, and on a GPU Triton. No bit of what the link brings or the CPU computes depends on it; but with
+            ``cpu`` it changes what is faster, and so which of the two an expert comes from.
         cpu: have the CPU compute missing experts beside the link, as far as that is faster by ``profile``, which is
             measured if it is not given. Results are then close to, not equal to, those of the link alone.
         link: None: a CUDA stream on a GPU, and nothing on a CPU. A SimulatedLink shows there what would travel when.

@@ -88,15 +88,16 @@ def test_tidying_up_that_was_interrupted_is_done_before_the_next_step(model_fold
     served, other = (Served(model_folder, 16, share) for share in (0.5, None))
     experts = served.experts
     of = {"wait": experts.lane, "give_up": experts._ended, "abandon_all": served.cache}[where]
-    fails_once(monkeypatch, served.cache, "note", KeyboardInterrupt(), after=2)
-    tidy_up = experts._tidy_up
+    note, noted = served.cache.note, []
 
-    def interrupted():
-        monkeypatch.setattr(experts, "_tidy_up", tidy_up)
-        fails_once(monkeypatch, of, where, KeyboardInterrupt(), after=0)
-        tidy_up()
+    def interrupted(*args):
+        noted.append(args)
+        if len(noted) == 3:
+            fails_once(monkeypatch, of, where, KeyboardInterrupt())  # the next call is that of tidying up
+            raise KeyboardInterrupt
+        note(*args)
 
-    monkeypatch.setattr(experts, "_tidy_up", interrupted)
+    monkeypatch.setattr(served.cache, "note", interrupted)
     with pytest.raises(KeyboardInterrupt):
         served.tokens(3)
     logits, tokens = served.tokens(3)
