@@ -88,16 +88,17 @@ def test_tidying_up_that_was_interrupted_is_done_before_the_next_step(model_fold
     served, other = (Served(model_folder, 16, share) for share in (0.5, None))
     experts = served.experts
     of = {"wait": experts.lane, "give_up": experts._ended, "abandon_all": served.cache}[where]
-    note, noted = served.cache.note, []
+    link = experts.transfer.link
+    copy, copied = link.copy, []
 
     def interrupted(*args):
-        noted.append(args)
-        if len(noted) == 3:
+        copied.append(args)
+        if len(copied) == 7:
             fails_once(monkeypatch, of, where, KeyboardInterrupt())  # the next call is that of tidying up
             raise KeyboardInterrupt
-        note(*args)
+        copy(*args)
 
-    monkeypatch.setattr(served.cache, "note", interrupted)
+    monkeypatch.setattr(link, "copy", interrupted)
     with pytest.raises(KeyboardInterrupt):
         served.tokens(3)
     logits, tokens = served.tokens(3)
