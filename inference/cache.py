@@ -109,6 +109,8 @@ class ExpertCache:
         # The slot of each expert, -1 for none; the same as lists, of which one number is had sooner; whether committed.
         self.slot_LE = np.full((len(self._row), shape.num_experts), -1, dtype=np.int32)
         self.slots_of: list[list[int]] = self.slot_LE.tolist()
+        # Made when first asked for; a call of the CPU takes hardly longer than making them.
+        self._loans: list[list[Loan | None]] = [[None] * shape.num_experts for _ in self._row]
         self._resident_LE = np.zeros((len(self._row), shape.num_experts), dtype=bool)
         self._lent: tuple[int, np.ndarray] = (0, np.zeros(0, dtype=np.intp))  # of the current call: not evicted
         self.unfinished: Callable[[], None] | None = None
@@ -144,6 +146,9 @@ class ExpertCache:
         assert len(set(experts)) == len(experts), "experts must be distinct"
         row = self._row[layer]
         self._lend(row, experts)
+        loans = self._loans[row]
+        if all(loans[expert] is not None for expert in experts):
+            return Wanted(list(experts), [], [])
         slots, resident_E, wanted = self.slots_of[row], self._resident_LE[row], Wanted([], [], [])
         for expert in experts:
             held = wanted.resident if resident_E[expert] else wanted.coming
@@ -259,9 +264,13 @@ class ExpertCache:
 
     def loan(self, layer: int, expert: int) -> Loan:
         """A committed expert."""
-        assert self.holds(layer, expert), (layer, expert)
-        slot = self.slots_of[self._row[layer]][expert]
-        return Loan(expert, slot, self._views[slot])
+        row = self._row[layer]
+        loan = self._loans[row][expert]
+        if loan is None:
+            assert self.holds(layer, expert), (layer, expert)
+            slot = self.slots_of[row][expert]
+            loan = self._loans[row][expert] = Loan(expert, slot, self._views[slot])
+        return loan
 
     def lend(self, layer: int, experts: Sequence[int]) -> Iterator[list[Loan]]:
         """Yields the distinct ``experts`` of one layer call in groups that fit the slots, each read when it is missing.
@@ -332,6 +341,7 @@ class ExpertCache:
     def _evict(self, row: int, expert: int) -> None:
         assert self._resident_LE[row, expert], (row, expert)
         self._resident_LE[row, expert] = False
+        self._loans[row][expert] = None
         if (row, expert) in self._untried:
             self._untried.discard((row, expert))
             self.counts.wasted += 1
