@@ -69,23 +69,28 @@ def test_a_failed_copy_ends_all_steps(model_folder, monkeypatch):
             served.step.run([0, 0], TABLES, [5, 17])
 
 
-@pytest.mark.parametrize(("where", "after"), [("copy", 1), ("copy", 6), ("note", 2)])
-def test_a_step_that_was_interrupted_leaves_nothing_behind(model_folder, monkeypatch, where, after):
-    """``note`` is called while the device waits for the host to count what the CPU computes."""
-    served, other = (Served(model_folder, 16, share) for share in (0.5, None))
-    of = served.cache if where == "note" else served.experts.transfer.link
-    fails_once(monkeypatch, of, where, KeyboardInterrupt(), after)
+def goes_on_behind_an_interrupt(served: Served, model_folder) -> None:
+    """A step of ``served`` is interrupted; those behind it are right."""
     with pytest.raises(KeyboardInterrupt):
         served.tokens(3)
     logits, tokens = served.tokens(3)
-    want, chosen = other.tokens(3)
+    want, chosen = Served(model_folder, 16).tokens(3)
     assert torch.allclose(logits, want, rtol=1e-4, atol=1e-4)
     assert torch.equal(tokens, chosen)
 
 
+@pytest.mark.parametrize(("where", "after"), [("copy", 1), ("copy", 6), ("note", 2)])
+def test_a_step_that_was_interrupted_leaves_nothing_behind(model_folder, monkeypatch, where, after):
+    """``note`` is called while the device waits for the host to count what the CPU computes."""
+    served = Served(model_folder, 16, 0.5)
+    of = served.cache if where == "note" else served.experts.transfer.link
+    fails_once(monkeypatch, of, where, KeyboardInterrupt(), after)
+    goes_on_behind_an_interrupt(served, model_folder)
+
+
 @pytest.mark.parametrize("where", ["wait", "give_up", "abandon_all"])
 def test_tidying_up_that_was_interrupted_is_done_before_the_next_step(model_folder, monkeypatch, where):
-    served, other = (Served(model_folder, 16, share) for share in (0.5, None))
+    served = Served(model_folder, 16, 0.5)
     experts = served.experts
     of = {"wait": experts.lane, "give_up": experts._ended, "abandon_all": served.cache}[where]
     link = experts.transfer.link
@@ -99,12 +104,7 @@ def test_tidying_up_that_was_interrupted_is_done_before_the_next_step(model_fold
         copy(*args)
 
     monkeypatch.setattr(link, "copy", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        served.tokens(3)
-    logits, tokens = served.tokens(3)
-    want, chosen = other.tokens(3)
-    assert torch.allclose(logits, want, rtol=1e-4, atol=1e-4)
-    assert torch.equal(tokens, chosen)
+    goes_on_behind_an_interrupt(served, model_folder)
     assert served.cache.unfinished is None
 
 

@@ -32,6 +32,15 @@ def with_outliers(elements: int, at: list[int], bits: list[int], seed: int = 0) 
     return block_B
 
 
+BLOCKS = st.builds(
+    with_outliers,
+    st.integers(1, 400).map(lambda groups: groups * GROUP),
+    st.lists(st.integers(0, 1 << 20), max_size=40),
+    st.lists(st.integers(0, 65535), min_size=40, max_size=40),
+    st.integers(0, 99),
+)
+
+
 @pytest.mark.parametrize("part", range(16))
 def test_all_patterns_come_back(part):
     block_B = torch.ones(128 * 4096).bfloat16()
@@ -40,14 +49,8 @@ def test_all_patterns_come_back(part):
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    groups=st.integers(1, 400),
-    at=st.lists(st.integers(0, 1 << 20), max_size=40),
-    bits=st.lists(st.integers(0, 65535), min_size=40, max_size=40),
-    seed=st.integers(0, 99),
-)
-def test_what_is_packed_comes_back(groups, at, bits, seed):
-    block_B = with_outliers(groups * GROUP, at, bits, seed)
+@given(block_B=BLOCKS)
+def test_what_is_packed_comes_back(block_B):
     packed = pack(block_B)
     if packed is None:
         return
@@ -113,14 +116,8 @@ def test_which_layouts_can_be_packed(hidden, inner, dtype, want):
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    groups=st.integers(1, 400),
-    at=st.lists(st.integers(0, 1 << 20), max_size=40),
-    bits=st.lists(st.integers(0, 65535), min_size=40, max_size=40),
-    seed=st.integers(0, 99),
-)
-def test_compiled_code_packs_the_same_bytes(groups, at, bits, seed):
-    block_B = with_outliers(groups * GROUP, at, bits, seed)
+@given(block_B=BLOCKS)
+def test_compiled_code_packs_the_same_bytes(block_B):
     made = torch.full((PackedBlock(len(block_B)).stride,), 7, dtype=torch.uint8)
     used, want = pack_into(block_B, made), pack(block_B)
     if want is None:
