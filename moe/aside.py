@@ -15,13 +15,11 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class Aside:
-    """What is queued inside :meth:`queue` comes after what the current stream has before :meth:`follow`, and after
-    nothing else but what it says itself; :meth:`join` has the current stream wait for it."""
+    """What is queued inside :meth:`queue` comes after what the current stream has as this is made, and after nothing
+    else but what it says itself; :meth:`join` has the current stream wait for it."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = _side_stream(device) if device.type == "cuda" else None
-
-    def follow(self) -> None:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
 

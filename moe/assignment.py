@@ -27,12 +27,14 @@ class Assignment:
         slot_RK: the sorted position of each pair; N (one past the end) for a choice that has no local expert.
         counts_L: pairs per local expert; the first ``counts_L[0]`` of the N belong to expert 0, and so on.
         complete: whether every choice has a local expert, so that N = R*K.
+        ends: :attr:`ends_L`, where the sort has found it.
     """
 
     pair_N: Tensor
     slot_RK: Tensor
     counts_L: Tensor
     complete: bool
+    ends: Tensor | None = None
 
     @property
     def row_N(self) -> Tensor:
@@ -42,7 +44,7 @@ class Assignment:
     @functools.cached_property
     def ends_L(self) -> Tensor:
         """Where each expert's pairs end, as torch's grouped product wants it; nothing is read back."""
-        return self.counts_L.cumsum(0).to(torch.int32)
+        return self.counts_L.cumsum(0).to(torch.int32) if self.ends is None else self.ends
 
     def spread(self, weights_RK: Tensor) -> Tensor:
         """Values of (row, choice) pairs in sorted order, [N]."""
@@ -60,15 +62,18 @@ class Sorted(NamedTuple):
 
     Attributes:
         pair_S: as :attr:`Assignment.pair_N`; what stands behind the first N is undefined.
+        ends_L: as :attr:`Assignment.ends_L`.
     """
 
     pair_S: Tensor
     slot_RK: Tensor
     counts_L: Tensor
+    ends_L: Tensor
 
     def assignment(self, pairs: int) -> Assignment:
         """``pairs``: N, known to the host."""
-        return Assignment(self.pair_S[:pairs], self.slot_RK, self.counts_L, pairs == self.pair_S.numel())
+        complete = pairs == self.pair_S.numel()
+        return Assignment(self.pair_S[:pairs], self.slot_RK, self.counts_L, complete, self.ends_L)
 
 
 def sort_pairs(index_RK: Tensor, num_local: int, first: int = 0) -> Sorted:
@@ -76,15 +81,16 @@ def sort_pairs(index_RK: Tensor, num_local: int, first: int = 0) -> Sorted:
     if runs_triton(index_RK.device):
         from moe.kernels import sorting
 
-        pair_S, slot_S, counts_L = sorting.sort_pairs(index_RK, first, num_local)
-        return Sorted(pair_S, slot_S.view_as(index_RK), counts_L)
+        pair_S, slot_S, counts_L, ends_L = sorting.sort_pairs(index_RK, first, num_local)
+        return Sorted(pair_S, slot_S.view(index_RK.shape), counts_L, ends_L)
     local_S = index_RK.flatten() - first
     local_S = local_S.masked_fill((local_S < 0) | (local_S >= num_local), num_local)
     pair_S = torch.argsort(local_S, stable=True)
     slot_S = torch.empty_like(pair_S)
     slot_S[pair_S] = torch.arange(pair_S.numel(), device=pair_S.device)
     counts_L = expert_counts(local_S, num_local + 1)[:num_local]
-    return Sorted(pair_S, torch.minimum(slot_S, counts_L.sum()).view_as(index_RK), counts_L)
+    ends_L = counts_L.cumsum(0)
+    return Sorted(pair_S, torch.minimum(slot_S, counts_L.sum()).view_as(index_RK), counts_L, ends_L.to(torch.int32))
 
 
 def assign(index_RK: Tensor, num_local: int, pairs: int | None = None) -> Assignment:

@@ -144,10 +144,8 @@ class DeduplicatedDraft(Draft):
         if runs_triton(index_TK.device):
             from moe.kernels import sorting
 
-            own, (pair_S, slot_S, counts_W2) = sorting.sort_choices(index_TK, first, num_local, ranks)
-            travels = Sorted(pair_S, slot_S.view(-1, ranks), counts_W2[:, 0])
-            own_pairs = Sorted(own[0], own[1].view_as(index_TK), own[2])
-            return cls(counts_W2, index_TK, num_local, rank, travels, own_pairs)
+            own, there, counts_W2 = sorting.sort_choices(index_TK, first, num_local, ranks)
+            return cls(counts_W2, index_TK, num_local, rank, Sorted(*there), Sorted(*own))
         rank_W = torch.arange(ranks, device=index_TK.device)
         choices_TW = (index_TK.unsqueeze(-1) // num_local == rank_W).sum(1)
         travels = sort_pairs(torch.where((choices_TW > 0) & (rank_W != rank), rank_W, ranks), ranks)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
+from moe.aside import Aside
 from moe.assignment import Assignment, assign
 from moe.copies import DeduplicatedDraft, Draft, PlainDraft
 from moe.exchange import Flight, Headcount, arrive, come_back, send, send_back
@@ -116,7 +117,8 @@ class AllToAll(Dispatcher):
 
     def dispatch_preprocess(self, routed: Routed) -> Trip:
         draft = self._draft(routed.index_TK)
-        return Trip(routed, Flight(draft.route(*Headcount(draft.counts_W2, self.group).read()), self.group))
+        counts = Headcount(draft.counts_W2, self.group, Aside(routed.index_TK.device))
+        return Trip(routed, Flight(draft.route(*counts.read()), self.group))
 
     def _draft(self, index_TK: Tensor) -> Draft:
         return PlainDraft.of(index_TK, self.ranks, self.num_local)

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from moe.aside import Aside
 from moe.copies import Counts, Fan, Route
-from moe.kernels.grouped import ROOM
 
 
 def all_to_all(
@@ -55,33 +54,38 @@ def begin(x_SH: Tensor, sent: Sequence[int], received: Sequence[int], group: dis
     return Going(rows, x_SH, all_to_all(rows, x_SH, received, sent, group))
 
 
+_WIDTH = 16  # thread blocks that NCCL may take; for sending and receiving it takes half of them and one
 # Its name since torch 2.13, and before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Headcount:
-    """Counts on their way to the host: every rank's :attr:`~moe.copies.Draft.counts_W2`."""
+    """Counts on their way to the host: every rank's :attr:`~moe.copies.Draft.counts_W2`.
 
-    def __init__(self, sent_W2: Tensor, group: dist.ProcessGroup) -> None:
+    On a GPU all of it is queued at once, ``aside``, so that the host finds them when it has queued what does not need
+    them."""
+
+    def __init__(self, sent_W2: Tensor, group: dist.ProcessGroup, aside: Aside) -> None:
         self._rank = dist.get_rank(group)
         ranks = sent_W2.shape[0]
-        gathered = sent_W2.new_empty(ranks * ranks, 2)
-        self._work = _all_gather(gathered, sent_W2, group=group, async_op=True)
-        self._device_WW2 = gathered.view(ranks, ranks, 2)
+        with aside.queue():
+            gathered = sent_W2.new_empty(ranks * ranks, 2)
+            self._work = _all_gather(gathered, sent_W2, group=group, async_op=True)
+            self._counts_WW2 = gathered.view(ranks, ranks, 2)
+            self._copied: torch.cuda.Event | None = None
+            if gathered.is_cuda:
+                self._work.wait()  # the stream, not the host
+                self._counts_WW2 = _pinned(self._counts_WW2.shape, gathered.dtype)
+                self._counts_WW2.copy_(gathered.view(ranks, ranks, 2), non_blocking=True)
+                self._copied = torch.cuda.current_stream().record_event()
 
     def read(self) -> tuple[Counts, Counts]:
         """What is sent and received. The one wait of a layer's forward pass: for counts, and nothing queued later."""
-        host_WW2 = self._device_WW2
-        if host_WW2.is_cuda:
-            host_WW2 = _pinned(host_WW2.shape, host_WW2.dtype)
-            with Aside(self._device_WW2.device).queue():
-                self._work.wait()  # this stream, not the host: behind the exchange, and so behind the counts
-                host_WW2.copy_(self._device_WW2, non_blocking=True)
-                copied = torch.cuda.current_stream().record_event()
-            copied.synchronize()
-        else:
+        if self._copied is None:
             self._work.wait()
-        counts_WW2 = host_WW2.tolist()
+        else:
+            self._copied.synchronize()
+        counts_WW2 = self._counts_WW2.tolist()
         return counts_WW2[self._rank], [counts_W2[self._rank] for counts_W2 in counts_WW2]
 
 
@@ -98,7 +102,7 @@ def narrow(group: dist.ProcessGroup) -> dist.ProcessGroup:
     if dist.get_backend(group) != "nccl":
         return group
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    options.config.max_ctas = ROOM
+    options.config.max_ctas = _WIDTH
     return dist.new_group(dist.get_process_group_ranks(group), pg_options=options, use_local_synchronization=True)
 
 

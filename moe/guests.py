@@ -6,8 +6,7 @@ rank that has any expert here (as :class:`moe.dispatch.Deduplicated` sends them)
 =================  ==================================================================================
 exchange           what runs meanwhile
 =================  ==================================================================================
-counts             own and leaving rows are gathered
-guests come        own up projection (a shared expert before it)
+counts, guests     own up projection, and a shared expert
 results return     own down projection
 their gradients    sorting and gathering for the backward pass
 gradients return   the up projection's weight gradient of own tokens and guests
@@ -22,6 +21,8 @@ I intermediate, H hidden, M pairs of one part.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -48,49 +49,51 @@ _ALIGNED = 16  # bytes: rows of any type begin there
 
 @dataclass(frozen=True)
 class Packing:
-    """How a token's row, its weights and its expert numbers make one row of bytes, so that there is one exchange."""
+    """How a token's row, its weights and its expert numbers make one row of bytes, so that there is one exchange.
 
-    hidden: int
-    top_k: int
-    row_type: torch.dtype
-    weight_type: torch.dtype
-    number_type: torch.dtype
+    Each of the three begins where any type may, and so is read where it is.
+    """
 
-    @property
-    def widths(self) -> tuple[int, int, int]:
-        """Bytes of the three."""
-        return (
-            self.hidden * self.row_type.itemsize,
-            self.top_k * self.weight_type.itemsize,
-            self.top_k * self.number_type.itemsize,
+    widths: tuple[int, int, int]
+    types: tuple[torch.dtype, torch.dtype, torch.dtype]
+
+    @functools.cached_property
+    def _columns(self) -> list[tuple[int, int]]:
+        """First and last byte of each, and of what comes behind them."""
+        sizes = [width * dtype.itemsize for width, dtype in zip(self.widths, self.types, strict=True)]
+        starts = itertools.accumulate((-(-size // _ALIGNED) * _ALIGNED for size in sizes), initial=0)
+        return [(at, at + size) for at, size in zip(starts, [*sizes, 0], strict=True)]
+
+    def views(self, rows_XB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [X,H], weights and expert numbers [X,K] of packed rows."""
+        x, weights, numbers = (
+            rows_XB[:, at:end].view(dtype) for (at, end), dtype in zip(self._columns[:3], self.types, strict=True)
         )
+        return x, weights, numbers
 
-    def pack(self, x_TH: Tensor, weights_TK: Tensor, index_TK: Tensor) -> Tensor:
-        parts = [part.contiguous().view(torch.uint8) for part in (x_TH, weights_TK, index_TK.to(self.number_type))]
-        rest = -sum(self.widths) % _ALIGNED
-        if rest:
-            parts.append(parts[0].new_zeros(x_TH.shape[0], rest))
-        return torch.cat(parts, 1)
+    def spread(self, rows: tuple[Tensor, Tensor, Tensor], travels: Sorted, size: int) -> Tensor:
+        """The packed row of each copy, [size,B]; for ``size`` see :func:`moe.kernels.spread.spread`."""
+        out_SB = torch.empty(size, self._columns[-1][0], dtype=torch.uint8, device=rows[0].device)
+        if may_be_early(out_SB):
+            from moe.kernels import elementwise
 
-    def unpack(self, bytes_GB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(x [G,H] where it is, weights [G,K], expert numbers [G,K])."""
-        row, weight, number = self.widths
-        weights, numbers = bytes_GB[:, row : row + weight + number].split([weight, number], 1)
-        # Copies, also of a single row, which would count as contiguous as it stands: wider types need the alignment.
-        weights, numbers = (part.clone(memory_format=torch.contiguous_format) for part in (weights, numbers))
-        x_GH = bytes_GB.view(self.row_type)[:, : self.hidden]
-        return x_GH, weights.view(self.weight_type), numbers.view(self.number_type)
+            elementwise.spread_together(rows, travels.slot_RK, travels.ends_L, self.views(out_SB))
+        else:
+            for out, part in zip(self.views(out_SB), rows, strict=True):
+                out.copy_(spread(part, travels, size))
+        return out_SB
 
 
 class Visit:
     """One call of a layer: who goes where, as the host knows it, and what is on its way.
 
-    The host works hard until the first products run, and little after that: so own tokens' up projection is queued as
-    soon as its size is known, and the guests' exchange after it, on a stream that does not wait for it.
+    Until the guests' products are queued it is the host that binds. So own tokens' up projection is queued before it
+    knows how many pairs there are (the product ends where the rows do), then it fetches the counts, and guests are sent
+    on a stream that does not wait for that product.
 
     Attributes:
         own_pairs, guest_pairs: pairs of a row and a local expert.
-        fan, own, h_own: on the device, and needed in the forward pass only.
+        fan, own, h_own: on the device, and needed in the forward pass only. ``h_own`` may have more rows than pairs.
     """
 
     def __init__(
@@ -106,37 +109,26 @@ class Visit:
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         self.first = rank * self.num_local
         draft = DeduplicatedDraft.of(index_TK, ranks, self.num_local, rank)
-        counts = Headcount(draft.counts_W2, group)
+        self.aside = Aside(x_TH.device)
+        rows_SH = how.rows_early(x_TH, draft.own)
+        self.own: Assignment | None = None
+        self.h_own: Tensor | None = None
+        if rows_SH is not None and stack.up_bias_L2I is None:
+            self.h_own = _up_beside(how, x_TH, stack, draft.own.assignment(rows_SH.shape[0]), rows_SH)
+        counts = Headcount(draft.counts_W2, group, self.aside)
         types = (x_TH.dtype, weights_TK.dtype, narrow_type(ranks * self.num_local))
-        self.packing = Packing(x_TH.shape[1], index_TK.shape[1], *types)
-        own_rows = how.rows_early(x_TH, draft.own)
-        leaving_TB, early = self.packing.pack(x_TH, weights_TK, index_TK), may_be_early(x_TH)
-        if early:  # room for as many copies as there can be: the host has something to do while counts travel
-            leaving_SB = spread(leaving_TB, draft.travels, x_TH.shape[0] * (ranks - 1))
+        self.packing = Packing((x_TH.shape[1], weights_TK.shape[1], index_TK.shape[1]), types)
         sent, received = counts.read()
         self.sent, self.received = rows_of(sent), rows_of(received)
         self.own_pairs = sent[rank][1]
         self.guest_pairs = sum(pairs for _, pairs in received) - self.own_pairs
-        if not early:
-            leaving_SB = spread(leaving_TB, draft.travels, sum(self.sent))
-        self.own: Assignment | None = draft.own.assignment(self.own_pairs)
-        self.aside = Aside(x_TH.device)
-        self.aside.follow()
-
-        def send() -> Going:
-            with self.aside.queue():
-                return self.there(leaving_SB[: sum(self.sent)], narrow(group))
-
-        def project() -> Tensor:
-            with room_for_exchange(x_TH.device):
-                return _up(how, x_TH, stack, self.own, None if own_rows is None else own_rows[: self.own_pairs])
-
-        self.h_own: Tensor | None
-        self.coming: Going | None
-        if early:
-            self.h_own, self.coming = project(), send()
-        else:  # a CPU computes at once
-            self.coming, self.h_own = send(), project()
+        with self.aside.queue():
+            leaving_SB = self.packing.spread((x_TH, weights_TK, index_TK), draft.travels, sum(self.sent))
+            self.coming: Going | None = self.there(leaving_SB, narrow(group))
+        self.own = draft.own.assignment(self.own_pairs)
+        if self.h_own is None:
+            rows_NH = None if rows_SH is None else rows_SH[: self.own_pairs]
+            self.h_own = _up_beside(how, x_TH, stack, self.own, rows_NH)
         self.fan: Fan | None = draft.fan(sent)
         self.returning: tuple[Going | None, Going | None] = (None, None)
 
@@ -225,17 +217,20 @@ class _Mix(torch.autograd.Function):
         visit.own, visit.fan, visit.coming, visit.h_own = None, None, None, None
         with torch.autocast(x_TH.device.type, enabled=False):
             with aside.queue():
-                bytes_GB = coming.landed()
-                x_GH, weights_GK, index_GK = visit.packing.unpack(bytes_GB)
+                came_GB = coming.landed()
+                x_GH, weights_GK, index_GK = visit.packing.views(came_GB)
                 found = sort_pairs(index_GK, visit.num_local, visit.first)
-            aside.join(bytes_GB, weights_GK, index_GK, *found)
+            aside.join(came_GB, *found)
             guests = found.assignment(visit.guest_pairs)
             h_guests = _up(how, x_GH, stack, guests)
             returning = visit.back(_down(how, h_guests, x_GH, weights_GK, stack, guests))
             if not keep:
                 del h_guests
+            # An early product has rows behind its pairs, which must not be kept.
+            kept_h = h_own.new_empty(visit.own_pairs, h_own.shape[1]) if h_own.shape[0] > visit.own_pairs else None
             with room_for_exchange(x_TH.device):
-                out_TH = _down(how, h_own, x_TH, weights_TK, stack, own)
+                out_TH = _down(how, h_own[: visit.own_pairs], x_TH, weights_TK, stack, own, kept_h if keep else None)
+            h_own = h_own if kept_h is None else kept_h
             if keep:  # for the backward pass, which begins with enough to do
                 with aside.queue():
                     joint = sort_pairs(torch.cat([index_TK, index_GK.to(index_TK.dtype)]), visit.num_local, visit.first)
@@ -252,8 +247,8 @@ class _Mix(torch.autograd.Function):
         refuse_second_derivative()
         visit: Visit = ctx.visit
         x_TH, x_GH, weights_TK, weights_GK, *more = ctx.saved_tensors
-        h_own, h_guests, own_pairs, guest_pairs, *joint, source_S = more[:8]
-        stacked = more[8:]
+        h_own, h_guests, own_pairs, guest_pairs, *joint, source_S = more[:9]
+        stacked = more[9:]
         needs, stack = Needs(*ctx.needs_input_grad[5:]), Stack(*stacked, ctx.form)
         coming = visit.there(dout_TH[source_S])
 
@@ -286,9 +281,21 @@ def _up(how: ModuleType, x_RH: Tensor, stack: Stack, assignment: Assignment, row
     return x_RH.new_empty(0, stack.up_L2IH.shape[1])
 
 
+def _up_beside(how: ModuleType, x_RH: Tensor, *more: Any) -> Tensor:
+    """:func:`_up` beside an exchange."""
+    with room_for_exchange(x_RH.device):
+        return _up(how, x_RH, *more)
+
+
 def _down(
-    how: ModuleType, h_M2I: Tensor, x_RH: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment
+    how: ModuleType,
+    h_M2I: Tensor,
+    x_RH: Tensor,
+    weights_RK: Tensor,
+    stack: Stack,
+    assignment: Assignment,
+    kept_M2I: Tensor | None = None,
 ) -> Tensor:
     if assignment.pair_N.numel():
-        return how.down(h_M2I, weights_RK, stack, assignment)  # type: ignore[no-any-return]
+        return how.down(h_M2I, weights_RK, stack, assignment, kept_M2I)  # type: ignore[no-any-return]
     return torch.zeros_like(x_RH)

@@ -44,9 +44,11 @@ def rows_early(x_RH: Tensor, found: Sorted) -> Tensor | None:
     return spread(x_RH, found, found.pair_S.numel()) if may_be_early(x_RH) else None
 
 
-def down(h_N2I: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment) -> Tensor:
+def down(
+    h_N2I: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment, kept_N2I: Tensor | None = None
+) -> Tensor:
     score_N = spread_scores(weights_RK, assignment, h_N2I.dtype)
-    a_NI = scaled(h_N2I, score_N, stack)
+    a_NI = scaled(h_N2I, score_N, stack, kept_N2I)
     del h_N2I
     y_NH = _product(a_NI, stack.down_LHI, assignment)
     del a_NI
@@ -82,8 +84,6 @@ def backward_parts(parts: Parts, douts: Douts, stack: Stack, needs: Needs, give_
     found, assignment = Gradients(), parts.assignment
     (own_TH, wait), (own_slots, other_slots) = douts, parts.slots
     ends_L, all_pairs = assignment.ends_L, assignment.pair_N.numel()
-    weights_RK = torch.cat(parts.weights)
-    score_N = spread_scores(weights_RK, assignment, own_TH.dtype)
     x_NH = None
     if needs.up:
         x_NH = own_TH.new_empty(all_pairs, own_TH.shape[1])
@@ -93,6 +93,8 @@ def backward_parts(parts: Parts, douts: Douts, stack: Stack, needs: Needs, give_
     spread_into(dy_NH, own_TH, own_slots, parts.pairs[0], assignment)
     spread_into(dy_NH, wait(), other_slots, parts.pairs[1], assignment)
     a_NI = torch.nn.functional.grouped_mm(dy_NH, stack.down_LHI, offs=ends_L)
+    weights_RK = torch.cat(parts.weights)
+    score_N = spread_scores(weights_RK, assignment, own_TH.dtype)
     dh_N2I, ds_N = a_NI.new_empty(all_pairs, 2 * a_NI.shape[1]), torch.empty_like(score_N)
     for h_M2I, place_M in zip(parts.h, parts.places, strict=True):
         scaled_backward_placed(a_NI, h_M2I, score_N, stack, dh_N2I, ds_N, place_M)
@@ -156,12 +158,14 @@ def finish(
         found.up = weight_gradient(dh_N2I, x_NH, assignment, stack.form.transposed)
 
 
-def scaled(h_N2I: Tensor, score_N: Tensor, stack: Stack) -> Tensor:
-    """:func:`moe.kernels.activation.scaled`, in one kernel where there is one."""
+def scaled(h_N2I: Tensor, score_N: Tensor, stack: Stack, kept_N2I: Tensor | None = None) -> Tensor:
+    """:func:`moe.kernels.activation.scaled`, in one kernel where there is one; ``kept`` becomes a copy of h."""
     if probe.fuses_elementwise(h_N2I, stack.form):
         from moe.kernels import elementwise
 
-        return elementwise.scaled(h_N2I, score_N)
+        return elementwise.scaled(h_N2I, score_N, kept_N2I)
+    if kept_N2I is not None:
+        kept_N2I.copy_(h_N2I)
     return activation.scaled(h_N2I, score_N, stack.form)
 
 

@@ -50,58 +50,93 @@ def gather_sum(y_NH: Tensor, slot_RK: Tensor, pairs: int, base_RH: Tensor | None
 
 
 @triton.jit
-def _spread(
-    x, wide, slot, counts, stride, out, hidden, keys, choices: tl.constexpr, block: tl.constexpr, most: tl.constexpr
-):
+def _spread(x, wide, slot, ends, keys, out, hidden, choices: tl.constexpr, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
-    key = tl.arange(0, most)
-    places = tl.sum(tl.load(counts + key * stride, mask=key < keys, other=0), 0)
+    places = tl.load(ends + keys - 1)
     value = tl.load(x + row * wide + column, mask=column < hidden)
     for k in range(choices):
         at = tl.load(slot + row * choices + k).to(tl.int64)
         tl.store(out + at * hidden + column, value, mask=(column < hidden) & (at < places))
 
 
-def spread(x_RH: Tensor, slot_RK: Tensor, counts_L: Tensor, out_NH: Tensor) -> None:
-    """``out[slot[r,k]] = x[r]`` where the slot is below the sum of ``counts``: each row is read once.
+def spread(x_RH: Tensor, slot_RK: Tensor, ends_L: Tensor, out_NH: Tensor) -> None:
+    """``out[slot[r,k]] = x[r]`` where the slot is below the last of ``ends``: each row is read once.
 
     Args:
         x_RH: may be columns of something wider.
     """
     if x_RH.stride(1) != 1:
         x_RH = x_RH.contiguous()
-    (rows, choices), hidden, keys = slot_RK.shape, x_RH.shape[1], counts_L.numel()
+    (rows, choices), hidden = slot_RK.shape, x_RH.shape[1]
     if not rows:
         return
     block = min(2048, triton.next_power_of_2(hidden))
-    grid = (rows, triton.cdiv(hidden, block))
-    _spread[grid](
-        x_RH, x_RH.stride(0), slot_RK.contiguous(), counts_L, counts_L.stride(0), out_NH, hidden, keys, choices,
-        block, triton.next_power_of_2(keys), num_warps=4 if block >= 1024 else 1,
+    _spread[(rows, triton.cdiv(hidden, block))](
+        x_RH, x_RH.stride(0), slot_RK.contiguous(), ends_L, ends_L.numel(), out_NH, hidden, choices, block,
+        num_warps=4 if block >= 1024 else 1,
     )  # fmt: skip
 
 
 @triton.jit
-def _scaled(h, score, a, pairs, inner, rows: tl.constexpr, block: tl.constexpr):
+def _spread_together(
+    x, weight, number, slot, ends, keys, out_x, out_weight, out_number, to_x, to_weight, to_number, hidden, top_k,
+    choices: tl.constexpr, columns: tl.constexpr, block: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * block + tl.arange(0, block)
+    places = tl.load(ends + keys - 1)
+    value = tl.load(x + row * hidden + column, mask=column < hidden)
+    narrow = tl.arange(0, columns)
+    first = (narrow < top_k) & (tl.program_id(1) == 0)
+    weights = tl.load(weight + row * top_k + narrow, mask=first)
+    numbers = tl.load(number + row * top_k + narrow, mask=first).to(out_number.dtype.element_ty)
+    for k in range(choices):
+        at = tl.load(slot + row * choices + k).to(tl.int64)
+        tl.store(out_x + at * to_x + column, value, mask=(column < hidden) & (at < places))
+        tl.store(out_weight + at * to_weight + narrow, weights, mask=first & (at < places))
+        tl.store(out_number + at * to_number + narrow, numbers, mask=first & (at < places))
+
+
+def spread_together(
+    rows: tuple[Tensor, Tensor, Tensor], slot_RC: Tensor, ends_W: Tensor, out: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """:func:`spread` of x [R,H], weights and numbers [R,K] at once, whose outputs may be columns of something wider."""
+    x_RH, weights_RK, index_RK = (part.contiguous() for part in rows)
+    (count, choices), hidden, top_k = slot_RC.shape, x_RH.shape[1], index_RK.shape[1]
+    if not count:
+        return
+    block = min(2048, triton.next_power_of_2(hidden))
+    _spread_together[(count, triton.cdiv(hidden, block))](
+        x_RH, weights_RK, index_RK, slot_RC.contiguous(), ends_W, ends_W.numel(), *out,
+        *(part.stride(0) for part in out), hidden, top_k, choices, triton.next_power_of_2(top_k), block,
+        num_warps=4 if block >= 1024 else 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _scaled(h, score, a, kept, pairs, inner, rows: tl.constexpr, block: tl.constexpr):
     pair = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
     column = tl.program_id(1) * block + tl.arange(0, block)
     here = (pair < pairs)[:, None] & (column < inner)[None, :]
     at = pair[:, None] * (2 * inner) + column[None, :]
-    gate = tl.load(h + at, mask=here, other=0.0).to(tl.float32)
-    up = tl.load(h + at + inner, mask=here, other=0.0).to(tl.float32)
-    value, _, _ = silu_parts(gate, up)
+    gate = tl.load(h + at, mask=here, other=0.0)
+    up = tl.load(h + at + inner, mask=here, other=0.0)
+    if kept is not None:
+        tl.store(kept + at, gate, mask=here)
+        tl.store(kept + at + inner, up, mask=here)
+    value, _, _ = silu_parts(gate.to(tl.float32), up.to(tl.float32))
     s = tl.load(score + pair, mask=pair < pairs, other=0.0).to(tl.float32)
     tl.store(a + pair[:, None] * inner + column[None, :], (value * s[:, None]).to(a.dtype.element_ty), mask=here)
 
 
-def scaled(h_N2I: Tensor, score_N: Tensor) -> Tensor:
-    """``score * silu(gate) * up`` [N,I]."""
+def scaled(h_N2I: Tensor, score_N: Tensor, kept_N2I: Tensor | None = None) -> Tensor:
+    """``score * silu(gate) * up`` [N,I]; ``kept`` becomes a copy of h."""
     pairs, inner = h_N2I.shape[0], h_N2I.shape[1] // 2
     a_NI = h_N2I.new_empty(pairs, inner)
     block = min(512, triton.next_power_of_2(inner))
     grid = (triton.cdiv(pairs, _ROWS), triton.cdiv(inner, block))
-    _scaled[grid](h_N2I, score_N, a_NI, pairs, inner, _ROWS, block)
+    _scaled[grid](h_N2I, score_N, a_NI, kept_N2I, pairs, inner, _ROWS, block)
     return a_NI
 
 

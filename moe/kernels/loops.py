@@ -99,7 +99,7 @@ def rows_early(x_RH: Tensor, found: Sorted) -> None:
     """Rows are gathered a group at a time."""
 
 
-def down(h_N2I: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment) -> Tensor:
+def down(h_N2I: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment, kept_N2I: None = None) -> Tensor:
     score_N = spread_scores(weights_RK, assignment, h_N2I.dtype)
     y_NH = empty_pairs(h_N2I, stack.down_LHI.shape[1], assignment)
     down_L = _experts(stack.down_LHI)

@@ -31,7 +31,7 @@ def minimal_mix(how: ModuleType, x_RH: Tensor, weights_RK: Tensor, stack: Stack,
     """
     tensors = (x_RH.to(stack.up_L.dtype), weights_RK, stack.up_L, stack.down_L, stack.up_bias_L2I, stack.down_bias_LH)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    parts = (assignment.pair_N, assignment.slot_RK, assignment.counts_L)
+    parts = (assignment.pair_N, assignment.slot_RK, assignment.counts_L, assignment.ends_L)
     return _Mix.apply(how, keep, assignment.complete, stack.form, *parts, *tensors).to(x_RH.dtype)
 
 
@@ -46,6 +46,7 @@ class _Mix(torch.autograd.Function):
         pair_N: Tensor,
         slot_RK: Tensor,
         counts_L: Tensor,
+        ends_L: Tensor,
         x_RH: Tensor,
         weights_RK: Tensor,
         *stacked: Tensor | None,
@@ -53,7 +54,7 @@ class _Mix(torch.autograd.Function):
         up_L, down_L, up_bias, down_bias = stacked
         assert up_L is not None
         assert down_L is not None
-        assignment = Assignment(pair_N, slot_RK, counts_L, complete)
+        assignment = Assignment(pair_N, slot_RK, counts_L, complete, ends_L)
         stack = Stack(up_L, down_L, up_bias, down_bias, form)
         with torch.autocast(x_RH.device.type, enabled=False):
             if pair_N.numel():
@@ -61,18 +62,18 @@ class _Mix(torch.autograd.Function):
             else:
                 out_RH, h_N2I = torch.zeros_like(x_RH), None
         if keep:
-            ctx.save_for_backward(x_RH, weights_RK, h_N2I, pair_N, slot_RK, counts_L, *stacked)
+            ctx.save_for_backward(x_RH, weights_RK, h_N2I, pair_N, slot_RK, counts_L, ends_L, *stacked)
             ctx.how, ctx.complete, ctx.form = how, complete, form
         return out_RH
 
     @staticmethod
     def backward(ctx: Any, dout_RH: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        x_RH, weights_RK, h_N2I, pair_N, slot_RK, counts_L, *stacked = ctx.saved_tensors
-        needs = Needs(*ctx.needs_input_grad[7:])
+        x_RH, weights_RK, h_N2I, pair_N, slot_RK, counts_L, ends_L, *stacked = ctx.saved_tensors
+        needs = Needs(*ctx.needs_input_grad[8:])
         with torch.autocast(x_RH.device.type, enabled=False):
             if pair_N.numel():
-                assignment = Assignment(pair_N, slot_RK, counts_L, ctx.complete)
+                assignment = Assignment(pair_N, slot_RK, counts_L, ctx.complete, ends_L)
                 found = ctx.how.backward(
                     dout_RH.contiguous(), x_RH, weights_RK, h_N2I, Stack(*stacked, ctx.form), assignment, needs,
                     overwrite=not graph_is_kept(),
@@ -80,7 +81,7 @@ class _Mix(torch.autograd.Function):
             else:
                 found = needs.zeros(x_RH, weights_RK, stacked)
         gradients = (found.x, found.weights, found.up, found.down, found.up_bias, found.down_bias)
-        return (*(None,) * 7, *gradients)
+        return (*(None,) * 8, *gradients)
 
 
 def refuse_second_derivative() -> None:

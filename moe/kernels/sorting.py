@@ -47,15 +47,27 @@ def _places(key, before, totals, keys, block: tl.constexpr, step: tl.constexpr):
 
 
 @triton.jit
+def _ends(totals, ends, keys, step: tl.constexpr):
+    """Where each key's pairs end."""
+    every = tl.zeros((), dtype=tl.int32)
+    for start in range(0, keys, step):
+        each = start + tl.arange(0, step)
+        total = tl.load(totals + each, mask=each < keys, other=0).to(tl.int32)
+        tl.store(ends + each, every + tl.cumsum(total, 0), mask=each < keys)
+        every += tl.sum(total, 0)
+
+
+@triton.jit
 def _keys_of(index, at, here, first, keys):
     key = tl.load(index + at, mask=here, other=0).to(tl.int32) - first
     return tl.where(here & (key >= 0) & (key < keys), key, -1)
 
 
 @triton.jit(do_not_specialize=["pairs", "first", "keys"])
-def _count(index, counts, pairs, first, keys, block: tl.constexpr, step: tl.constexpr):
+def _count(index, wide, counts, pairs, first, keys, top_k: tl.constexpr, block: tl.constexpr, step: tl.constexpr):
     at = tl.program_id(0) * block + tl.arange(0, block)
-    _tally(_keys_of(index, at, at < pairs, first, keys), counts + tl.program_id(0) * keys, keys, step)
+    key = _keys_of(index, at // top_k * wide + at % top_k, at < pairs, first, keys)
+    _tally(key, counts + tl.program_id(0) * keys, keys, step)
 
 
 @triton.jit(do_not_specialize=["blocks", "keys"])
@@ -73,31 +85,39 @@ def _sum_up(counts, totals, blocks, keys, step: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["pairs", "first", "keys"])
-def _place(index, before, totals, slot, pair, pairs, first, keys, block: tl.constexpr, step: tl.constexpr):
+def _place(
+    index, wide, before, totals, slot, pair, ends, pairs, first, keys,
+    top_k: tl.constexpr, block: tl.constexpr, step: tl.constexpr
+):  # fmt: skip
+    if tl.program_id(0) == 0:
+        _ends(totals, ends, keys, step)
     at = tl.program_id(0) * block + tl.arange(0, block)
-    key = _keys_of(index, at, at < pairs, first, keys)
+    key = _keys_of(index, at // top_k * wide + at % top_k, at < pairs, first, keys)
     place = _places(key, before + tl.program_id(0) * keys, totals, keys, block, step).to(tl.int64)
     tl.store(slot + at, place, mask=at < pairs)
     tl.store(pair + place, at.to(tl.int64), mask=key >= 0)
 
 
-def sort_pairs(index: Tensor, first: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+def sort_pairs(index_RK: Tensor, first: int, keys: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sort by ``index - first``; what is outside [0, keys) has no place.
 
     Args:
-        index: of any shape with S elements.
+        index_RK: whole numbers; may be columns of something wider.
 
     Returns (pair [S]: which pair stands at each place, undefined behind the last; slot [S]: each pair's place, the
-    number of places if it has none; pairs of each key [L]), all int64.
+    number of places if it has none; pairs of each key [L]), all int64, and where each key's pairs end, [L] int32.
     """
-    pairs, index = index.numel(), index.contiguous()
+    if index_RK.stride(1) != 1:
+        index_RK = index_RK.contiguous()
+    pairs, top_k, device = index_RK.numel(), max(1, index_RK.shape[1]), index_RK.device
     blocks = max(1, triton.cdiv(pairs, _PAIRS))
-    counts_BL = torch.empty(blocks, keys, dtype=torch.int32, device=index.device)
-    totals_L, slot_S, pair_S = _whole_numbers(index.device, keys, pairs, pairs)
-    _count[(blocks,)](index, counts_BL, pairs, first, keys, _PAIRS, _KEYS)
+    counts_BL, ends_L = torch.empty((blocks + 1) * keys, dtype=torch.int32, device=device).split([blocks * keys, keys])
+    totals_L, slot_S, pair_S = _whole_numbers(device, keys, pairs, pairs)
+    source, sizes = (index_RK, index_RK.stride(0)), (pairs, first, keys, top_k, _PAIRS, _KEYS)
+    _count[(blocks,)](*source, counts_BL, *sizes)
     _sum_up[(keys,)](counts_BL, totals_L, blocks, keys, _step(blocks))
-    _place[(blocks,)](index, counts_BL, totals_L, slot_S, pair_S, pairs, first, keys, _PAIRS, _KEYS)
-    return pair_S, slot_S, totals_L
+    _place[(blocks,)](*source, counts_BL, totals_L, slot_S, pair_S, ends_L, *sizes)
+    return pair_S, slot_S, totals_L, ends_L
 
 
 @triton.jit
@@ -128,9 +148,11 @@ def _count_choices(
 
 @triton.jit(do_not_specialize=["tokens", "first", "keys", "ranks"])
 def _place_choices(
-    index, before, totals, slot, pair, slot_there, pair_there, tokens, top_k, first, keys, ranks,
+    index, before, totals, slot, pair, ends, slot_there, pair_there, ends_there, tokens, top_k, first, keys, ranks,
     rows: tl.constexpr, columns: tl.constexpr, step: tl.constexpr
 ):  # fmt: skip
+    if tl.program_id(0) == 0:
+        _ends(totals, ends, keys, step)
     token, at, key, rank = _block_of_choices(index, tokens, top_k, first, keys, rows, columns)
     before += tl.program_id(0) * (keys + 2 * ranks)
     place = _places(key, before, totals, keys, rows * columns, step).to(tl.int64)
@@ -147,31 +169,37 @@ def _place_choices(
         tl.store(slot_there + there, tl.where(goes > 0, to, every), mask=token < tokens)
         tl.store(pair_there + to, there.to(tl.int64), mask=goes > 0)
         start += tl.load(totals + keys + 2 * other)
+        tl.store(ends_there + other, start.to(tl.int32), mask=tl.program_id(0) == 0)
 
 
-def sort_choices(index_TK: Tensor, first: int, keys: int, ranks: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def sort_choices(
+    index_TK: Tensor, first: int, keys: int, ranks: int
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
     """Own (token, choice) pairs by expert, and (token, rank) pairs by rank, of tokens that have experts elsewhere.
 
     Args:
         index_TK: global expert numbers; rank r has [r*L, (r+1)*L), and this one those from ``first`` on.
 
-    Returns what :func:`sort_pairs` does of both; in the second, the third is [W,2] and counts also the pairs of a token
-    and an expert of each rank.
+    Returns what :func:`sort_pairs` does of both, slots as [T,K] and [T,W]; and of each rank the tokens that go there
+    and the pairs of a token and an expert there, [W,2].
     """
     (tokens, top_k), device, index_TK = index_TK.shape, index_TK.device, index_TK.contiguous()
     columns = triton.next_power_of_2(top_k)
     rows = max(1, _PAIRS // columns)
     blocks, width = max(1, triton.cdiv(tokens, rows)), keys + 2 * ranks
-    counts_BX = torch.empty(blocks, width, dtype=torch.int32, device=device)
+    counts_BX, ends_L, ends_W = torch.empty(blocks * width + keys + ranks, dtype=torch.int32, device=device).split(
+        [blocks * width, keys, ranks]
+    )
     totals_X, slot_S, pair_S, slot_TW, pair_TW = _whole_numbers(
         device, width, tokens * top_k, tokens * top_k, tokens * ranks, tokens * ranks
     )
     sizes = (tokens, top_k, first, keys, ranks, rows, columns, _KEYS)
     _count_choices[(blocks,)](index_TK, counts_BX, *sizes)
     _sum_up[(width,)](counts_BX, totals_X, blocks, width, _step(blocks))
-    _place_choices[(blocks,)](index_TK, counts_BX, totals_X, slot_S, pair_S, slot_TW, pair_TW, *sizes)
-    own = pair_S, slot_S, totals_X[:keys]
-    return own, (pair_TW, slot_TW, totals_X[keys:].view(ranks, 2))
+    _place_choices[(blocks,)](index_TK, counts_BX, totals_X, slot_S, pair_S, ends_L, slot_TW, pair_TW, ends_W, *sizes)
+    counts_W2 = totals_X[keys:].view(ranks, 2)
+    own = pair_S, slot_S.view(tokens, top_k), totals_X[:keys], ends_L
+    return own, (pair_TW, slot_TW.view(tokens, ranks), counts_W2[:, 0], ends_W), counts_W2
 
 
 def _whole_numbers(device: torch.device, *sizes: int) -> tuple[Tensor, ...]:

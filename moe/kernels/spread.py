@@ -26,7 +26,7 @@ def spread(x_RH: Tensor, found: Sorted | Assignment, size: int) -> Tensor:
         from moe.kernels import elementwise
 
         out_NH = x_RH.new_empty(size, x_RH.shape[1])
-        elementwise.spread(x_RH, found.slot_RK, found.counts_L, out_NH)
+        elementwise.spread(x_RH, found.slot_RK, found.ends_L, out_NH)
         return out_NH
     pair_N = found.pair_S if isinstance(found, Sorted) else found.pair_N
     return x_RH[pair_N[:size] // found.slot_RK.shape[1]]
@@ -37,6 +37,6 @@ def spread_into(out_NH: Tensor, x_QH: Tensor, slot_QK: Tensor, pair_M: Tensor, f
     if runs_triton(x_QH.device):
         from moe.kernels import elementwise
 
-        elementwise.spread(x_QH, slot_QK, found.counts_L, out_NH)
+        elementwise.spread(x_QH, slot_QK, found.ends_L, out_NH)
     else:
         out_NH[slot_QK.flatten()[pair_M]] = x_QH[pair_M // slot_QK.shape[1]]

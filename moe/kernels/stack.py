@@ -97,10 +97,17 @@ class PassInParts(Pass, Protocol):
         """What can be done for ``up`` before the host knows N: the rows of all pairs, if that is worth anything."""
 
     def up(self, x_RH: Tensor, stack: Stack, assignment: Assignment, rows_NH: Tensor | None = None) -> Tensor:
-        """Pre-activations [N,2I]."""
+        """Pre-activations [N,2I]. From early rows without a bias also before N is known: [S,2I], undefined behind N."""
 
-    def down(self, h_N2I: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment) -> Tensor:
-        """The layer's output, [R,H]."""
+    def down(
+        self,
+        h_N2I: Tensor,
+        weights_RK: Tensor,
+        stack: Stack,
+        assignment: Assignment,
+        kept_N2I: Tensor | None = None,
+    ) -> Tensor:
+        """The layer's output, [R,H]; ``kept`` becomes a copy of h."""
 
     def backward_parts(self, parts: Parts, douts: Douts, stack: Stack, needs: Needs, give_back: GiveBack) -> Gradients:
         """Of both parts together; x and weights in what is returned are those of own tokens."""

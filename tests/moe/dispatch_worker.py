@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +29,7 @@ from moe.form import PLAIN, ExpertForm
 from moe.kernels import backend, batched
 from moe.layout import Layout
 from moe.overlap import set_exchange
+from tests.moe.stream_order import watched
 from trainer.rendezvous import join
 
 GPT_OSS = ExpertForm(transposed=True, interleaved=True, limit=7.0)
@@ -75,7 +77,7 @@ CASES = {
 }
 
 
-INTERPRETED = ("eight choices", "no tokens on a rank", "gpt_oss", "recomputed")  # each takes seconds
+INTERPRETED = ("eight choices", "an empty rank", "no tokens on a rank", "gpt_oss", "recomputed")  # each takes seconds
 
 
 def whole(case, experts, first=0, local=None):
@@ -190,6 +192,43 @@ def host_reads(method, group):
     return reads.seen
 
 
+def as_on_a_gpu(group, early, watch):
+    """A layer inside ``watch``, forward and backward. ``early``: own tokens are projected before counts are known."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    case = CASES["eight choices"]
+    share = list(problem(case, case.per_rank * ranks, ranks))[rank]
+    module = whole(case, case.per_rank * ranks, rank * case.per_rank, case.per_rank)
+    made_for(module, "deduplicated, for a GPU", group)
+    x, weights = share[0].clone().requires_grad_(), share[2].clone().requires_grad_()
+    rows_early = batched.rows_early
+    if early:
+        batched.rows_early = lambda x_RH, found: x_RH[found.pair_S // found.slot_RK.shape[1]]
+    try:
+        with watch:
+            module(x, share[1], weights).backward(share[3])
+    finally:
+        batched.rows_early = rows_early
+
+
+def too_early(group, early, joins=True):
+    """What a layer would read too early on a GPU."""
+    with watched(joins) as streams:
+        as_on_a_gpu(group, early, nullcontext())
+    return streams.wrong
+
+
+def kept_bytes(group, early):
+    """What a layer keeps for its backward pass."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    as_on_a_gpu(group, early, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
+    return sum(kept.values())
+
+
 FAMILIES = {
     "qwen2_moe": {"shared_expert_intermediate_size": 12, "num_experts": 8, "num_key_value_heads": 1},
     "deepseek_v2": {"n_shared_experts": 1, "n_routed_experts": 8, "first_k_dense_replace": 0, "q_lora_rank": None,
@@ -289,6 +328,13 @@ def report(rank, world, ep, out):
         report["cases"][f"{name}, {method}"] = agreed(gather(found))
     for method in ("all_to_all", "deduplicated, for a GPU", "deduplicated, in phases"):
         report["reads"][method] = gather(host_reads(method, group))
+    if not os.environ.get("TRITON_INTERPRET"):  # whose kernels nobody sees
+        report["too early"] = {
+            "late": gather(too_early(group, early=False)),
+            "early": gather(too_early(group, early=True)),
+            "not joined": gather(too_early(group, early=True, joins=False)),
+        }
+        report["kept"] = [gather(kept_bytes(group, early)) for early in (False, True)]
     moe.experts.passes = backend.passes
     for family in () if os.environ.get("TRITON_INTERPRET") else FAMILIES:
         report["families"][family] = agreed(gather(overlapped(family, group)))

@@ -220,10 +220,14 @@ def test_other_work_is_done_while_tokens_travel_forward_and_backward(alone, monk
     torch.testing.assert_close(x.grad, routed.weights_TK.detach().expand(5, 3))
 
 
-def test_own_tokens_are_computed_while_guests_travel(alone, monkeypatch):
-    """As above; ``u`` and ``d`` are own tokens' projections, ``x`` and ``y`` what gathers rows for the backward pass,
-    ``w`` the product of the last weight gradient. There are no guests here, but every exchange takes place."""
+@pytest.mark.parametrize("early", [False, True])
+def test_own_tokens_are_computed_while_guests_travel(alone, early, monkeypatch):
+    """As above; ``r`` reads the counts, ``u`` and ``d`` are own tokens' projections, ``x`` gathers rows for the
+    backward pass, ``w`` is the product of the last weight gradient. No guests come, but every exchange takes place."""
     noted = Noted(monkeypatch)
+    if early:
+        monkeypatch.setattr(batched, "rows_early", lambda x, found: x[found.pair_S // found.slot_RK.shape[1]])
+    noted.watch(exchange_module.Headcount, "read", "r")
     noted.watch(exchange_module, "all_to_all", ">")
     noted.watch(Going, "landed", "<")
     noted.watch(batched, "spread_into", "x")
@@ -237,8 +241,9 @@ def test_own_tokens_are_computed_while_guests_travel(alone, monkeypatch):
     want = experts(x, index, weights)
     out = mix_with_guests(how, stack, x, index, weights, alone, lambda: noted.done.append("m"))
     torch.testing.assert_close(out, want)
-    # Tokens go with their weights and numbers in one exchange. On a CPU they are sent first, for it computes at once.
-    assert noted.taken() == ">um<>d<"
+    # Tokens go with their weights and numbers in one exchange. For a GPU own tokens' product is queued before the host
+    # waits for counts; on a CPU, which computes at once, guests are sent first.
+    assert noted.taken() == ("ur>m<>d<" if early else "r>um<>d<")
     out.sum().backward()
     # Own and others' x and own gradients are gathered before the wait; after the down projection's gradient those of
     # tokens and weights return while the up projection's is computed.
@@ -286,6 +291,18 @@ def test_the_host_reads_once_in_a_layer(report):
         assert all(reads == ["tolist"] for reads in ranks), f"{case}: {ranks}"
 
 
+def test_no_stream_reads_what_another_may_not_have_written(report):
+    found = report["too early"]
+    assert [wrong for wrong in found["late"] + found["early"] if wrong] == []
+    assert all(found["not joined"])  # so it would be seen
+
+
+def test_projecting_own_tokens_before_their_number_is_known_keeps_no_more_for_backward(report):
+    late, early = report["kept"]
+    assert late == early
+    assert all(late)
+
+
 def test_models_with_shared_experts_equal_one_process_whatever_is_overlapped(report):
     """Every gradient of the model; with the shared expert overlapped, also the loss's very bits."""
     assert set(report["families"]) == {"qwen2_moe", "deepseek_v2", "deepseek_v3"}
@@ -298,7 +315,7 @@ def test_models_with_shared_experts_equal_one_process_whatever_is_overlapped(rep
 @pytest.mark.skipif(not has_triton() or torch.cuda.is_available(), reason="interprets Triton's kernels on a CPU")
 def test_what_runs_on_gpus_equals_one_process_as_interpreted(tmp_path):
     report = launch(tmp_path, 2, 2, TRITON_INTERPRET="1")
-    assert len(report["cases"]) == 4
+    assert len(report["cases"]) == 5
     for case, found in report["cases"].items():
         assert not {name: error for name, error in found["errors"].items() if not error <= 1e-6}, case
         assert found["same"], case

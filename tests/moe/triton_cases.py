@@ -75,7 +75,9 @@ def test_elementwise_kernels_equal_torch(inner):
     h, da = torch.randn(7, 2 * inner, generator=draw), torch.randn(7, inner, generator=draw)
     score = torch.rand(7, generator=draw)
     h, da, score = h.to(DEVICE), da.to(DEVICE), score.to(DEVICE)
-    torch.testing.assert_close(elementwise.scaled(h, score), activation.scaled(h, score, PLAIN))
+    kept = torch.empty_like(h)
+    torch.testing.assert_close(elementwise.scaled(h, score, kept), activation.scaled(h, score, PLAIN))
+    assert torch.equal(kept, h)
     dh, want_dh = h.clone(), torch.empty_like(h)
     want_a, want_ds = activation.scaled_backward(da.clone(), h, score, PLAIN, want_dh)
     a, ds = elementwise.scaled_backward(da, dh, score, dh)  # over h itself
@@ -123,7 +125,8 @@ def test_pairs_are_sorted_as_torch_sorts_them(shape, keys, first, dtype):
 
     index = torch.randint(first - 1, first + keys + 2, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     want = sort_pairs(index, keys, first)  # on a CPU by torch
-    pair_S, slot_S, counts_L = (t.cpu() for t in sorting.sort_pairs(index.to(DEVICE), first, keys))
+    pair_S, slot_S, counts_L, ends_L = (t.cpu() for t in sorting.sort_pairs(index.to(DEVICE), first, keys))
+    assert torch.equal(ends_L, want.ends_L)
     assert torch.equal(counts_L, want.counts_L)
     assert torch.equal(slot_S, want.slot_RK.flatten())
     here = int(counts_L.sum())
@@ -135,7 +138,7 @@ def test_sorting_sums_up_more_blocks_than_fit_at_once(monkeypatch):
 
     monkeypatch.setattr(sorting, "_BLOCKS", 16)
     index = torch.randint(0, 3, (20 * 128 + 5,), generator=torch.Generator().manual_seed(1))
-    pair_S, slot_S, counts_L = (t.cpu() for t in sorting.sort_pairs(index.to(DEVICE), 0, 3))
+    pair_S, slot_S, counts_L, _ = (t.cpu() for t in sorting.sort_pairs(index.view(-1, 1).to(DEVICE), 0, 3))
     assert torch.equal(pair_S, index.argsort(stable=True))
     assert torch.equal(slot_S[pair_S], torch.arange(index.numel()))
     assert torch.equal(counts_L, index.bincount(minlength=3))
@@ -146,12 +149,28 @@ def test_rows_are_spread_to_their_places_and_sums_begin_with_their_base():
 
     draw = torch.Generator().manual_seed(0)
     x, base = torch.randn(3, 37, generator=draw), torch.randn(3, 37, generator=draw)
-    slot, counts = torch.tensor([[0, 5], [3, 2], [5, 1]]), torch.tensor([[2, 9], [0, 9], [3, 9]])
+    slot, ends = torch.tensor([[0, 5], [3, 2], [5, 1]]), torch.tensor([2, 2, 5], dtype=torch.int32)
     out = torch.zeros(6, 37, device=DEVICE)
-    elementwise.spread(x.to(DEVICE), slot.to(DEVICE), counts.to(DEVICE)[:, 0], out)
+    elementwise.spread(x.to(DEVICE), slot.to(DEVICE), ends.to(DEVICE), out)
     assert torch.equal(out.cpu(), torch.cat([x[[0, 2, 1, 1]], torch.zeros(2, 37)]))
     got = elementwise.gather_sum(out[:5], slot.to(DEVICE), 5, base.to(DEVICE))
     torch.testing.assert_close(got.cpu(), base + out.cpu()[slot].sum(1))
+
+
+def test_packed_rows_are_those_of_torch(monkeypatch):
+    from moe import guests
+    from moe.assignment import sort_pairs
+
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randn(9, 21, generator=draw), torch.rand(9, 3, generator=draw), torch.randint(0, 8, (9, 3))
+    travels = sort_pairs(torch.randint(0, 4, (9, 2), generator=draw), 2)  # 2 and 3 do not travel
+    packing, size = guests.Packing((21, 3, 3), (torch.float32, torch.float32, torch.int16)), int(travels.ends_L[-1])
+    got = packing.spread(tuple(part.to(DEVICE) for part in rows), type(travels)(*(t.to(DEVICE) for t in travels)), size)
+    monkeypatch.setattr(guests, "may_be_early", lambda x: False)
+    monkeypatch.setattr("moe.kernels.spread.runs_triton", lambda device: False)
+    want = packing.spread(rows, travels, size)
+    for part, other in zip(packing.views(got.cpu()), packing.views(want), strict=True):
+        assert torch.equal(part, other)
 
 
 CHOICES = [(40, 3, 2, 3, 1), (70, 8, 70, 2, 0), (0, 2, 3, 2, 1)]
@@ -164,13 +183,12 @@ def test_choices_are_sorted_as_torch_sorts_them(tokens, top_k, local, ranks, ran
 
     index = torch.rand(tokens, local * ranks, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :top_k]
     want = DeduplicatedDraft.of(index, ranks, local, rank)  # on a CPU by torch
-    found = sorting.sort_choices(index.to(DEVICE), rank * local, local, ranks)
-    for (pair_S, slot_S, _), expected in zip(found, (want.own, want.travels), strict=True):
-        assert torch.equal(slot_S.cpu(), expected.slot_RK.flatten())
-        places = int(expected.counts_L.sum())
-        assert torch.equal(pair_S.cpu()[:places], expected.pair_S[:places])
-    assert torch.equal(found[0][2].cpu(), want.own.counts_L)
-    assert torch.equal(found[1][2].cpu(), want.counts_W2)
+    *found, counts_W2 = sorting.sort_choices(index.to(DEVICE), rank * local, local, ranks)
+    for (pair_S, *others), (expected_S, *expected) in zip(found, (want.own, want.travels), strict=True):
+        assert all(torch.equal(got.cpu(), other) for got, other in zip(others, expected, strict=True))
+        places = int(expected[1].sum())
+        assert torch.equal(pair_S.cpu()[:places], expected_S[:places])
+    assert torch.equal(counts_W2.cpu(), want.counts_W2)
 
 
 def test_the_activations_gradient_of_some_pairs_is_written_to_their_places():
