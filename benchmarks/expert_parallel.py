@@ -3,9 +3,11 @@
     torchrun --standalone --nproc-per-node 2 -m benchmarks.expert_parallel --config cpu
     torchrun --standalone --nproc-per-node 2 -m benchmarks.expert_parallel --config qwen3
 
-One layer, equal tokens on every worker in all arms, forward and backward. Arms take turns, and all workers begin each
-turn together; the slowest worker's time counts, and the median over turns. Bytes are counted where they are handed to
-the exchange, those to other workers only. The limits (link, matrix product) are measured in the same run.
+Equal tokens on every worker in all arms, forward and backward. Arms take turns, and all workers begin each turn
+together; the slowest worker's time counts, and the median over turns. Two lines tell of throughput, and the bar is for
+both: one layer alone, which begins with nothing queued, so that the host's first launches count; and a layer among
+several in a row, each added to its input, as in a running model. Bytes are counted where they are handed to the
+exchange, those to other workers only. The limits (link, matrix product) are measured in the same run.
 
 Prints tables and writes JSON to --json, or expert-parallel-CONFIG.json in the folder that the variable OUT names (else
 build/).
@@ -45,7 +47,8 @@ _BARS = {"fewer_bytes": 3.5, "throughput": 0.9}  # on two GPUs at k=8
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of one layer; ``link`` and ``square`` those of the limits: bytes to one worker, and a matrix's side."""
+    """Sizes of one layer, and how many stand in a row; ``link`` and ``square`` are sizes of the limits: bytes to one
+    worker, and a matrix's side."""
 
     device: str
     dtype: torch.dtype
@@ -54,29 +57,31 @@ class Config:
     inner: int
     experts: int
     top_k: int
+    layers: int
     rounds: int
     link: int
     square: int
 
 
 CONFIGS = {
-    "cpu": Config("cpu", torch.float32, 512, 256, 96, 16, 8, 9, 4 << 20, 1024),
-    "qwen3": Config("cuda", torch.bfloat16, 16384, 2048, 768, 128, 8, 15, 256 << 20, 8192),
+    "cpu": Config("cpu", torch.float32, 512, 256, 96, 16, 8, 4, 9, 4 << 20, 1024),
+    "qwen3": Config("cuda", torch.bfloat16, 16384, 2048, 768, 128, 8, 4, 15, 256 << 20, 8192),
 }
 
 
 @dataclass(frozen=True)
 class Arm:
-    """``dispatch`` is None where every worker has all experts."""
+    """``dispatch`` is None where every worker has all experts; ``in_a_row``: whether several layers are run, too."""
 
     name: str
     dispatch: str | None
+    in_a_row: bool
 
 
 ARMS = (
-    Arm("ep1", None),
-    Arm("all_to_all", "all_to_all"),
-    Arm("deduplicated", "deduplicated"),
+    Arm("ep1", None, True),
+    Arm("all_to_all", "all_to_all", False),
+    Arm("deduplicated", "deduplicated", True),
 )
 
 
@@ -85,7 +90,9 @@ class Bench:
 
     def __init__(self, config: Config, process: Process, skew: float) -> None:
         self.config, self.process = config, process
-        self.experts = {arm.name: self._experts(arm) for arm in ARMS}
+        self.experts = {
+            arm.name: [self._experts(arm) for _ in range(config.layers if arm.in_a_row else 1)] for arm in ARMS
+        }
         generator = torch.Generator().manual_seed(100 + process.rank)
         shape = (config.tokens, config.hidden)
         self.x_TH = torch.randn(shape, generator=generator).to(process.device, config.dtype).requires_grad_()
@@ -93,6 +100,8 @@ class Bench:
         self.index_TK = routing(config, skew, generator).to(process.device)
         weights_TK = torch.rand(config.tokens, config.top_k, generator=generator)
         self.weights_TK = weights_TK.to(process.device, config.dtype).requires_grad_()
+        others = [routing(config, skew, generator).to(process.device) for _ in range(config.layers - 1)]
+        self.index_of_layers = [self.index_TK, *others]
 
     def _experts(self, arm: Arm) -> Experts:
         config, process = self.config, self.process
@@ -113,12 +122,16 @@ class Bench:
         experts.dispatch = arm.dispatch or "auto"
         return experts
 
-    def step(self, arm: str) -> None:
-        """Forward and backward, gradients of everything."""
-        experts = self.experts[arm]
-        for tensor in (self.x_TH, self.weights_TK, *experts.parameters()):
+    def step(self, arm: str, layers: int = 1) -> None:
+        """Forward and backward of one layer, or of several in a row; gradients of everything."""
+        used = self.experts[arm][:layers]
+        for tensor in (self.x_TH, self.weights_TK, *(p for experts in used for p in experts.parameters())):
             tensor.grad = None
-        experts(self.x_TH, self.index_TK, self.weights_TK).backward(self.d_out_TH)
+        x_TH: Tensor = self.x_TH
+        for experts, index_TK in zip(used, self.index_of_layers, strict=False):
+            out_TH = experts(x_TH, index_TK, self.weights_TK)
+            x_TH = out_TH if layers == 1 else x_TH + out_TH
+        x_TH.backward(self.d_out_TH)
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Of the slowest worker; all begin together."""
@@ -167,7 +180,7 @@ def counted(rank: int) -> Iterator[dict[str, int]]:
 def count_bytes(bench: Bench, arm: str) -> dict[str, dict[str, int]]:
     """Over all workers, of the forward and of the backward pass."""
     out: dict[str, dict[str, int]] = {}
-    experts = bench.experts[arm]
+    experts = bench.experts[arm][0]
     with counted(bench.process.rank) as forward:
         result = experts(bench.x_TH, bench.index_TK, bench.weights_TK)
     with counted(bench.process.rank) as backward:
@@ -218,46 +231,56 @@ def measure_limits(bench: Bench) -> dict[str, float]:
 
 
 def measure(bench: Bench) -> dict[str, Any]:
-    """All arms in turns, then the exchanges alone."""
-    for arm in ARMS:
-        bench.step(arm.name)
-    times: dict[str, list[float]] = {arm.name: [] for arm in ARMS}
-    for _ in range(bench.config.rounds):
-        for arm in ARMS:
-            times[arm.name].append(bench.seconds(lambda arm=arm: bench.step(arm.name)))
+    """All arms in turns, one layer and then several, then the exchanges alone."""
     return {
-        "seconds": times,
+        "seconds": in_turns(bench, [arm.name for arm in ARMS], 1),
+        "seconds_in_a_row": in_turns(bench, [arm.name for arm in ARMS if arm.in_a_row], bench.config.layers),
         "bytes": {method: count_bytes(bench, method) for method in EXCHANGES},
         "alone": {method: time_directions(bench, method) for method in EXCHANGES},
         "limits": measure_limits(bench),
     }
 
 
+def in_turns(bench: Bench, arms: list[str], layers: int) -> dict[str, list[float]]:
+    """Seconds a layer."""
+    times: dict[str, list[float]] = {arm: [] for arm in arms}
+    for turn in range(-2, bench.config.rounds):
+        for arm in arms:
+            taken = bench.seconds(lambda arm=arm: bench.step(arm, layers))
+            if turn >= 0:
+                times[arm].append(taken / layers)
+    return times
+
+
 def summarise(config: Config, found: dict[str, Any]) -> dict[str, Any]:
-    """Ratios: bytes of all exchanges, plain over deduplicated; throughput of each arm over ``ep1``, pair by pair."""
+    """Ratios: bytes of all exchanges, plain over deduplicated; throughput of each arm over ``ep1``, turn by turn."""
     total = {
         method: sum(direction["bytes"] for direction in directions.values())
         for method, directions in found["bytes"].items()
     }
-    one = found["seconds"]["ep1"]
     flops = 18 * config.tokens * config.top_k * config.hidden * config.inner
-    arms = {}
-    for arm, seconds in found["seconds"].items():
-        middle = statistics.median(seconds)
-        arms[arm] = {
-            "step_s": middle,
-            "throughput": statistics.median(a / b for a, b in zip(one, seconds, strict=True)),
-            "tokens_per_s": config.tokens / middle,
-            "of_matmul": flops / middle / 1e12 / found["limits"]["matmul_tflops"],
+
+    def of_arms(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+        middles = {arm: statistics.median(seconds) for arm, seconds in times.items()}
+        return {
+            arm: {
+                "step_s": middles[arm],
+                "throughput": statistics.median(a / b for a, b in zip(times["ep1"], seconds, strict=True)),
+                "tokens_per_s": config.tokens / middles[arm],
+                "of_matmul": flops / middles[arm] / 1e12 / found["limits"]["matmul_tflops"],
+            }
+            for arm, seconds in times.items()
         }
+
     return {
         "bytes_per_step": total,
         "fewer_bytes": total["all_to_all"] / total["deduplicated"],
-        "arms": arms,
+        "arms": of_arms(found["seconds"]),
+        "arms_in_a_row": of_arms(found["seconds_in_a_row"]),
     }
 
 
-def table(name: str, found: dict[str, Any], summary: dict[str, Any], world: int) -> str:
+def table(name: str, found: dict[str, Any], summary: dict[str, Any], world: int, layers: int) -> str:
     limits = found["limits"]
     lines = [
         "",
@@ -265,11 +288,13 @@ def table(name: str, found: dict[str, Any], summary: dict[str, Any], world: int)
         f"{limits['matmul_tflops']:.3f} TFLOP/s, counts alone {1e3 * limits['counts_s']:.3f} ms",
         "arm                     fwd+bwd ms   tokens/s a worker   x ep1   of the matrix product",
     ]
-    lines += [
-        f"{arm:22s} {1e3 * row['step_s']:11.2f} {row['tokens_per_s']:19,.0f} {row['throughput']:7.3f} "
-        f"{row['of_matmul']:23.1%}"
-        for arm, row in summary["arms"].items()
-    ]
+    for title, arms in (("one layer alone", "arms"), (f"a layer among {layers} in a row", "arms_in_a_row")):
+        lines.append(f"{title}:")
+        lines += [
+            f"{arm:22s} {1e3 * row['step_s']:11.2f} {row['tokens_per_s']:19,.0f} {row['throughput']:7.3f} "
+            f"{row['of_matmul']:23.1%}"
+            for arm, row in summary[arms].items()
+        ]
     lines.append("exchange alone          plan ms   send ms   return ms   MB a step   sending, of the link")
     for method, times in found["alone"].items():
         gbps = found["bytes"][method]["forward"]["bytes"] / 2 / world / times["send_s"] / 1e9
@@ -309,13 +334,14 @@ def main() -> None:
         found = measure(bench)
         summary = summarise(config, found)
         result["routings"][name] = {**found, "summary": summary}
-        result["backend"] = dataclasses.asdict(bench.experts["deduplicated"].backend)
+        result["backend"] = dataclasses.asdict(bench.experts["deduplicated"][0].backend)
         if process.rank == 0:
             save(path, result)
-            say(table(name, found, summary, process.world))
+            say(table(name, found, summary, process.world, config.layers))
         del bench
     if process.rank == 0:
-        say(f"experts run as {result['backend']['name']}; bars on two GPUs: {_BARS}; written to {path}")
+        say(f"experts run as {result['backend']['name']}; written to {path}")
+        say(f"bars on two GPUs with balanced routing, throughput for one layer and for several: {_BARS}")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -128,14 +128,14 @@ def forward(
     learns: bool,
 ) -> tuple[Tensor, Kept]:  # fmt: skip
     """Returns out [R,H], and what the backward wants: of the pre-activations those of the first ``keep`` pairs."""
-    score_N, ends_L = spread_scores(weights_RK, assignment, x_RH.dtype), group_ends(assignment.counts_L)
+    ends_L = group_ends(assignment.counts_L)
     up, down = _linears(stack, pairs, assignment)
     bias_N2I, bias_NH = _biases(stack, assignment)
     x_NH = x_RH[assignment.row_N]
     mask_NH = masks(pairs.up, pairs.seed, x_NH)(*x_NH.shape)
     h_N2I, z_up_NQ = _up(up, x_NH, mask_NH, ends_L, bias_N2I)
     del x_NH, mask_NH, bias_N2I
-    a_NI = scaled(h_N2I, score_N, stack)
+    a_NI = scaled(h_N2I, weights_RK, stack, assignment)
     if not learns:
         h_N2I = h_N2I.new_empty(0, up.outputs)
     elif keep < h_N2I.shape[0]:
@@ -143,7 +143,7 @@ def forward(
     y_NH, z_down_NQ = down.forward(a_NI, masks(pairs.down, pairs.seed + 1, a_NI)(*a_NI.shape), ends_L)
     del a_NI
     if bias_NH is not None:
-        y_NH.addcmul_(score_N[:, None].to(y_NH.dtype), bias_NH)
+        y_NH.addcmul_(spread_scores(weights_RK, assignment, y_NH.dtype)[:, None].to(y_NH.dtype), bias_NH)
     return combine(y_NH, assignment), Kept(h_N2I, z_up_NQ, z_down_NQ)
 
 
@@ -163,7 +163,7 @@ def backward(
     keep: int, needs_x: bool, overwrite: bool,
 ) -> tuple[Gradients, PairGradients | None, PairGradients | None]:  # fmt: skip
     """Gradients of x, of the scores, and of both pairs' factors. ``overwrite``: h is not needed again."""
-    score_N, ends_L = spread_scores(weights_RK, assignment, x_RH.dtype), group_ends(assignment.counts_L)
+    ends_L = group_ends(assignment.counts_L)
     up, down = _linears(stack, pairs, assignment)
     bias_N2I, bias_NH = _biases(stack, assignment)
     x_NH = x_RH[assignment.row_N]
@@ -176,7 +176,7 @@ def backward(
     dz_NQ = down.rank_space(dy_NH, ends_L)
     da_NI = down.backward(dy_NH, dz_NQ, mask_NI, ends_L)
     dh_N2I = h_N2I if overwrite or h_N2I is not kept.h_P2I else torch.empty_like(h_N2I)
-    a_NI, ds_N = scaled_backward(da_NI, h_N2I, score_N, stack, dh_N2I)
+    a_NI, ds_N = scaled_backward(da_NI, h_N2I, weights_RK, stack, assignment, dh_N2I)
     of_down = down.factor_gradients(dy_NH, dz_NQ, masked(a_NI, mask_NI), kept.z_down_NQ, ends_L)
     del da_NI, a_NI, mask_NI
     if bias_NH is not None:

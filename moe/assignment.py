@@ -93,6 +93,33 @@ def sort_pairs(index_RK: Tensor, num_local: int, first: int = 0) -> Sorted:
     return Sorted(pair_S, torch.minimum(slot_S, counts_L.sum()).view_as(index_RK), counts_L, ends_L.to(torch.int32))
 
 
+def join(first: Assignment, second: Assignment) -> Assignment:
+    """The assignment of both parts' rows, the second's behind the first's: what sorting all of them would find.
+
+    A pair moves by as many as the other part has before it: pairs of smaller experts, and of its own if it is of the
+    second part.
+    """
+    if runs_triton(first.pair_N.device):
+        from moe.kernels import sorting
+
+        pair_N, slot_S, counts_L, ends_L = sorting.join(
+            *((part.pair_N, part.slot_RK, part.ends_L) for part in (first, second))
+        )
+    else:
+        counts_L, ends_L = first.counts_L + second.counts_L, first.ends_L + second.ends_L
+        moves = second.ends_L - second.counts_L, first.ends_L
+        pair_N = first.pair_N.new_empty(first.pair_N.numel() + second.pair_N.numel())
+        slot_S = torch.full_like(torch.cat([first.slot_RK, second.slot_RK]).flatten(), pair_N.numel())
+        before = 0
+        for part, move_L in zip((first, second), moves, strict=True):
+            position_N = torch.arange(part.pair_N.numel(), device=pair_N.device)
+            place_N = position_N + move_L[torch.searchsorted(part.ends_L, position_N, right=True)]
+            pair_N[place_N], slot_S[part.pair_N + before] = part.pair_N + before, place_N
+            before += part.slot_RK.numel()
+    slot_RK = slot_S.view(-1, first.slot_RK.shape[1])
+    return Assignment(pair_N, slot_RK, counts_L, first.complete and second.complete, ends_L)
+
+
 def assign(index_RK: Tensor, num_local: int, pairs: int | None = None) -> Assignment:
     """Sort the pairs by local expert.
 

@@ -8,7 +8,7 @@ exchange           what runs meanwhile
 =================  ==================================================================================
 counts, guests     own up projection, and a shared expert
 results return     own down projection
-their gradients    sorting and gathering for the backward pass
+their gradients    gathering for the backward pass
 gradients return   the up projection's weight gradient of own tokens and guests
 =================  ==================================================================================
 
@@ -33,8 +33,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe.aside import Aside
-from moe.assignment import Assignment, Sorted, sort_pairs
-from moe.copies import DeduplicatedDraft, Fan, narrow_type, rows_of
+from moe.assignment import Assignment, Sorted, join, sort_pairs
+from moe.copies import DeduplicatedDraft, narrow_type, rows_of
 from moe.exchange import Going, Headcount, begin, narrow
 from moe.form import ExpertForm
 from moe.kernels.combine import add_returned
@@ -72,7 +72,7 @@ class Packing:
         return x, weights, numbers
 
     def spread(self, rows: tuple[Tensor, Tensor, Tensor], travels: Sorted, size: int) -> Tensor:
-        """The packed row of each copy, [size,B]; for ``size`` see :func:`moe.kernels.spread.spread`."""
+        """The packed row of each copy, [size,B]; ``size`` may be more if rows may be early at all."""
         out_SB = torch.empty(size, self._columns[-1][0], dtype=torch.uint8, device=rows[0].device)
         if may_be_early(out_SB):
             from moe.kernels import elementwise
@@ -88,12 +88,13 @@ class Visit:
     """One call of a layer: who goes where, as the host knows it, and what is on its way.
 
     Until the guests' products are queued it is the host that binds. So own tokens' up projection is queued before it
-    knows how many pairs there are (the product ends where the rows do), then it fetches the counts, and guests are sent
-    on a stream that does not wait for that product.
+    knows how many pairs there are (the product ends where the rows do), and so are the rows that leave; then it waits
+    for the counts, and guests are sent on a stream that does not wait for that product.
 
     Attributes:
         own_pairs, guest_pairs: pairs of a row and a local expert.
-        fan, own, h_own: on the device, and needed in the forward pass only. ``h_own`` may have more rows than pairs.
+        travels: which tokens go to which rank.
+        own, h_own: needed in the forward pass only. ``h_own`` may have more rows than pairs.
     """
 
     def __init__(
@@ -111,25 +112,30 @@ class Visit:
         draft = DeduplicatedDraft.of(index_TK, ranks, self.num_local, rank)
         self.aside = Aside(x_TH.device)
         rows_SH = how.rows_early(x_TH, draft.own)
-        self.own: Assignment | None = None
         self.h_own: Tensor | None = None
         if rows_SH is not None and stack.up_bias_L2I is None:
             self.h_own = _up_beside(how, x_TH, stack, draft.own.assignment(rows_SH.shape[0]), rows_SH)
         counts = Headcount(draft.counts_W2, group, self.aside)
         types = (x_TH.dtype, weights_TK.dtype, narrow_type(ranks * self.num_local))
         self.packing = Packing((x_TH.shape[1], weights_TK.shape[1], index_TK.shape[1]), types)
+        rows, leaving_SB = (x_TH, weights_TK, index_TK), None
+        if rows_SH is not None:  # leaving rows can be early, too; the host then has only to send them
+            with self.aside.queue():
+                most = x_TH.shape[0] * min(ranks - 1, index_TK.shape[1])
+                leaving_SB = self.packing.spread(rows, draft.travels, most)
         sent, received = counts.read()
         self.sent, self.received = rows_of(sent), rows_of(received)
         self.own_pairs = sent[rank][1]
         self.guest_pairs = sum(pairs for _, pairs in received) - self.own_pairs
         with self.aside.queue():
-            leaving_SB = self.packing.spread((x_TH, weights_TK, index_TK), draft.travels, sum(self.sent))
-            self.coming: Going | None = self.there(leaving_SB, narrow(group))
-        self.own = draft.own.assignment(self.own_pairs)
+            if leaving_SB is None:
+                leaving_SB = self.packing.spread(rows, draft.travels, sum(self.sent))
+            self.coming: Going | None = self.there(leaving_SB[: sum(self.sent)], narrow(group))
         if self.h_own is None:
             rows_NH = None if rows_SH is None else rows_SH[: self.own_pairs]
-            self.h_own = _up_beside(how, x_TH, stack, self.own, rows_NH)
-        self.fan: Fan | None = draft.fan(sent)
+            self.h_own = _up_beside(how, x_TH, stack, draft.own.assignment(self.own_pairs), rows_NH)
+        self.own: Sorted | None = draft.own
+        self.travels: Sorted | None = draft.travels
         self.returning: tuple[Going | None, Going | None] = (None, None)
 
     def there(self, x_SH: Tensor, group: dist.ProcessGroup | None = None) -> Going:
@@ -166,7 +172,7 @@ def mix_with_guests(
         meanwhile()
     tensors = (x_TH, weights_TK, stack.up_L, stack.down_L, stack.up_bias_L2I, stack.down_bias_LH)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return _Mix.apply(visit, how, keep, stack.form, index_TK, *tensors).to(dtype)
+    return _Mix.apply(visit, how, keep, stack.form, *tensors).to(dtype)
 
 
 class _Leave(torch.autograd.Function):
@@ -174,9 +180,9 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, visit: Visit, x_TH: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
-        assert visit.fan is not None
+        assert visit.travels is not None
         ctx.visit = visit
-        ctx.save_for_backward(visit.fan.slot_QP)
+        ctx.save_for_backward(visit.travels.slot_RK)
         outputs = x_TH.view_as(x_TH), weights_TK.view_as(weights_TK)
         ctx.mark_non_differentiable(*(t for t, n in zip(outputs, ctx.needs_input_grad[1:], strict=True) if not n))
         return outputs
@@ -200,7 +206,6 @@ class _Mix(torch.autograd.Function):
         how: ModuleType,
         keep: bool,
         form: ExpertForm,
-        index_TK: Tensor,
         x_TH: Tensor,
         weights_TK: Tensor,
         *stacked: Tensor | None,
@@ -209,36 +214,32 @@ class _Mix(torch.autograd.Function):
         assert up_L is not None
         assert down_L is not None
         stack = Stack(up_L, down_L, *biases, form)
-        own, fan, coming, h_own, aside = visit.own, visit.fan, visit.coming, visit.h_own, visit.aside
+        own, travels, coming, h_own, aside = visit.own, visit.travels, visit.coming, visit.h_own, visit.aside
         assert own is not None
-        assert fan is not None
+        assert travels is not None
         assert coming is not None
         assert h_own is not None
-        visit.own, visit.fan, visit.coming, visit.h_own = None, None, None, None
+        visit.own, visit.travels, visit.coming, visit.h_own = None, None, None, None
         with torch.autocast(x_TH.device.type, enabled=False):
             with aside.queue():
                 came_GB = coming.landed()
                 x_GH, weights_GK, index_GK = visit.packing.views(came_GB)
-                found = sort_pairs(index_GK, visit.num_local, visit.first)
-            aside.join(came_GB, *found)
-            guests = found.assignment(visit.guest_pairs)
-            h_guests = _up(how, x_GH, stack, guests)
-            returning = visit.back(_down(how, h_guests, x_GH, weights_GK, stack, guests))
+                guests = sort_pairs(index_GK, visit.num_local, visit.first)
+            aside.join(came_GB, *guests)
+            there, here = guests.assignment(visit.guest_pairs), own.assignment(visit.own_pairs)
+            h_guests = _up(how, x_GH, stack, there)
+            returning = visit.back(_down(how, h_guests, x_GH, weights_GK, stack, there))
             if not keep:
                 del h_guests
             # An early product has rows behind its pairs, which must not be kept.
             kept_h = h_own.new_empty(visit.own_pairs, h_own.shape[1]) if h_own.shape[0] > visit.own_pairs else None
             with room_for_exchange(x_TH.device):
-                out_TH = _down(how, h_own[: visit.own_pairs], x_TH, weights_TK, stack, own, kept_h if keep else None)
+                out_TH = _down(how, h_own[: visit.own_pairs], x_TH, weights_TK, stack, here, kept_h if keep else None)
             h_own = h_own if kept_h is None else kept_h
-            if keep:  # for the backward pass, which begins with enough to do
-                with aside.queue():
-                    joint = sort_pairs(torch.cat([index_TK, index_GK.to(index_TK.dtype)]), visit.num_local, visit.first)
-                aside.join(*joint)
-            out_TH = add_returned(out_TH, returning.landed(), fan.slot_QP)
+            out_TH = add_returned(out_TH, returning.landed(), travels.slot_RK)
         if keep:
-            kept = (x_TH, x_GH, weights_TK, weights_GK, h_own, h_guests, own.pair_N, guests.pair_N)
-            ctx.save_for_backward(*kept, *joint, fan.source_S, *stacked)
+            kept = (x_TH, x_GH, weights_TK, weights_GK, h_own, h_guests)
+            ctx.save_for_backward(*kept, *own, *guests, *travels, *stacked)
             ctx.visit, ctx.how, ctx.form = visit, how, form
         return out_TH
 
@@ -247,10 +248,9 @@ class _Mix(torch.autograd.Function):
         refuse_second_derivative()
         visit: Visit = ctx.visit
         x_TH, x_GH, weights_TK, weights_GK, *more = ctx.saved_tensors
-        h_own, h_guests, own_pairs, guest_pairs, *joint, source_S = more[:9]
-        stacked = more[9:]
-        needs, stack = Needs(*ctx.needs_input_grad[5:]), Stack(*stacked, ctx.form)
-        coming = visit.there(dout_TH[source_S])
+        h_own, h_guests, own, guests, travels, stacked = *more[:2], more[2:6], more[6:10], more[10:14], more[14:]
+        needs, stack = Needs(*ctx.needs_input_grad[4:]), Stack(*stacked, ctx.form)
+        coming = visit.there(spread(dout_TH.contiguous(), Sorted(*travels), sum(visit.sent)))
 
         def give_back(dx_GH: Tensor | None, d_weights_GK: Tensor | None) -> None:
             back_weights = None if d_weights_GK is None else visit.back(d_weights_GK)
@@ -258,10 +258,9 @@ class _Mix(torch.autograd.Function):
 
         with torch.autocast(x_TH.device.type, enabled=False):
             if visit.own_pairs + visit.guest_pairs:
-                assignment = Sorted(*joint).assignment(visit.own_pairs + visit.guest_pairs)
-                parts = Parts(
-                    (x_TH, x_GH), (weights_TK, weights_GK), (h_own, h_guests), (own_pairs, guest_pairs), assignment
-                )
+                here, there = Sorted(*own).assignment(visit.own_pairs), Sorted(*guests).assignment(visit.guest_pairs)
+                pairs, weights = (here.pair_N, there.pair_N), (weights_TK, weights_GK)
+                parts = Parts((x_TH, x_GH), weights, (h_own, h_guests), pairs, join(here, there))
                 douts = dout_TH.contiguous(), coming.landed
                 found = ctx.how.backward_parts(parts, douts, stack, needs, give_back)
             else:
@@ -272,7 +271,7 @@ class _Mix(torch.autograd.Function):
                 give_back(guests.x, guests.weights)
                 found = own
         gradients = (found.x, found.weights, found.up, found.down, found.up_bias, found.down_bias)
-        return (*(None,) * 5, *gradients)
+        return (*(None,) * 4, *gradients)
 
 
 def _up(how: ModuleType, x_RH: Tensor, stack: Stack, assignment: Assignment, rows_NH: Tensor | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from moe.kernels.combine import combine, sum_pairs
 from moe.kernels.grouped import room_for_exchange
 from moe.kernels.parts import Douts, GiveBack, Parts
 from moe.kernels.spread import may_be_early, spread, spread_into
-from moe.kernels.stack import Gradients, Needs, Stack, gather_scores, spread_scores
+from moe.kernels.stack import Gradients, Needs, Stack, accumulate_dtype, gather_scores, spread_scores
 
 _COLUMNS = 8  # the narrowest operand that the grouped product takes in half precision: 16 bytes
 
@@ -47,12 +47,13 @@ def rows_early(x_RH: Tensor, found: Sorted) -> Tensor | None:
 def down(
     h_N2I: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment, kept_N2I: Tensor | None = None
 ) -> Tensor:
-    score_N = spread_scores(weights_RK, assignment, h_N2I.dtype)
-    a_NI = scaled(h_N2I, score_N, stack, kept_N2I)
+    a_NI = scaled(h_N2I, weights_RK, stack, assignment, kept_N2I)
+    dtype = h_N2I.dtype
     del h_N2I
     y_NH = _product(a_NI, stack.down_LHI, assignment)
     del a_NI
     if stack.down_bias_LH is not None:
+        score_N = spread_scores(weights_RK, assignment, dtype)
         y_NH.addcmul_(score_N[:, None].to(y_NH.dtype), stack.down_bias_LH[expert_of(assignment)])
     return combine(y_NH, assignment)
 
@@ -68,12 +69,11 @@ def backward(
     overwrite: bool,
 ) -> Gradients:
     found = Gradients()
-    score_N = spread_scores(weights_RK, assignment, x_RH.dtype)
     dy_NH = spread(dout_RH, assignment, assignment.pair_N.numel())
     a_NI = torch.nn.functional.grouped_mm(dy_NH, stack.down_LHI, offs=assignment.ends_L)
     dh_N2I = h_N2I if overwrite else torch.empty_like(h_N2I)
-    a_NI, ds_N = scaled_backward(a_NI, h_N2I, score_N, stack, dh_N2I)
-    finish_down(found, dy_NH, a_NI, ds_N, score_N, stack, assignment, needs)
+    a_NI, ds_N = scaled_backward(a_NI, h_N2I, weights_RK, stack, assignment, dh_N2I)
+    finish_down(found, dy_NH, a_NI, ds_N, weights_RK, stack, assignment, needs)
     del a_NI, dy_NH
     finish(found, dh_N2I, ds_N, x_RH, weights_RK, stack, assignment, needs)
     return found
@@ -93,14 +93,13 @@ def backward_parts(parts: Parts, douts: Douts, stack: Stack, needs: Needs, give_
     spread_into(dy_NH, own_TH, own_slots, parts.pairs[0], assignment)
     spread_into(dy_NH, wait(), other_slots, parts.pairs[1], assignment)
     a_NI = torch.nn.functional.grouped_mm(dy_NH, stack.down_LHI, offs=ends_L)
-    weights_RK = torch.cat(parts.weights)
-    score_N = spread_scores(weights_RK, assignment, own_TH.dtype)
-    dh_N2I, ds_N = a_NI.new_empty(all_pairs, 2 * a_NI.shape[1]), torch.empty_like(score_N)
-    for h_M2I, place_M in zip(parts.h, parts.places, strict=True):
-        scaled_backward_placed(a_NI, h_M2I, score_N, stack, dh_N2I, ds_N, place_M)
-    finish_down(found, dy_NH, a_NI, ds_N, score_N, stack, assignment, needs)
+    dh_N2I = a_NI.new_empty(all_pairs, 2 * a_NI.shape[1])
+    ds_N = a_NI.new_empty(all_pairs, dtype=accumulate_dtype(own_TH.dtype))
+    for part in zip(parts.h, parts.weights, parts.pairs, parts.slots, strict=True):
+        scaled_backward_placed(a_NI, *part, stack, dh_N2I, ds_N)
+    finish_down(found, dy_NH, a_NI, ds_N, parts.weights, stack, assignment, needs)
     del dy_NH, a_NI
-    d_own, d_others = gather_scores(ds_N, weights_RK, assignment).tensor_split([own_TH.shape[0]])
+    d_own, d_others = gather_scores(ds_N, parts.weights[0], assignment).tensor_split([own_TH.shape[0]])
     dx_NH = None
     if needs.x:
         dx_NH = torch.nn.functional.grouped_mm(dh_N2I, stack.up_L2IH, offs=ends_L)
@@ -121,18 +120,20 @@ def finish_down(
     dy_NH: Tensor,
     a_NI: Tensor,
     ds_N: Tensor,
-    score_N: Tensor,
+    weights: Tensor | tuple[Tensor, Tensor],
     stack: Stack,
     assignment: Assignment,
     needs: Needs,
 ) -> None:
-    """The down projection's gradients, and what its bias adds to those of the scores."""
+    """The down projection's gradients, and what its bias adds to those of the scores. ``weights``: [R,K], or of two
+    parts of the rows."""
     if needs.down:
         found.down = weight_gradient(dy_NH, a_NI, assignment, stack.form.transposed)
     if stack.down_bias_LH is not None and needs.weights:
         ds_N += torch.linalg.vecdot(dy_NH, stack.down_bias_LH[expert_of(assignment)]).to(ds_N.dtype)
     if needs.down_bias:
-        found.down_bias = column_sums(dy_NH, score_N, assignment)
+        weights_RK = weights if isinstance(weights, Tensor) else torch.cat(weights)
+        found.down_bias = column_sums(dy_NH, spread_scores(weights_RK, assignment, dy_NH.dtype), assignment)
 
 
 def finish(
@@ -158,41 +159,52 @@ def finish(
         found.up = weight_gradient(dh_N2I, x_NH, assignment, stack.form.transposed)
 
 
-def scaled(h_N2I: Tensor, score_N: Tensor, stack: Stack, kept_N2I: Tensor | None = None) -> Tensor:
+def scaled(
+    h_N2I: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment, kept_N2I: Tensor | None = None
+) -> Tensor:
     """:func:`moe.kernels.activation.scaled`, in one kernel where there is one; ``kept`` becomes a copy of h."""
     if probe.fuses_elementwise(h_N2I, stack.form):
         from moe.kernels import elementwise
 
-        return elementwise.scaled(h_N2I, score_N, kept_N2I)
+        return elementwise.scaled(h_N2I, weights_RK, assignment.pair_N, kept_N2I)
     if kept_N2I is not None:
         kept_N2I.copy_(h_N2I)
-    return activation.scaled(h_N2I, score_N, stack.form)
+    return activation.scaled(h_N2I, spread_scores(weights_RK, assignment, h_N2I.dtype), stack.form)
 
 
 def scaled_backward(
-    da_NI: Tensor, h_N2I: Tensor, score_N: Tensor, stack: Stack, dh_N2I: Tensor
+    da_NI: Tensor, h_N2I: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment, dh_N2I: Tensor
 ) -> tuple[Tensor, Tensor]:
     """:func:`moe.kernels.activation.scaled_backward`, in one kernel where there is one."""
     if probe.fuses_elementwise(h_N2I, stack.form):
         from moe.kernels import elementwise
 
-        return elementwise.scaled_backward(da_NI, h_N2I, score_N, dh_N2I)
+        ds_N = h_N2I.new_empty(h_N2I.shape[0], dtype=torch.float32)
+        elementwise.scaled_backward(da_NI, h_N2I, weights_RK, assignment.pair_N, dh_N2I, ds_N)
+        return da_NI, ds_N
+    score_N = spread_scores(weights_RK, assignment, h_N2I.dtype)
     return activation.scaled_backward(da_NI, h_N2I, score_N, stack.form, dh_N2I)
 
 
 def scaled_backward_placed(
-    a_NI: Tensor, h_M2I: Tensor, score_N: Tensor, stack: Stack, dh_N2I: Tensor, ds_N: Tensor, place_M: Tensor
+    a_NI: Tensor,
+    h_M2I: Tensor,
+    weights_QK: Tensor,
+    pair_M: Tensor,
+    slot_QK: Tensor,
+    stack: Stack,
+    dh_N2I: Tensor,
+    ds_N: Tensor,
 ) -> None:
-    """:func:`scaled_backward` of the pairs at ``place``, whose h is given in that order."""
+    """:func:`scaled_backward` of some of the rows: of their pairs, in whose order h is given, among all others'."""
     if probe.fuses_elementwise(h_M2I, stack.form):
         from moe.kernels import elementwise
 
-        elementwise.scaled_backward_placed(a_NI, h_M2I, score_N, dh_N2I, ds_N, place_M)
+        elementwise.scaled_backward(a_NI, h_M2I, weights_QK, pair_M, dh_N2I, ds_N, slot_QK)
         return
-    dh_M2I = torch.empty_like(h_M2I)
-    a_NI[place_M], ds_N[place_M] = activation.scaled_backward(
-        a_NI[place_M], h_M2I, score_N[place_M], stack.form, dh_M2I
-    )
+    place_M, dh_M2I = slot_QK.flatten()[pair_M], torch.empty_like(h_M2I)
+    score_M = weights_QK.flatten()[pair_M].to(ds_N.dtype)
+    a_NI[place_M], ds_N[place_M] = activation.scaled_backward(a_NI[place_M], h_M2I, score_M, stack.form, dh_M2I)
     dh_N2I[place_M] = dh_M2I
 
 

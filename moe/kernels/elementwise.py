@@ -7,7 +7,6 @@ Shapes: R rows, K choices per row, N sorted pairs, M of them, H hidden, I interm
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -49,6 +48,11 @@ def gather_sum(y_NH: Tensor, slot_RK: Tensor, pairs: int, base_RH: Tensor | None
     return out_RH
 
 
+def _in_rows(x_RH: Tensor) -> Tensor:
+    """Each row in one piece, but not all of them side by side."""
+    return x_RH if x_RH.stride(1) == 1 else x_RH.contiguous()
+
+
 @triton.jit
 def _spread(x, wide, slot, ends, keys, out, hidden, choices: tl.constexpr, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -66,8 +70,7 @@ def spread(x_RH: Tensor, slot_RK: Tensor, ends_L: Tensor, out_NH: Tensor) -> Non
     Args:
         x_RH: may be columns of something wider.
     """
-    if x_RH.stride(1) != 1:
-        x_RH = x_RH.contiguous()
+    x_RH = _in_rows(x_RH)
     (rows, choices), hidden = slot_RK.shape, x_RH.shape[1]
     if not rows:
         return
@@ -115,7 +118,15 @@ def spread_together(
 
 
 @triton.jit
-def _scaled(h, score, a, kept, pairs, inner, rows: tl.constexpr, block: tl.constexpr):
+def _scores(weight, wide, which, here, top_k: tl.constexpr):
+    """Of (row, choice) pairs, in fp32."""
+    return tl.load(weight + which // top_k * wide + which % top_k, mask=here, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _scaled(
+    h, weight, wide, which, a, kept, pairs, inner, top_k: tl.constexpr, rows: tl.constexpr, block: tl.constexpr
+):
     pair = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
     column = tl.program_id(1) * block + tl.arange(0, block)
     here = (pair < pairs)[:, None] & (column < inner)[None, :]
@@ -126,27 +137,37 @@ def _scaled(h, score, a, kept, pairs, inner, rows: tl.constexpr, block: tl.const
         tl.store(kept + at, gate, mask=here)
         tl.store(kept + at + inner, up, mask=here)
     value, _, _ = silu_parts(gate.to(tl.float32), up.to(tl.float32))
-    s = tl.load(score + pair, mask=pair < pairs, other=0.0).to(tl.float32)
+    s = _scores(weight, wide, tl.load(which + pair, mask=pair < pairs, other=0), pair < pairs, top_k)
     tl.store(a + pair[:, None] * inner + column[None, :], (value * s[:, None]).to(a.dtype.element_ty), mask=here)
 
 
-def scaled(h_N2I: Tensor, score_N: Tensor, kept_N2I: Tensor | None = None) -> Tensor:
-    """``score * silu(gate) * up`` [N,I]; ``kept`` becomes a copy of h."""
+def scaled(h_N2I: Tensor, weights_RK: Tensor, pair_N: Tensor, kept_N2I: Tensor | None = None) -> Tensor:
+    """``score * silu(gate) * up`` [N,I]; ``kept`` becomes a copy of h.
+
+    Args:
+        weights_RK: has the score of pair n at ``flatten()[pair[n]]``; may be columns of something wider.
+    """
+    weights_RK = _in_rows(weights_RK)
     pairs, inner = h_N2I.shape[0], h_N2I.shape[1] // 2
     a_NI = h_N2I.new_empty(pairs, inner)
     block = min(512, triton.next_power_of_2(inner))
     grid = (triton.cdiv(pairs, _ROWS), triton.cdiv(inner, block))
-    _scaled[grid](h_N2I, score_N, a_NI, kept_N2I, pairs, inner, _ROWS, block)
+    scores = (weights_RK, weights_RK.stride(0), pair_N)
+    _scaled[grid](h_N2I, *scores, a_NI, kept_N2I, pairs, inner, weights_RK.shape[1], _ROWS, block)
     return a_NI
 
 
 @triton.jit
-def _scaled_backward(da, h, score, dh, ds, place, pairs, inner, rows: tl.constexpr, block: tl.constexpr):
-    pair = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
-    at_h = pair
-    if place is not None:
-        pair = tl.load(place + pair, mask=pair < pairs, other=0)
-    s = tl.load(score + pair, mask=at_h < pairs, other=0.0).to(tl.float32)[:, None]
+def _scaled_backward(
+    da, h, weight, wide, which, slot, dh, ds, pairs, inner,
+    top_k: tl.constexpr, rows: tl.constexpr, block: tl.constexpr
+):  # fmt: skip
+    at_h = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
+    pair = tl.load(which + at_h, mask=at_h < pairs, other=0)
+    s = _scores(weight, wide, pair, at_h < pairs, top_k)[:, None]
+    place = at_h
+    if slot is not None:
+        place = tl.load(slot + pair, mask=at_h < pairs, other=0)
     total = tl.zeros((rows,), dtype=tl.float32)
     for start in range(0, inner, block):
         column = start + tl.arange(0, block)
@@ -155,30 +176,36 @@ def _scaled_backward(da, h, score, dh, ds, place, pairs, inner, rows: tl.constex
         gate = tl.load(h + at, mask=here, other=0.0).to(tl.float32)
         up = tl.load(h + at + inner, mask=here, other=0.0).to(tl.float32)
         value, acted, slope = silu_parts(gate, up)
-        d_at = da + pair[:, None] * inner + column[None, :]
+        d_at = da + place[:, None] * inner + column[None, :]
         d = tl.load(d_at, mask=here, other=0.0).to(tl.float32)
         total += tl.sum(d * value, 1)
         d = d * s
-        at = pair[:, None] * (2 * inner) + column[None, :]
+        at = place[:, None] * (2 * inner) + column[None, :]
         tl.store(dh + at, (d * up * slope).to(dh.dtype.element_ty), mask=here)
         tl.store(dh + at + inner, (d * acted).to(dh.dtype.element_ty), mask=here)
         tl.store(d_at, (value * s).to(da.dtype.element_ty), mask=here)
-    tl.store(ds + pair, total, mask=at_h < pairs)
+    tl.store(ds + place, total, mask=at_h < pairs)
 
 
-def scaled_backward(da_NI: Tensor, h_N2I: Tensor, score_N: Tensor, dh_N2I: Tensor) -> tuple[Tensor, Tensor]:
-    """See :func:`moe.kernels.activation.scaled_backward`: da becomes the scaled activation; dh may be h."""
-    ds_N = torch.empty_like(score_N, dtype=torch.float32)
-    scaled_backward_placed(da_NI, h_N2I, score_N, dh_N2I, ds_N, None)
-    return da_NI, ds_N
-
-
-def scaled_backward_placed(
-    da_NI: Tensor, h_M2I: Tensor, score_N: Tensor, dh_N2I: Tensor, ds_N: Tensor, place_M: Tensor | None
+def scaled_backward(
+    da_NI: Tensor,
+    h_M2I: Tensor,
+    weights_QK: Tensor,
+    pair_M: Tensor,
+    dh_N2I: Tensor,
+    ds_N: Tensor,
+    slot_QK: Tensor | None = None,
 ) -> None:
-    """The same for M of the N pairs: h's row m belongs to pair ``place[m]`` of all others, which are written."""
-    pairs, inner = h_M2I.shape[0], da_NI.shape[1]
+    """See :func:`moe.kernels.activation.scaled_backward`: da becomes the scaled activation; dh may be h, and ds gets
+    the scores' gradient.
+
+    Args:
+        weights_QK: as for :func:`scaled`.
+        slot_QK: where each of these M pairs stands among all N, if they are not all.
+    """
+    pairs, inner, weights_QK = h_M2I.shape[0], da_NI.shape[1], _in_rows(weights_QK)
     block = min(256, triton.next_power_of_2(inner))
     if pairs:
         grid = (triton.cdiv(pairs, _ROWS),)
-        _scaled_backward[grid](da_NI, h_M2I, score_N, dh_N2I, ds_N, place_M, pairs, inner, _ROWS, block)
+        which = (weights_QK, weights_QK.stride(0), pair_M, slot_QK)
+        _scaled_backward[grid](da_NI, h_M2I, *which, dh_N2I, ds_N, pairs, inner, weights_QK.shape[1], _ROWS, block)

@@ -5,6 +5,7 @@ deterministic algorithms. Here a pair's place is what comes before it: pairs of 
 earlier blocks, and those before it in its block. Whole numbers only, so nothing depends on the order of additions.
 
 :func:`sort_choices` does in the same three what a rank needs to know of its tokens before it may send any.
+:func:`join` makes one order of two.
 
 Shapes: T tokens, K choices per token, S pairs, L keys (local experts), W ranks, B blocks of pairs.
 """
@@ -118,6 +119,53 @@ def sort_pairs(index_RK: Tensor, first: int, keys: int) -> tuple[Tensor, Tensor,
     _sum_up[(keys,)](counts_BL, totals_L, blocks, keys, _step(blocks))
     _place[(blocks,)](*source, counts_BL, totals_L, slot_S, pair_S, ends_L, *sizes)
     return pair_S, slot_S, totals_L, ends_L
+
+
+@triton.jit(do_not_specialize=["pairs", "offset", "keys"])
+def _join(
+    slot, ends, others, slot_out, pair_out, counts_out, ends_out, pairs, offset, keys,
+    behind: tl.constexpr, block: tl.constexpr, step: tl.constexpr
+):  # fmt: skip
+    """``behind``: the others' pairs of the same key come first."""
+    at = tl.program_id(0) * block + tl.arange(0, block)
+    place = tl.load(slot + at, mask=at < pairs, other=0).to(tl.int32)
+    moved = place
+    for start in range(0, keys, step):
+        each = start + tl.arange(0, step)
+        end = tl.load(ends + each, mask=each < keys, other=0)
+        begin = tl.load(ends + each - 1, mask=(each < keys) & (each > 0), other=0)
+        others_end = tl.load(others + each, mask=each < keys, other=0)
+        many = others_end - tl.load(others + each - 1, mask=(each < keys) & (each > 0), other=0)
+        if behind:
+            before = begin[None, :] <= place[:, None]
+        else:
+            before = end[None, :] <= place[:, None]
+            tl.store(counts_out + each, (end - begin + many).to(tl.int64), mask=(each < keys) & (tl.program_id(0) == 0))
+            tl.store(ends_out + each, end + others_end, mask=(each < keys) & (tl.program_id(0) == 0))
+        moved += tl.sum(tl.where(before, many[None, :], 0), 1)
+    tl.store(slot_out + at, moved.to(tl.int64), mask=at < pairs)
+    tl.store(pair_out + moved, (at + offset).to(tl.int64), mask=(at < pairs) & (place < tl.load(ends + keys - 1)))
+
+
+def join(
+    first: tuple[Tensor, Tensor, Tensor], second: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`moe.assignment.join`; of each part the pairs [N], slots [R,K] and ends [L], as :func:`sort_pairs`
+    makes them, and so are the results."""
+    (pair_N, slot_RK, ends_L), (pair_M, slot_QK, ends_of_second_L) = first, second
+    keys, device = ends_L.numel(), slot_RK.device
+    places, pairs = pair_N.numel() + pair_M.numel(), slot_RK.numel() + slot_QK.numel()
+    counts_out_L, slot_S, pair_S = _whole_numbers(device, keys, pairs, places)
+    ends_out_L = torch.empty_like(ends_L)
+    outs = (pair_S, counts_out_L, ends_out_L)
+    offset = slot_RK.numel()
+    for slot, slot_out, ends, others, behind in (
+        (slot_RK, slot_S, ends_L, ends_of_second_L, False),
+        (slot_QK, slot_S[offset:], ends_of_second_L, ends_L, True),
+    ):
+        grid, sizes = (max(1, triton.cdiv(slot.numel(), _PAIRS)),), (slot.numel(), behind * offset, keys)
+        _join[grid](slot, ends, others, slot_out, *outs, *sizes, behind, _PAIRS, _KEYS)
+    return pair_S, slot_S, counts_out_L, ends_out_L
 
 
 @triton.jit

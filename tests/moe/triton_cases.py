@@ -73,15 +73,16 @@ def test_elementwise_kernels_equal_torch(inner):
 
     draw = torch.Generator().manual_seed(0)
     h, da = torch.randn(7, 2 * inner, generator=draw), torch.randn(7, inner, generator=draw)
-    score = torch.rand(7, generator=draw)
-    h, da, score = h.to(DEVICE), da.to(DEVICE), score.to(DEVICE)
-    kept = torch.empty_like(h)
-    torch.testing.assert_close(elementwise.scaled(h, score, kept), activation.scaled(h, score, PLAIN))
+    weights, pair = torch.rand(4, 5, generator=draw)[:, 1:4], torch.randperm(12, generator=draw)[:7]
+    h, da, weights, pair = h.to(DEVICE), da.to(DEVICE), weights.to(DEVICE), pair.to(DEVICE)
+    score, kept = weights.flatten()[pair], torch.empty_like(h)
+    torch.testing.assert_close(elementwise.scaled(h, weights, pair, kept), activation.scaled(h, score, PLAIN))
     assert torch.equal(kept, h)
     dh, want_dh = h.clone(), torch.empty_like(h)
     want_a, want_ds = activation.scaled_backward(da.clone(), h, score, PLAIN, want_dh)
-    a, ds = elementwise.scaled_backward(da, dh, score, dh)  # over h itself
-    for got, want in ((a, want_a), (ds, want_ds), (dh, want_dh)):
+    ds = torch.empty_like(score)
+    elementwise.scaled_backward(da, dh, weights, pair, dh, ds)  # over h itself
+    for got, want in ((da, want_a), (ds, want_ds), (dh, want_dh)):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
@@ -173,6 +174,21 @@ def test_packed_rows_are_those_of_torch(monkeypatch):
         assert torch.equal(part, other)
 
 
+@pytest.mark.parametrize(("rows", "others"), [(50, 33), (0, 7), (5, 0), (0, 0)])
+@pytest.mark.parametrize(("keys", "top_k"), [(3, 2), (70, 8)])
+def test_two_orders_become_the_one_of_all_rows(rows, others, keys, top_k):
+    from moe.assignment import join, sort_pairs
+
+    index = torch.randint(-1, keys + 1, (rows + others, top_k), generator=torch.Generator().manual_seed(0))
+    index = index.masked_fill(index == 1, 2)  # an expert that nobody chose
+    found = [sort_pairs(part.to(DEVICE), keys) for part in (index[:rows], index[rows:], index)]
+    first, second, want = (f.assignment(int(f.counts_L.sum())) for f in found)
+    got = join(first, second)
+    for name in ("pair_N", "slot_RK", "counts_L", "ends_L"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    assert got.complete == want.complete
+
+
 CHOICES = [(40, 3, 2, 3, 1), (70, 8, 70, 2, 0), (0, 2, 3, 2, 1)]
 
 
@@ -196,12 +212,18 @@ def test_the_activations_gradient_of_some_pairs_is_written_to_their_places():
 
     draw = torch.Generator().manual_seed(0)
     h, da = torch.randn(9, 2 * 21, generator=draw).to(DEVICE), torch.randn(9, 21, generator=draw).to(DEVICE)
-    score, place = torch.rand(9, generator=draw).to(DEVICE), torch.randperm(9, generator=draw).to(DEVICE)
-    want_dh = torch.empty_like(h)
-    want_a, want_ds = elementwise.scaled_backward(da.clone(), h, score, want_dh)
-    a, dh, ds = da.clone(), torch.empty_like(h), torch.empty_like(score)
-    for part in (place[:4], place[4:]):
-        elementwise.scaled_backward_placed(a, h[part], score, dh, ds, part)
+    weights, slot = (
+        torch.rand(6, 2, generator=draw).to(DEVICE),
+        torch.randperm(12, generator=draw).view(6, 2).to(DEVICE),
+    )
+    pair = slot.flatten().argsort()[:9]  # three pairs have no place
+    want_a, want_dh, want_ds = da.clone(), torch.empty_like(h), da.new_empty(9)
+    elementwise.scaled_backward(want_a, h, weights, pair, want_dh, want_ds)
+    a, dh, ds = da.clone(), torch.empty_like(h), da.new_empty(9)
+    for rows in (slice(0, 2), slice(2, 6)):
+        part = slot[rows].flatten()
+        own = part.argsort()[: int((part < 9).sum())]
+        elementwise.scaled_backward(a, h[part[own]], weights[rows], own, dh, ds, slot[rows])
     assert torch.equal(a, want_a)
     assert torch.equal(dh, want_dh)
     assert torch.equal(ds, want_ds)
