@@ -128,10 +128,11 @@ class Experts(nn.Module):
             return mix_everywhere(Local(self.num_experts), self.mix, routed)
         assert self.ep_group is not None, "expert-parallel experts were not bound to a process group"
         method = choose_dispatch(self.dispatch, top_k_index.shape[1], self.ep_size).name
-        backend = choose(self.site, self.wanted_backend).name
+        site = self.site
+        backend = choose(site, self.wanted_backend).name
         if method == "deduplicated" and backend == "minimal" and self._added is None:
-            how, inputs = passes(self.site, backend), (hidden_states, top_k_index, top_k_weights)
-            return mix_with_guests(how, self._stack, *inputs, self.ep_group, self.meanwhile)
+            inputs = hidden_states, top_k_index, top_k_weights
+            return mix_with_guests(passes(site, backend), self._stack, *inputs, self.ep_group, self.meanwhile)
         dispatcher = EXCHANGES[method](self.num_experts, self.ep_group)
         return mix_everywhere(dispatcher, self.mix, routed, self.meanwhile)
 
@@ -141,7 +142,8 @@ class Experts(nn.Module):
 
     def mix(self, x_RH: Tensor, weights_RK: Tensor, assignment: Assignment) -> Tensor:
         """Each row's local experts, weighted and summed: [R,H]. A row none of whose choices is local gives zeros."""
-        name = choose(self.site, self.wanted_backend).name
+        site = self.site
+        name = choose(site, self.wanted_backend).name
         if name == "grouped_mm":
             x_NH, many = x_RH[assignment.row_N], getattr(self._added, "compute", None)
             y_NH = many(self, x_NH, assignment) if many else self.compute(x_NH, assignment.counts_L)
@@ -152,7 +154,7 @@ class Experts(nn.Module):
             return reference_mix(x_RH, weights_RK, stack, assignment)
         if self._added is not None:
             return self.adapter.mix(x_RH, weights_RK, stack, assignment)
-        return minimal_mix(passes(self.site, name), x_RH, weights_RK, stack, assignment)
+        return minimal_mix(passes(site, name), x_RH, weights_RK, stack, assignment)
 
     def compute(self, x_NH: Tensor, counts_L: Tensor) -> Tensor:
         """Every row through its local expert, unweighted, in differentiable pieces between which an adapter fits."""

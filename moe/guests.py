@@ -84,17 +84,20 @@ class Packing:
         return out_SB
 
 
+_packing = functools.cache(Packing)
+
+
 class Visit:
     """One call of a layer: who goes where, as the host knows it, and what is on its way.
 
     Until the guests' products are queued it is the host that binds. So own tokens' up projection is queued before it
-    knows how many pairs there are (the product ends where the rows do), and so are the rows that leave; then it waits
-    for the counts, and guests are sent on a stream that does not wait for that product.
+    knows how many pairs there are (the product ends where the rows do), and so are the rows that leave; :meth:`send`
+    waits for the counts, as late as may be, and sends guests on a stream that does not wait for that product.
 
     Attributes:
-        own_pairs, guest_pairs: pairs of a row and a local expert.
-        travels: which tokens go to which rank.
-        own, h_own: needed in the forward pass only. ``h_own`` may have more rows than pairs.
+        own_pairs, guest_pairs: pairs of a row and a local expert; known when guests are sent, as ``sent`` and
+            ``received``.
+        draft, coming, h_own: needed in the forward pass only. ``h_own`` may have more rows than pairs.
     """
 
     def __init__(
@@ -109,34 +112,53 @@ class Visit:
         self.group, self.num_local = group, stack.up_L.shape[0]
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         self.first = rank * self.num_local
-        draft = DeduplicatedDraft.of(index_TK, ranks, self.num_local, rank)
+        self.draft: DeduplicatedDraft | None = DeduplicatedDraft.of(index_TK, ranks, self.num_local, rank)
+        own = self.draft.own
         self.aside = Aside(x_TH.device)
-        rows_SH = how.rows_early(x_TH, draft.own)
+        self._rows_SH = rows_SH = how.rows_early(x_TH, own)
         self.h_own: Tensor | None = None
         if rows_SH is not None and stack.up_bias_L2I is None:
-            self.h_own = _up_beside(how, x_TH, stack, draft.own.assignment(rows_SH.shape[0]), rows_SH)
-        counts = Headcount(draft.counts_W2, group, self.aside)
+            self.h_own = _up_beside(how, x_TH, stack, own.assignment(rows_SH.shape[0]), rows_SH)
+            self._rows_SH = None
+        self._counts = Headcount(self.draft.counts_W2, group, self.aside)
         types = (x_TH.dtype, weights_TK.dtype, narrow_type(ranks * self.num_local))
-        self.packing = Packing((x_TH.shape[1], weights_TK.shape[1], index_TK.shape[1]), types)
-        rows, leaving_SB = (x_TH, weights_TK, index_TK), None
+        self.packing = _packing((x_TH.shape[1], weights_TK.shape[1], index_TK.shape[1]), types)
+        self._leaving_SB: Tensor | None = None
         if rows_SH is not None:  # leaving rows can be early, too; the host then has only to send them
             with self.aside.queue():
                 most = x_TH.shape[0] * min(ranks - 1, index_TK.shape[1])
-                leaving_SB = self.packing.spread(rows, draft.travels, most)
-        sent, received = counts.read()
-        self.sent, self.received = rows_of(sent), rows_of(received)
-        self.own_pairs = sent[rank][1]
-        self.guest_pairs = sum(pairs for _, pairs in received) - self.own_pairs
-        with self.aside.queue():
-            if leaving_SB is None:
-                leaving_SB = self.packing.spread(rows, draft.travels, sum(self.sent))
-            self.coming: Going | None = self.there(leaving_SB[: sum(self.sent)], narrow(group))
-        if self.h_own is None:
-            rows_NH = None if rows_SH is None else rows_SH[: self.own_pairs]
-            self.h_own = _up_beside(how, x_TH, stack, draft.own.assignment(self.own_pairs), rows_NH)
-        self.own: Sorted | None = draft.own
-        self.travels: Sorted | None = draft.travels
+                self._leaving_SB = self.packing.spread((x_TH, weights_TK, index_TK), self.draft.travels, most)
+        self.coming: Going | None = None
         self.returning: tuple[Going | None, Going | None] = (None, None)
+
+    def send(self, how: ModuleType, stack: Stack, x_TH: Tensor, weights_TK: Tensor) -> None:
+        """Begin to send guests, if that has not begun."""
+        if self.coming is not None:
+            return
+        assert self.draft is not None
+        sent, received = self._counts.read()
+        self.sent, self.received = rows_of(sent), rows_of(received)
+        leaving = sum(self.sent)
+        with self.aside.queue():
+            if self._leaving_SB is None:
+                rows = x_TH, weights_TK, self.draft.index_TK
+                self._leaving_SB = self.packing.spread(rows, self.draft.travels, leaving)
+            self.coming = self.there(self._leaving_SB[:leaving], narrow(self.group))
+        self.own_pairs = sent[dist.get_rank(self.group)][1]
+        self.guest_pairs = sum(pairs for _, pairs in received) - self.own_pairs
+        if self.h_own is None:
+            rows_NH = None if self._rows_SH is None else self._rows_SH[: self.own_pairs]
+            self.h_own = _up_beside(how, x_TH, stack, self.draft.own.assignment(self.own_pairs), rows_NH)
+        self._rows_SH = self._leaving_SB = None
+
+    def arrived(self) -> tuple[DeduplicatedDraft, Tensor, Tensor]:
+        """The plan, own tokens' pre-activations and the packed guests, which are not kept here any longer."""
+        draft, h_own, coming = self.draft, self.h_own, self.coming
+        assert draft is not None
+        assert h_own is not None
+        assert coming is not None
+        self.draft = self.h_own = self.coming = None
+        return draft, h_own, coming.landed()
 
     def there(self, x_SH: Tensor, group: dist.ProcessGroup | None = None) -> Going:
         """Begin to send copies, to become guests."""
@@ -167,6 +189,8 @@ def mix_with_guests(
     x_TH = x_TH.to(stack.up_L.dtype)
     with torch.no_grad(), torch.autocast(x_TH.device.type, enabled=False):
         visit = Visit(how, stack, x_TH, index_TK, weights_TK, group)
+        if meanwhile is not None:
+            visit.send(how, stack, x_TH, weights_TK)
     x_TH, weights_TK = _Leave.apply(visit, x_TH, weights_TK)
     if meanwhile is not None:
         meanwhile()
@@ -180,9 +204,9 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, visit: Visit, x_TH: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
-        assert visit.travels is not None
+        assert visit.draft is not None
         ctx.visit = visit
-        ctx.save_for_backward(visit.travels.slot_RK)
+        ctx.save_for_backward(visit.draft.travels.slot_RK)
         outputs = x_TH.view_as(x_TH), weights_TK.view_as(weights_TK)
         ctx.mark_non_differentiable(*(t for t, n in zip(outputs, ctx.needs_input_grad[1:], strict=True) if not n))
         return outputs
@@ -214,19 +238,14 @@ class _Mix(torch.autograd.Function):
         assert up_L is not None
         assert down_L is not None
         stack = Stack(up_L, down_L, *biases, form)
-        own, travels, coming, h_own, aside = visit.own, visit.travels, visit.coming, visit.h_own, visit.aside
-        assert own is not None
-        assert travels is not None
-        assert coming is not None
-        assert h_own is not None
-        visit.own, visit.travels, visit.coming, visit.h_own = None, None, None, None
         with torch.autocast(x_TH.device.type, enabled=False):
-            with aside.queue():
-                came_GB = coming.landed()
+            visit.send(how, stack, x_TH, weights_TK)
+            with visit.aside.queue():
+                draft, h_own, came_GB = visit.arrived()
                 x_GH, weights_GK, index_GK = visit.packing.views(came_GB)
                 guests = sort_pairs(index_GK, visit.num_local, visit.first)
-            aside.join(came_GB, *guests)
-            there, here = guests.assignment(visit.guest_pairs), own.assignment(visit.own_pairs)
+            visit.aside.join(came_GB, *guests)
+            there, here = guests.assignment(visit.guest_pairs), draft.own.assignment(visit.own_pairs)
             h_guests = _up(how, x_GH, stack, there)
             returning = visit.back(_down(how, h_guests, x_GH, weights_GK, stack, there))
             if not keep:
@@ -236,10 +255,10 @@ class _Mix(torch.autograd.Function):
             with room_for_exchange(x_TH.device):
                 out_TH = _down(how, h_own[: visit.own_pairs], x_TH, weights_TK, stack, here, kept_h if keep else None)
             h_own = h_own if kept_h is None else kept_h
-            out_TH = add_returned(out_TH, returning.landed(), travels.slot_RK)
+            out_TH = add_returned(out_TH, returning.landed(), draft.travels.slot_RK)
         if keep:
             kept = (x_TH, x_GH, weights_TK, weights_GK, h_own, h_guests)
-            ctx.save_for_backward(*kept, *own, *guests, *travels, *stacked)
+            ctx.save_for_backward(*kept, *draft.own, *guests, *draft.travels, *stacked)
             ctx.visit, ctx.how, ctx.form = visit, how, form
         return out_TH
 

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe.kernels.launching import Quick
+
 _ROWS = 4  # of one program
 
 
@@ -22,6 +24,7 @@ def silu_parts(gate, up):
     return acted * up, acted, sigmoid * (1.0 + gate * (1.0 - sigmoid))
 
 
+@Quick
 @triton.jit
 def _gather_sum(y, slot, base, out, rows, pairs, hidden, choices: tl.constexpr, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -53,6 +56,7 @@ def _in_rows(x_RH: Tensor) -> Tensor:
     return x_RH if x_RH.stride(1) == 1 else x_RH.contiguous()
 
 
+@Quick
 @triton.jit
 def _spread(x, wide, slot, ends, keys, out, hidden, choices: tl.constexpr, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -81,6 +85,7 @@ def spread(x_RH: Tensor, slot_RK: Tensor, ends_L: Tensor, out_NH: Tensor) -> Non
     )  # fmt: skip
 
 
+@Quick
 @triton.jit
 def _spread_together(
     x, weight, number, slot, ends, keys, out_x, out_weight, out_number, to_x, to_weight, to_number, hidden, top_k,
@@ -123,6 +128,7 @@ def _scores(weight, wide, which, here, top_k: tl.constexpr):
     return tl.load(weight + which // top_k * wide + which % top_k, mask=here, other=0.0).to(tl.float32)
 
 
+@Quick
 @triton.jit
 def _scaled(
     h, weight, wide, which, a, kept, pairs, inner, top_k: tl.constexpr, rows: tl.constexpr, block: tl.constexpr
@@ -157,6 +163,7 @@ def scaled(h_N2I: Tensor, weights_RK: Tensor, pair_N: Tensor, kept_N2I: Tensor |
     return a_NI
 
 
+@Quick
 @triton.jit
 def _scaled_backward(
     da, h, weight, wide, which, slot, dh, ds, pairs, inner,

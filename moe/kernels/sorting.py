@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe.kernels.launching import Quick
+
 _PAIRS = 128  # of a block
 _KEYS = 64  # compared at a time
 _BLOCKS = 1024  # summed up at a time
@@ -64,6 +66,7 @@ def _keys_of(index, at, here, first, keys):
     return tl.where(here & (key >= 0) & (key < keys), key, -1)
 
 
+@Quick
 @triton.jit(do_not_specialize=["pairs", "first", "keys"])
 def _count(index, wide, counts, pairs, first, keys, top_k: tl.constexpr, block: tl.constexpr, step: tl.constexpr):
     at = tl.program_id(0) * block + tl.arange(0, block)
@@ -71,6 +74,7 @@ def _count(index, wide, counts, pairs, first, keys, top_k: tl.constexpr, block: 
     _tally(key, counts + tl.program_id(0) * keys, keys, step)
 
 
+@Quick
 @triton.jit(do_not_specialize=["blocks", "keys"])
 def _sum_up(counts, totals, blocks, keys, step: tl.constexpr):
     """Counts become those of all blocks before; one program for each key."""
@@ -85,6 +89,7 @@ def _sum_up(counts, totals, blocks, keys, step: tl.constexpr):
     tl.store(totals + key, total.to(tl.int64))
 
 
+@Quick
 @triton.jit(do_not_specialize=["pairs", "first", "keys"])
 def _place(
     index, wide, before, totals, slot, pair, ends, pairs, first, keys,
@@ -121,6 +126,7 @@ def sort_pairs(index_RK: Tensor, first: int, keys: int) -> tuple[Tensor, Tensor,
     return pair_S, slot_S, totals_L, ends_L
 
 
+@Quick
 @triton.jit(do_not_specialize=["pairs", "offset", "keys"])
 def _join(
     slot, ends, others, slot_out, pair_out, counts_out, ends_out, pairs, offset, keys,
@@ -180,6 +186,7 @@ def _block_of_choices(index, tokens, top_k, first, keys, rows: tl.constexpr, col
     return token, at, _keys_of(index, at, at >= 0, first, keys), rank
 
 
+@Quick
 @triton.jit(do_not_specialize=["tokens", "first", "keys", "ranks"])
 def _count_choices(
     index, counts, tokens, top_k, first, keys, ranks, rows: tl.constexpr, columns: tl.constexpr, step: tl.constexpr
@@ -194,6 +201,7 @@ def _count_choices(
         tl.store(counts + keys + 2 * other + 1, tl.sum(tl.sum(theirs, 1), 0))
 
 
+@Quick
 @triton.jit(do_not_specialize=["tokens", "first", "keys", "ranks"])
 def _place_choices(
     index, before, totals, slot, pair, ends, slot_there, pair_there, ends_there, tokens, top_k, first, keys, ranks,

@@ -4,6 +4,7 @@ Run by test_triton.py in a process of its own: whether kernels are interpreted i
 """
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,6 +157,47 @@ def test_rows_are_spread_to_their_places_and_sums_begin_with_their_base():
     assert torch.equal(out.cpu(), torch.cat([x[[0, 2, 1, 1]], torch.zeros(2, 37)]))
     got = elementwise.gather_sum(out[:5], slot.to(DEVICE), 5, base.to(DEVICE))
     torch.testing.assert_close(got.cpu(), base + out.cpu()[slot].sum(1))
+
+
+def test_a_launch_is_repeated_only_for_what_it_was_compiled_for(monkeypatch):
+    from triton import knobs
+
+    from moe.kernels import launching
+
+    done, stream = [], 7
+    compiled = SimpleNamespace(run=lambda *args: done.append(("again", *args)), function="f", packed_metadata="m")
+
+    class Kernel:
+        params = tuple(SimpleNamespace(is_constexpr=constant) for constant in (False, False, True))
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: done.append("first") or compiled
+
+    monkeypatch.setattr(launching, "is_quick", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: stream, raising=False)
+    quick, x = launching.Quick(Kernel()), torch.zeros(64)
+    arguments = [(x, 1, 8), (x, 16, 8), (x, 2, 8), (x, 1 << 40, 8), (x[1:], 1, 8), (x.long(), 1, 8), (x, 1, 4)]
+    for args in arguments:
+        quick[(3, 2)](*args)
+    quick[(3, 2)](x, 1, 8, num_warps=1)
+    assert done == ["first"] * 8
+    done.clear()
+    quick[(5,)](x[32:], 48, 8)  # as the second
+    assert done == [("again", 5, 1, 1, stream, "f", "m", None, None, None, *done[0][10:])]
+    assert done[0][11:] == (48, 8)
+    monkeypatch.setattr(knobs.runtime.launch_enter_hook, "calls", [print])
+    quick[(5,)](x, 48, 8)
+    assert done[1:] == ["first"]
+
+
+def test_repeated_launches_see_their_own_sizes_and_addresses():
+    from moe.kernels.elementwise import gather_sum
+
+    memory = torch.arange(600.0, device=DEVICE)
+    slot = torch.tensor([[0, 2], [1, 3]], device=DEVICE)
+    for hidden, start in [(16, 0), (1, 0), (3, 0), (16, 1), (48, 0), (16, 0), (1, 5), (32, 16)]:
+        y = memory[start : start + 4 * hidden].view(4, hidden)
+        assert torch.equal(gather_sum(y, slot, 4), y[slot].sum(1))
 
 
 def test_packed_rows_are_those_of_torch(monkeypatch):

@@ -39,7 +39,8 @@ KERNELS = [
     (sorting._place_choices, {"rows": 16, "columns": 8, "step": 64}, {}),
 ]
 
-for kernel, constants, others in KERNELS:
+for quick, constants, others in KERNELS:
+    kernel = quick.kernel
     types = {name: (POINTERS | others).get(name, "i32") for name in kernel.arg_names}
     signature = types | dict.fromkeys(constants, "constexpr")
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
