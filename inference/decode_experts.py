@@ -201,6 +201,7 @@ class DecodeExperts:
         """
         assert self.all_resident
         self.transfer.check()
+        self.transfer.link.fence()  # slots may still be poisoned by what the device was asked to do
         try:
             for row, layer in enumerate(self._layers):
                 missing = [e for e in range(self._table_L3E.shape[2]) if self.cache.slot_LE[row, e] < 0]
@@ -291,8 +292,10 @@ class DecodeExperts:
         resident_E, coming_E, away_E = self._tables[row]
         resident_E[:] = self.cache.slot_LE[row]
         self._settle(self._behind)
-        if work.fetch or work.also:
-            self._bring(row, work)
+        if work.fetch:
+            self._coming += self._bring(row, work.fetch)
+        elif work.also:
+            self._behind += self._bring(row, work.behind)
         coming_E.fill(-1)
         away_E.fill(0)
         slots = self.cache.slots_of[row]
@@ -313,7 +316,8 @@ class DecodeExperts:
         if self._split is not None:
             fetch, behind = self._split(fetch)
             fetch = min(fetch, self.cache.free)
-            behind = min(behind, self.cache.free - fetch)
+            last = fetch and row + 1 == len(self._layers)  # the step would end later
+            behind = 0 if last else min(behind, self.cache.free - fetch)
         assert fetch <= self.cache.free, (fetch, self.cache.free)
         missing.sort(key=self._used[row].__getitem__, reverse=True)
         return _Divided(experts, missing[:fetch], missing[fetch:], behind)
@@ -332,13 +336,11 @@ class DecodeExperts:
         blocks = [addresses[expert] for expert in experts]
         self.lane.submit(self._call, blocks, first, pairs, what, packed=self._packed[row])
 
-    def _bring(self, row: int, work: _Divided) -> None:
-        """What is to be fetched is wanted now, the others later."""
+    def _bring(self, row: int, wanted: list[int]) -> list[Transfer]:
+        got = self.cache.reserve(self._layers[row], wanted)
+        assert got == wanted, (got, wanted)
         refs, slots = self._refs[row], self.cache.slots_of[row]
-        for wanted, brought in ((work.fetch, self._coming), (work.behind, self._behind)):
-            got = self.cache.reserve(self._layers[row], wanted)
-            assert got == wanted, (got, wanted)
-            brought += self.transfer.demand_all([(refs[expert], self._blocks[slots[expert]]) for expert in wanted])
+        return self.transfer.demand_all([(refs[expert], self._blocks[slots[expert]]) for expert in wanted])
 
     def _settle(self, transfers: list[Transfer]) -> None:
         """What the GPU is given from here on finds these experts in their slots."""
@@ -358,6 +360,9 @@ class DecodeExperts:
         booked = time.perf_counter()
         if self.lane is not None:
             self.lane.wait()
+        work = self._under_way
+        if work.fetch and work.also:  # the link and memory are idle from here on to the next call
+            self._behind += self._bring(row, work.behind)
         self.counts.books_s += booked - began
         self.counts.lane_s += time.perf_counter() - booked
 
