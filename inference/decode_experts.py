@@ -294,7 +294,7 @@ class DecodeExperts:
         self._settle(self._behind)
         if work.fetch:
             self._coming += self._bring(row, work.fetch)
-        elif work.also:
+        if work.also:
             self._behind += self._bring(row, work.behind)
         coming_E.fill(-1)
         away_E.fill(0)
@@ -316,8 +316,7 @@ class DecodeExperts:
         if self._split is not None:
             fetch, behind = self._split(fetch)
             fetch = min(fetch, self.cache.free)
-            last = fetch and row + 1 == len(self._layers)  # the step would end later
-            behind = 0 if last else min(behind, self.cache.free - fetch)
+            behind = min(behind, self.cache.free - fetch)
         assert fetch <= self.cache.free, (fetch, self.cache.free)
         missing.sort(key=self._used[row].__getitem__, reverse=True)
         return _Divided(experts, missing[:fetch], missing[fetch:], behind)
@@ -360,9 +359,6 @@ class DecodeExperts:
         booked = time.perf_counter()
         if self.lane is not None:
             self.lane.wait()
-        work = self._under_way
-        if work.fetch and work.also:  # the link and memory are idle from here on to the next call
-            self._behind += self._bring(row, work.behind)
         self.counts.books_s += booked - began
         self.counts.lane_s += time.perf_counter() - booked
 
