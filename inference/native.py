@@ -29,6 +29,7 @@ _SIGNATURES = {
     "lane_close": (None, [_POINTER]),
     "packed_pack": (_LONG, [_POINTER, _LONG, _POINTER]),
     "packed_unpack": (None, [_POINTER, *[_LONG] * 5, _POINTER]),
+    "packed_is_quick": (_INT, []),
     "map_match": (_INT, [_POINTER, _INT, _POINTER, _INT, _INT, _POINTER]),
     "reuse_note": (None, [_POINTER, *[_POINTER] * 4, _INT, _POINTER, _INT, _POINTER]),
     "ring_bring": (_INT, [_POINTER, _INT, _POINTER, _POINTER, _LONG]),
