@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from inference.native import opened
 from inference.policies import Policy, Scores
 
 _EPSILON = 1e-3
@@ -80,6 +81,8 @@ class ExpertMap(Policy):
         self._maps: list[np.ndarray] = []
         self._now: list[np.ndarray] = []  # of this round, call by call
         self._dots_M = np.zeros(memory, dtype=np.float32)
+        self._flags_at = [flags_EM.ctypes.data for flags_EM in self._flags_LEM]
+        self._dots_at = self._dots_M.ctypes.data
         self._uses_LE = np.zeros((layers, experts))
         self._total_L1 = np.full((layers, 1), 1e-12)
         self._worth = 1.0  # of a use now: it grows, instead of all counts shrinking at each call
@@ -117,8 +120,12 @@ class ExpertMap(Policy):
         if not known:
             return
         # Every map has as many ones in a row as the model has choices, so dot products order as cosines do.
-        self._dots_M += np.add.reduce(self._flags_LEM[row].take(experts_N, 0))
-        self._match = int(self._dots_M[:known].argmax())
+        if isinstance(routines := opened(), str):
+            self._dots_M += np.add.reduce(self._flags_LEM[row].take(experts_N, 0))
+            self._match = int(self._dots_M[:known].argmax())
+        else:
+            of_call = (known, len(experts_N), np.ascontiguousarray(experts_N).ctypes.data)
+            self._match = routines.map_match(self._flags_at[row], self.memory, self._dots_at, *of_call)
 
     @property
     def likely_LE(self) -> np.ndarray:

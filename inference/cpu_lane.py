@@ -58,11 +58,13 @@ class LaneCall:
         if count is not None:
             assert count.dtype == np.int64
             self.count_at = count.ctypes.data
-        self.addresses = tuple(array.ctypes.data for array in self.arrays)
-        self.choices, self.reads = score_TK.shape[1], reads
+        self.reads = reads
         self.block = (ctypes.c_void_p * experts)()
         self.first = (ctypes.c_int32 * (experts + 1))()
         self.pair = (ctypes.c_int32 * score_TK.size)()
+        own = (ctypes.addressof(array) for array in (self.block, self.first, self.pair))
+        # As the library is given them: to make numbers of arrays takes longer in each call than the call.
+        self.given = (*own, score_TK.shape[1], *(array.ctypes.data for array in self.arrays))
 
 
 class CpuLane:
@@ -145,8 +147,7 @@ class CpuLane:
         call.first[: len(first)] = first
         call.pair[: len(pairs)] = pairs
         assert not packed or self.packs, "rows of whole groups, in bf16"
-        given = (self._lane, len(blocks), packed, call.block, call.first, call.pair, call.choices, *call.addresses)
-        status = self._library.lane_submit(*given)
+        status = self._library.lane_submit(self._lane, len(blocks), packed, *call.given)
         if status == _LOST:
             raise self._hung()
         self._call, self._what = call, what

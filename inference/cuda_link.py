@@ -15,12 +15,12 @@ import ctypes
 import functools
 import threading
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from inference.native import library
 from inference.packed import PackedBlock
 from inference.placement import RING_BYTES
 from inference.transfer import is_packed
@@ -29,18 +29,13 @@ _RING_BUFFERS = 8  # at most, as far as there is room for them, but two
 
 
 class _Driver:
-    """CUDA's driver. Each call returns its status, 0 for success."""
+    """CUDA's driver. Each call returns its status, 0 for success. Only ``copy`` is called from Python."""
 
     def __init__(self) -> None:
-        library, pointer = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p
-        self.copy = self._typed(library.cuMemcpyHtoDAsync_v2, ctypes.c_uint64, pointer, ctypes.c_size_t, pointer)
-        self.record = self._typed(library.cuEventRecord, pointer, pointer)
-        self.wait = self._typed(library.cuStreamWaitEvent, pointer, pointer, ctypes.c_uint)
-
-    @staticmethod
-    def _typed(call: Any, *arguments: Any) -> Callable[..., int]:
-        call.argtypes, call.restype = arguments, ctypes.c_int
-        return call  # type: ignore[no-any-return]
+        driver, pointer = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p
+        self.copy: Any = driver.cuMemcpyHtoDAsync_v2
+        self.copy.argtypes, self.copy.restype = (ctypes.c_uint64, pointer, ctypes.c_size_t, pointer), ctypes.c_int
+        self.record, self.wait = driver.cuEventRecord, driver.cuStreamWaitEvent
 
 
 _driver = functools.cache(_Driver)
@@ -126,6 +121,17 @@ class CudaLink:
             self._stall_s += before.elapsed_time(after) / 1e3
 
 
+class RingStruct(ctypes.Structure):
+    """``ring_t`` of ring.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("copy", "record", "wait", "launch", "copying", "unpacking")),
+        *((name, ctypes.c_void_p) for name in ("buffers", "arrived", "free", "kernel", "arguments", "places")),
+        ("count", ctypes.c_int),
+        *((name, ctypes.c_uint) for name in ("tiles", "threads", "shared")),
+    )
+
+
 class _Ring:
     """Packed blocks of one size on their way.
 
@@ -139,11 +145,10 @@ class _Ring:
     def __init__(self, elements: int, copying: torch.cuda.Stream) -> None:
         from inference.unpack_kernel import Unpacker  # only where there is Triton
 
-        stride = PackedBlock(elements).stride
-        self._count = max(min(RING_BYTES // stride, _RING_BUFFERS) // 2 * 2, 2)
-        self._elements, self._driver = elements, _driver()
+        self._elements, self._stride, driver = elements, PackedBlock(elements).stride, _driver()
+        self._count = max(min(RING_BYTES // self._stride, _RING_BUFFERS) // 2 * 2, 2)
         with torch.cuda.device(copying.device), torch.inference_mode(False):
-            self._buffers = torch.empty(self._count, stride, dtype=torch.uint8, device=copying.device)
+            self._buffers = torch.empty(self._count, self._stride, dtype=torch.uint8, device=copying.device)
             self._unpack = Unpacker(elements, copying.device)
             self.unpacking = torch.cuda.Stream(copying.device, priority=-1)
             copying.wait_stream(torch.cuda.current_stream())  # the memory may have been somebody's
@@ -151,33 +156,32 @@ class _Ring:
             for event in self._events:  # only then there is one
                 event.record(self.unpacking)
         handles = [event.cuda_event for event in self._events]
-        self._arrived, self._free = handles[: self._count], handles[self._count :]
-        self._addresses = [buffer.data_ptr() for buffer in self._buffers]
-        self._copying, self._thread = copying, threading.get_ident()
-        self._streams = copying.cuda_stream, self.unpacking.cuda_stream
-        self._turn = 0
+        self._arrays = (
+            (ctypes.c_uint64 * self._count)(*(buffer.data_ptr() for buffer in self._buffers)),
+            (ctypes.c_void_p * self._count)(*handles[: self._count]),
+            (ctypes.c_void_p * 2)(*handles[self._count :]),
+            self._unpack.arguments,
+            self._unpack.places,
+        )
+        buffers, arrived, free, arguments, places = map(ctypes.addressof, self._arrays)
+        calls = (driver.copy, driver.record, driver.wait, self._unpack.launch)
+        self._ring = RingStruct(
+            *(ctypes.cast(call, ctypes.c_void_p) for call in calls),
+            *(copying.cuda_stream, self.unpacking.cuda_stream, buffers, arrived, free),
+            *(self._unpack.kernel, arguments, places, self._count),
+            *(self._unpack.tiles, self._unpack.threads, self._unpack.shared),
+        )
+        self._bring, self._at = library().ring_bring, ctypes.addressof(self._ring)
+        self._copying, self._thread, self._turn = copying, threading.get_ident(), 0
 
     def bring(self, target_B: Tensor, packed_N: Tensor) -> None:
         assert target_B.numel() == self._elements, target_B.shape
-        assert packed_N.nbytes <= self._buffers.shape[1], packed_N.shape
-        driver, (copying, unpacking) = self._driver, self._streams
-        turn, half = self._turn, self._count // 2
+        assert packed_N.nbytes <= self._stride, packed_N.shape
         if self._thread != threading.get_ident():  # the driver knows no thread that has not met the device yet
             torch.cuda.Event().record(self._copying)
             self._thread = threading.get_ident()
-        buffer, arrived = self._addresses[turn], self._arrived[turn]
-        if turn % half == 0:
-            self._check(driver.wait(copying, self._free[turn // half], 0))
-        self._check(driver.copy(buffer, packed_N.data_ptr(), packed_N.nbytes, copying))
-        self._check(driver.record(arrived, copying))
-        self._check(driver.wait(unpacking, arrived, 0))
-        self._check(self._unpack(buffer, target_B.data_ptr(), unpacking))
-        self._turn = (turn + 1) % self._count
-        if self._turn % half == 0:
-            self._check(driver.record(self._free[turn // half], unpacking))
-
-    @staticmethod
-    def _check(status: int) -> None:
+        status = self._bring(self._at, self._turn, target_B.data_ptr(), packed_N.data_ptr(), packed_N.nbytes)
+        self._turn = (self._turn + 1) % self._count
         if status:
             torch.cuda.synchronize()  # says what it is, if it is the device's
             raise RuntimeError(f"CUDA error {status}")

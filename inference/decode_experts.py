@@ -201,6 +201,7 @@ class DecodeExperts:
         """
         assert self.all_resident
         self.transfer.check()
+        self.transfer.link.fence()  # slots may still be poisoned by what the device was asked to do
         try:
             for row, layer in enumerate(self._layers):
                 missing = [e for e in range(self._table_L3E.shape[2]) if self.cache.slot_LE[row, e] < 0]
@@ -291,8 +292,10 @@ class DecodeExperts:
         resident_E, coming_E, away_E = self._tables[row]
         resident_E[:] = self.cache.slot_LE[row]
         self._settle(self._behind)
-        if work.fetch or work.also:
-            self._bring(row, work)
+        if work.fetch:
+            self._coming += self._bring(row, work.fetch)
+        if work.also:
+            self._behind += self._bring(row, work.behind)
         coming_E.fill(-1)
         away_E.fill(0)
         slots = self.cache.slots_of[row]
@@ -332,13 +335,11 @@ class DecodeExperts:
         blocks = [addresses[expert] for expert in experts]
         self.lane.submit(self._call, blocks, first, pairs, what, packed=self._packed[row])
 
-    def _bring(self, row: int, work: _Divided) -> None:
-        """What is to be fetched is wanted now, the others later."""
+    def _bring(self, row: int, wanted: list[int]) -> list[Transfer]:
+        got = self.cache.reserve(self._layers[row], wanted)
+        assert got == wanted, (got, wanted)
         refs, slots = self._refs[row], self.cache.slots_of[row]
-        for wanted, brought in ((work.fetch, self._coming), (work.behind, self._behind)):
-            got = self.cache.reserve(self._layers[row], wanted)
-            assert got == wanted, (got, wanted)
-            brought += self.transfer.demand_all([(refs[expert], self._blocks[slots[expert]]) for expert in wanted])
+        return self.transfer.demand_all([(refs[expert], self._blocks[slots[expert]]) for expert in wanted])
 
     def _settle(self, transfers: list[Transfer]) -> None:
         """What the GPU is given from here on finds these experts in their slots."""

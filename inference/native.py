@@ -16,7 +16,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_lane.c", "packed.c", "packed.h"))
+_SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("cpu_lane.c", "packed.c", "packed.h", "policies.c", "ring.c")
+)
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", "-pthread")
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
 _SIGNATURES = {
@@ -27,6 +29,10 @@ _SIGNATURES = {
     "lane_close": (None, [_POINTER]),
     "packed_pack": (_LONG, [_POINTER, _LONG, _POINTER]),
     "packed_unpack": (None, [_POINTER, *[_LONG] * 5, _POINTER]),
+    "packed_is_quick": (_INT, []),
+    "map_match": (_INT, [_POINTER, _INT, _POINTER, _INT, _INT, _POINTER]),
+    "reuse_note": (None, [_POINTER, *[_POINTER] * 4, _INT, _POINTER, _INT, _POINTER]),
+    "ring_bring": (_INT, [_POINTER, _INT, _POINTER, _POINTER, _LONG]),
 }
 
 

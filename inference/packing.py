@@ -25,6 +25,8 @@ def why_not_packed(layout: ExpertBlock, device: torch.device) -> str | None:
         return f"their rows, of {sizes} weights, are not whole groups of {GROUP}"
     if isinstance(routines := opened(), str):
         return routines
+    if not routines.packed_is_quick():
+        return "this processor has neither AVX2 nor AVX-512, without which it computes them at a quarter of its speed"
     if device.type == "cuda" and not runs_triton(device):
         return f"there is no Triton to unpack them on {device}"
     return None

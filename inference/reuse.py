@@ -5,9 +5,22 @@ Shapes: L MoE layers, E experts of each, N of them used in one call, F features.
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 
+from inference.native import opened
 from inference.policies import Policy, Scores
+
+
+class _Constants(ctypes.Structure):
+    """What calls of the compiled routine have in common: ``reuse_t`` of policies.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("experts", "rates")),
+        *((name, ctypes.c_float) for name in ("step", "floor", "doubt", "keep")),
+        *((name, ctypes.c_void_p) for name in ("decay", "gain", "weights", "squares", "used")),
+    )
 
 
 class ExpectedReuse(Policy):
@@ -45,11 +58,38 @@ class ExpectedReuse(Policy):
         self._used_S = np.ones(experts + 1, dtype=np.float32)  # of the newest call
         self._keep = np.float32(0.5 ** (1 / self.SUCCESSION_HALF_LIFE))
         self._before_L: list[np.ndarray | None] = [None] * layers
+        self._compiled = None if isinstance(found := opened(), str) else found.reuse_note
+        if self._compiled is not None:
+            self._prepare()
+
+    def _prepare(self) -> None:
+        """For the compiled :meth:`_note`: where everything is."""
+        decay_F, gain_F = np.ascontiguousarray(self._decay_FE[:, 0]), np.ascontiguousarray(self._gain_F1[:, 0])
+        arrays = (decay_F, gain_F, self.weights_F, self._squares_F, self._used_S)
+        numbers = (self.experts, len(decay_F), self.STEP, self._FLOOR, self._DOUBT, float(self._keep))
+        self._constants = _Constants(*numbers, *(array.ctypes.data for array in arrays)), arrays
+        of_layers = (self._x_LFE, self._rate_LFE, self._against_LE, self._followed_LES)
+        assert all(array.flags.c_contiguous for array in of_layers)
+        self._places = [
+            (ctypes.addressof(self._constants[0]), *(array[row].ctypes.data for array in of_layers))
+            for row in range(self.layers)
+        ]
 
     def begin(self) -> None:
         self._before_L = [None] * self.layers
 
     def _note(self, row: int, experts_N: np.ndarray) -> None:
+        if self._compiled is None:
+            self._note_here(row, experts_N)
+            return
+        experts_N = np.ascontiguousarray(experts_N)
+        before_N = self._before_L[row]
+        before = (0, None) if before_N is None else (len(before_N), before_N.ctypes.data)
+        self._compiled(*self._places[row], *before, len(experts_N), experts_N.ctypes.data)
+        self._before_L[row] = experts_N
+
+    def _note_here(self, row: int, experts_N: np.ndarray) -> None:
+        """The reference of reuse.c, and what runs where nothing can be compiled."""
         used_S, used_E = self._used_S, self._used_S[:-1]
         used_E[:] = 0
         used_E[experts_N] = 1

@@ -165,24 +165,26 @@ class TransferEngine:
 
     def demand_all(self, wanted: Sequence[tuple[ExpertRef, Tensor]]) -> list[Transfer]:
         """:meth:`demand` of several that are waited for together: one mark, behind the last."""
-        transfers = [Transfer(ref, target_B, Urgency.DEMAND) for ref, target_B in wanted]
-        if not all(self._direct(transfer) for transfer in transfers):
-            for transfer in transfers:
-                self._give(transfer, transfer.target_B.numel())
-        elif transfers:
-            copy = self.link.copy
-            try:
-                for transfer in transfers:
-                    assert transfer.source_B is not None
-                    copy(transfer.target_B, transfer.source_B)
-                mark = self.link.mark()
-            except RuntimeError as error:
-                raise _failed(", ".join(str(transfer.ref) for transfer in transfers), error) from error
-            for transfer in transfers:
-                self._complete += 1
-                transfer.given, transfer.order = transfer.target_B.numel(), self._complete
-                transfer.mark = mark
-                self.counts.demanded_bytes += transfer.nbytes
+        if not wanted:
+            return []
+        sources: list[Tensor] = []
+        for ref, _ in wanted:
+            source_B = self.source.block(ref)
+            if source_B is None:
+                return [self.demand(*one) for one in wanted]
+            sources.append(source_B)
+        try:
+            for (_, target_B), source_B in zip(wanted, sources, strict=True):  # the link first, what is noted later
+                self.link.copy(target_B, source_B)
+            mark = self.link.mark()
+        except RuntimeError as error:
+            raise _failed(", ".join(str(ref) for ref, _ in wanted), error) from error
+        transfers = []
+        for (ref, target_B), source_B in zip(wanted, sources, strict=True):
+            self._complete += 1
+            self.counts.demanded_bytes += source_B.nbytes
+            given = target_B.numel()
+            transfers.append(Transfer(ref, target_B, Urgency.DEMAND, given, source_B, mark, self._complete))
         return transfers
 
     def prefetch(self, ref: ExpertRef, target_B: Tensor, urgency: Urgency) -> Transfer:

@@ -9,8 +9,6 @@ Shapes: B elements of a block, N bytes of a packed one.
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,18 +70,14 @@ def unpack_on_device(packed_N: Tensor, block_B: Tensor) -> Any:
     )  # fmt: skip
 
 
-@functools.cache
-def _launch() -> Callable[..., int]:
-    call: Any = ctypes.CDLL("libcuda.so.1").cuLaunchKernel
-    call.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
-    call.restype = ctypes.c_int
-    return call  # type: ignore[no-any-return]
-
-
 class Unpacker:
-    """Blocks of one size on one device, launched by CUDA's driver: Triton's own launch takes the host twice as long.
+    """Launches of the kernel for blocks of one size on one device, by CUDA's driver: Triton's own take the host twice
+    as long.
 
-    ``(packed, block, stream)``, addresses and a handle, to CUDA's status, 0 for success.
+    Attributes:
+        launch: cuLaunchKernel, and ``kernel``, ``tiles``, ``threads`` and ``shared`` what it is given.
+        arguments: of the kernel, the first two are where a packed block is and where the block goes, and the
+            ``places`` where the driver finds them.
     """
 
     def __init__(self, elements: int, device: torch.device) -> None:
@@ -94,12 +88,10 @@ class Unpacker:
         # Behind the kernel's own arguments Triton has its own, two in 3.6, for memory that this one does not use. The
         # driver reads as many as there are.
         count = 2 + _HIDDEN
-        self._arguments = (ctypes.c_uint64 * count)()
-        places = [ctypes.addressof(self._arguments) + 8 * i for i in range(count)]
-        self._places = (ctypes.c_void_p * count)(*places)
-        self._compiled, self._call = compiled, _launch()
-        self._shape = (compiled.function, form.tiles, 1, 1, 32 * _WARPS, 1, 1, compiled.metadata.shared)
-
-    def __call__(self, packed: int, block: int, stream: int) -> int:
-        self._arguments[0], self._arguments[1] = packed, block
-        return self._call(*self._shape, stream, self._places, None)
+        self.arguments = (ctypes.c_uint64 * count)()
+        places = [ctypes.addressof(self.arguments) + 8 * i for i in range(count)]
+        self.places = (ctypes.c_void_p * count)(*places)
+        self.launch = ctypes.CDLL("libcuda.so.1").cuLaunchKernel
+        self._compiled = compiled  # its kernel is loaded as long as it is
+        self.kernel, self.shared = compiled.function, compiled.metadata.shared
+        self.tiles, self.threads = form.tiles, 32 * _WARPS

@@ -29,6 +29,11 @@ _RESOLVERS = (
 )
 # Beyond any recipe's depth, below the interpreter's recursion limit.
 _MAX_DEPTH = 32
+_FROM_ALIASES = 10_000  # values that aliases may add to those that are written out
+
+
+class _TooMany(Exception):
+    """Aliases of aliases: a short text can stand for more values than there is memory."""
 
 
 @dataclass(frozen=True, order=True)
@@ -112,7 +117,12 @@ def read(text: str, place_of_line: Callable[[int], Place]) -> Document:
         if loader is not None:
             loader.dispose()
     if node is not None:
-        document.values = _Reader(document, place_of_line).value(node, ())
+        reader = _Reader(document, place_of_line, len(text) + _FROM_ALIASES)
+        try:
+            document.values = reader.value(node, ())
+        except _TooMany:
+            text = f"the aliases (*name) of this document stand for more than {_FROM_ALIASES:,} values; write them out"
+            document.problems = [Problem(place_of_line(1), text)]
     return document
 
 
@@ -130,11 +140,16 @@ def _syntax_problems(text: str, error: yaml.MarkedYAMLError, place_of_line: Call
 
 
 class _Reader:
-    """Turns nodes into values, noting places and problems in the document."""
+    """Turns nodes into values, noting places and problems in the document.
 
-    def __init__(self, document: Document, place_of_line: Callable[[int], Place]) -> None:
+    Args:
+        most: values that it makes. Each that is written takes a character at least, or stands behind one.
+    """
+
+    def __init__(self, document: Document, place_of_line: Callable[[int], Place], most: int) -> None:
         self.document = document
         self.place_of_line = place_of_line
+        self._left = most
 
     def problem(self, node: yaml.Node, text: str) -> None:
         self.document.problems.append(Problem(self._place(node), text))
@@ -143,6 +158,9 @@ class _Reader:
         return self.place_of_line(node.start_mark.line + 1)
 
     def value(self, node: yaml.Node, path: Path) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise _TooMany
         if len(path) > _MAX_DEPTH:
             self.problem(node, "nested too deeply (or an alias that contains itself); write it out")
             return None

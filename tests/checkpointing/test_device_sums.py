@@ -109,11 +109,26 @@ except records.RecordError:
 """
 
 
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+
+@needs_triton
 @pytest.mark.timeout(120)
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_the_kernels_sums_are_the_librarys() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", KERNELS], env=environment, capture_output=True, text=True, timeout=100)
+    _run_kernels({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
+
+
+@needs_triton
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.timeout(120)
+def test_the_sums_of_compiled_kernels_are_the_librarys() -> None:
+    _run_kernels({"TRITON_INTERPRET": "0"})
+
+
+def _run_kernels(more: dict[str, str]) -> None:
+    command = [sys.executable, "-c", KERNELS]
+    done = subprocess.run(command, env=os.environ | more, capture_output=True, text=True, timeout=100)
     assert done.stdout == "equal\n", done.stderr
 
 

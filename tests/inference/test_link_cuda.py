@@ -50,6 +50,7 @@ def test_an_expert_crosses_whole_while_the_device_is_busy(store, device, way):
     banks.join()
     transfers = TransferEngine(CudaLink(device), banks, chunk_bytes=1024, window_bytes=4096)
     targets = torch.full((16, layout.elements), float("nan"), dtype=torch.bfloat16, device=device)
+    transfers.link.fence()  # or the NaN may come last: copies do not wait for what is computed
     busy = torch.randn(4096, 4096, device=device)
     for _ in range(20):
         busy = busy @ busy * 1e-3
@@ -89,6 +90,7 @@ def test_packed_and_plain_layers_share_a_link(store, device, monkeypatch):
     expected = torch.zeros(layout.elements, dtype=torch.bfloat16)
     for turn in range(3):
         targets = torch.full((12, layout.elements), float("nan"), dtype=torch.bfloat16, device=device)
+        transfers.link.fence()
         refs = [ExpertRef((turn + number) % 4, number) for number in range(12)]
         wanted = list(zip(refs, targets, strict=True))
         sent = [t for part in (wanted[:1], wanted[1:6], wanted[6:]) for t in transfers.demand_all(part)]
@@ -120,6 +122,54 @@ def test_the_last_copy_into_a_block_is_the_one_that_stays(store, device):
         expected = plain_B if last is plain_B else unpack(last, layout.elements)
         assert torch.equal(target_B.cpu(), expected)
     banks.close()
+
+
+def test_a_ring_is_not_written_over_while_unpacking_stands_still(store, device):
+    layout = ExpertBlock(SHAPE, torch.bfloat16)
+    banks = ExpertBanks(store, layout, CudaRegistrar(device), packed=True)
+    banks.join()
+    link, refs = CudaLink(device), [ExpertRef(layer, expert) for layer in range(3) for expert in range(16)]
+    targets = torch.full((len(refs), layout.elements), float("nan"), dtype=torch.bfloat16, device=device)
+    link.fence()
+    link.copy(targets[0], banks.block(refs[0]))
+    assert len(refs) > 4 * link._ring._count
+    with torch.cuda.stream(link._ring.unpacking):
+        torch.cuda._sleep(100_000_000)  # far longer than all of them take to cross
+    for ref, target_B in zip(refs[1:], targets[1:], strict=True):
+        link.copy(target_B, banks.block(ref))
+    mark = link.mark()
+    assert not link.done(mark)
+    link.settle(mark)
+    for ref, got_B in zip(refs, targets.cpu(), strict=True):
+        block = banks.block(ref)
+        assert torch.equal(got_B, unpack(block, layout.elements)), ref
+    banks.close()
+
+
+@pytest.mark.timeout(60, method="thread")
+@torch.inference_mode()
+def test_giving_up_frees_what_waits_for_the_host(device):
+    from inference.decode_experts import HostCount
+
+    count, other = HostCount(device), torch.cuda.Stream(device)
+    for _ in range(2):
+        for _ in range(3):
+            count.wait()
+        held = torch.cuda.Event()
+        held.record()
+        with torch.cuda.stream(other):  # long enough for a kernel that does not wait to be over
+            torch.cuda._sleep(20_000_000)
+        other.synchronize()
+        count.done_1[0] += 1
+        assert not held.query()
+        count.give_up()
+        assert held.query()
+        assert int(count.done_1[0]) == 0
+    count.wait()
+    last = torch.cuda.Event()
+    last.record()
+    count.done_1[0] += 1
+    last.synchronize()
 
 
 def test_page_locked_memory_can_be_given_back_and_locked_again(store, device):

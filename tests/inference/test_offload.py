@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,7 +126,6 @@ def test_it_is_said_whether_experts_are_packed_and_if_not_why(
 
 def test_what_keeps_experts_from_being_packed(monkeypatch):
     gpu, kind = torch.device("cuda", 0), ExpertKind(64, 32, torch.bfloat16)
-    monkeypatch.setattr("inference.packing.opened", lambda: None)
     monkeypatch.setattr("inference.packing.runs_triton", lambda device: device.type == "cuda")
     assert why_not_packed(kind.layout, gpu) is None
     assert "rows, of 64 and 40 weights, are not whole groups of 32" in why_not_packed(
@@ -134,6 +134,9 @@ def test_what_keeps_experts_from_being_packed(monkeypatch):
     monkeypatch.setattr("inference.packing.runs_triton", lambda _: False)
     assert why_not_packed(kind.layout, gpu) == "there is no Triton to unpack them on cuda:0"
     assert why_not_packed(kind.layout, torch.device("cpu")) is None
+    slow = SimpleNamespace(packed_is_quick=lambda: 0)
+    monkeypatch.setattr("inference.packing.opened", lambda: slow)
+    assert "neither AVX2 nor AVX-512" in why_not_packed(kind.layout, torch.device("cpu"))
 
 
 def test_room_for_packed_experts_is_kept_where_they_are_packed_only(model_folder, monkeypatch):

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from inference import activation, reuse
+from inference.activation import ExpertMap
 from inference.policies import LRFU, LRU, AgedLFU, LayeredLRU, PerLayerLRU
+from inference.reuse import ExpectedReuse
+from inference.shadow import Hedge, Shadow
 from inference.simulate import FIXED
 
 LAYERS, EXPERTS = 3, 5
@@ -121,3 +126,63 @@ def test_aged_lfu_forgets():
 def test_policies_do_not_import_torch():
     code = "import sys, inference.policies, inference.simulate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+@contextmanager
+def nothing_compiled():
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (activation, reuse):
+            patch.setattr(module, "opened", lambda: "no compiler")
+        yield
+
+
+def drawn(rounds, layers, experts, choices):
+    """(row, experts) of calls that stay with what was used, and have favourites."""
+    rng, scores_LE = np.random.default_rng(5), 0.0
+    favour_LE = rng.gumbel(size=(layers, experts))
+    for _ in range(rounds):
+        scores_LE = 0.7 * scores_LE + favour_LE / 2 + rng.gumbel(size=(layers, experts))
+        for row in range(layers):
+            yield row, np.argsort(-scores_LE[row])[:choices]
+
+
+@given(CALLS, st.integers(1, 4))
+def test_the_compiled_map_is_the_python_one(calls, memory):
+    with nothing_compiled():
+        plain = told(ExpertMap(LAYERS, EXPERTS, memory), calls)
+    compiled = told(ExpertMap(LAYERS, EXPERTS, memory), calls)
+    assert (compiled.scores() == plain.scores()).all()
+    assert compiled._match == plain._match
+
+
+@given(CALLS)
+def test_the_compiled_chances_are_the_python_ones(calls):
+    with nothing_compiled():
+        plain = ExpectedReuse(LAYERS, EXPERTS)
+    compiled = ExpectedReuse(LAYERS, EXPERTS)
+    assert (plain._compiled, bool(compiled._compiled)) == (None, True)
+    for number, (row, experts) in enumerate(calls):
+        for policy in (plain, compiled):
+            policy.use(row, experts)
+            if number % 7 == 6:
+                policy.begin()
+        np.testing.assert_allclose(compiled.scores(), plain.scores(), rtol=1e-4)
+    np.testing.assert_allclose(compiled.weights_F, plain.weights_F, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(compiled._followed_LES, plain._followed_LES, rtol=1e-5)
+
+
+def test_what_is_evicted_does_not_depend_on_a_compiler():
+    """Additions differ in order: of two experts that are alike up to rounding the other may go, but here none does."""
+    expected = []
+    with nothing_compiled():
+        shadow, hedge = Shadow(ExpectedReuse(6, 32), 40), Hedge(6, 32, 40, stride=4)
+        for call in drawn(250, 6, 32, 4):
+            missed = shadow.use(*call)
+            hedge.use(*call)
+            expected.append((missed, shadow.resident_LE.copy(), hedge.leader, dict(hedge.misses)))
+    shadow, hedge = Shadow(ExpectedReuse(6, 32), 40), Hedge(6, 32, 40, stride=4)
+    for call, (missed, resident_LE, leader, misses) in zip(drawn(250, 6, 32, 4), expected, strict=True):
+        assert shadow.use(*call) == missed
+        assert (shadow.resident_LE == resident_LE).all()
+        hedge.use(*call)
+        assert (hedge.leader, hedge.misses) == (leader, misses)

@@ -36,6 +36,18 @@ def test_cases(file):
     _run(file, {})
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_kernels_compile_for_a_gpu_without_one(tmp_path):
+    """Those of inference and of checkpointing."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(Path(__file__).with_name("triton_compiles.py"))]
+    done = subprocess.run(command, env=environment, timeout=110, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def _run(file: str, more: dict[str, str]) -> None:
     cases = Path(__file__).with_name(file)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]

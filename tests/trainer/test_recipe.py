@@ -23,6 +23,10 @@ from trainer.recipe import (
 )
 from trainer.schema import KEYS
 
+# Each line stands for ten of the one before: 10^9 values in a few hundred bytes.
+BOMB = b"a0: &a0 [x]\n" + b"".join(
+    b"a%d: &a%d [%s]\n" % (n, n, b", ".join([b"*a%d" % (n - 1)] * 10)) for n in range(1, 10)
+)
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("**/*.yaml"))
 BROKEN = sorted((ROOT / "tests" / "broken_recipes").glob("*.yaml"))
@@ -208,8 +212,10 @@ def test_file_and_arguments_are_reported_together(valid: Path) -> None:
         (b"model:\n  family: a\x07b\n", ":2: character '\\x07' is not allowed"),
         (b"a: &x\n  b: *x\n", ":1: nested too deeply"),
         (b"[" * 5000, ":1: nested too deeply"),
+        (BOMB, ":1: the aliases (*name) of this document stand for more than 10,000 values; write them out"),
+        (b"a: &x [*x, *x, *x]\n", ":1: the aliases (*name) of this document stand for more than 10,000 values"),
     ],
-    ids=["empty", "comment", "list", "text", "latin1", "control", "cycle", "depth"],
+    ids=["empty", "comment", "list", "text", "latin1", "control", "cycle", "depth", "bomb", "cycles"],
 )
 def test_unreadable_files(tmp_path: Path, raw: bytes, message: str) -> None:
     path = tmp_path / "r.yaml"
