@@ -39,6 +39,7 @@ Reached = Callable[[str, int], None]
 Move = tuple[torch.Tensor, torch.Tensor]
 Part = tuple[torch.Tensor, int]  # bytes, and where they go in a payload
 Plan = tuple[list[Part], list[Move]]
+Run = tuple[torch.cuda.Event | None, list[Move]]  # what to copy after an event of the device
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -249,12 +250,18 @@ class Capturer:
         granted = list(zip(grant.bases, job.fragments, strict=False))
         self._reached("copy", job.step)
         plans = [(slot, Kind.BASE, self._base_plan(slot, fragment)) for slot, fragment in granted]
+        runs = []
         if job.log is not None:
-            slot = grant.others[Kind.LOG]
-            plans.append((slot, Kind.LOG, self._planned(slot, Kind.LOG, self._log_parts(job.log))))
+            # First, since the gradients were there before the optimizer changed the state.
+            slot, parts = grant.others[Kind.LOG], self._log_parts(job.log)
+            for number, part in enumerate(parts):
+                after = job.log.ready[number] if job.log.ready else job.event
+                runs.append((after, self._moves(slot, Kind.LOG, part)))
+            plans.append((slot, Kind.LOG, (parts, [])))
+        runs.append((job.event, [move for _, _, (_, moves) in plans for move in moves]))
         records = [(slot, kind, parts) for slot, kind, (parts, _) in plans]
         summed = self._sums.queue_records(records, job.event) if self._sums is not None else []
-        self._copy([move for _, _, (_, moves) in plans for move in moves], job)
+        self._copy(runs, job)
         sums = self._sums.take_records(summed) if self._sums is not None else {}
         for slot, fragment in granted:
             self._close_record(slot, Kind.BASE, grant, job.step, fragment.table, fragment.nbytes)
@@ -288,7 +295,8 @@ class Capturer:
             if len(self._plans) == _PLANS:
                 self._plans.clear()
             parts = [(bytes_of(self._buffers[p.buffer].tensor[p.lo : p.hi]), p.offset) for p in fragment.pieces]
-            plan = self._plans[slot, fragment.parts] = self._planned(slot, Kind.BASE, parts)
+            moves = [move for part in parts for move in self._moves(slot, Kind.BASE, part)]
+            plan = self._plans[slot, fragment.parts] = parts, moves
         return plan
 
     def _log_parts(self, log: StepLog) -> list[Part]:
@@ -298,28 +306,31 @@ class Capturer:
                 raise RecordError(f"a gradient of {grad.numel()} x {grad.dtype} is not of the log's layout")
         return [(bytes_of(grad), offset) for grad, offset in zip(log.grads, self._log.offsets, strict=not log.skipped)]
 
-    def _planned(self, slot: int, kind: Kind, parts: list[Part]) -> Plan:
-        start, moves = self._place(slot, kind), []
-        for source, offset in parts:
-            target = self._memory[start + offset : start + offset + source.numel()]
-            moves += zip(source.split(self._piece), target.split(self._piece), strict=True)
-        return parts, moves
+    def _moves(self, slot: int, kind: Kind, part: Part) -> list[Move]:
+        source, offset = part
+        start = self._place(slot, kind) + offset
+        target = self._memory[start : start + source.numel()]
+        return list(zip(source.split(self._piece), target.split(self._piece), strict=True))
 
-    def _copy(self, moves: list[Move], job: Job) -> None:
-        half = len(moves) // 2
+    def _copy(self, runs: list[Run], job: Job) -> None:
+        half = sum(len(moves) for _, moves in runs) // 2
         if self._stream is None:
-            for number, (source, target) in enumerate(moves):
+            for number, (source, target) in enumerate(move for _, moves in runs for move in moves):
                 if number == half:
                     self._reached("capture", job.step)
                 ctypes.memmove(target.data_ptr(), source.data_ptr(), source.numel())
             return
-        assert job.event is not None
         copied = torch.cuda.Event(blocking=True)  # sleeps; another would spin on a core that launches kernels
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            self._stream.wait_event(job.event)
-            self._queue(moves[:half])
-            self._reached("capture", job.step)
-            self._queue(moves[half:])
+            for after, moves in runs:
+                assert after is not None
+                self._stream.wait_event(after)
+                before = max(half, 0)
+                self._queue(moves[:before])
+                if 0 <= half < len(moves):
+                    self._reached("capture", job.step)
+                self._queue(moves[before:])
+                half -= len(moves)
             copied.record(self._stream)
         copied.synchronize()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,11 +32,14 @@ class StepLog:
         grads: for each parameter group its flat partition [N]; empty if the step was skipped.
         factors: for each group the factor to apply after the cast to fp32, a tensor [1]; empty if it is 1 for all.
         groups: for each group the optimizer's settings (lr, betas, ...), and ``step``, its count before this step.
+        ready: on a GPU, for each group the event after which its gradients are there: before its update, so that they
+            can be copied beside it.
     """
 
     grads: list[Tensor]
     factors: list[Tensor]
     groups: list[dict[str, Any]]
+    ready: list[torch.cuda.Event] = field(default_factory=list)
 
     @property
     def skipped(self) -> bool:
@@ -109,6 +112,7 @@ class GradientTap:
         self._grads: list[Tensor] = []
         self._factors: list[Tensor] = []
         self._groups: list[dict[str, Any]] = []
+        self._ready: list[torch.cuda.Event] = []
 
     def _on_flatten(self, tensors: Any) -> Tensor:
         flat = self._flatten(tensors)
@@ -141,6 +145,8 @@ class GradientTap:
             assert flat is not None
             self._grads.append(flat)
             self._factors.append(factor)
+        if grad.is_cuda:
+            self._ready.append(torch.cuda.current_stream(grad.device).record_event())
         self._groups.append(settings_of(inner.param_groups[index]) | {"step": self._counts[index]})
         self._counts[index] += "step" in inner.state[partition]
 
@@ -164,6 +170,6 @@ class GradientTap:
             found = self._zero.optimizer.param_groups
             groups = [settings_of(g) | {"step": count} for g, count in zip(found, self._counts, strict=True)]
         assert len(groups) == len(self._counts), "a step was logged half"
-        log = StepLog(self._grads, self._factors, groups)
+        log = StepLog(self._grads, self._factors, groups, self._ready)
         self._reset()
         return log
