@@ -5,8 +5,9 @@ threads. On CUDA each slot is registered once as pinned memory and a side stream
 queued by one call: each call of its own would take the interpreter lock from the training thread, which gets it back
 late. A copy engine serves its queue in order, so a training step that reads a single number back would wait for all of
 them; after each piece the stream therefore runs a kernel of no other use, and while the engine waits for that it serves
-others. Queueing a piece holds up a training thread that queues kernels, so pieces are small only where a step reads
-numbers back in its midst (figures: docs/measurements.md).
+others. The stream has priority: such a kernel would else wait for room on a busy device, and the copies with it.
+Queueing a piece holds up a training thread that queues kernels, so pieces are small only where a step reads numbers
+back in its midst (figures: docs/measurements.md).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from checkpointing.keeper.client import Grant, KeeperClient
 from checkpointing.keeper.protocol import KeeperError
 from checkpointing.pinning import Pinning
-from checkpointing.record_sums import device_sums
+from checkpointing.record_sums import Part, Record, device_sums
 from checkpointing.records import PAGE, Header, Kind, RecordError, encode_table, extras_entries, finish, whole_pages
 from checkpointing.slots import ArenaShape, Pool
 from checkpointing.state.buffers import StateBuffer
@@ -37,7 +38,6 @@ _PLANS = 512  # kept: more than a rotation's parts in all its slots; experts' wo
 _SIGN_OF_LIFE_S = 5.0
 Reached = Callable[[str, int], None]
 Move = tuple[torch.Tensor, torch.Tensor]
-Part = tuple[torch.Tensor, int]  # bytes, and where they go in a payload
 Plan = tuple[list[Part], list[Move]]
 Run = tuple[torch.cuda.Event | None, list[Move]]  # what to copy after an event of the device
 
@@ -117,7 +117,7 @@ class Capturer:
         self._device = next(iter(devices), None)
         self._memory = torch.frombuffer(client.arena.memory, dtype=torch.uint8)
         self.pinning = Pinning(client.arena, self._device)
-        self._stream = None if self._device is None else torch.cuda.Stream(self._device)
+        self._stream = None if self._device is None else torch.cuda.Stream(self._device, priority=-1)
         self._piece = _PIECE if reads_back else _LARGE_PIECE
         # What the kernels between pieces copy: to another dtype, since that takes a kernel.
         self._gap = (torch.zeros(1, device=self._device), torch.zeros(1, dtype=torch.int32, device=self._device))
@@ -249,17 +249,18 @@ class Capturer:
         grant = self._grant(job)
         granted = list(zip(grant.bases, job.fragments, strict=False))
         self._reached("copy", job.step)
-        plans = [(slot, Kind.BASE, self._base_plan(slot, fragment)) for slot, fragment in granted]
-        runs = []
+        records: list[Record] = []
+        runs: list[Run] = []
         if job.log is not None:
             # First, since the gradients were there before the optimizer changed the state.
             slot, parts = grant.others[Kind.LOG], self._log_parts(job.log)
-            for number, part in enumerate(parts):
-                after = job.log.ready[number] if job.log.ready else job.event
-                runs.append((after, self._moves(slot, Kind.LOG, part)))
-            plans.append((slot, Kind.LOG, (parts, [])))
-        runs.append((job.event, [move for _, _, (_, moves) in plans for move in moves]))
-        records = [(slot, kind, parts) for slot, kind, (parts, _) in plans]
+            ready = job.log.ready or [job.event] * len(parts)
+            runs += [(event, self._moves(slot, Kind.LOG, part)) for event, part in zip(ready, parts, strict=True)]
+            records.append((slot, parts, job.log.sums))
+        for slot, fragment in granted:
+            parts, moves = self._base_plan(slot, fragment)
+            runs.append((job.event, moves))
+            records.append((slot, parts, ()))
         summed = self._sums.queue_records(records, job.event) if self._sums is not None else []
         self._copy(runs, job)
         sums = self._sums.take_records(summed) if self._sums is not None else {}

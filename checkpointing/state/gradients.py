@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from checkpointing.moments import MOMENTS
+from checkpointing.record_sums import GradientSums
 from checkpointing.state.zero import optimizer_steps
 
 
@@ -34,12 +35,14 @@ class StepLog:
         groups: for each group the optimizer's settings (lr, betas, ...), and ``step``, its count before this step.
         ready: on a GPU, for each group the event after which its gradients are there: before its update, so that they
             can be copied beside it.
+        sums: for each group the sums of its gradients' blocks, see checkpointing.device_sums; None if nobody took them.
     """
 
     grads: list[Tensor]
     factors: list[Tensor]
     groups: list[dict[str, Any]]
     ready: list[torch.cuda.Event] = field(default_factory=list)
+    sums: list[Tensor | None] = field(default_factory=list)
 
     @property
     def skipped(self) -> bool:
@@ -86,6 +89,7 @@ class GradientTap:
         self._preflattened = zero_optimizer._get_preflattened_grad_partition
         self._flat: Tensor | None = None
         self._checked: set[int] = set()
+        self._summing = GradientSums()
         self._counts: list[float] = []
         self.recount()
         self._reset()
@@ -113,6 +117,7 @@ class GradientTap:
         self._factors: list[Tensor] = []
         self._groups: list[dict[str, Any]] = []
         self._ready: list[torch.cuda.Event] = []
+        self._sums: list[Tensor | None] = []
 
     def _on_flatten(self, tensors: Any) -> Tensor:
         flat = self._flatten(tensors)
@@ -139,10 +144,16 @@ class GradientTap:
             self._clip(grads, total_norm)
             self._grads.append(grad)
         else:
+            new = index not in self._checked
             self._check_lossless(index, flat, grad)
-            factor = torch.ones(1, dtype=torch.float32, device=grad.device)
-            self._clip([grad, factor], total_norm)
             assert flat is not None
+            factor = torch.ones(1, dtype=torch.float32, device=grad.device)
+            if self._summing.can(flat, grad):
+                self._clip([grad[:1], factor], total_norm)  # all is overwritten
+                self._sums.append(self._summing.scale(flat, factor, grad, check=new))
+            else:
+                self._clip([grad, factor], total_norm)
+                self._sums.append(None)
             self._grads.append(flat)
             self._factors.append(factor)
         if grad.is_cuda:
@@ -170,6 +181,6 @@ class GradientTap:
             found = self._zero.optimizer.param_groups
             groups = [settings_of(g) | {"step": count} for g, count in zip(found, self._counts, strict=True)]
         assert len(groups) == len(self._counts), "a step was logged half"
-        log = StepLog(self._grads, self._factors, groups, self._ready)
+        log = StepLog(self._grads, self._factors, groups, self._ready, self._sums)
         self._reset()
         return log
