@@ -133,9 +133,15 @@ class DeviceSums:
         self._found_C8 = torch.empty(_MOST, 8, dtype=torch.uint64, device=device)
         self._host_places_2C, self._host_found_C8 = of_host(2, _MOST), of_host(_MOST, 8)
 
-    def queue(self, starts: Sequence[int], after: torch.cuda.Event | None = None, added: Sequence[int] = ()) -> int:
-        """Begin with as many chunks as there is room for: first those whose blocks are added up, given where the sums
-        lie, then those whose bytes begin at ``starts``; all addresses of the device, in their order.
+    def queue(
+        self,
+        starts: Sequence[int],
+        after: torch.cuda.Event | None = None,
+        added: Sequence[int] = (),
+        ready: torch.cuda.Event | None = None,
+    ) -> int:
+        """Begin with as many chunks as there is room for: first those whose blocks are added up after ``ready``, given
+        where the sums lie, then, after ``after``, those whose bytes begin at ``starts``; all addresses of the device.
 
         Returns how many those are. Their bytes must stay as they are until :meth:`take`. Raises ValueError if one does
         not begin at a multiple of 16.
@@ -144,28 +150,36 @@ class DeviceSums:
         starts = starts[: _MOST - len(added)]
         if any(start % 16 for start in starts):
             raise ValueError("state begins between two multiples of 16 bytes")
-        count, fresh, blocks = len(added) + len(starts), len(starts), self._blocks
-        if not count:
-            return 0
+        known, fresh, blocks = len(added), len(starts), self._blocks
+        if self._sums_CB8.numel() < fresh * blocks * 8:
+            self._sums_CB8 = self._secret.new_empty(fresh * blocks * 8)
+        sums, places = self._sums_CB8.data_ptr(), self._host_places_2C.numpy()
+        places[0, :fresh] = starts
+        places[1, : known + fresh] = [*added, *(sums + number * blocks * _SUMS for number in range(fresh))]
         with torch.cuda.stream(self._stream):
-            if self._stream is not None and after is not None:
-                self._stream.wait_event(after)
-            if self._sums_CB8.numel() < fresh * blocks * 8:
-                self._sums_CB8 = self._secret.new_empty(fresh * blocks * 8)
-            sums = self._sums_CB8.data_ptr()
-            places = self._host_places_2C.numpy()
-            places[0, :fresh] = starts
-            places[1, :count] = [*added, *(sums + number * blocks * _SUMS for number in range(fresh))]
             self._places_2C.copy_(self._host_places_2C, non_blocking=True)
-            chunks, rows = self._places_2C.unbind()
-            together = min(_TOGETHER, blocks & -blocks)
-            if fresh:
-                _add_blocks[(blocks // together, fresh)](chunks, self._secret, self._sums_CB8, blocks, together)
-            unrolled = next(n for n in _UNROLLED if (blocks - 1) % n == 0)
-            of_all = (rows, self._secret, self._start, self._found_C8, PRIME32_1, count, blocks, unrolled)
-            _scramble[(-(-count // 4),)](*of_all, num_warps=1)
+            if added:
+                self._wait(ready or after)
+                self._scramble(0, known)
+            if starts:
+                self._wait(after)
+                together = min(_TOGETHER, blocks & -blocks)
+                of_all = (self._places_2C[0], self._secret, self._sums_CB8, blocks, together)
+                _add_blocks[(blocks // together, fresh)](*of_all)
+                self._scramble(known, fresh)
             self._host_found_C8.copy_(self._found_C8, non_blocking=True)
-        return count
+        return known + fresh
+
+    def _wait(self, event: torch.cuda.Event | None) -> None:
+        if self._stream is not None and event is not None:
+            self._stream.wait_event(event)
+
+    def _scramble(self, first: int, count: int) -> None:
+        blocks = self._blocks
+        unrolled = next(n for n in _UNROLLED if (blocks - 1) % n == 0)
+        rows, found = self._places_2C[1, first:], self._found_C8[first:]
+        of_all = (rows, self._secret, self._start, found, PRIME32_1, count, blocks, unrolled)
+        _scramble[(-(-count // 4),)](*of_all, num_warps=1)
 
     def take(self, count: int) -> list[bytes]:
         """Wait for them; returns each chunk's accumulators."""

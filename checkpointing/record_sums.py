@@ -46,8 +46,11 @@ class RecordSums:
         self._sums: DeviceSums | None = sums
         self._chunk = chunk
 
-    def queue_records(self, records: Iterable[Record], after: torch.cuda.Event | None) -> list[Place]:
-        """Begin after an event of the device; returns which chunks. Their bytes must stay till :meth:`take_records`.
+    def queue_records(
+        self, records: Iterable[Record], after: torch.cuda.Event | None, ready: torch.cuda.Event | None = None
+    ) -> list[Place]:
+        """Begin after an event of the device, with what is added up after ``ready``; returns which chunks. Their bytes
+        must stay till :meth:`take_records`.
 
         A device that cannot, for want of memory or of a compiler, is not asked again: the keeper reads everything then.
         """
@@ -65,7 +68,7 @@ class RecordSums:
                     else:
                         added.append(((slot, chunk), sums[begin // BLOCK].data_ptr()))
         try:
-            count = self._sums.queue([start for _, start in fresh], after, [place for _, place in added])
+            count = self._sums.queue([start for _, start in fresh], after, [place for _, place in added], ready)
             return [place for place, _ in (*added, *fresh)][:count]
         except Exception as error:  # Triton and compilers raise whatever they like, and training needs none of them
             _tell("takes no checksums", error, "the keeper takes all")
