@@ -251,21 +251,21 @@ class Capturer:
         self._reached("copy", job.step)
         records: list[Record] = []
         runs: list[Run] = []
-        ready = job.event
+        summed = job.event
         if job.log is not None:
             # First, since the gradients were there before the optimizer changed the state.
             slot, parts = grant.others[Kind.LOG], self._log_parts(job.log)
             events = job.log.ready or [job.event] * len(parts)
-            ready = events[-1] if events else ready
+            summed = job.log.summed or job.event
             runs += [(event, self._moves(slot, Kind.LOG, part)) for event, part in zip(events, parts, strict=True)]
             records.append((slot, parts, job.log.sums))
         for slot, fragment in granted:
             parts, moves = self._base_plan(slot, fragment)
             runs.append((job.event, moves))
             records.append((slot, parts, ()))
-        summed = self._sums.queue_records(records, job.event, ready) if self._sums is not None else []
+        begun = self._sums.queue_records(records, job.event, summed) if self._sums is not None else []
         self._copy(runs, job)
-        sums = self._sums.take_records(summed) if self._sums is not None else {}
+        sums = self._sums.take_records(begun) if self._sums is not None else {}
         for slot, fragment in granted:
             self._close_record(slot, Kind.BASE, grant, job.step, fragment.table, fragment.nbytes)
         if job.log is not None:

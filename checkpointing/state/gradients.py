@@ -36,6 +36,7 @@ class StepLog:
         ready: on a GPU, for each group the event after which its gradients are there: before its update, so that they
             can be copied beside it.
         sums: for each group the sums of its gradients' blocks, see checkpointing.device_sums; None if nobody took them.
+        summed: the event after which they are there.
     """
 
     grads: list[Tensor]
@@ -43,6 +44,7 @@ class StepLog:
     groups: list[dict[str, Any]]
     ready: list[torch.cuda.Event] = field(default_factory=list)
     sums: list[Tensor | None] = field(default_factory=list)
+    summed: torch.cuda.Event | None = None
 
     @property
     def skipped(self) -> bool:
@@ -69,6 +71,11 @@ def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name != "params" and _is_plain(value)}
 
 
+def _event(tensor: Tensor) -> torch.cuda.Event | None:
+    """After what is queued so far on the tensor's GPU, if it lies on one."""
+    return torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+
+
 def _is_plain(value: Any) -> bool:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return all(_is_plain(part) for part in value)
@@ -88,6 +95,7 @@ class GradientTap:
         self._flatten = zero_optimizer.flatten
         self._preflattened = zero_optimizer._get_preflattened_grad_partition
         self._flat: Tensor | None = None
+        self._there: torch.cuda.Event | None = None
         self._checked: set[int] = set()
         self._summing = GradientSums()
         self._counts: list[float] = []
@@ -118,19 +126,23 @@ class GradientTap:
         self._groups: list[dict[str, Any]] = []
         self._ready: list[torch.cuda.Event] = []
         self._sums: list[Tensor | None] = []
+        self._summed: torch.cuda.Event | None = None
 
     def _on_flatten(self, tensors: Any) -> Tensor:
         flat = self._flatten(tensors)
         # Buckets are flattened, too, when they are reduced: a reference to one would keep its memory.
         if len(self._grads) < len(self._counts) and flat.numel() == self._zero.partition_size[len(self._grads)]:
-            self._flat = flat
+            self._note(flat)
         return flat
 
     def _on_preflattened(self, group: int) -> Tensor | None:
         flat = self._preflattened(group)
         if flat is not None:
-            self._flat = flat
+            self._note(flat)
         return flat
+
+    def _note(self, flat: Tensor) -> None:
+        self._flat, self._there = flat, _event(flat)
 
     def _on_clip(self, grads: list[Tensor], total_norm: Any) -> None:
         """Called once per group, between the cast to fp32 and the optimizer's step."""
@@ -140,9 +152,11 @@ class GradientTap:
         index = len(self._grads)
         partition = self._zero.single_partition_of_fp32_groups[index]
         assert partition.numel() == grad.numel(), "groups are stepped in their order"
+        there = self._there
         if self.dtype == "float32":
             self._clip(grads, total_norm)
             self._grads.append(grad)
+            there = _event(grad)
         else:
             new = index not in self._checked
             self._check_lossless(index, flat, grad)
@@ -151,13 +165,14 @@ class GradientTap:
             if self._summing.can(flat, grad):
                 self._clip([grad[:1], factor], total_norm)  # all is overwritten
                 self._sums.append(self._summing.scale(flat, factor, grad, check=new))
+                self._summed = _event(grad)
             else:
                 self._clip([grad, factor], total_norm)
                 self._sums.append(None)
             self._grads.append(flat)
             self._factors.append(factor)
-        if grad.is_cuda:
-            self._ready.append(torch.cuda.current_stream(grad.device).record_event())
+        if there is not None:
+            self._ready.append(there)
         self._groups.append(settings_of(inner.param_groups[index]) | {"step": self._counts[index]})
         self._counts[index] += "step" in inner.state[partition]
 
@@ -181,6 +196,6 @@ class GradientTap:
             found = self._zero.optimizer.param_groups
             groups = [settings_of(g) | {"step": count} for g, count in zip(found, self._counts, strict=True)]
         assert len(groups) == len(self._counts), "a step was logged half"
-        log = StepLog(self._grads, self._factors, groups, self._ready, self._sums)
+        log = StepLog(self._grads, self._factors, groups, self._ready, self._sums, self._summed)
         self._reset()
         return log
