@@ -42,6 +42,7 @@ from trainer.rendezvous import die_with_launcher, join
 
 # Of the time, for the blocks of the product's modes; recoveries and peers, if they run, need the rest.
 _MODES_SHARE, _MODES_SHARE_ALONE = 0.5, 0.8
+_RECOVERY_S = 25.0  # of a mode's recoveries, a guess
 
 
 class Budget:
@@ -180,7 +181,7 @@ class Benchmark:
         return arm
 
     def _recover(self, arm: Planaria) -> None:
-        if not self.budget.allows(f"{arm.name} recovery", guess_s=20):
+        if not self.budget.allows(f"{arm.name} recovery", guess_s=_RECOVERY_S):
             self.skip(f"{arm.name} recovery", "the time ran out")
             return
         found = run_recoveries(self.job, arm)
@@ -250,7 +251,10 @@ def main() -> None:
     try:
         job = build_job(config, process, folder)
         path = result_path(f"checkpoint-{options.config}.json", options.json)
-        share = _MODES_SHARE_ALONE if options.no_peers else _MODES_SHARE
+        share = _MODES_SHARE
+        if options.no_peers:
+            left = 1 - 1.2 * _RECOVERY_S * len(options.modes) / options.budget_seconds
+            share = min(_MODES_SHARE_ALONE, max(left, _MODES_SHARE))
         benchmark = Benchmark(job, budget, path, describe_machine(), share)
         benchmark.say(f"{options.config}: {config}")
         benchmark.say(f"{benchmark.result['machine']}")

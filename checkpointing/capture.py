@@ -5,8 +5,9 @@ threads. On CUDA each slot is registered once as pinned memory and a side stream
 queued by one call: each call of its own would take the interpreter lock from the training thread, which gets it back
 late. A copy engine serves its queue in order, so a training step that reads a single number back would wait for all of
 them; after each piece the stream therefore runs a kernel of no other use, and while the engine waits for that it serves
-others. Queueing a piece holds up a training thread that queues kernels, so pieces are small only where a step reads
-numbers back in its midst (figures: docs/measurements.md).
+others. The stream has priority: such a kernel would else wait for room on a busy device, and the copies with it.
+Queueing a piece holds up a training thread that queues kernels, so pieces are small only where a step reads numbers
+back in its midst (figures: docs/measurements.md).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from checkpointing.keeper.client import Grant, KeeperClient
 from checkpointing.keeper.protocol import KeeperError
 from checkpointing.pinning import Pinning
-from checkpointing.record_sums import device_sums
+from checkpointing.record_sums import Part, Record, device_sums
 from checkpointing.records import PAGE, Header, Kind, RecordError, encode_table, extras_entries, finish, whole_pages
 from checkpointing.slots import ArenaShape, Pool
 from checkpointing.state.buffers import StateBuffer
@@ -37,8 +38,8 @@ _PLANS = 512  # kept: more than a rotation's parts in all its slots; experts' wo
 _SIGN_OF_LIFE_S = 5.0
 Reached = Callable[[str, int], None]
 Move = tuple[torch.Tensor, torch.Tensor]
-Part = tuple[torch.Tensor, int]  # bytes, and where they go in a payload
 Plan = tuple[list[Part], list[Move]]
+Run = tuple[torch.cuda.Event | None, list[Move]]  # what to copy after an event of the device
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -116,7 +117,7 @@ class Capturer:
         self._device = next(iter(devices), None)
         self._memory = torch.frombuffer(client.arena.memory, dtype=torch.uint8)
         self.pinning = Pinning(client.arena, self._device)
-        self._stream = None if self._device is None else torch.cuda.Stream(self._device)
+        self._stream = None if self._device is None else torch.cuda.Stream(self._device, priority=-1)
         self._piece = _PIECE if reads_back else _LARGE_PIECE
         # What the kernels between pieces copy: to another dtype, since that takes a kernel.
         self._gap = (torch.zeros(1, device=self._device), torch.zeros(1, dtype=torch.int32, device=self._device))
@@ -248,14 +249,23 @@ class Capturer:
         grant = self._grant(job)
         granted = list(zip(grant.bases, job.fragments, strict=False))
         self._reached("copy", job.step)
-        plans = [(slot, Kind.BASE, self._base_plan(slot, fragment)) for slot, fragment in granted]
+        records: list[Record] = []
+        runs: list[Run] = []
+        summed = job.event
         if job.log is not None:
-            slot = grant.others[Kind.LOG]
-            plans.append((slot, Kind.LOG, self._planned(slot, Kind.LOG, self._log_parts(job.log))))
-        records = [(slot, kind, parts) for slot, kind, (parts, _) in plans]
-        summed = self._sums.queue_records(records, job.event) if self._sums is not None else []
-        self._copy([move for _, _, (_, moves) in plans for move in moves], job)
-        sums = self._sums.take_records(summed) if self._sums is not None else {}
+            # First, since the gradients were there before the optimizer changed the state.
+            slot, parts = grant.others[Kind.LOG], self._log_parts(job.log)
+            events = job.log.ready or [job.event] * len(parts)
+            summed = job.log.summed or job.event
+            runs += [(event, self._moves(slot, Kind.LOG, part)) for event, part in zip(events, parts, strict=True)]
+            records.append((slot, parts, job.log.sums))
+        for slot, fragment in granted:
+            parts, moves = self._base_plan(slot, fragment)
+            runs.append((job.event, moves))
+            records.append((slot, parts, ()))
+        begun = self._sums.queue_records(records, job.event, summed) if self._sums is not None else []
+        self._copy(runs, job)
+        sums = self._sums.take_records(begun) if self._sums is not None else {}
         for slot, fragment in granted:
             self._close_record(slot, Kind.BASE, grant, job.step, fragment.table, fragment.nbytes)
         if job.log is not None:
@@ -288,7 +298,8 @@ class Capturer:
             if len(self._plans) == _PLANS:
                 self._plans.clear()
             parts = [(bytes_of(self._buffers[p.buffer].tensor[p.lo : p.hi]), p.offset) for p in fragment.pieces]
-            plan = self._plans[slot, fragment.parts] = self._planned(slot, Kind.BASE, parts)
+            moves = [move for part in parts for move in self._moves(slot, Kind.BASE, part)]
+            plan = self._plans[slot, fragment.parts] = parts, moves
         return plan
 
     def _log_parts(self, log: StepLog) -> list[Part]:
@@ -298,28 +309,31 @@ class Capturer:
                 raise RecordError(f"a gradient of {grad.numel()} x {grad.dtype} is not of the log's layout")
         return [(bytes_of(grad), offset) for grad, offset in zip(log.grads, self._log.offsets, strict=not log.skipped)]
 
-    def _planned(self, slot: int, kind: Kind, parts: list[Part]) -> Plan:
-        start, moves = self._place(slot, kind), []
-        for source, offset in parts:
-            target = self._memory[start + offset : start + offset + source.numel()]
-            moves += zip(source.split(self._piece), target.split(self._piece), strict=True)
-        return parts, moves
+    def _moves(self, slot: int, kind: Kind, part: Part) -> list[Move]:
+        source, offset = part
+        start = self._place(slot, kind) + offset
+        target = self._memory[start : start + source.numel()]
+        return list(zip(source.split(self._piece), target.split(self._piece), strict=True))
 
-    def _copy(self, moves: list[Move], job: Job) -> None:
-        half = len(moves) // 2
+    def _copy(self, runs: list[Run], job: Job) -> None:
+        half = sum(len(moves) for _, moves in runs) // 2
         if self._stream is None:
-            for number, (source, target) in enumerate(moves):
+            for number, (source, target) in enumerate(move for _, moves in runs for move in moves):
                 if number == half:
                     self._reached("capture", job.step)
                 ctypes.memmove(target.data_ptr(), source.data_ptr(), source.numel())
             return
-        assert job.event is not None
         copied = torch.cuda.Event(blocking=True)  # sleeps; another would spin on a core that launches kernels
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            self._stream.wait_event(job.event)
-            self._queue(moves[:half])
-            self._reached("capture", job.step)
-            self._queue(moves[half:])
+            for after, moves in runs:
+                assert after is not None
+                self._stream.wait_event(after)
+                before = max(half, 0)
+                self._queue(moves[:before])
+                if 0 <= half < len(moves):
+                    self._reached("capture", job.step)
+                self._queue(moves[before:])
+                half -= len(moves)
             copied.record(self._stream)
         copied.synchronize()
 

@@ -7,6 +7,7 @@ the state, so that
 
     stall = max(0, T_copy - T_F&B)
 
+where a device's log, which is there before the optimizer changes the state, is copied beside the optimizer already
 (O_save of MoC-System, ASPLOS'25, arXiv 2408.04307; CheckFreq, FAST'21, pipelines the same way). The keeper hashes
 what was copied; it may lag, but not for ever, so a step cannot be shorter than the hashing of what it captures.
 """
@@ -24,6 +25,7 @@ MAX_OVERHEAD = 0.035  # of a step's time, CheckFreq's bound
 _MAX_ROTATION = 256
 _SAME = 0.001  # of a step's time: stalls closer than this are not worth memory
 _MORE = 1.4  # times the memory and the seconds of a restore, for fewer bytes in every step
+_RESTORE_S = 1.4  # a restore may take so long for the same; with all that surrounds it, it took up to 1.5 times as long
 
 Binding = Literal["nothing", "budget", "link", "hash", "recipe"]
 
@@ -143,7 +145,14 @@ def budget_share(available_bytes: int, workers: int) -> int:
 
 
 def capture_cost(
-    nbytes: float, memory: int, every: int, times: StepTimes, rates: Bandwidths, replay_bytes: float, redone: float
+    nbytes: float,
+    memory: int,
+    every: int,
+    times: StepTimes,
+    rates: Bandwidths,
+    replay_bytes: float,
+    redone: float,
+    early_bytes: float = 0.0,
 ) -> Cost:
     """The cost of capturing ``nbytes`` every ``every`` steps.
 
@@ -151,9 +160,11 @@ def capture_cost(
         memory: bytes of the slots.
         replay_bytes: verified and copied back at recovery.
         redone: optimizer steps done again at recovery.
+        early_bytes: of the capture, copied while the optimizer still runs.
     """
     copy_s, hash_s = nbytes / rates.capture, nbytes / rates.hash
-    stall = max(0.0, copy_s - times.forward_backward, hash_s - every * times.step) / every
+    early_s = min(early_bytes / rates.capture, times.optimizer)
+    stall = max(0.0, copy_s - early_s - times.forward_backward, hash_s - every * times.step) / every
     recovery = replay_bytes / rates.hash + replay_bytes / rates.capture + redone * times.optimizer
     # E[O_lost] = I/2 (MoC-System); a capture protects nothing until it is copied.
     lost = every * times.step / 2 + copy_s
@@ -176,15 +187,16 @@ def wal_memory(partition: Partition, rotation: int) -> int:
 
 
 def wal_cost(partition: Partition, rotation: int, times: StepTimes, rates: Bandwidths) -> Cost:
-    log = (rotation - 1) * partition.gradient_bytes * partition.parameters
+    log = partition.gradient_bytes * partition.parameters
     return capture_cost(
         wal_bytes_per_step(partition, rotation),
         wal_memory(partition, rotation),
         1,
         times,
         rates,
-        partition.state_bytes + log,
+        partition.state_bytes + (rotation - 1) * log,
         rotation - 1,
+        0 if rates.device_to_host is None else log,
     )
 
 
@@ -192,8 +204,9 @@ def choose_rotation(
     partition: Partition, times: StepTimes, rates: Bandwidths, budget: int, fixed: int | None = None
 ) -> WalSchedule:
     """The rotation with the smallest stall, and of those that differ by less than 0.1 % of a step the one that moves
-    the fewest bytes in a step: copied and read again, they share the host's memory with whoever queues kernels. For
-    that it may take two fifths more memory, and as much longer to restore, than the one with the least; never more
+    the fewest bytes in a step: copied and read again, they share the host's memory with whoever queues kernels, and the
+    device's with its kernels; and a stall that is predicted from an assumed step time may come all the same. For that
+    it may take two fifths more memory, and as much longer to restore or 1.4 s, than the one with the least; never more
     than ``budget`` bytes.
 
     Args:
@@ -220,7 +233,7 @@ def _best(costs: dict[int, Cost], times: StepTimes) -> int:
     least = min(cost.stall_s for cost in costs.values())
     same = {n: cost for n, cost in costs.items() if cost.stall_s <= least + _SAME * times.step}
     small = min(same.values(), key=lambda cost: cost.memory_bytes)
-    memory, recovery_s = _MORE * small.memory_bytes, _MORE * small.recovery_s
+    memory, recovery_s = _MORE * small.memory_bytes, max(_MORE * small.recovery_s, _RESTORE_S)
     near = {n: c for n, c in same.items() if c.memory_bytes <= memory and c.recovery_s <= recovery_s}
     return min(near, key=lambda n: (near[n].bytes_per_step, n))
 

@@ -105,7 +105,7 @@ class GroupClip:
     def _apply(self, grads: list[torch.Tensor], _total_norm: Any) -> None:
         """In DeepSpeed's place, once for each group, between the cast to fp32 and the optimizer's step."""
         partitions = self._zero.single_partition_of_fp32_groups
-        group = next(i for i, flat in enumerate(partitions) if flat.grad is grads[0])
+        group = next(i for i, flat in enumerate(partitions) if flat.grad.data_ptr() == grads[0].data_ptr())
         if self._factors[group] != 1.0:
             for grad in grads:
                 grad.mul_(self._factors[group])

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from checkpointing.moments import MOMENTS
+from checkpointing.record_sums import GradientSums
 from checkpointing.state.zero import optimizer_steps
 
 
@@ -32,11 +33,18 @@ class StepLog:
         grads: for each parameter group its flat partition [N]; empty if the step was skipped.
         factors: for each group the factor to apply after the cast to fp32, a tensor [1]; empty if it is 1 for all.
         groups: for each group the optimizer's settings (lr, betas, ...), and ``step``, its count before this step.
+        ready: on a GPU, for each group the event after which its gradients are there: before its update, so that they
+            can be copied beside it.
+        sums: for each group the sums of its gradients' blocks, see checkpointing.device_sums; None if nobody took them.
+        summed: the event after which they are there.
     """
 
     grads: list[Tensor]
     factors: list[Tensor]
     groups: list[dict[str, Any]]
+    ready: list[torch.cuda.Event] = field(default_factory=list)
+    sums: list[Tensor | None] = field(default_factory=list)
+    summed: torch.cuda.Event | None = None
 
     @property
     def skipped(self) -> bool:
@@ -63,6 +71,11 @@ def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name != "params" and _is_plain(value)}
 
 
+def _event(tensor: Tensor) -> torch.cuda.Event | None:
+    """After what is queued so far on the tensor's GPU, if it lies on one."""
+    return torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+
+
 def _is_plain(value: Any) -> bool:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return all(_is_plain(part) for part in value)
@@ -82,7 +95,9 @@ class GradientTap:
         self._flatten = zero_optimizer.flatten
         self._preflattened = zero_optimizer._get_preflattened_grad_partition
         self._flat: Tensor | None = None
+        self._there: torch.cuda.Event | None = None
         self._checked: set[int] = set()
+        self._summing = GradientSums()
         self._counts: list[float] = []
         self.recount()
         self._reset()
@@ -109,19 +124,25 @@ class GradientTap:
         self._grads: list[Tensor] = []
         self._factors: list[Tensor] = []
         self._groups: list[dict[str, Any]] = []
+        self._ready: list[torch.cuda.Event] = []
+        self._sums: list[Tensor | None] = []
+        self._summed: torch.cuda.Event | None = None
 
     def _on_flatten(self, tensors: Any) -> Tensor:
         flat = self._flatten(tensors)
         # Buckets are flattened, too, when they are reduced: a reference to one would keep its memory.
         if len(self._grads) < len(self._counts) and flat.numel() == self._zero.partition_size[len(self._grads)]:
-            self._flat = flat
+            self._note(flat)
         return flat
 
     def _on_preflattened(self, group: int) -> Tensor | None:
         flat = self._preflattened(group)
         if flat is not None:
-            self._flat = flat
+            self._note(flat)
         return flat
+
+    def _note(self, flat: Tensor) -> None:
+        self._flat, self._there = flat, _event(flat)
 
     def _on_clip(self, grads: list[Tensor], total_norm: Any) -> None:
         """Called once per group, between the cast to fp32 and the optimizer's step."""
@@ -131,16 +152,27 @@ class GradientTap:
         index = len(self._grads)
         partition = self._zero.single_partition_of_fp32_groups[index]
         assert partition.numel() == grad.numel(), "groups are stepped in their order"
+        there = self._there
         if self.dtype == "float32":
             self._clip(grads, total_norm)
             self._grads.append(grad)
+            there = _event(grad)
         else:
+            new = index not in self._checked
             self._check_lossless(index, flat, grad)
-            factor = torch.ones(1, dtype=torch.float32, device=grad.device)
-            self._clip([grad, factor], total_norm)
             assert flat is not None
+            factor = torch.ones(1, dtype=torch.float32, device=grad.device)
+            if self._summing.can(flat, grad):
+                self._clip([grad[:1], factor], total_norm)  # all is overwritten
+                self._sums.append(self._summing.scale(flat, factor, grad, check=new))
+                self._summed = _event(grad)
+            else:
+                self._clip([grad, factor], total_norm)
+                self._sums.append(None)
             self._grads.append(flat)
             self._factors.append(factor)
+        if there is not None:
+            self._ready.append(there)
         self._groups.append(settings_of(inner.param_groups[index]) | {"step": self._counts[index]})
         self._counts[index] += "step" in inner.state[partition]
 
@@ -164,6 +196,6 @@ class GradientTap:
             found = self._zero.optimizer.param_groups
             groups = [settings_of(g) | {"step": count} for g, count in zip(found, self._counts, strict=True)]
         assert len(groups) == len(self._counts), "a step was logged half"
-        log = StepLog(self._grads, self._factors, groups)
+        log = StepLog(self._grads, self._factors, groups, self._ready, self._sums, self._summed)
         self._reset()
         return log

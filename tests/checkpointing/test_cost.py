@@ -67,17 +67,17 @@ def test_dense_memory_is_whole_generations() -> None:
 
 def test_with_room_and_a_fast_link_few_bytes_are_worth_some_memory_and_time() -> None:
     chosen = choose_rotation(BILLION, STEP, H200, PLENTY)
-    assert (chosen.rotation, chosen.binds) == (7, "nothing")
+    assert (chosen.rotation, chosen.binds) == (8, "nothing")
     assert chosen.cost.stall_s == 0
     small = wal_cost(BILLION, 4, STEP, H200)
     assert small.memory_bytes == min(wal_memory(BILLION, n) for n in range(2, 60))
-    assert chosen.cost.recovery_s <= 1.4 * small.recovery_s < wal_cost(BILLION, 8, STEP, H200).recovery_s
+    assert chosen.cost.recovery_s <= 1.4 < wal_cost(BILLION, 9, STEP, H200).recovery_s
     assert small.memory_bytes < chosen.cost.memory_bytes <= 1.4 * small.memory_bytes
     assert "no limit binds" in chosen.reason
 
 
 def test_a_slow_link_wants_more_steps_and_a_budget_may_forbid_them() -> None:
-    slow = Bandwidths(device_to_host=20e9, host_copy=10e9, hash=100e9, disk=1e9)  # 2.6 bytes per parameter hide
+    slow = Bandwidths(device_to_host=17e9, host_copy=10e9, hash=100e9, disk=1e9)  # 2.55 bytes per parameter hide
     free = choose_rotation(BILLION, STEP, slow, PLENTY)
     assert free.rotation > 12
     assert free.cost.stall_s <= 0.001 * STEP.step
@@ -91,7 +91,7 @@ def test_a_slow_link_wants_more_steps_and_a_budget_may_forbid_them() -> None:
 def test_what_no_rotation_can_hide_is_named() -> None:
     link = choose_rotation(BILLION, STEP, Bandwidths(5e9, 10e9, 100e9, 1e9), PLENTY)
     assert link.binds == "link"
-    assert link.cost.stall_s >= 2e9 / 5e9 - STEP.forward_backward
+    assert link.cost.stall_s >= 2e9 / 5e9 - STEP.step  # the log begins beside the optimizer
     sums = choose_rotation(BILLION, STEP, Bandwidths(100e9, 10e9, 5e9, 1e9), PLENTY)
     assert sums.binds == "hash"
     assert "checksums" in sums.reason
@@ -134,7 +134,8 @@ def test_rotation_is_the_best_that_fits(
     assert chosen.cost.stall_s <= least + 0.001 * step.step
     same = [cost for cost in fitting if cost.stall_s <= least + 0.001 * step.step]
     small = min(same, key=lambda cost: cost.memory_bytes)
-    near = [c for c in same if c.memory_bytes <= 1.4 * small.memory_bytes and c.recovery_s <= 1.4 * small.recovery_s]
+    slow = max(1.4 * small.recovery_s, 1.4)
+    near = [c for c in same if c.memory_bytes <= 1.4 * small.memory_bytes and c.recovery_s <= slow]
     assert chosen.cost in near
     assert chosen.cost.bytes_per_step == min(cost.bytes_per_step for cost in near)
     if chosen.binds == "nothing":

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from xxhash import xxh3_128_digest
 
 from checkpointing.capture import Capturer
 from checkpointing.keeper.client import KeeperClient
 from checkpointing.protection import dense
+from checkpointing.record_sums import RecordSums
+from checkpointing.records import CHUNK
 from checkpointing.recover import Recovery
 from checkpointing.recovery import plan_recovery
 from checkpointing.restore import Target
 from checkpointing.state.buffers import StateBuffer, StateSpan
 from checkpointing.units import Range
+from checkpointing.xxh3 import BLOCK, finish
 
 pytestmark = [
     pytest.mark.gpu,
@@ -108,3 +112,25 @@ def test_pinned_shared_memory_copies_as_fast_as_pinned_memory(run_dir):
     assert ours < 1.2 * ceiling
     client.close()
     capturer.close()
+
+
+def test_gradients_are_scaled_as_torch_scales_them_and_their_sums_are_those_of_the_log():
+    from checkpointing.device_sums import DeviceSums, scale_and_add
+
+    chunks, rest = 3, 27_136
+    flat = torch.randn(chunks * CHUNK // 2 + rest, device="cuda").to(torch.bfloat16)
+    factor = torch.tensor([0.73], device="cuda")
+    grad = flat.float()
+    blocks = scale_and_add(flat, factor, grad)
+    assert torch.equal(grad, flat.float().mul_(factor))
+    state = torch.randn(2 * CHUNK // 4, device="cuda")
+    sums = RecordSums(DeviceSums(flat.device, CHUNK), CHUNK)
+    parts = [(7, [(flat.view(torch.uint8), 0)], [blocks]), (8, [(state.view(torch.uint8), 0)], ())]
+    event = torch.cuda.current_stream().record_event()
+    taken = sums.take_records(sums.queue_records(parts, event, event))
+    for slot, tensor, count in ((7, flat, chunks), (8, state, 2)):
+        plain = tensor.view(torch.uint8).cpu().numpy().tobytes()
+        assert sorted(taken[slot]) == list(range(count))
+        for number, lanes in taken[slot].items():
+            part = plain[number * CHUNK : (number + 1) * CHUNK]
+            assert finish(lanes, part[-BLOCK:], CHUNK) == xxh3_128_digest(part)

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from xxhash import xxh3_128_digest
 
 from checkpointing.record_sums import RecordSums, whole_chunks
-from checkpointing.records import Kind
 from checkpointing.xxh3 import BLOCK, SECRET, START, finish
 
 MASK = (1 << 64) - 1
@@ -95,7 +94,7 @@ for part, at in parts:
     slot[2 * PAGE + at : 2 * PAGE + at + part.numel()] = bytes(part.numpy())
 records.finish(slot, Header(Kind.BASE, 3, 0, 0, 4, 2 * PAGE, 98_304), b"[0]" + bytes([10]))
 sums = RecordSums(DeviceSums(device, chunk), chunk)
-taken = sums.take_records(sums.queue_records([(7, Kind.BASE, [(p.to(device), at) for p, at in parts])], None))
+taken = sums.take_records(sums.queue_records([(7, [(p.to(device), at) for p, at in parts], ())], None))
 assert sorted(taken[7]) == [0, 1, 2, 4], taken
 assert records.checksum(slot, None, taken[7]) == records.checksum(slot)
 records.seal(slot, None, taken[7])
@@ -106,6 +105,26 @@ try:
     records.verify(slot)
 except records.RecordError:
     print("equal")
+
+# Gradients: the product is torch's, and a log record's seal is the same with the sums that the scaling took.
+from checkpointing.device_sums import scale_and_add
+torch.manual_seed(1)
+flat = torch.randn(26_628, device=device).to(torch.bfloat16)  # 53,256 bytes: 52 blocks and a rest
+flat[:4] = torch.tensor([float("inf"), -0.0, 1e-40, -3e38])
+grad, factor = torch.full((26_628,), 9.0, device=device), torch.tensor([0.3137], device=device)
+blocks = scale_and_add(flat, factor, grad)
+assert torch.equal(grad, flat.float().mul_(factor))
+log = flat.view(torch.uint8)
+slot[2 * PAGE : 2 * PAGE + log.numel()] = bytes(log.cpu().numpy())
+records.finish(slot, Header(Kind.LOG, 3, 0, 0, 4, 2 * PAGE, log.numel()), b"[0]" + bytes([10]))
+other = torch.randint(0, 256, (chunk,), dtype=torch.uint8).to(device)
+pair = [(7, [(log, 0)], [blocks]), (8, [(other, 0)], ())]
+taken = sums.take_records(sums.queue_records(pair, None))
+assert sorted(taken[7]) == [0, 1, 2] and sorted(taken[8]) == [0], taken
+assert records.checksum(slot, None, taken[7]) == records.checksum(slot)
+part = bytes(other.cpu().numpy())
+assert finish(taken[8][0], part[-1024:], chunk) == xxh3_128_digest(part)
+print("equal")
 """
 
 
@@ -129,7 +148,7 @@ def test_the_sums_of_compiled_kernels_are_the_librarys() -> None:
 def _run_kernels(more: dict[str, str]) -> None:
     command = [sys.executable, "-c", KERNELS]
     done = subprocess.run(command, env=os.environ | more, capture_output=True, text=True, timeout=100)
-    assert done.stdout == "equal\n", done.stderr
+    assert done.stdout == "equal\nequal\n", done.stderr
 
 
 class Without:
@@ -137,7 +156,7 @@ class Without:
 
     asked = 0
 
-    def queue(self, starts: object, after: object = None) -> int:
+    def queue(self, *_: object) -> int:
         self.asked += 1
         raise RuntimeError("CUDA out of memory\nand much more")
 
@@ -145,7 +164,7 @@ class Without:
 def test_a_device_that_cannot_leaves_all_sums_to_the_keeper(capsys: pytest.CaptureFixture[str]) -> None:
     device = Without()
     sums = RecordSums(device, 1024)  # type: ignore[arg-type]
-    records = [(3, Kind.BASE, [(torch.zeros(4096, dtype=torch.uint8), 0)])]
+    records = [(3, [(torch.zeros(4096, dtype=torch.uint8), 0)], ())]
     for _ in range(2):
         assert sums.take_records(sums.queue_records(records, None)) == {}
     assert device.asked == 1
