@@ -25,7 +25,8 @@ MAX_OVERHEAD = 0.035  # of a step's time, CheckFreq's bound
 _MAX_ROTATION = 256
 _SAME = 0.001  # of a step's time: stalls closer than this are not worth memory
 _MORE = 1.4  # times the memory and the seconds of a restore, for fewer bytes in every step
-_RESTORE_S = 1.4  # a restore may take so long for the same; with all that surrounds it, it took up to 1.5 times as long
+_RESTORE_S = 1.4  # a restore may take so long for the same, as predicted: it took up to 1.6 times that
+_REGISTER = 25e9  # bytes per second, of a new process's slots once verified: 26 on two H100's hosts
 
 Binding = Literal["nothing", "budget", "link", "hash", "recipe"]
 
@@ -57,6 +58,13 @@ class Bandwidths:
     @property
     def capture(self) -> float:
         return self.host_copy if self.device_to_host is None else self.device_to_host
+
+    @property
+    def restore(self) -> float:
+        """Verified and copied back; for a device, while further slots are registered."""
+        if self.device_to_host is None:
+            return 1 / (1 / self.hash + 1 / self.host_copy)
+        return min(_REGISTER, self.hash, self.device_to_host)
 
 
 @dataclass(frozen=True)
@@ -165,7 +173,7 @@ def capture_cost(
     copy_s, hash_s = nbytes / rates.capture, nbytes / rates.hash
     early_s = min(early_bytes / rates.capture, times.optimizer)
     stall = max(0.0, copy_s - early_s - times.forward_backward, hash_s - every * times.step) / every
-    recovery = replay_bytes / rates.hash + replay_bytes / rates.capture + redone * times.optimizer
+    recovery = replay_bytes / rates.restore + redone * times.optimizer
     # E[O_lost] = I/2 (MoC-System); a capture protects nothing until it is copied.
     lost = every * times.step / 2 + copy_s
     return Cost(nbytes / every, memory, copy_s, hash_s, stall, recovery, lost)

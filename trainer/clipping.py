@@ -105,7 +105,9 @@ class GroupClip:
     def _apply(self, grads: list[torch.Tensor], _total_norm: Any) -> None:
         """In DeepSpeed's place, once for each group, between the cast to fp32 and the optimizer's step."""
         partitions = self._zero.single_partition_of_fp32_groups
-        group = next(i for i, flat in enumerate(partitions) if flat.grad.data_ptr() == grads[0].data_ptr())
+        # The log clips a part of it only, and the rest in a pass of its own.
+        starts = [None if flat.grad is None else flat.grad.data_ptr() for flat in partitions]
+        group = starts.index(grads[0].data_ptr())
         if self._factors[group] != 1.0:
             for grad in grads:
                 grad.mul_(self._factors[group])
