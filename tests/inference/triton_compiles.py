@@ -24,7 +24,9 @@ POINTERS = {
     "score_out": "*fp32", "done": "*i64", "awaited": "*i64", "source": "*i32", "target": "*i32",
     # unpack_kernel, device_sums
     "packed": "*u8", "block": "*i16", "chunks": "*u64", "secret": "*u64", "sums": "*u64", "start": "*u64",
+    "rows": "*u64", "factor": "*fp32",
 }  # fmt: skip
+PARTS = {device_sums._product, device_sums._swapped, device_sums._scaled}  # of kernels
 HEADS, EXPERT = {"H": 32, "K": 4, "D": 128}, {"hidden": 2048, "inner": 768}
 KERNELS = [
     (decode_kernels._turn, HEADS | {"NORMED": True}, {"eps": "fp32"}),
@@ -48,6 +50,7 @@ KERNELS = [
         {},
     ),
     (device_sums._add_blocks, {"blocks": 32}, {}),
+    (device_sums._scale_blocks, {"blocks": 32}, {"source": "*u64", "out": "*fp32"}),
     (
         device_sums._scramble,
         {"prime": 0x9E3779B1, "in_chunk": 1024, "unrolled": 51},
@@ -64,4 +67,5 @@ for kernel, constants, others in KERNELS:
 
 known = {kernel for module in MODULES for kernel in vars(module).values() if isinstance(kernel, JITFunction)}
 own = {kernel for kernel in known if kernel.__module__ in {module.__name__ for module in MODULES}}
-assert own == {kernel for kernel, _, _ in KERNELS}, f"not compiled: {own - {kernel for kernel, _, _ in KERNELS}}"
+compiled = {kernel for kernel, _, _ in KERNELS} | PARTS
+assert own == compiled, f"not compiled: {own - compiled}"
