@@ -35,6 +35,7 @@ def within_capacity(
     """Which choices find room, [T,K] bool: each expert takes ``limit``, and the rest are dropped.
 
     Args:
+        index_TK: a token's best choice first (:attr:`moe.routing.RouterSpec.ordered`).
         by: ``position``: first choices before second ones, earlier tokens first (GShard, algorithm 1; Switch);
             ``probability``: the largest weights first, ties by position.
         wanted_TK: false for choices that take no room, such as padding's; they are not kept.

@@ -67,8 +67,9 @@ class RouterSpec:
             )
 
     def differences(self, other: RouterSpec) -> list[str]:
-        """Names of the numbers in which two specs differ."""
-        return [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]
+        """Names of the numbers in which two specs differ. The order of choices changes no result, so it is none."""
+        names = [f.name for f in fields(self) if f.name != "ordered"]
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
 
 
 # -- the families' numbers -------------------------------------------------------------------------------------------

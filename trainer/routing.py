@@ -44,6 +44,8 @@ def policy_of(section: RoutingSection, own: RouterSpec) -> RoutingPolicy:
         # DeepSeek-V3's guard against scores that are all zero; a softmax has no such scores.
         changes["norm_eps"] = 1e-20 if changes["score"] == "sigmoid" else 0.0
     factor = section.capacity_factor
+    if factor is not None or section.method == "gshard":
+        changes["ordered"] = True  # what is dropped depends on which choice is the first
     return RoutingPolicy(
         replace(own, **changes),
         choice="expert" if section.method == "expert_choice" else "token",
