@@ -5,8 +5,10 @@ MoC-System (ASPLOS'25, arXiv 2408.04307) measures the proportion of lost tokens,
     PLT = 1/N_moe * sum over MoE layers i of [ sum over faults j of L_ij ] / (T_i * TopK_i)
 
 L_ij: token copies that layer i's experts had learnt from between their own last capture and the step recovered at fault
-j. T_i * TopK_i: token copies that the whole run routes through layer i. Tokens after the recovered step are not lost:
-the run does those steps again. The paper found validation loss unharmed below 3.75 %.
+j. T_i * TopK_i: token copies that the whole run routes through layer i. Padding and copies that no expert took are in
+neither number, and how many of these are still to come is not known: what was counted so far is extended to the run's
+last step. Tokens after the recovered step are not lost: the run does those steps again. The paper found validation loss
+unharmed below 3.75 %.
 
 A :class:`Meter` is a value: each event gives a new one. It travels with the run's captures (:meth:`Meter.dump`), so
 that the one restored with step s knows what was true at s. All ranks must feed it the same: counts summed over ranks.
@@ -36,7 +38,8 @@ class Limits:
     """What may be lost.
 
     Attributes:
-        routed_tokens: token copies that the whole run routes through each MoE layer, T x TopK.
+        routed_tokens: token copies that the whole run would route through each MoE layer if there were no padding and
+            none were dropped; what is meant until some were counted.
         steps: I_total, of the whole run.
         max_plt: never to be reached.
         dynamic_k: whether K may grow after a recovery.
@@ -79,6 +82,7 @@ class Meter:
         lost: token copies lost per layer, over all faults.
         lost_under_k: of these, since ``k`` took its present value.
         faults: recoveries so far.
+        begun, step: ``counts`` are of the steps after ``begun`` up to ``step``.
     """
 
     layers: tuple[int, ...]
@@ -89,6 +93,8 @@ class Meter:
     lost: tuple[int, ...]
     lost_under_k: tuple[int, ...]
     faults: int = 0
+    begun: int = 0
+    step: int = 0
 
     @classmethod
     def new(cls, layers: Sequence[int], experts: int, k: int) -> Meter:
@@ -106,6 +112,10 @@ class Meter:
 
     # -- events --------------------------------------------------------------------------------------------------------
 
+    def begins(self, step: int) -> Meter:
+        """When the first step that it counts is the one after ``step``."""
+        return replace(self, begun=step, step=step)
+
     def captured(self, step: int, cumulative: Sequence[Sequence[int]], chosen: Iterable[ExpertRef]) -> Meter:
         """When ``chosen`` are captured after ``step``.
 
@@ -119,7 +129,7 @@ class Meter:
             )
             for layer, marks_E, counts_E in zip(self.layers, self.memory, counts, strict=True)
         )
-        return replace(self, counts=counts, memory=memory)
+        return replace(self, counts=counts, memory=memory, step=step)
 
     def persisted(self, chosen: Iterable[ExpertRef]) -> Meter:
         """When the copies in memory of ``chosen`` go to disk with the present step."""
@@ -204,10 +214,18 @@ class Meter:
 
     def plt(self, limits: Limits) -> float:
         """The proportion of lost tokens so far."""
-        return _proportion(self.lost, limits)
+        return self._proportion(self.lost, limits)
 
     def plt_under_k(self, limits: Limits) -> float:
-        return _proportion(self.lost_under_k, limits)
+        return self._proportion(self.lost_under_k, limits)
+
+    def _proportion(self, lost_M: Sequence[int], limits: Limits) -> float:
+        steps, parts = self.step - self.begun, []
+        for lost, counts_E in zip(lost_M, self.counts, strict=True):
+            counted = sum(counts_E)
+            routed = counted * limits.steps / steps if counted and steps else limits.routed_tokens
+            parts.append(lost / routed)
+        return sum(parts) / len(parts) if parts else 0.0
 
     # -- storage -------------------------------------------------------------------------------------------------------
 
@@ -229,6 +247,8 @@ class Meter:
                 lost=tuple(values["lost"]),
                 lost_under_k=tuple(values["lost_under_k"]),
                 faults=int(values["faults"]),
+                begun=int(values.get("begun", 0)),  # dumps of older versions have neither
+                step=int(values.get("step", 0)),
             )
         except (ValueError, TypeError, KeyError) as error:
             raise MeterError(f"not the state of a lost-token meter: {error}; restore another checkpoint") from error
@@ -236,10 +256,6 @@ class Meter:
 
 def _plain(marks: Mark | tuple[Any, ...]) -> list[Any]:
     return [marks.step, marks.tokens] if isinstance(marks, Mark) else [_plain(mark) for mark in marks]
-
-
-def _proportion(lost: Sequence[int], limits: Limits) -> float:
-    return sum(lost) / (len(lost) * limits.routed_tokens) if lost else 0.0
 
 
 # -- decisions ---------------------------------------------------------------------------------------------------------

@@ -73,6 +73,8 @@ def begin_from(snapshots: Snapshots, progress: Progress) -> None:
         same = before == after and checkpoint.manifest["metadata"].get("device") == process.device.type
         carried = carried_progress(checkpoint, process.coordinate if same else None)
         progress.load(carried.dump())
+        if snapshots.partial is not None:
+            snapshots.partial.meter = snapshots.partial.meter.begins(progress.step)
         count = carried.optimizer_steps[0]
         after_restore(snapshots.zero_optimizer, [count] * len(optimizer_steps(snapshots.zero_optimizer)))
         extras = checkpoint.extras(process.coordinate) if same else {}

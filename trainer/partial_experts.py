@@ -123,6 +123,8 @@ class PartialExperts:
         if METER in extras:
             self.meter = Meter.load(zlib.decompress(extras[METER]))
             self.exact = extras[EXACT].decode() or None
+        else:
+            self.meter = self.meter.begins(step)
         self.meter = self.meter.recovered({ref: ages.get(ref, step) for ref in self.experts.all()})
 
     def decide(self) -> Decision:

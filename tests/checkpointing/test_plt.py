@@ -84,8 +84,6 @@ def test_counts_exactly_what_was_not_learnt(happened: list[str], k: int, k_persi
         else:
             run.recover(disk=event == "disk")
         assert sum(run.meter.lost) == run.lost()
-        limits = Limits(routed_tokens=1000, steps=10)
-        assert run.meter.plt(limits) == pytest.approx(run.lost() / 2 / 1000)
         assert Meter.load(run.meter.dump()) == run.meter
 
 
@@ -171,11 +169,26 @@ def test_its_state_is_json() -> None:
 LIMITS = Limits(routed_tokens=10_000, steps=10_000)
 
 
-def lossy(lost: int, k: int = 1, experts: int = 8) -> Meter:
-    """One layer, ``lost`` tokens under this K."""
-    meter = Meter.new([0], experts, k)
-    meter = meter.captured(1, [[lost] + [0] * (experts - 1)], [])
-    return meter.recovered({ExpertRef(0, e): -1 for e in range(experts)}) if lost else meter
+def lossy(lost: int, k: int = 1, experts: int = 8, steps: int = 10_000) -> Meter:
+    """One layer after all steps, ``lost`` of its 10,000 copies under this K."""
+    refs = [ExpertRef(0, e) for e in range(experts)]
+    meter = Meter.new([0], experts, k).captured(steps, [[10_000 - lost] + [0] * (experts - 1)], refs)
+    meter = meter.captured(steps, [[10_000] + [0] * (experts - 1)], [])
+    return meter.recovered(dict.fromkeys(refs, steps)) if lost else meter
+
+
+def test_the_proportion_is_of_copies_that_were_counted() -> None:
+    """Padding and dropped copies are in neither number, in each layer by itself; what is to come goes on alike."""
+    limits = Limits(routed_tokens=1000, steps=10)
+    meter = Meter.new([3, 4], 2, 1).begins(2).captured(4, [[30, 10], [20, 0]], [])
+    assert meter.plt(limits) == 0.0
+    lost = meter.recovered({ExpertRef(layer, e): -1 for layer in (3, 4) for e in (0, 1)})
+    assert lost.lost == (40, 20)
+    assert lost.plt(limits) == pytest.approx(2 / 10), "two of ten steps, whatever they routed"
+    later = lost.captured(8, [[50, 30], [40, 40]], [])
+    assert later.plt(limits) == pytest.approx((40 / (80 * 10 / 6) + 20 / (80 * 10 / 6)) / 2)
+    before = {key: value for key, value in json.loads(lost.dump()).items() if key not in ("begun", "step")}
+    assert Meter.load(json.dumps(before).encode()).plt(limits) == pytest.approx(60 / 2 / 1000)
 
 
 def test_nothing_changes_while_the_loss_is_within_its_share() -> None:
@@ -217,14 +230,14 @@ def test_a_fault_that_would_reach_it_is_foreseen() -> None:
     # 100 steps, K = 1 of 8, every step: a fault costs 3.5 %.
     short = Limits(routed_tokens=10_000, steps=100, dynamic_k=False)
     assert expected_loss(1, 8, 1, 100) == pytest.approx(0.035)
-    assert decide(lossy(0), short, first_k=1, every=1).mode is None
-    foreseen = decide(lossy(30), short, first_k=1, every=1)
+    assert decide(lossy(0, steps=100), short, first_k=1, every=1).mode is None
+    foreseen = decide(lossy(30, steps=100), short, first_k=1, every=1)
     assert foreseen.mode == "wal"
     assert "expected to lose 3.50%" in foreseen.reason
-    dynamic = decide(lossy(30), Limits(routed_tokens=10_000, steps=100), first_k=1, every=1)
+    dynamic = decide(lossy(30, steps=100), Limits(routed_tokens=10_000, steps=100), first_k=1, every=1)
     assert (dynamic.k, dynamic.mode) == (2, None), "K grows first, if it may"
     assert "too near max_plt" in dynamic.reason
-    hopeless = decide(lossy(0), Limits(routed_tokens=10_000, steps=5), first_k=1, every=1)
+    hopeless = decide(lossy(0, steps=5), Limits(routed_tokens=10_000, steps=5), first_k=1, every=1)
     assert hopeless.mode == "wal"
 
 
@@ -232,7 +245,7 @@ def test_a_fault_that_would_reach_it_is_foreseen() -> None:
 def test_a_decision_never_expects_to_reach_max_plt(lost: int, power: int, n: int, every: int, steps: int) -> None:
     k = min(2**power, n)
     limits = Limits(10_000, steps)
-    meter = lossy(lost, k, n)
+    meter = lossy(lost, k, n, steps)
     decision = decide(meter, limits, first_k=1, every=every)
     if decision.mode is None:
         assert k <= decision.k <= n

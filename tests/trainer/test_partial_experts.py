@@ -95,6 +95,27 @@ def test_reaching_max_plt_turns_the_run_exact_for_good():
     assert later.exact == "wal"
 
 
+@pytest.mark.parametrize("kind", ["padded", "dropped", "padded and dropped", "from another mode"])
+def test_max_plt_is_of_the_copies_that_were_routed_and_not_of_padding_or_drops(kind):
+    """Three of every four copies reach no expert: eight steps of a run of 20 are 40 % of it all the same."""
+    run = partial(steps=20, max_plt=0.39, dynamic_k=False)
+    begun = 4 if kind == "from another mode" else 0
+    run.recovered(begun, {}, dict.fromkeys(EXPERTS.all(), begun))
+    real = torch.arange(COPIES) < (COPIES // 4 if kind == "padded" else COPIES // 2)
+    index = torch.arange(COPIES)[:, None] % 4
+    if kind != "padded":
+        index = index.masked_fill(torch.arange(COPIES)[:, None] % 2 == 1, EXPERTS.count)
+    for step in range(begun + 1, begun + 9):
+        for layer in EXPERTS.layers:
+            run.routing.add(layer, index, EXPERTS.count, None if kind == "dropped" else real)
+        run.capture(step)
+    blobs = run.extras()
+    later = partial(steps=20, max_plt=0.39, dynamic_k=False)
+    later.recovered(begun + 8, blobs, dict.fromkeys(EXPERTS.all(), begun))
+    assert later.figures()["plt"] == pytest.approx(8 / 20)
+    assert later.decide().mode == "wal"
+
+
 def test_k_grows_with_what_is_lost_and_is_remembered():
     run = partial(steps=100, max_plt=0.2)
     for step in range(1, 14):
