@@ -25,6 +25,7 @@ from trainer.doctor_passes import Named, Pass, cast_parameters, distance, grad_d
 from trainer.doctor_report import Report
 
 EXACT, ROUNDED = 1e-5, 1.25  # bounds: relative norm in fp32; ours over transformers' in bf16
+_ROUNDED = ("logits", "gradients")
 NOISE = 1e-6  # of the median parameter's gradient, relative to the weights
 _KERNEL = "compare the experts of this layer with moe.kernels.reference; do not train with this backend"
 
@@ -34,32 +35,67 @@ def check_model(model: Any, report: Report, top_k: int) -> list[MoEBlock]:
 
     At most the weights and two sets of gradients are held at a time.
     """
-    blocks = find_moe_blocks(model)
-    num_experts = blocks[0].experts.num_experts
+    found = find_moe_blocks(model)
+    num_experts = found[0].experts.num_experts
     named: Named = list(model.named_parameters())
     ids_BS = random_tokens(model.config, num_experts, top_k)
-    follow_context(blocks)
+    follow_context(found)
+    _compute_eagerly(model)
     cast_parameters(model, torch.bfloat16)
     cast_parameters(model, torch.float32)
-    exact = run_pass(model, blocks, named, ids_BS)
-
-    cast_parameters(model, torch.bfloat16)
-    theirs = _errors(run_pass(model, blocks, named, ids_BS, exact.index), exact)
+    exact = run_pass(model, found, named, ids_BS)
+    theirs = _rounded(model, found, named, ids_BS, exact)
     blocks = convert(model)
-    ours = _errors(run_pass(model, blocks, named, ids_BS, exact.index), exact)
-    cast_parameters(model, torch.float32)
+    ours = _rounded(model, blocks, named, ids_BS, exact)
     got = run_pass(model, blocks, named, ids_BS)
 
     _compare_fp32(got, exact, blocks, named, report)
-    _compare_bf16(ours, theirs, report)
     check_gradients(got, blocks, named, report)
     check_reach(got, blocks, ids_BS, report)
+    del exact, got
+    if _further(ours, theirs):  # rounding is a matter of luck, too: once in many draws
+        report.fact("error bf16 of other tokens", _told(ours, theirs))
+        ids_BS = random_tokens(model.config, num_experts, top_k, seed=1)
+        _put(found)
+        exact = run_pass(model, found, named, ids_BS)
+        theirs = _rounded(model, found, named, ids_BS, exact)
+        _put(blocks)
+        ours = _rounded(model, blocks, named, ids_BS, exact)
+    _compare_bf16(ours, theirs, report)
     return blocks
 
 
-def _errors(got: Pass, want: Pass) -> tuple[float, float]:
-    """Relative error of the logits, and of all gradients together."""
-    return distance(got.logits_BSV, want.logits_BSV), grad_distance(got.grads, want.grads, want.grads)
+def _compute_eagerly(model: Any) -> None:
+    """transformers' plain loop over experts: its grouped products take no width that is not a multiple of 8 in bf16."""
+    choose = getattr(model, "set_experts_implementation", None)
+    if choose is not None:
+        choose("eager")
+
+
+def _put(blocks: list[MoEBlock]) -> None:
+    """Whose experts the model computes with; the parameters are the same."""
+    for block in blocks:
+        block.module.experts = block.experts
+
+
+def _rounded(model: Any, blocks: list[MoEBlock], named: Named, ids_BS: Tensor, exact: Pass) -> tuple[float, float]:
+    """Relative error in bf16 of the logits, and of all gradients together."""
+    cast_parameters(model, torch.bfloat16)
+    got = run_pass(model, blocks, named, ids_BS, exact.index)
+    cast_parameters(model, torch.float32)
+    return distance(got.logits_BSV, exact.logits_BSV), grad_distance(got.grads, exact.grads, exact.grads)
+
+
+def _further(ours: tuple[float, float], theirs: tuple[float, float]) -> list[int]:
+    """Which of our two errors are beyond the bound."""
+    return [i for i in (0, 1) if not ours[i] <= ROUNDED * theirs[i]]
+
+
+def _told(ours: tuple[float, float], theirs: tuple[float, float]) -> list[str]:
+    return [
+        f"{what}: ours {mine:.2e}, transformers' {reference:.2e}"
+        for what, mine, reference in zip(_ROUNDED, ours, theirs, strict=True)
+    ]
 
 
 def _compare_fp32(got: Pass, want: Pass, blocks: list[MoEBlock], named: Named, report: Report) -> None:
@@ -90,13 +126,12 @@ def _compare_fp32(got: Pass, want: Pass, blocks: list[MoEBlock], named: Named, r
 
 
 def _compare_bf16(ours: tuple[float, float], theirs: tuple[float, float], report: Report) -> None:
-    for what, mine, reference in zip(("logits", "gradients"), ours, theirs, strict=True):
-        report.fact(f"error bf16, {what}", f"ours {mine:.2e}, transformers' {reference:.2e}")
-        if not mine <= ROUNDED * reference:
-            report.failed(
-                "parity bf16", "", f"{what} are off by {mine:.2e}, transformers' only by {reference:.2e}",
-                "something is rounded too early; train in fp32, or with another backend",
-            )  # fmt: skip
+    report.fact("error bf16", _told(ours, theirs))
+    for i in _further(ours, theirs):
+        report.failed(
+            "parity bf16", "", f"{_ROUNDED[i]} are off by {ours[i]:.2e}, transformers' only by {theirs[i]:.2e}",
+            "something is rounded too early; train in fp32, or with another backend",
+        )  # fmt: skip
     report.passed("parity bf16", f"no further from fp32 than {ROUNDED:g} times transformers' own bf16")
 
 
@@ -112,8 +147,13 @@ def check_gradients(got: Pass, blocks: list[MoEBlock], named: Named, report: Rep
                 stacked[name] = block
     relative = {name: _relative(got.grads[name], p) for name, p in named if name in got.grads}
     noise = NOISE * (median(relative.values()) if relative else 0.0)
+    later = _from_the_second_step(got, blocks, named)
+    if later:
+        report.fact("train from the second step", [f"{name}: {factor} is zero" for name, factor in later.items()])
     for name, parameter in named:
         grad = got.grads.get(name)
+        if name in later:
+            continue
         if grad is None or not bool(grad.any()):
             report.failed(check, name, "got no gradient", f"it will not train; {_reason(parameter)}")
         elif relative[name] < noise:
@@ -131,6 +171,22 @@ def check_gradients(got: Pass, blocks: list[MoEBlock], named: Named, report: Rep
                     f"the expert is frozen; {_reason(parameter.detach()[expert])}",
                 )  # fmt: skip
     report.passed(check, f"all {len(named)} parameters train, and every expert that saw tokens")
+
+
+def _from_the_second_step(got: Pass, blocks: list[MoEBlock], named: Named) -> dict[str, str]:
+    """Weights of blocks' shared experts without a gradient, each with the factor of zeros that hides it and has one.
+
+    So an upcycled model begins whose family cannot be without a shared expert (:mod:`moe.upcycle`).
+    """
+    later: dict[str, str] = {}
+    for block in blocks:
+        routed = {id(p) for part in (block.module.experts, block.gate) for p in part.parameters()}
+        mine = {n: p for n, p in named if n.startswith(f"{block.path}.") and id(p) not in routed}
+        still = {name for name in mine if name not in got.grads or not bool(got.grads[name].any())}
+        zero = next((name for name, p in mine.items() if name not in still and not bool(p.detach().any())), None)
+        if zero is not None:
+            later |= dict.fromkeys(sorted(still), zero)
+    return later
 
 
 def _relative(grad: Tensor, parameter: Tensor) -> float:

@@ -34,12 +34,12 @@ class Pass:
     grads: dict[str, Tensor]
 
 
-def random_tokens(config: Any, num_experts: int, top_k: int, copies: int = 64) -> Tensor:
+def random_tokens(config: Any, num_experts: int, top_k: int, copies: int = 64, seed: int = 0) -> Tensor:
     """Token ids [B,S], enough for ``copies`` tokens to each expert if they are spread evenly."""
     wanted = max(256, -(-copies * num_experts // top_k))
     length = min(64, int(getattr(config, "max_position_embeddings", 64)))
     shape = (-(-wanted // length), length)
-    return torch.randint(0, config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    return torch.randint(0, config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def run_pass(
