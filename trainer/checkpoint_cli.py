@@ -67,7 +67,7 @@ def _add_export(verbs: Verbs) -> None:
 def _add_import(verbs: Verbs) -> None:
     sub = sub_verb(verbs, "import", _import, "make a checkpoint of what DeepSpeed's save_checkpoint wrote")
     sub.add_argument("folder", metavar="DS_FOLDER", help="folder with the file 'latest', or one tag's folder in it")
-    sub.add_argument("run_dir", metavar="RUN", help="folder to make it in, for checkpoint.load_from")
+    sub.add_argument("run_dir", metavar="RUN", help="new folder to make it in, for checkpoint.load_from")
     sub.add_argument("--tag", help="instead of the one that 'latest' names")
 
 

@@ -207,10 +207,14 @@ def _rate(recipe: Recipe, step: int) -> float:
 
 
 def import_deepspeed(folder: str, run: str, tag: str | None = None) -> int:
-    """Make ``RUN/checkpoints/step-N`` of a folder that DeepSpeed's ``save_checkpoint`` wrote."""
+    """Make ``RUN/checkpoints/step-N`` of a folder that DeepSpeed's ``save_checkpoint`` wrote; RUN is no run's yet."""
     from trainer.engine import CHECKPOINT_CLASSES
 
     read = read_folder(resolve_tag(Path(folder), tag), CHECKPOINT_CLASSES)
+    if (Path(run) / "recipe.yaml").exists():
+        raise ForeignFolderError(
+            f"{run} is a run of ours, which would go on from, or export, what it never trained; give a new folder"
+        )
     place = Path(run) / "checkpoints"
     if step_path(place, read.step).exists():
         raise ForeignFolderError(f"{step_path(place, read.step)} exists; give another folder, or remove it")

@@ -229,9 +229,11 @@ def test_the_commands_round_trip_and_refuse_to_overwrite(tmp_path: Path, capsys:
     assert "2 workers, ep 2, ZeRO-2 loads tag global_step6" in capsys.readouterr().out
     assert main(["checkpoint", "export", str(run), out, "--deepspeed"]) == 2
     assert main(["checkpoint", "import", out, back]) == 2
+    assert main(["checkpoint", "import", out, str(run)]) == 2
     assert main(["checkpoint", "export", f"{run}:5", str(tmp_path / "x"), "--deepspeed"]) == 2
     assert main(["checkpoint", "export", f"{run}:5", str(tmp_path / "x"), "--hf"]) == 2
     refusals = capsys.readouterr().err
-    for words in ("not empty", "step-6 exists", "step 5 of", "step 5 is not there"):
+    said = ("not empty", "step-6 exists", "is a run of ours", "give a new folder", "step 5 of", "step 5 is not there")
+    for words in said:
         assert words in refusals
     assert not (tmp_path / "x").exists()
