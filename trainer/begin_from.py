@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,9 +24,10 @@ from checkpointing.resize import load_resized, tensor_differences
 from checkpointing.state.extras import restore_rng, seed_streams
 from checkpointing.state.zero import after_restore, describe_tensors, optimizer_steps
 from checkpointing.storage import MANIFEST, place_of
-from checkpointing.store import Checkpoint, list_checkpoints, verify
+from checkpointing.store import Checkpoint, step_folders, verify
 from moe.bias import EXTRA
 from trainer.checkpoints import CheckpointError, source_of
+from trainer.computed import changes, computed
 from trainer.events import read_events
 from trainer.origin import Origin
 from trainer.progress import Progress
@@ -53,9 +55,11 @@ class Layout:
         return f"{self.workers} workers, ep {self.ep}, ZeRO-{self.zero}"
 
 
-def data_order(recipe: Recipe) -> dict[str, int]:
-    """What decides, with the text, which samples a step consumes: kept in manifests."""
-    return {"global_batch_size": recipe.train.global_batch_size, "seed": recipe.train.seed}
+def data_order(recipe: Recipe) -> dict[str, Any]:
+    """Kept in manifests: what decides, with the text, which samples a step consumes, and, with the weights, what is
+    computed."""
+    train = recipe.train
+    return {"global_batch_size": train.global_batch_size, "seed": train.seed, "computed": computed(recipe)}
 
 
 def begin_from(snapshots: Snapshots, progress: Progress) -> None:
@@ -159,7 +163,10 @@ def _opened(snapshots: Snapshots, tensors: Mapping[str, Mapping[str, Any]]) -> I
             problems = incompatible(chosen, snapshots.recipe, snapshots.origin, tensors)
             if problems:
                 raise LoadError(f"checkpoint.load_from {chosen.path} does not fit this recipe:\n" + "\n".join(problems))
-            snapshots.events.write("load_from", step=chosen.step, path=str(chosen.path))
+            changed = changes(chosen.manifest["metadata"].get("computed", {}), computed(snapshots.recipe))
+            for line in changed:
+                print(f"the same weights will compute something else: {line}", file=sys.stderr, flush=True)
+            snapshots.events.write("load_from", step=chosen.step, path=str(chosen.path), changed=changed)
             outcome = [(True, str(_whole(chosen, scratch).path))]
         except (ValueError, OSError) as error:
             outcome = [(False, str(error))]
@@ -205,10 +212,11 @@ def choose(text: str, earlier: str | None = None) -> Checkpoint:
     except CheckpointError as error:
         raise LoadError(f"checkpoint.load_from: {error}") from error
     reasons: list[str] = []
-    for _, folder in reversed(list_checkpoints(place)):
+    for step, folder in reversed(step_folders(place)):
         problems = verify(folder)
         if not problems:
             return Checkpoint.open(folder)
+        print(f"step {step} is passed over: {problems[0]}", file=sys.stderr, flush=True)
         reasons += problems
     raise LoadError(f"checkpoint.load_from: {place} has no usable checkpoint: {'; '.join(reasons) or 'none is there'}")
 

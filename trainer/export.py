@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from checkpointing.heldout import best_of, losses_of
 from checkpointing.materialise import whole
 from checkpointing.recovery import RecoveryError
-from checkpointing.store import Checkpoint, list_checkpoints, verify
+from checkpointing.store import Checkpoint, list_checkpoints, step_folders, verify
 from lora.format import save_adapter
 from lora.peft_format import lost_dropout
 from lora.tenant_rules import alone
@@ -108,12 +109,14 @@ def open_run(run: Path, step: int | None = None) -> tuple[Recipe, Checkpoint]:
         raise ExportError(f"{run}: its recipe does not load: {error}") from error
     reasons: list[str] = []
     place = checkpoints_of(recipe, run)
-    for found, folder in reversed(list_checkpoints(place)):
+    for found, folder in reversed(step_folders(place)):
         if step not in (None, found):
             continue
         problems = verify(folder)
         if not problems:
             return recipe, Checkpoint.open(folder)
+        if step is None:
+            print(f"step {found} is passed over: {problems[0]}", file=sys.stderr, flush=True)
         reasons += problems
     absent = "none was written; set checkpoint.disk.final=true and run again"
     why = "; ".join(reasons) or (absent if step is None else f"step {step} is not there")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,12 +14,18 @@ from checkpointing.materialise import sections_of
 from checkpointing.state.buffers import StateBuffer, StateSpan
 from checkpointing.store import Checkpoint, write_checkpoint
 from checkpointing.units import Range
+from lora.config import BankConfig
+from tests.moe.tiny_families import tiny
+from trainer import begin_from
 from trainer.begin_from import LoadError, carried_progress, choose, data_order, incompatible, layout_of
+from trainer.computed import changes, computed
+from trainer.export import open_run
 from trainer.origin import Origin
 from trainer.progress import Progress
 from trainer.recipe import load_recipe, recipe_fingerprint, recipe_to_yaml
-from trainer.schema import Recipe
+from trainer.schema import ModelSection, Recipe
 
+ALONE = SimpleNamespace(rank=0, world=1, coordinate="dp0000")
 TENSORS: dict[str, Any] = {"w": {"param": "w", "shape": [6], "expert": None, "elements": 6, "dtype": "float32"}}
 ORIGIN = Origin("r", "text", "", 2, 2, 1, "cpu", "float32", "AdamW(fused=True)", "2")
 
@@ -60,6 +67,21 @@ def test_the_newest_that_verifies_is_taken_of_a_run(tmp_path: Path) -> None:
         choose(str(tmp_path))
 
 
+def test_a_newer_step_that_is_passed_over_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(recipe()))
+    written(tmp_path / "checkpoints", 4)
+    damage(written(tmp_path / "checkpoints", 6))
+    torn = written(tmp_path / "checkpoints", 8)
+    (torn.path / "manifest.json").unlink()
+    for opened in (lambda: choose(str(tmp_path)), lambda: open_run(tmp_path)[1]):
+        assert opened().step == 4
+        newest, newer = capsys.readouterr().err.splitlines()
+        assert newest.startswith("step 8 is passed over: ")
+        assert "manifest.json" in newest
+        assert newer.startswith("step 6 is passed over: ")
+        assert "dp0001.safetensors: its bytes do not match" in newer
+
+
 def test_a_later_attempt_begins_with_the_same_or_not_at_all(tmp_path: Path) -> None:
     place = tmp_path / "checkpoints"
     written(place, 4)
@@ -84,6 +106,60 @@ def test_a_later_attempt_begins_with_the_same_or_not_at_all(tmp_path: Path) -> N
 def test_what_differs_is_named(tmp_path: Path, origin: Origin, overrides: tuple[str, ...], words: str) -> None:
     (problem,) = incompatible(written(tmp_path), recipe(*overrides), origin, TENSORS)
     assert words in problem
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["model.rope_theta=500000.0"], ["rope_parameters.rope_theta: 10000.0 in the checkpoint, 500000.0 here"]),
+        (["model.num_experts_per_tok=2"], ["num_experts_per_tok: 4 in the checkpoint, 2 here"]),
+        (["model.norm_topk_prob=false"], ["norm_topk_prob: True in the checkpoint, False here"]),
+        (
+            ["routing={method: top_k, top_k: 2, n_group: 4, topk_group: 2, routed_scaling_factor: 2.5}"],
+            [
+                "routing.method: 'model' in",
+                "routing.n_group: None in",
+                "routing.routed_scaling_factor: None in the checkpoint, 2.5 here",
+                "routing.top_k: None in the checkpoint, 2 here",
+                "routing.topk_group: None in",
+            ],
+        ),
+        (["train.lr=1e-2", "model.router_aux_loss_coef=0", "parallel.ep=1"], []),
+    ],
+)
+def test_what_the_same_weights_compute_otherwise_is_said(
+    tmp_path: Path, overrides: list[str], says: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And trained: a run may go on with another number of experts, but not in silence."""
+    checkpoint, rows = written(tmp_path), []
+    events = SimpleNamespace(write=lambda kind, **row: rows.append(row))
+    ours = recipe(*overrides, f"checkpoint.load_from={checkpoint.path}")
+    run = SimpleNamespace(run_dir=tmp_path, process=ALONE, recipe=ours, origin=ORIGIN, events=events)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(begin_from.dist, "broadcast_object_list", lambda *args, **more: None)
+        with begin_from._opened(run, TENSORS) as opened:
+            assert opened.path == checkpoint.path
+    lines = capsys.readouterr().err.splitlines()
+    assert [row["changed"] for row in rows] == [[line.partition("else: ")[2] for line in lines]]
+    assert len(lines) == len(says)
+    for line, words in zip(lines, says, strict=True):
+        assert f"compute something else: {words}" in line
+
+
+def test_adapters_and_the_folders_configuration_are_compared(tmp_path: Path) -> None:
+    models = {"a": tiny("deepseek_v3"), "b": tiny("deepseek_v3", routed_scaling_factor=1.0, n_group=2)}
+    found = {}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        section = ModelSection(path=str(tmp_path / name))
+        bank = BankConfig(preset="expert-lora", alpha=4.0 if name == "a" else 8.0)
+        found[name] = computed(replace(recipe(), model=section, adapter={"x": bank}))
+    assert changes(found["a"], found["b"]) == [
+        "adapter.x.alpha: 4.0 in the checkpoint, 8.0 here",
+        "n_group: 4 in the checkpoint, 2 here",
+        "routed_scaling_factor: 2.5 in the checkpoint, 1.0 here",
+    ]
+    assert changes({}, found["b"]) == []
 
 
 def test_another_layout_device_and_implementation_fit(tmp_path: Path) -> None:
