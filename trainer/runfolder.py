@@ -56,15 +56,23 @@ def claim(recipe: Recipe) -> Path:
 def check_place(recipe: Recipe) -> None:
     """Raises RecipeError if ``checkpoint.disk.url`` holds checkpoints of another recipe, which would be removed.
 
-    A store that does not answer is left for the recovery to report.
+    Or if it does not answer at the run's first start: it may be mistyped, and no memory makes up for it. Later that is
+    left for the recovery to report.
     """
     if recipe.checkpoint.disk.url is None:
         return
-    place, ours = checkpoints_of(recipe, run_folder(recipe)), recipe_fingerprint(recipe)
+    folder, ours = run_folder(recipe), recipe_fingerprint(recipe)
     try:
-        found = [Checkpoint.open(path) for _, path in list_checkpoints(place)]
-    except UnreachableError:
-        return
+        found = [Checkpoint.open(path) for _, path in list_checkpoints(checkpoints_of(recipe, folder))]
+    except UnreachableError as error:
+        if next_attempt(folder):
+            return
+        raise RecipeError(
+            [
+                f"checkpoint.disk.url: {error.filename} cannot be read: {error.strerror}; going on without it could "
+                "cost what it holds: correct it, or have it answer"
+            ]
+        ) from error
     for checkpoint in found:
         theirs = checkpoint.manifest["metadata"].get("recipe")
         if theirs != ours:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
 
 from checkpointing.remote import RemotePath
 from checkpointing.store import write_checkpoint
+from trainer.events import EventLog
 from trainer.failpoints import DISK_VARIABLE, Failpoints
 from trainer.faults import DiskFaultSpec, FaultError
 from trainer.plan_card import card
@@ -72,6 +74,17 @@ def test_a_place_of_another_recipe_is_refused(tmp_path: Path) -> None:
         check_place(recipe)
     check_place(quickstart())
     assert run_folder(recipe) == Path("runs/quickstart")
+
+
+def test_a_place_that_does_not_answer_is_refused_at_the_first_start_only(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        recipe = quickstart(f"checkpoint.disk.url=ftp://127.0.0.1:{taken.getsockname()[1]}/x", f"log.dir={tmp_path}")
+        with pytest.raises(RecipeError, match=r"checkpoint\.disk\.url: ftp://127.* cannot be read: .*correct it"):
+            check_place(recipe)
+        with EventLog(run_folder(recipe), 0, 0) as events:
+            events.write("start")
+        check_place(recipe)  # memory may do without it
 
 
 def test_the_card_says_what_stays() -> None:
