@@ -191,20 +191,33 @@ def retain(
     """Delete checkpoints older than the ``keep_last`` newest and return their steps.
 
     Never those whose step is a multiple of ``permanent_every`` (0: none is), nor those written as permanent ones, nor
-    the one with the lowest of the held-out ``losses``.
+    the intact one with the lowest of the held-out ``losses``.
     Raises RecoveryError, deleting nothing, unless ``newest`` was read back and verified just now.
     """
     problems = verify(newest)
     if problems:
         raise RecoveryError(f"nothing was deleted, because the newest checkpoint does not read back: {problems[0]}")
-    removed = []
-    found = list_checkpoints(directory)
-    best = best_of(losses or {}, [step for step, _ in found])
-    for step, path in found[: -max(keep_last, 1)]:
-        if path != newest and step != best and not is_permanent(path, step, permanent_every):
-            remove(path)
-            removed.append(step)
+    found, losses = list_checkpoints(directory), losses or {}
+    leaving = {
+        step: path
+        for step, path in found[: -max(keep_last, 1)]
+        if path != newest and not is_permanent(path, step, permanent_every)
+    }
+    best = best_of(losses, [step for step, _ in found])
+    if any(step in losses for step in leaving.keys() - {best}):  # else it is kept unread, and costs no other its place
+        best = best_intact(directory, losses)
+    removed = [step for step in leaving if step != best]
+    for step in removed:
+        remove(leaving[step])
     return removed
+
+
+def best_intact(directory: Place, losses: Mapping[int, float]) -> int | None:
+    """The checkpoint with the lowest of ``losses`` of which every byte verifies; None if there is none."""
+    steps = dict(list_checkpoints(directory))
+    while (best := best_of(losses, steps)) is not None and verify(steps[best]):
+        del steps[best]
+    return best
 
 
 def is_permanent(step_dir: Place, step: int, permanent_every: int = 0) -> bool:

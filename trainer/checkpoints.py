@@ -22,6 +22,7 @@ from checkpointing.recovery import RecoveryError
 from checkpointing.storage import MANIFEST, UNFINISHED, Place, place_of
 from checkpointing.store import (
     Checkpoint,
+    best_intact,
     is_permanent,
     list_checkpoints,
     quarantine,
@@ -52,9 +53,12 @@ class Source:
 
     @cached_property
     def best(self) -> int | None:
-        """The checkpoint with the lowest held-out loss, which retention leaves."""
-        losses = losses_of(self.run) if self.run is not None else {}
-        return best_of(losses, [step for step, _ in list_checkpoints(self.place)]) if losses else None
+        """The checkpoint with the lowest held-out loss, which retention leaves if it is intact."""
+        return best_of(self.losses, [step for step, _ in list_checkpoints(self.place)]) if self.losses else None
+
+    @cached_property
+    def losses(self) -> dict[int, float]:
+        return losses_of(self.run) if self.run is not None else {}
 
     def keeper(self) -> tuple[int, dict[str, Any]] | None:
         """The live keeper's pid and status. Raises OSError or KeeperError if it does not answer."""
@@ -65,6 +69,8 @@ def source_of(text: str) -> Source:
     """``text`` is a run folder, or the folder or URL that holds checkpoints. Raises CheckpointError."""
     place = place_of(text)
     if not isinstance(place, Path):
+        if not place.is_dir():
+            raise CheckpointError(f"{text} does not exist; name a run folder, or a folder or URL of checkpoints")
         return Source(place)
     if (place / "recipe.yaml").is_file():
         recipe = load_recipe(place / "recipe.yaml")
@@ -190,10 +196,17 @@ def ls(run: str) -> int:
         if disk.get("writing"):
             notes.append(_progress(disk["writing"]))
     print(source.place)
-    print("\n".join(_table(lines) if lines else ["no checkpoints"]))
+    print("\n".join(_table(lines) if lines else [_nothing(source)]))
     for note in notes:
         print(note)
     return 0
+
+
+def _nothing(source: Source) -> str:
+    """Nothing lies in a place that does not exist either, and that is where a mistyped one leads."""
+    if source.place.is_dir():
+        return "no checkpoints"
+    return "no checkpoints: the place does not exist; its first checkpoint makes it, if it is not mistyped"
 
 
 def _progress(writing: dict[str, Any]) -> str:
@@ -346,6 +359,8 @@ def _refuse_unfinished(source: Source, folders: Sequence[Place]) -> None:
 
 def _refuse_precious(source: Source, folders: Sequence[Place]) -> None:
     named = {folder.name for folder in folders}
+    evaluated = any(path.name in named and step in source.losses for step, path in step_folders(source.place))
+    best = best_intact(source.place, source.losses) if evaluated else None
     for step, path in step_folders(source.place):
         try:
             permanent = path.name in named and is_permanent(path, step, source.permanent_every)
@@ -353,7 +368,7 @@ def _refuse_precious(source: Source, folders: Sequence[Place]) -> None:
             continue
         if permanent:
             raise CheckpointError(f"{path} is permanent; add --force to remove it all the same")
-        if path.name in named and step == source.best:
+        if path.name in named and step == best:
             raise CheckpointError(
                 f"{path} has the lowest held-out loss of the run's checkpoints; add --force to remove it all the same"
             )

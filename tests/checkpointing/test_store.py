@@ -14,7 +14,7 @@ from safetensors import safe_open
 from checkpointing import store
 from checkpointing.records import Entry, extras_entries
 from checkpointing.recovery import RecoveryError
-from checkpointing.store import Checkpoint, list_checkpoints, quarantine, retain, verify, write_checkpoint
+from checkpointing.store import Checkpoint, best_intact, list_checkpoints, quarantine, retain, verify, write_checkpoint
 from checkpointing.tensorfile import Section
 from checkpointing.units import Range
 
@@ -43,6 +43,12 @@ def parts_of(rank: int, step: int) -> list[Section]:
 def write(folder: Path, step: int, progress=lambda w, t: None, tensors=None) -> Path:
     parts = {f"dp{rank:04d}": parts_of(rank, step) for rank in range(2)}
     return write_checkpoint(folder, step, parts, tensors or {}, {"torch": "x"}, progress)
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
 
 
 def whole(step: int) -> np.ndarray:
@@ -182,6 +188,19 @@ def test_the_one_with_the_lowest_heldout_loss_stays(tmp_path):
     newest = write(tmp_path, 10)
     assert retain(tmp_path, 1, newest, losses={**losses, 9: 0.1}) == [8]
     assert retain(tmp_path, 1, newest, losses={**losses, 10: 0.5}) == [4]
+
+
+def test_a_damaged_best_takes_no_other_ones_place(tmp_path):
+    losses = {2: 1.0, 4: 2.0, 6: 3.0}
+    for step in (2, 4, 6, 8):
+        newest = write(tmp_path, step)
+    flip(tmp_path / "step-2" / "dp0000.safetensors")
+    assert best_intact(tmp_path, losses) == 4
+    assert retain(tmp_path, 1, newest, losses=losses) == [2, 6], "the best that can be used stays"
+    flip(tmp_path / "step-4" / "dp0000.safetensors")
+    newest = write(tmp_path, 10)
+    assert retain(tmp_path, 1, newest, losses=losses) == [8], "it may lie while nothing evaluated would go"
+    assert best_intact(tmp_path, losses) is None
 
 
 def test_a_unit_that_is_not_whole_is_named(tmp_path):

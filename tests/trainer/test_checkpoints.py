@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from checkpointing import heldout
 from checkpointing.records import Entry
 from checkpointing.storage import place_of
 from checkpointing.store import list_checkpoints, set_aside, write_checkpoint
@@ -155,7 +156,18 @@ def test_the_recipe_says_where_they_lie(run: Path, tmp_path: Path, capsys: pytes
         recipe_to_yaml(load_recipe("recipes/quickstart.yaml", [f"checkpoint.disk.url={far}"]))
     )
     assert main(["checkpoint", "ls", str(run)]) == 0
+    assert capsys.readouterr().out.startswith(f"{far}\nno checkpoints: the place does not exist")
+    far.mkdir()
+    assert main(["checkpoint", "ls", str(run)]) == 0
     assert capsys.readouterr().out == f"{far}\nno checkpoints\n"
+
+
+def test_a_url_at_which_there_is_nothing_is_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = f"dir::file://{tmp_path / 'mistyped'}"
+    for arguments in (["ls", url], ["verify", url], ["rm", url, "4"], ["diff", url, url]):
+        assert main(["checkpoint", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error == f"{url} does not exist; name a run folder, or a folder or URL of checkpoints\n"
 
 
 def test_verify_reads_every_byte(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,6 +227,18 @@ def test_rm_says_what_it_removed_and_keeps_the_newest_that_verifies(
     write(run / "checkpoints", 10)
     assert main(["checkpoint", "rm", str(run), "10", "--force"]) == 0
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest"]
+
+
+def test_the_best_is_protected_if_it_can_be_used(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step, loss in ((2, 1.0), (4, 2.0), (6, 3.0)):
+        heldout.record(run, step, loss, "samples")
+    assert main(["checkpoint", "rm", str(run), "2"]) == 2
+    assert "step-2 has the lowest held-out loss" in capsys.readouterr().err
+    flip(run / "checkpoints" / "step-2" / "dp0001.safetensors")
+    assert main(["checkpoint", "rm", str(run), "4"]) == 2
+    assert "step-4 has the lowest held-out loss" in capsys.readouterr().err
+    assert main(["checkpoint", "rm", str(run), "2"]) == 0
+    assert steps(run) == [4, 6]
 
 
 @pytest.mark.parametrize(
