@@ -34,9 +34,10 @@ from moe.upcycle import drawn
 ROUTER_NOISE = 0.01  # of new rows, relative to the old ones' deviation: equal rows would always be chosen together
 
 _EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..+)")
-_ROUTER = re.compile(r".*\.(gate|router)\.(weight|e_score_correction_bias)")
+_ROUTER = re.compile(r".*\.(gate|router)\.(weight|bias|e_score_correction_bias)")
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _STACKED = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+_STACK = re.compile(rf".*\.experts\.({'|'.join(_STACKED)})")
 
 
 class ExtendError(ValueError):
@@ -78,7 +79,10 @@ def extend(folder: str | Path, out: str | Path, what: Extension) -> int:
     config = AutoConfig.from_pretrained(folder)
     name, old = _count_of(config, folder)
     if getattr(config, "n_group", None) not in (None, 1):
-        raise ExtendError(f"{folder} routes by groups (n_group={config.n_group}), which more experts would redraw")
+        raise ExtendError(
+            f"{folder}: this {config.model_type} routes by n_group={config.n_group} groups of {old // config.n_group} "
+            "neighbouring experts, and with more experts other ones would be neighbours; extend a model without groups"
+        )
     with new_folder(out) as temporary:
         write_tensors(_extended(read_tensors(folder), old, what), temporary)
         setattr(config, name, old + what.experts)
@@ -98,21 +102,26 @@ def _extended(tensors: Iterable[tuple[str, Tensor]], old: int, what: Extension) 
     experts = routers = 0
     for name, tensor in tensors:
         match = _EXPERT.fullmatch(name)
-        yield_router = _ROUTER.fullmatch(name) is not None and tensor.shape[0] == old
-        if not yield_router:
-            yield name, tensor
+        if _ROUTER.fullmatch(name) and tensor.shape[0] == old:
+            routers += 1
+            yield name, _more_rows(tensor, name, what)
+            continue
+        if _STACK.fullmatch(name) and tensor.shape[0] == old:
+            experts += 1
+            copies = [_noisy(tensor[j % old], what.noise, what.seed, f"{name}.{old + j}") for j in range(what.experts)]
+            yield name, torch.cat([tensor, torch.stack(copies)])
+            continue
+        yield name, tensor
         if match is not None:
             experts += 1
             for copy in range(int(match[2]), what.experts, old):
                 new = f"{match[1]}{old + copy}{match[3]}"
                 yield new, _noisy(tensor, what.noise, what.seed, new)
-        elif yield_router:
-            routers += 1
-            yield name, _more_rows(tensor, name, what)
     if not experts or not routers:
         raise ExtendError(
-            "looked for tensors like model.layers.0.mlp.experts.0.up_proj.weight and a router of as many rows, found "
-            f"{experts} and {routers}; the family keeps its experts another way"
+            "looked for tensors like model.layers.0.mlp.experts.0.up_proj.weight or model.layers.0.mlp.experts."
+            f"gate_up_proj, and a router of {old} rows, found {experts} and {routers}; give a folder of a family that "
+            "planaria trains"
         )
 
 

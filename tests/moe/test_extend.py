@@ -23,12 +23,17 @@ FAMILIES = {
     "qwen3_moe": {"num_experts": 6, "moe_intermediate_size": 24, "norm_topk_prob": True, "head_dim": 16},
     "qwen2_moe": {"num_experts": 6, "moe_intermediate_size": 24, "norm_topk_prob": True,
                   "shared_expert_intermediate_size": 8},
+    "olmoe": {"num_experts": 6, "norm_topk_prob": True},
+    "deepseek_v3": {"n_routed_experts": 6, "n_shared_experts": 1, "moe_intermediate_size": 24, "n_group": 1,
+                    "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": None, "kv_lora_rank": 16,
+                    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 2},
+    "gpt_oss": {"num_local_experts": 6, "head_dim": 16},
 }  # fmt: skip
 
 
 def folder_of(path, family="qwen3_moe"):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES, **FAMILIES[family]))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family]}))
     model.save_pretrained(path)
     return model
 
@@ -51,21 +56,28 @@ def test_where_no_new_expert_is_chosen_the_extended_model_computes_what_the_old_
     assert untouched_BS.float().mean() > 0.75
 
 
-def test_new_experts_are_noisy_copies_in_turn_with_rows_that_differ(tmp_path):
-    old = folder_of(tmp_path / "old").model.layers[1].mlp
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_new_experts_are_noisy_copies_in_turn_with_rows_that_differ(tmp_path, family):
+    old = folder_of(tmp_path / "old", family).model.layers[1].mlp
+    gate = "router" if family == "gpt_oss" else "gate"
     for router in ("mean", "copy"):
         extend(tmp_path / "old", tmp_path / router, Extension(8, noise=0.1, router=router))
         new = AutoModelForCausalLM.from_pretrained(tmp_path / router).model.layers[1].mlp
         assert torch.equal(new.experts.down_proj[:6], old.experts.down_proj)
-        assert torch.equal(new.gate.weight[:6], old.gate.weight)
+        old_gate, new_gate = getattr(old, gate), getattr(new, gate)
+        assert torch.equal(new_gate.weight[:6], old_gate.weight)
+        if family == "gpt_oss":
+            assert torch.equal(new.experts.gate_up_proj_bias[:6], old.experts.gate_up_proj_bias)
+            added = old_gate.bias.mean().expand(8) if router == "mean" else old_gate.bias[torch.arange(8) % 6]
+            torch.testing.assert_close(new_gate.bias, torch.cat([old_gate.bias, added]))
         for j in range(8):
             source = old.experts.down_proj[j % 6].detach()
             ratio = (new.experts.down_proj[6 + j].detach() - source).std() / source.std()
             assert float(ratio) == pytest.approx(0.1, rel=0.15)
-        rows = old.gate.weight.detach()
+        rows = old_gate.weight.detach()
         wanted = rows.mean(0).expand(8, -1) if router == "mean" else rows[torch.arange(8) % 6]
-        assert float((new.gate.weight[6:].detach() - wanted).std() / rows.std()) == pytest.approx(0.01, rel=0.2)
-        assert len(new.gate.weight.detach().unique(dim=0)) == 14
+        assert float((new_gate.weight[6:].detach() - wanted).std() / rows.std()) == pytest.approx(0.01, rel=0.2)
+        assert len(new_gate.weight.detach().unique(dim=0)) == 14
 
 
 def test_what_cannot_be_extended_is_refused_and_leaves_nothing(tmp_path):
@@ -74,7 +86,7 @@ def test_what_cannot_be_extended_is_refused_and_leaves_nothing(tmp_path):
         extend(tmp_path / "dense", tmp_path / "new", Extension(2))
     config = AutoConfig.for_model("deepseek_v3", n_routed_experts=8, n_group=4)
     config.save_pretrained(tmp_path / "grouped")
-    with pytest.raises(ExtendError, match="n_group=4"):
+    with pytest.raises(ExtendError, match="this deepseek_v3 routes by n_group=4 groups of 2 neighbouring experts"):
         extend(tmp_path / "grouped", tmp_path / "new", Extension(2))
     with pytest.raises(ExtendError, match="at least one"):
         Extension(0)
