@@ -137,8 +137,7 @@ def inexpressible(recipe: Recipe, config: Any) -> list[str]:
     if policy.choice == "expert":
         problems.append(f"{family} in transformers has no expert choice")
     elif differing := policy.spec.differences(theirs):
-        ours = ", ".join(f"{name} {getattr(policy.spec, name)}" for name in differing)
-        fixed = ", ".join(str(getattr(theirs, name)) for name in differing)
+        fixed, ours = _in_keys(theirs, differing), _in_keys(policy.spec, differing)
         problems.append(f"{family} in transformers routes with {fixed} where this run has {ours}")
     if recipe.balance.bias_update_rate and not hasattr(gate, OWN_BIAS):
         problems.append(f"{family} in transformers has no selection bias, and this run has trained one")
@@ -162,6 +161,13 @@ def set_routing(recipe: Recipe, model: nn.Module, blob: bytes | None) -> None:
         rows_ME = biases(blob, spec.num_experts)
         for block, row_E in zip(blocks, rows_ME[: len(blocks)], strict=True):
             setattr(block.gate, OWN_BIAS, row_E.clone())
+
+
+def _in_keys(spec: RouterSpec, names: Sequence[str]) -> str:
+    """A router's numbers as a recipe writes them; those that no key of a recipe stands for follow from ``score``."""
+    keys = {"norm_topk": "norm_topk_prob", "scale": "routed_scaling_factor"}
+    words = {keys.get(name, name): getattr(spec, name) for name in names if name != "norm_eps"}
+    return ", ".join(f"routing.{key}={str(v).lower() if isinstance(v, bool) else v}" for key, v in words.items())
 
 
 def _built(config: Any) -> tuple[MoEBlock, nn.Module]:

@@ -145,16 +145,35 @@ def test_a_gate_is_replaced_only_if_it_routes_otherwise(section):
         (
             "qwen3_moe",
             "routing={method: top_k, score: sigmoid}",
-            "with softmax, 0.0 where this run has score sigmoid",
+            "routes with routing.score=softmax where this run has routing.score=sigmoid",
         ),
-        ("qwen3_moe", "routing={method: top_k, n_group: 4, topk_group: 2}", "n_group 4"),
+        (
+            "qwen3_moe",
+            "routing={method: top_k, n_group: 4, topk_group: 2}",
+            "has routing.n_group=4, routing.topk_group=2",
+        ),
         ("qwen3_moe", "balance.bias_update_rate=0.1", "has no selection bias"),
-        ("mixtral", "routing.method=switch", "norm_topk False"),
+        (
+            "mixtral",
+            "routing.method=switch",
+            "routing.norm_topk_prob=true where this run has routing.norm_topk_prob=false",
+        ),
+        (
+            "gpt_oss",
+            "routing={method: top_k, score: softmax, norm_topk_prob: true, routed_scaling_factor: 2.0}",
+            "gpt_oss in transformers routes with routing.score=topk_softmax, routing.norm_topk_prob=false, "
+            "routing.routed_scaling_factor=1.0 where this run has routing.score=softmax, "
+            "routing.norm_topk_prob=true, routing.routed_scaling_factor=2.0",
+        ),
         ("deepseek_v2", "routing={method: top_k, n_group: 2, topk_group: 2, top_k: 4}", None),
         ("deepseek_v3", "routing={method: top_k, n_group: 2, topk_group: 1}", None),
         ("deepseek_v3", "routing={method: top_k, capacity_factor: 1.0}", None),
         ("deepseek_v3", "balance.bias_update_rate=0.1", None),
-        ("deepseek_v3", "routing={method: top_k, n_group: 4, topk_group: 2, group_score: max}", "group_score max"),
+        (
+            "deepseek_v3",
+            "routing={method: top_k, n_group: 4, topk_group: 2, group_score: max}",
+            "routing.group_score=max",
+        ),
         ("gpt_oss", "routing={method: top_k, top_k: 1}", None),
     ],
 )
