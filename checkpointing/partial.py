@@ -8,17 +8,13 @@ hold the same ones.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
 
 from checkpointing.cost import SLACK, STATE_WIDTH, Bandwidths, Cost, StepTimes, capture_cost, does_not_fit, figures
-from checkpointing.units import Range, expert_of
 from moe.refs import ExpertRef
-
-GROUP_ELEMENTS = 178_956_971  # DeepSpeed's limit of one parameter group
 
 
 @dataclass(frozen=True)
@@ -117,73 +113,6 @@ def _check_k(experts: Experts, k: int) -> None:
         raise ValueError(f"K={k} of {experts.count} experts: choose 1 to {experts.count}")
 
 
-# -- balance -----------------------------------------------------------------------------------------------------------
-
-
-def bytes_per_rank(
-    chosen: Iterable[ExpertRef], placement: Mapping[int, Iterable[Range]], element_bytes: int = 4
-) -> dict[int, int]:
-    """Bytes of the chosen experts on each rank.
-
-    Args:
-        placement: the ranges of every kind that lie on each rank.
-    """
-    wanted = set(chosen)
-    return {
-        rank: sum(r.size for r in ranges if expert_of(r.unit) in wanted) * element_bytes
-        for rank, ranges in placement.items()
-    }
-
-
-def imbalance(loads: Iterable[int]) -> float:
-    """The largest over the mean; 1.0 is balanced."""
-    loads = list(loads)
-    return max(loads) * len(loads) / sum(loads) if any(loads) else 1.0
-
-
-def zero_placement(
-    experts: Experts, tensors: Mapping[str, int], kind: str = "master", group_elements: int = GROUP_ELEMENTS
-) -> dict[int, list[Range]]:
-    """Where ZeRO puts the experts' state, one kind of it: rank -> ranges.
-
-    Each EP rank's stacked tensors, in layer order, are filled into groups of at most ``group_elements`` (a larger
-    tensor is a group of its own); each group is flattened and cut into ``replicas`` equal parts. The part's number x ep
-    + EP rank is the rank, as in ``moe.layout``.
-
-    Args:
-        tensors: elements of each tensor of one expert, in the order of the model's parameters.
-    """
-    block = experts.count // experts.ep
-    groups: list[list[tuple[int, str, int]]] = []
-    room = 0
-    for layer in experts.layers:
-        for name, size in tensors.items():
-            if not groups or size * block > room:
-                groups.append([])
-                room = group_elements
-            groups[-1].append((layer, name, size))
-            room -= size * block
-    placement: dict[int, list[Range]] = {rank: [] for rank in range(experts.ep * experts.replicas)}
-    for ep_rank in range(experts.ep):
-        for group in groups:
-            for replica, piece in _cut(group, range(ep_rank * block, (ep_rank + 1) * block), experts.replicas, kind):
-                placement[replica * experts.ep + ep_rank].append(piece)
-    return placement
-
-
-def _cut(group: list[tuple[int, str, int]], local: range, replicas: int, kind: str) -> Iterable[tuple[int, Range]]:
-    """(replica, range) of the ``local`` experts in one flattened group of (layer, tensor, elements of one expert)."""
-    part = -(-sum(size for _, _, size in group) * len(local) // replicas)
-    at = 0
-    for layer, name, size in group:
-        for expert in local:
-            unit = f"{ExpertRef(layer, expert)}.{name}"
-            for replica in range(at // part, (at + size - 1) // part + 1):
-                lo, hi = max(at, replica * part), min(at + size, (replica + 1) * part)
-                yield replica, Range(unit, kind, lo - at, hi - at)
-            at += size
-
-
 # -- ages --------------------------------------------------------------------------------------------------------------
 
 
@@ -205,21 +134,6 @@ class Ages:
         """Ages on disk after the copies in memory of ``chosen`` were written."""
         return Ages({**self.steps, **{ref: memory.steps[ref] for ref in chosen}})
 
-    def newest(self, other: Ages) -> Ages:
-        """Of each expert the newer copy of two tiers or machines. Raises ValueError if they know other experts."""
-        if self.steps.keys() != other.steps.keys():
-            raise ValueError(f"ages of {len(self.steps)} and {len(other.steps)} experts cannot be joined")
-        return Ages({ref: max(step, other.steps[ref]) for ref, step in self.steps.items()})
-
-    @property
-    def complete(self) -> bool:
-        """Whether there is a copy of every expert."""
-        return all(step >= 0 for step in self.steps.values())
-
-    def behind(self, step: int) -> dict[ExpertRef, int]:
-        """Steps of updates that each expert lacks in a state restored at ``step``; those with none are left out."""
-        return {ref: step - age for ref, age in sorted(self.steps.items()) if age < step}
-
     def lines(self, step: int) -> list[str]:
         """What a recovery at ``step`` restores, a line for each layer: every expert with its age.
 
@@ -231,17 +145,6 @@ class Ages:
             lag = f" ({age - step})" if age < step else ""
             layers.setdefault(ref.layer, []).append(f"E{ref.expert:03d} step {age}{lag}")
         return [f"L{layer:02d}: {', '.join(row)}" for layer, row in layers.items()]
-
-    def dump(self) -> bytes:
-        return json.dumps({str(ref): step for ref, step in sorted(self.steps.items())}).encode()
-
-    @classmethod
-    def load(cls, blob: bytes) -> Ages:
-        """Inverse of :meth:`dump`. Raises ValueError for anything else."""
-        values = json.loads(blob)
-        if not isinstance(values, dict) or not all(type(step) is int for step in values.values()):
-            raise ValueError("not the ages of experts: expected a JSON object of expert -> step")
-        return cls({ExpertRef.parse(text): step for text, step in values.items()})
 
 
 # -- cost --------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ trajectory: sums over other ranks round differently.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +26,8 @@ def load_resized(buffers: Sequence[StateBuffer], checkpoint: Checkpoint) -> None
     Raises RecoveryError for a damaged file, a window whose log must be redone first, or a range that is absent, held
     twice or of another dtype; nothing is then changed.
     """
-    _check_whole(checkpoint)
+    if checkpoint.has_log:
+        raise RecoveryError(f"{checkpoint.path} holds bases of several steps and a log; redo it first")
     moves = transfers(needs_of(buffers), checkpoint.newest)
     problems = verify(checkpoint.path, sorted({move.source for move in moves}))
     if problems:
@@ -49,22 +49,3 @@ def tensor_differences(held: Mapping[str, Mapping[str, Any]], wanted: Mapping[st
         if dict(held[unit]) != dict(wanted[unit]):
             lines.append(f"{unit}: {dict(held[unit])} in the checkpoint, {dict(wanted[unit])} in this model")
     return lines
-
-
-def gathered_hash(checkpoint: Checkpoint) -> str:
-    """SHA-256 over every kind of every whole unit in name order: equal for equal state in any layout.
-
-    Raises RecoveryError for a window, or if an element is absent or held twice.
-    """
-    _check_whole(checkpoint)
-    digest = hashlib.sha256()
-    for unit, kind in sorted({held.key for held in checkpoint.entries}):
-        values = checkpoint.assemble(unit, kind)
-        digest.update(f"{unit}#{kind} {values.dtype} {values.size}\n".encode())
-        digest.update(values.tobytes())
-    return digest.hexdigest()
-
-
-def _check_whole(checkpoint: Checkpoint) -> None:
-    if checkpoint.has_log:
-        raise RecoveryError(f"{checkpoint.path} holds bases of several steps and a log; redo it first")

@@ -7,13 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpointing.partial import Experts, imbalance, most_selected, select, zero_placement
+from checkpointing.partial import Experts, most_selected, select
 from checkpointing.protection import pec
 from checkpointing.records import decode_table
 from checkpointing.state.buffers import StateBuffer, StateSpan
 from checkpointing.state.expert_parts import expert_parts
 from checkpointing.units import Range, expert_of, overlaps, uncovered
 from moe.refs import ExpertRef
+from tests.checkpointing.placement import imbalance, zero_placement
 
 
 @st.composite

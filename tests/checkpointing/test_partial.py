@@ -16,18 +16,16 @@ from checkpointing.partial import (
     Ages,
     Experts,
     SparsePartition,
-    bytes_per_rank,
     choose_k,
-    imbalance,
     pec_bytes,
     pec_memory,
     select,
     select_loaded,
     turn,
-    zero_placement,
 )
 from checkpointing.units import Range, expert_of, overlaps, uncovered
 from moe.refs import ExpertRef
+from tests.checkpointing.placement import bytes_per_rank, imbalance, zero_placement
 
 TENSORS = {"gate_up_proj": 2 * 24, "down_proj": 24}
 
@@ -202,34 +200,13 @@ def test_impossible_requests_are_refused() -> None:
 def test_ages_follow_captures_and_disk_has_some_of_them() -> None:
     experts = Experts((0, 1), 2)
     memory = disk = Ages.unsaved(experts)
-    assert not memory.complete
-    assert memory.behind(0) == dict.fromkeys(experts.all(), 1)
     for step in range(4):
         memory = memory.saved(step, select(experts, step, 1))
-    assert memory.complete
     # Turns of layer 1 are one ahead of layer 0's.
     assert [memory.steps[ref] for ref in experts.all()] == [2, 3, 3, 2]
-    assert memory.behind(3) == {ExpertRef(0, 0): 1, ExpertRef(1, 1): 1}
     disk = disk.persisted(memory, select(experts, 0, 1))
     assert [disk.steps[ref] for ref in experts.all()] == [2, -1, -1, 2]
-    assert disk.newest(memory) == memory
     assert memory.lines(3) == ["L00: E000 step 2 (-1), E001 step 3", "L01: E000 step 3, E001 step 2 (-1)"]
-
-
-@given(st.dictionaries(st.builds(ExpertRef, st.integers(0, 99), st.integers(0, 999)), st.integers(-1, 10**9)))
-def test_ages_survive_storage(steps: dict[ExpertRef, int]) -> None:
-    assert Ages.load(Ages(steps).dump()) == Ages(steps)
-
-
-@pytest.mark.parametrize("blob", [b"[]", b'{"L00.E000": "1"}', b'{"x": 1}', b"{", b'{"L00.E000": true}'])
-def test_other_bytes_are_no_ages(blob: bytes) -> None:
-    with pytest.raises(ValueError):
-        Ages.load(blob)
-
-
-def test_ages_of_other_models_do_not_join() -> None:
-    with pytest.raises(ValueError, match="2 and 4 experts"):
-        Ages.unsaved(Experts((0,), 2)).newest(Ages.unsaved(Experts((0,), 4)))
 
 
 # -- cost --------------------------------------------------------------------------------------------------------------

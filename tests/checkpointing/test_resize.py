@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from checkpointing.capture import bytes_of
 from checkpointing.materialise import sections_of
 from checkpointing.recovery import RecoveryError
-from checkpointing.resize import gathered_hash, load_resized, tensor_differences
+from checkpointing.resize import load_resized, tensor_differences
 from checkpointing.state.buffers import StateBuffer, StateSpan
 from checkpointing.store import Checkpoint, write_checkpoint
 from checkpointing.units import Range
+from tests.checkpointing.gathered import gathered_hash
 
 SIZES = {"L00.E000.down_proj": 24, "L00.E001.down_proj": 24, "model.norm.weight": 7}
 KINDS = ("master", "exp_avg")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from checkpointing.partial import imbalance
 from checkpointing.records import Kind
 from checkpointing.store import Checkpoint, list_checkpoints, verify
+from tests.checkpointing.placement import imbalance
 from trainer.drill import judge
 from trainer.faults import KillSpec
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from checkpointing.partial import Experts, bytes_per_rank, expert_of, imbalance, select, zero_placement
-from checkpointing.units import Range, overlaps, uncovered
+from checkpointing.partial import Experts, select
+from checkpointing.units import Range, expert_of, overlaps, uncovered
+from tests.checkpointing.placement import bytes_per_rank, imbalance, zero_placement
 from tests.forked import run_ranks
 from tests.trainer import ep_worker
 

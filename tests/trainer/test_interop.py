@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 
 from checkpointing.deepspeed_format import DeepSpeedFormatError, expert_file, optimizer_file, read_folder, resolve_tag
 from checkpointing.materialise import sections_of
-from checkpointing.resize import gathered_hash
 from checkpointing.state.buffers import StateBuffer, StateSpan
 from checkpointing.state.partitions import describe_partitions
 from checkpointing.store import Checkpoint, write_checkpoint
 from checkpointing.units import Range
 from moe.refs import TensorAddress
+from tests.checkpointing.gathered import gathered_hash
 from trainer.cli import main
 from trainer.engine import CHECKPOINT_CLASSES
 from trainer.interop import ForeignFolderError, _write_deepspeed, write_imported
