@@ -37,7 +37,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", text)
     units = {unit.lower(): size for unit, size in _UNITS.items()}
     unit = match[2].lower() or "b" if match else ""
-    if match is None or unit not in units or not float(match[1]):
+    if match is None or unit not in units or not 0 < float(match[1]) * units[unit] < 2**63:
         raise PlacementError(f"{text!r} is not a size; write it as 8GiB, 800MB or a number of bytes")
     return int(float(match[1]) * units[unit])
 

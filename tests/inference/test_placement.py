@@ -238,3 +238,9 @@ def test_generate_takes_vram(model_folder, capsys):
     assert "resident" in capsys.readouterr().out
     assert main(["generate", str(model_folder), "--prompt", "def", "--vram", "1kB"]) == 2
     assert "dense part takes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "1" + "0" * 307 + "TiB", "9e99GiB"])
+def test_sizes_beyond_all_numbers_are_refused(text):
+    with pytest.raises(PlacementError, match="is not a size"):
+        parse_size(text)
