@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 from inference.requests import Output, Request
@@ -17,12 +17,16 @@ class Answer:
     Attributes:
         sequence: the scheduler's part of it.
         chooser: the sampler's.
+
+    ``special`` are the tokens that no text shows, by their names: a stop string that is one of them ends with it.
     """
 
-    def __init__(self, request: Request, decode: Decode | None) -> None:
+    def __init__(self, request: Request, decode: Decode | None, special: Mapping[str, int]) -> None:
         self.request = request
         self.sequence = Sequence(request.id, list(request.prompt_ids), request.adapter)
         self.chooser = TokenChooser(request.params, request.prompt_ids)
+        # Decoding leaves special tokens out, so no text would ever match them.
+        self._ends = {*request.params.stop_token_ids, *(special[s] for s in request.params.stop if s in special)}
         self._text = AnswerText(decode, request.params.stop)
 
     def add(self, new: Chosen, eos: Set[int]) -> Output:
@@ -31,11 +35,11 @@ class Answer:
         params, text, finish = self.request.params, "", None
         if new.token in eos and not params.ignore_eos:
             finish = "eos"
-        elif new.token in params.stop_token_ids:
+        elif new.token in self._ends:
             finish = "stop"
         else:
             text = self._text.push(new.token)
-            if not self._text.stopped and len(self.sequence.new_tokens) == self.request.max_new_tokens:
+            if not self._text.stopped and len(self.sequence.new_tokens) >= self.request.max_new_tokens:
                 finish = "length"
         if finish is not None:
             text += self._text.finish()

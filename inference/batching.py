@@ -72,6 +72,7 @@ class Engine:
         models: by the adapter that a request names; None stands for no name. All of them share one paged cache.
         joint: computes steps with several adapters; those that it does not serve have passes of their own.
         decode: ids to text; None: there is no tokenizer, and answers have no text.
+        special: ids by name of the tokens that ``decode`` leaves out.
         eos: the tokens that end a text.
         max_rows: tokens of one step, at most.
         max_sequences: requests that are computed at once, at most; others wait.
@@ -89,6 +90,7 @@ class Engine:
         *,
         joint: Joint | None = None,
         decode: Decode | None = None,
+        special: Mapping[str, int] | None = None,
         eos: frozenset[int] = frozenset(),
         max_rows: int = MAX_ROWS,
         max_sequences: int = MAX_SEQUENCES,
@@ -112,7 +114,7 @@ class Engine:
         self.counts = EngineCounts()
         self.watch: Callable[[Pass], None] | None = None
         self.failure: Exception | None = None
-        self._decode, self._joined = decode, joined
+        self._decode, self._special, self._joined = decode, special or {}, joined
         self._scheduler = Scheduler(self.pool, max_rows=max_rows, max_sequences=max_sequences)
         self._answers: dict[str, Answer] = {}
         self._closed = False
@@ -195,7 +197,7 @@ class Engine:
             arrived, self._arrived = self._arrived, deque()
             cancelled, self._cancelled = self._cancelled, set()
         for request in arrived:
-            answer = self._answers[request.id] = Answer(request, self._decode)
+            answer = self._answers[request.id] = Answer(request, self._decode, self._special)
             self._scheduler.add(answer.sequence)
             if self._joined is not None:
                 self._joined()

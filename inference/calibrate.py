@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from checkpointing.keeper.memory import total_bytes
 from inference.banks import host_memory
 from inference.compiled_experts import COMPILED, CompiledExperts, compiled_kernels
 from inference.cores import cpu_cores, last_cache_bytes
@@ -39,7 +40,7 @@ _FAR_BEHIND = 3.0
 _REPEATS = (3, 10)  # of a timing: at least, and at most for a short one
 _REPEAT_S = 0.05
 _WHOLE_CALL = 8  # experts of one call, as a token of a model with eight choices makes it
-_METHOD = 3  # of measuring, and the kernels that are timed: what another found is not looked at
+_METHOD = 4  # of measuring, and the kernels that are timed: what another found is not looked at
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,11 @@ def machine_profile(kind: ExpertKind, device: torch.device, *, recalibrate: bool
 def profile_file(kind: ExpertKind, device: torch.device) -> Path:
     """Where this machine's profile is kept."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    key = f"{hardware(device)}|{torch.__version__}|{kind.dtype_name}|{kind.hidden}x{kind.intermediate}|{_METHOD}"
+    machine = f"{hardware(device)}, {total_bytes() >> 30} GiB"
+    key = f"{machine}|{torch.__version__}|{kind.dtype_name}|{kind.hidden}x{kind.intermediate}|{_METHOD}"
     key += "|packed" * kind.packed
+    if device.type != "cuda":
+        key += f"|{torch.get_num_threads()} threads"
     return home / "planaria" / "profiles" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
@@ -146,7 +150,8 @@ def _calibrate(kind: ExpertKind, device: torch.device, budget_s: float) -> Machi
     bank = _Bank(kind)
     gpu = GpuBank(kind, device) if device.type == "cuda" else None
     dram = _read_rate(bank.weights_N)
-    trials = Trials.of(kind, cpu_cores(), gpu is not None)
+    # Without a GPU the runtime computes with torch's threads, which OMP_NUM_THREADS may have made fewer.
+    trials = Trials.of(kind, torch.get_num_threads() if gpu is None else cpu_cores(), gpu is not None)
     threads, team, timings = cpu_table(bank, trials, 0.7 * budget_s - (time.perf_counter() - began))
     table = KernelTable(tuple(timings))
     alone = kind.host_nbytes / table.best(1, threads).seconds
@@ -162,11 +167,16 @@ def _calibrate(kind: ExpertKind, device: torch.device, budget_s: float) -> Machi
         "team": team,
         "cpu": tuple(timings),
         "spread": bank.spread,
+        "host_room": total_bytes(),
     }
     dram = max(dram, alone)
     if gpu is None:
         return MachineProfile(
-            **common, dram=Rates(dram, dram), cpu_overlapped=alone, launch_s=_operation_s(torch.zeros(8))
+            **common,
+            dram=Rates(dram, dram),
+            cpu_overlapped=alone,
+            launch_s=_operation_s(torch.zeros(8)),
+            fill=bank.fill_rate(),
         )
     link = gpu.link_rate()
     with_reads = gpu.beside_link(lambda: _read_s(bank.weights_N), bank.weights_N.nbytes)
@@ -181,6 +191,7 @@ def _calibrate(kind: ExpertKind, device: torch.device, budget_s: float) -> Machi
         gpu=gpu.table(),
         gpu_memory=gpu.memory_rate(),
         gpu_flops=gpu.flops(),
+        gpu_room=torch.cuda.get_device_properties(device).total_memory,
         launch_s=_operation_s(torch.zeros(8, device=device)),
         sync_s=_typical(gpu.round_trip),
         handover_s=handover,
@@ -198,7 +209,7 @@ class Trials:
 
     @classmethod
     def of(cls, kind: ExpertKind, cores: int, with_gpu: bool) -> Trials:
-        """Without a GPU experts are computed by one product on all cores.
+        """Without a GPU experts are computed by one product on all of them, then torch's threads.
 
         Beside one, by the best of all kernels on all cores but two, or on half of them, in small teams: one core
         launches the GPU's work and helps, one is left to the rest of the machine. A call ends with its last thread, and
@@ -280,6 +291,23 @@ class _Bank:
                 times.append(self.call_s(experts, rows, count))
         self.spread = max(self.spread, median(times) / min(times))
         return Timing(kernel, threads, rows, min(times) / count)
+
+    def fill_rate(self) -> float:
+        """Bytes/s of reading experts from a file that the system has in memory, one after the other, into slots."""
+        size = self._blocks[0].nbytes
+        slots = [memoryview(block.view(torch.uint8).numpy()) for block in self._blocks[: max(BANK_BYTES // size, 1)]]
+        file, times = os.memfd_create("experts"), []
+        try:
+            for slot in slots:
+                os.write(file, slot)
+            for _ in range(_REPEATS[0]):
+                began = time.perf_counter()
+                for number, slot in enumerate(slots):
+                    os.preadv(file, [slot], number * size)
+                times.append(time.perf_counter() - began)
+        finally:
+            os.close(file)
+        return len(slots) * size / min(times)
 
     def call_s(self, experts: CpuExperts, rows: int, count: int = _WHOLE_CALL) -> float:
         """Seconds of one call, with other experts each time."""

@@ -70,6 +70,8 @@ class MachineProfile:
         hidden, intermediate: their sizes.
         threads: for CPU experts, as many as were fastest; ``team`` of them compute one, or a part of it, together.
         link: host to device, pinned, in blocks of an expert's size; None without a GPU.
+        fill: of experts that are read from files in the system's cache into slots in host memory; 0 with a GPU.
+        gpu_room, host_room: bytes of memory that there are; 0 if that is not known.
         dram: host memory as the cores read it, on ``threads`` threads.
         cpu: experts computed by the cores, from host memory.
         cpu_overlapped: bytes/s of weights that the best one-row CPU kernel reads while the link is busy.
@@ -101,6 +103,9 @@ class MachineProfile:
     handover_s: float = 0.0
     spread: float = 1.0
     packed: bool = False
+    fill: float = 0.0
+    gpu_room: int = 0
+    host_room: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype not in BYTES or min(self.hidden, self.intermediate, self.threads, self.team) < 1 or not self.cpu:
@@ -109,6 +114,8 @@ class MachineProfile:
             raise ProfileError(f"profile {self.name!r}: a timing without rows, threads or seconds; measure it again")
         if self.link is not None and not (self.gpu and self.gpu_memory > 0 and self.gpu_flops > 0):
             raise ProfileError(f"profile {self.name!r}: has a link but not what the GPU behind it does")
+        if self.link is None and not self.fill > 0:
+            raise ProfileError(f"profile {self.name!r}: no GPU, nor how fast slots fill; measure it again")
 
     @property
     def elements(self) -> int:
@@ -264,6 +271,11 @@ class ExpertCosts:
     def has_link(self) -> bool:
         return self.profile.link is not None
 
+    @property
+    def fill_s(self) -> float:
+        """To read it into a slot in host memory."""
+        return self.expert_bytes / self.profile.fill
+
     def lanes(self, rows: int) -> tuple[float, float, float]:
         """:meth:`cpu_s`, :meth:`cpu_overlapped_s` and :meth:`gpu_s`, remembered."""
         found = self._lanes.get(rows)
@@ -300,7 +312,7 @@ def describe(profile: MachineProfile) -> list[str]:
     experts += f" ({best.kernel}, {best.threads} threads)"
     lines = [f"machine: {profile.hardware}", f"figures: {profile.source}"]
     if profile.link is None:
-        return [*lines, memory, experts]
+        return [*lines, memory, experts, f"slots: {_gb(profile.fill)} from files in the system's cache"]
     return [
         *lines,
         f"link: {_gb(profile.link.alone)} alone, {_gb(profile.link.overlapped)} beside the cores",

@@ -127,6 +127,7 @@ class LLM:
             models | adapted,
             joint=joint,
             decode=None if self.tokenizer is None else partial(_decode, self.tokenizer),
+            special=_special(self.tokenizer),
             eos=end_tokens(self.path, base.module.config),
             max_rows=max_rows,
             max_sequences=max_sequences,
@@ -316,6 +317,14 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def _special(tokenizer: Any) -> dict[str, int]:
+    if tokenizer is None:
+        return {}
+    added = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+
+
 def _generation(request: Request, outputs: Sequence[Output]) -> Generation:
     tokens = tuple(token for output in outputs for token in output.new_ids)
-    return Generation("".join(o.text for o in outputs), tokens, request.prompt_ids, outputs[-1].finish or "")
+    logprobs = tuple(each for output in outputs for each in output.logprobs)
+    return Generation("".join(o.text for o in outputs), tokens, request.prompt_ids, outputs[-1].finish or "", logprobs)

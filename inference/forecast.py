@@ -16,9 +16,9 @@ import numpy as np
 
 from inference.costmodel import ExpertCosts, MachineProfile, distinct_experts
 from inference.limits import CAPTURED_ROWS, MAX_ROWS
-from inference.phases import DECODE, PREFILL, PhasePlan, plan_phase
+from inference.phases import DECODE, PREFILL, PhasePlan, plan_on_cores, plan_phase
 from inference.phases import dense_seconds as dense_pass_seconds
-from inference.placement import ModelSizes, Placement, PlacementError, show_size
+from inference.placement import ModelSizes, Placement, PlacementError, place, show_size
 from inference.simulate import HEDGE, Routing, replay
 
 PASSES = ((DECODE, 1), (DECODE, 16), (PREFILL, 1024), (PREFILL, 4096))
@@ -109,7 +109,7 @@ def forecast(
 
 def lane_costs(profile: MachineProfile, sizes: ModelSizes, cpu_experts: bool) -> ExpertCosts:
     """Of a model's experts. Beside a GPU the CPU computes none unless asked, as in the runtime; without one it computes
-    all, where they lie in their files, not packed.
+    all, from slots in host memory, not packed.
     """
     if profile.link is None:
         return ExpertCosts.of(profile, sizes.hidden, sizes.intermediate, sizes.itemsize)
@@ -131,15 +131,21 @@ def _plan(costs: ExpertCosts, placement: Placement, phase: str, tokens: int, use
     """Of one pass."""
     sizes = placement.sizes
     distinct = max(round(use.distinct), 1)
-    missing = round(use.distinct * (1 - use.hits)) if costs.has_link else distinct
     rows = max(round(tokens * sizes.top_k / use.distinct), 1)
+    dense_s = dense_seconds(costs, placement, phase, tokens, graphs) / sizes.moe_layers
+    missing = use.distinct * (1 - use.hits)
+    if not costs.has_link:
+        return plan_on_cores(
+            phase, costs, layers=sizes.moe_layers, rows=[rows] * distinct, missing=missing, dense_s=dense_s
+        )
+    missing = round(missing)
     return plan_phase(
         phase,
         costs,
         layers=sizes.moe_layers,
         missing_rows=[rows] * missing,
         resident_rows=[rows] * (distinct - missing),
-        dense_s=dense_seconds(costs, placement, phase, tokens, graphs) / sizes.moe_layers,
+        dense_s=dense_s,
     )
 
 
@@ -158,25 +164,44 @@ def placement_table(placement: Placement, profile: MachineProfile) -> list[str]:
     sizes = placement.sizes
     slots = f"{placement.slots} of {sizes.total_experts} experts ({placement.share:.0%})"
     everything, banked = (sizes.total_experts * each for each in (sizes.expert_bytes, sizes.bank_expert_bytes))
-    if profile.link is None:
-        rows = [
-            ("dense part", "host memory", sizes.dense_bytes),
-            (f"keys and values, {placement.kv_tokens} tokens", "host memory", placement.kv_bytes),
-            (f"all {sizes.total_experts} experts", "files", everything),
-        ]
-        note = f"no GPU here: the cores compute all experts where they lie; {slots} would have slots on one"
-        return [*map(_line, rows), note]
+    gpu = profile.link is not None
+    home = "GPU" if gpu else "host memory"
     rows = [
-        ("dense part", "GPU", sizes.dense_bytes),
-        (f"keys and values, {placement.kv_tokens} tokens", "GPU", placement.kv_bytes),
-        (slots, "GPU", placement.slot_bytes),
-        ("two layers, for prompts to stream", "GPU", placement.streamed_bytes),
-        ("workspace", "GPU", placement.workspace),
-        ("ring for packed experts", "GPU", placement.ring),
-        ("in all", "GPU", placement.gpu_bytes),
-        (f"all {sizes.total_experts} experts{', packed' * sizes.packed}", "host memory", banked),
+        ("dense part", home, sizes.dense_bytes),
+        (f"keys and values, {placement.kv_tokens} tokens", home, placement.kv_bytes),
+        (slots, home, placement.slot_bytes),
+        ("two layers, for prompts to stream", home, placement.streamed_bytes),
+        ("workspace", home, placement.workspace),
+        ("ring for packed experts", home, placement.ring),
+        ("in all", home, placement.nbytes),
     ]
+    if not gpu:
+        rows.append((f"all {sizes.total_experts} experts", "files", everything))
+    elif placement.banked:
+        rows.append((f"all {sizes.total_experts} experts{', packed' * sizes.packed}", "host memory", banked))
     return [_line(row) for row in rows if row[2]]
+
+
+def check_room(placement: Placement, profile: MachineProfile) -> None:
+    """Raises PlacementError with the largest budget that fits if the machine has less memory than is placed."""
+    sizes, gpu = placement.sizes, profile.link is not None
+    room, home = (profile.gpu_room, "of the GPU's memory") if gpu else (profile.host_room, "of host memory")
+    banked, fits = sizes.total_experts * sizes.bank_expert_bytes, placement
+    said = []
+    if room and placement.nbytes > room:
+        fits = place(sizes, gpu=gpu, kv_tokens=placement.kv_tokens, vram=room)
+        said.append(
+            f"it takes {show_size(placement.nbytes)} {home}, and {profile.name} has {show_size(room)}: the largest "
+            f"budget that fits is --expert-budget {math.floor(1e4 * fits.share) / 1e4:g}"
+        )
+    if gpu and fits.banked and profile.host_room and banked > profile.host_room:
+        said.append(
+            f"below a budget of 1 all experts are kept in host memory, too, {show_size(banked)}, and {profile.name} "
+            f"has {show_size(profile.host_room)}: serve with --no-pin, which reads each from its file and of which "
+            "this plan says nothing, or take a machine with more"
+        )
+    if said:
+        raise PlacementError("; ".join(said))
 
 
 def _line(row: tuple[str, str, int]) -> str:
@@ -184,16 +209,14 @@ def _line(row: tuple[str, str, int]) -> str:
     return f"{what:<36}{where:<14}{show_size(nbytes):>10}"
 
 
-def forecast_table(found: Sequence[Forecast], profile: MachineProfile) -> list[str]:
-    """Predicted rates, the way that was chosen, and what every way would take. Without a GPU there are no hits."""
-    no_gpu = profile.link is None
+def forecast_table(found: Sequence[Forecast]) -> list[str]:
+    """Predicted rates, the way that was chosen, and what every way would take."""
     ways = list(dict.fromkeys(way for one in found for way in one.plan.alternatives))
     head = f"{'pass':<24}{'tokens/s':>10}{'ms':>10}{'experts':>9}{'hits':>7}  {'way':<10}{'bound by':<16}"
     lines = [head + "".join(f"{way + ' ms':>12}" for way in ways)]
     for one in found:
         line = f"{one.label:<24}{one.tokens_per_second:>10.1f}{1e3 * one.plan.seconds:>10.2f}{one.use.distinct:>9.1f}"
-        hits = "-" if no_gpu else f"{one.use.hits:.0%}"
-        line += f"{hits:>7}  {one.plan.mode:<10}{one.plan.bound:<16}"
+        line += f"{one.use.hits:>7.0%}  {one.plan.mode:<10}{one.plan.bound:<16}"
         times = (one.plan.alternatives.get(way) for way in ways)
         lines.append(line + "".join(f"{'-' if s is None else f'{1e3 * s:.2f}':>12}" for s in times))
     return lines

@@ -30,7 +30,15 @@ from inference.policies import LRU, Policy
 from inference.recording import RoutingRecorder
 from inference.row_adapters import join_trees, obstacle
 from inference.shadow import SAMPLED, WITH_HEADS, Hedge
-from inference.skeleton import activation, build_skeleton, expert_shape, load_dense, offload_experts, share_dense
+from inference.skeleton import (
+    activation,
+    build_skeleton,
+    check_surplus,
+    expert_shape,
+    load_dense,
+    offload_experts,
+    share_dense,
+)
 from inference.store import ExpertStore, TensorFiles
 from lora.errors import AdapterError
 from lora.exactness import needs_whole_prompts
@@ -116,6 +124,7 @@ def open_base(
         )
     elif crossing is not None and crossing.asks:
         raise InferenceError(f"{path} is a dense model without experts: {crossing.asks} means nothing; leave it out")
+    check_surplus(module, files, cache.store.names() if cache else ())
     load_dense(module, files, device)
     dtype_used = module.get_input_embeddings().weight.dtype
     return Base(path, files, module, cache, dtype_used, device, executor, heads)

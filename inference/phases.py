@@ -91,6 +91,18 @@ def plan_phase(
     return PhasePlan(phase, mode, seconds, bound, {way: s for way, (s, _) in ways.items()})
 
 
+def plan_on_cores(
+    phase: str, costs: ExpertCosts, *, layers: int, rows: Sequence[int], missing: float, dense_s: float
+) -> PhasePlan:
+    """Without a GPU there is one way: the cores compute each of the experts from its slot in host memory, and of a
+    layer's ``missing`` ones wait until it is read into one.
+    """
+    reads, products = layers * missing * costs.fill_s, layers * total(map(costs.cpu_s, rows))
+    parts = {"the dense part": layers * dense_s, "cpu": products, "reads": reads}
+    seconds = total(parts.values())
+    return PhasePlan(phase, CPU, seconds, max(parts, key=parts.__getitem__), {CPU: seconds})
+
+
 def dense_seconds(
     profile: MachineProfile, sizes: ModelSizes, rows: int, context: int, *, captured: bool = False
 ) -> float:

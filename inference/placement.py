@@ -37,7 +37,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", text)
     units = {unit.lower(): size for unit, size in _UNITS.items()}
     unit = match[2].lower() or "b" if match else ""
-    if match is None or unit not in units or not float(match[1]):
+    if match is None or unit not in units or not 0 < float(match[1]) * units[unit] < 2**63:
         raise PlacementError(f"{text!r} is not a size; write it as 8GiB, 800MB or a number of bytes")
     return int(float(match[1]) * units[unit])
 
@@ -263,7 +263,13 @@ class Placement:
         return self.streamed * self.sizes.expert_bytes
 
     @property
-    def gpu_bytes(self) -> int:
+    def banked(self) -> bool:
+        """With all experts in slots nothing is fetched twice, and none is kept elsewhere."""
+        return self.slots < self.sizes.total_experts
+
+    @property
+    def nbytes(self) -> int:
+        """In all, on the GPU or, without one, in host memory."""
         room = self.workspace + self.ring + self.streamed_bytes
         return self.sizes.dense_bytes + self.kv_bytes + self.slot_bytes + room
 
@@ -298,9 +304,9 @@ def place(
     if used + sizes.total_experts * sizes.expert_bytes <= vram:
         return Placement(sizes, sizes.total_experts, kv_tokens, workspace, 0, 0, vram)
     placed = Placement(sizes, 1, kv_tokens, workspace, ring, buffers, vram)
-    if placed.gpu_bytes > vram:
+    if placed.nbytes > vram:
         raise PlacementError(_refusal(placed, vram))
-    return replace(placed, slots=1 + (vram - placed.gpu_bytes) // sizes.expert_bytes)
+    return replace(placed, slots=1 + (vram - placed.nbytes) // sizes.expert_bytes)
 
 
 def _refusal(placed: Placement, vram: int) -> str:
@@ -317,5 +323,5 @@ def _refusal(placed: Placement, vram: int) -> str:
         parts.append(f"two layers that prompts stream through {show_size(placed.streamed_bytes)}")
     return (
         f"{show_size(vram)} do not hold this model: {', '.join(parts)} and one expert {show_size(sizes.expert_bytes)}; "
-        f"give at least {math.ceil(placed.gpu_bytes / 1e6)}MB, or fewer kv_tokens"
+        f"give at least {math.ceil(placed.nbytes / 1e6)}MB, or fewer kv_tokens"
     )

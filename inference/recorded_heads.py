@@ -93,6 +93,14 @@ class SpilledRows:
         self._columns = rows_TC.shape[1]
         self._files[row].write(rows_TC.astype(np.float16, copy=False).tobytes())
 
+    def cut(self) -> None:
+        """To what the last layer has: of a pass that failed halfway the first layers have more, and would run ahead."""
+        end = self._files[-1].tell()
+        for file in self._files:
+            if file.tell() > end:
+                file.seek(end)
+                file.truncate()
+
     def whole(self) -> np.ndarray:
         """Of all tokens that every layer has, mapped into memory."""
         tokens = min(file.tell() for file in self._files) // max(2 * self._columns, 1)

@@ -74,11 +74,13 @@ class RoutingRecorder:
         if self.failure is not None:
             return
         row = self._row[layer]
-        if row <= self._last or self._pass < 0:
-            self._pass += 1
+        begins = row <= self._last or self._pass < 0
+        self._pass += begins
         self._last = row
         index = index_TK.reshape(-1, self._writer.header.top_k).cpu().numpy()
         try:
+            if begins and self._said is not None:
+                self._said.cut()
             self._writer.write(TraceRecord(self._sequence, self._pass, layer, index))
             if self._heads is not None and self._said is not None:
                 self._said.add(row, self._what_is_said(self._heads, row, x_TH.reshape(len(index), -1)))

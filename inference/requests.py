@@ -123,6 +123,8 @@ class Request:
     def __post_init__(self) -> None:
         if not self.prompt_ids:
             raise RequestError("prompt_ids", "an empty prompt; give at least one token")
+        if type(self.max_new_tokens) is not int:
+            raise RequestError("max_new_tokens", f"max_new_tokens={self.max_new_tokens!r} is no whole number")
         if self.max_new_tokens < 1:
             raise RequestError("max_new_tokens", f"max_new_tokens={self.max_new_tokens} must be at least 1")
 

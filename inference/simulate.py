@@ -186,16 +186,26 @@ def make_policy(name: str, routing: Routing, slots: int) -> Policy:
 
 
 def replay(routing: Routing, name: str, slots: int, warm_up: float = 0.25) -> Replay:
-    """Decode ``routing`` with ``slots`` resident experts; the first ``warm_up`` of the tokens count nothing."""
+    """Decode ``routing`` with ``slots`` resident experts; the first ``warm_up`` of the tokens count nothing.
+
+    The bounds have the best content there is by then: of the misses that are counted, those that fill free slots are
+    none. Without that, Belady's choices, the best for the whole trace, could be passed in the part that counts.
+    """
     shadow = Shadow(make_policy(name, routing, slots), slots, bypass=name == BYPASS)
     counted_from = int(len(routing.index_TLK) * warm_up)
     hits = misses = 0
+    bound = name in (BELADY, BYPASS) and counted_from > 0
     for token, row, experts_N, ahead_2LE in routing.told_calls(shadow.policy.uses_heads):
         if row == 0 and token in routing.starts:
             shadow.policy.begin()
         if ahead_2LE is not None:
             shadow.policy.foresee(ahead_2LE)
+        if bound and token < counted_from:
+            shadow.policy.use(row, experts_N)
+            continue
+        free = slots - shadow.held if bound else 0
         missed = shadow.use(row, experts_N)
+        missed -= min(missed, free)
         if token >= counted_from:
             misses += missed
             hits += len(experts_N) - missed
@@ -213,7 +223,8 @@ def compare(routing: Routing, budgets: Sequence[float], names: Sequence[str] = P
         names = (*FIXED, FORESEEN, HEDGE)
     total = routing.layers * routing.experts
     wanted = [*dict.fromkeys(("lru", *names, BELADY, BYPASS))]
-    return {budget: [replay(routing, name, max(round(budget * total), 1)) for name in wanted] for budget in budgets}
+    slots = {budget: max(round(budget * total), 1) if budget else 0 for budget in budgets}
+    return {budget: [replay(routing, name, slots[budget]) for name in wanted] for budget in budgets}
 
 
 def table(results: dict[float, list[Replay]]) -> str:

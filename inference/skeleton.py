@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,6 @@ def load_dense(model: nn.Module, files: TensorFiles, device: torch.device) -> No
 
     Raises InferenceError naming the tensors that are missing or misshapen, and the file.
     """
-    _check_depth(model, files)
     missing = []
     for name, empty in model.state_dict(keep_vars=True).items():
         stored = next((n for n in stored_names(name) if n in files), None)
@@ -127,21 +126,30 @@ def load_dense(model: nn.Module, files: TensorFiles, device: torch.device) -> No
     model.to(device)
 
 
-def _check_depth(model: nn.Module, files: TensorFiles) -> None:
-    """Raises InferenceError for layers beyond the config's, which would be left out without a word.
+def check_surplus(model: nn.Module, files: TensorFiles, experts: Collection[str]) -> None:
+    """Raises InferenceError for tensors that neither the model nor its ``experts`` have a place for: they would be left
+    out without a word.
 
-    Files may hold layers that transformers ignores, too: those that predict later tokens stand behind the others.
+    Files may hold what transformers ignores: layers that predict later tokens, behind the others, and the frequencies
+    of rotation that older versions saved.
     """
     config: Any = model.config
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    layers = config.num_hidden_layers + (getattr(config, "num_nextn_predict_layers", None) or 0)
-    for name in files.names:
-        found = re.match(r"model\.layers\.(\d+)\.", name)
-        if found and int(found[1]) >= layers and not any(pattern.search(name) for pattern in ignored):
-            raise InferenceError(
-                f"{files.file(name)} holds {name}, but config.json says num_hidden_layers={config.num_hidden_layers}; "
-                "the folder mixes two models: export it again"
-            )
+    ignored.append(re.compile(r"\.rotary_emb\.inv_freq$"))
+    layers = config.num_hidden_layers
+    behind = range(layers, layers + (getattr(config, "num_nextn_predict_layers", None) or 0))
+    known = {next((n for n in stored_names(name) if n in files), name) for name in model.state_dict()}
+    surplus = []
+    for name in sorted(files.names - known - set(experts)):
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        if not ((layer and int(layer[1]) in behind) or any(pattern.search(name) for pattern in ignored)):
+            surplus.append(name)
+    if surplus:
+        more = f" and {len(surplus) - 1} more" if len(surplus) > 1 else ""
+        raise InferenceError(
+            f"{files.file(surplus[0])} holds {surplus[0]}{more}, and the model of config.json, with "
+            f"num_hidden_layers={layers}, has no place for it; the folder mixes two models: export it again"
+        )
 
 
 def share_dense(model: nn.Module, loaded: nn.Module) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from inference.requests import TokenLogprobs
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -14,12 +16,14 @@ class Generation:
         token_ids: the new tokens, an end-of-sequence token included.
         prompt_ids: the prompt as the model saw it.
         finish: ``eos``, ``stop`` or ``length``, see :class:`inference.requests.Output`.
+        logprobs: one for each new token if they were asked for, else empty.
     """
 
     text: str
     token_ids: tuple[int, ...]
     prompt_ids: tuple[int, ...]
     finish: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 def hit_rate(hits: int, misses: int, cpu_experts: int) -> float:

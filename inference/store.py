@@ -9,7 +9,7 @@ Shapes: E experts, B elements of a block, I intermediate, H hidden.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -74,7 +74,7 @@ class TensorFiles:
         return name in self._home
 
     @property
-    def names(self) -> Collection[str]:
+    def names(self) -> Set[str]:
         """Of all tensors."""
         return self._home.keys()
 
@@ -180,6 +180,17 @@ class ExpertStore:
     def total(self) -> int:
         """Routed experts in the whole model."""
         return len(self._layers) * self.shape.num_experts
+
+    def names(self) -> set[str]:
+        """Of all tensors that experts are read from."""
+        found = set()
+        for where in self._layers.values():
+            if where.names is None:
+                found |= {f"{where.prefix}.{part.name}" for part in self.shape.unplaced}
+            else:
+                each = range(self.shape.num_experts)
+                found |= {f"{where.prefix}.{expert}.{name}.weight" for expert in each for name in where.names}
+        return found
 
     def forget(self) -> None:
         """Where experts are in open files, since these are about to be closed."""

@@ -37,5 +37,5 @@ def main(
     print(generation.text)
     print(llm.stats())
     if report:
-        print(llm.report())
+        print(llm.stats() if llm.cache is None else llm.report())
     return 0

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from inference.errors import InferenceError
 from inference.foresight import HORIZONS
 from inference.heads import FOLDER, Heads, load_heads, save_heads
+from inference.opening import open_tokenizer
 from inference.recording import RoutingRecorder
 from moe.families import FamilyError, MoEBlock, find_moe_blocks
 from moe.tracefile import TraceHeader
@@ -66,7 +67,7 @@ def train(run_dir: str, out_dir: str, settings: Settings) -> int:
     """Make the heads of ``out_dir`` and say how good they are. Returns the exit status. Raises InferenceError."""
     started = time.perf_counter()
     model, blocks = _open(out_dir)
-    training, heldout = _texts(run_dir)
+    training, heldout = _texts(run_dir, out_dir)
     count = max(1, min(len(training), -(-settings.tokens // training.sequence_length)))
     stride = len(training) // count
     reading = read(model, blocks, [training[i * stride] for i in range(count)])
@@ -92,7 +93,7 @@ def train(run_dir: str, out_dir: str, settings: Settings) -> int:
 def record(run_dir: str, out_dir: str, trace: str, tokens: int) -> int:
     """Record how ``out_dir`` routes held-out text, with what its heads say if it has any. Raises InferenceError."""
     model, blocks = _open(out_dir)
-    _, heldout = _texts(run_dir)
+    _, heldout = _texts(run_dir, out_dir)
     count = max(1, min(len(heldout), tokens // heldout.sequence_length))
     stride = len(heldout) // count
     heads = load_heads(out_dir)[0].to(model.device) if (Path(out_dir) / FOLDER).is_dir() else None
@@ -126,12 +127,13 @@ def _open(folder: str) -> tuple[PreTrainedModel, list[MoEBlock]]:
         raise InferenceError(f"{folder}: {error}") from error
 
 
-def _texts(run_dir: str) -> tuple[PackedDataset, PackedDataset]:
-    """The training and held-out parts of what the run reads."""
+def _texts(run_dir: str, out_dir: str) -> tuple[PackedDataset, PackedDataset]:
+    """The training and held-out parts of what the run reads, in tokens that are the exported model's, too."""
     path = Path(run_dir) / "recipe.yaml"
     if not path.is_file():
         raise InferenceError(f"{run_dir} holds no recipe.yaml; give the folder of the run that was exported")
     bundle = data_module.load(load_recipe(str(path), []))
+    _check_tokens(run_dir, bundle.tokenizer_dir, out_dir)
     if isinstance(bundle.train, ChatDataset) or isinstance(bundle.heldout, ChatDataset):
         raise InferenceError(f"{run_dir} trained on chat; lookahead heads are distilled from format text or jsonl")
     if bundle.train.sequence_length <= LONGEST:
@@ -139,6 +141,15 @@ def _texts(run_dir: str) -> tuple[PackedDataset, PackedDataset]:
             f"{run_dir}: sequences of {bundle.train.sequence_length} tokens; heads need more than {LONGEST}"
         )
     return bundle.train, bundle.heldout
+
+
+def _check_tokens(run_dir: str, tokenizer: Path, out_dir: str) -> None:
+    own, theirs = open_tokenizer(Path(out_dir)), open_tokenizer(tokenizer)
+    if own is None or own.get_vocab() != theirs.get_vocab():
+        raise InferenceError(
+            f"{out_dir} has {'no' if own is None else 'another'} tokenizer than {run_dir}: its model would read other "
+            "tokens than it knows; give the run that it was exported from"
+        )
 
 
 def _num_experts(blocks: list[MoEBlock]) -> int:

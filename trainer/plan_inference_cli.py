@@ -75,7 +75,7 @@ def _size(text: str) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from inference.costmodel import describe
-    from inference.forecast import forecast, forecast_table, placement_table
+    from inference.forecast import check_room, forecast, forecast_table, placement_table
     from inference.placement import model_sizes, place, show_size
     from inference.simulate import read_routing
     from moe.tracefile import TraceError
@@ -94,6 +94,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         vram=arguments.vram,
         expert_budget=arguments.expert_budget,
     )
+    check_room(placement, profile)
     try:
         routing = None if arguments.trace is None else read_routing(arguments.trace, tokens=4000)
     except TraceError as error:
@@ -105,13 +106,10 @@ def _plan(arguments: argparse.Namespace) -> int:
         f"{arguments.model_dir}: {sizes.family} in {sizes.dtype}, {sizes.moe_layers} layers of {sizes.experts} experts "
         f"of {show_size(sizes.expert_bytes)}, {sizes.top_k} for a token"
     )
-    print(
-        *describe(profile), "", *placement_table(placement, profile), "", *forecast_table(found, profile), "", sep="\n"
-    )
+    print(*describe(profile), "", *placement_table(placement, profile), "", *forecast_table(found), "", sep="\n")
     for one in found:
         print(f"{one.label}: {one.plan.reason()}")
-    sources = found if profile.link is not None else []
-    for source in dict.fromkeys(f"experts and hits of {one.phase}: {one.use.source}" for one in sources):
+    for source in dict.fromkeys(f"experts and hits of {one.phase}: {one.use.source}" for one in found):
         print(source)
     return 0
 

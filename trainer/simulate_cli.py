@@ -105,8 +105,8 @@ def _budgets(text: str) -> list[float]:
         budgets = [float(part) for part in text.split(",")]
     except ValueError:
         budgets = []
-    if not budgets or not all(0 < budget <= 1 for budget in budgets):
-        raise SimulateError(f"--budgets: {text!r} is no list of shares above 0, up to 1, as 0.1,0.25")
+    if not budgets or not all(0 <= budget <= 1 for budget in budgets):
+        raise SimulateError(f"--budgets: {text!r} is no list of shares from 0 to 1, as 0.1,0.25")
     return budgets
 
 

@@ -17,15 +17,20 @@ _PREFAULT_PIECE = 256 << 20
 
 def available_bytes() -> int:
     """What can still be allocated: the kernel's MemAvailable, and less if a control group limits us."""
-    available = _mem_available()
+    available = _meminfo("MemAvailable")
     for limit, used, reclaimable in _cgroup_figures():
         available = min(available, limit - used + reclaimable)
     return max(available, 0)
 
 
-def _mem_available() -> int:
+def total_bytes() -> int:
+    """What there is in all, or what a control group gives us of it."""
+    return min([_meminfo("MemTotal"), *(limit for limit, _, _ in _cgroup_figures())])
+
+
+def _meminfo(name: str) -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) << 10
     return 1 << 62
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from checkpointing.keeper.memory import available_bytes, total_bytes
 from inference.calibrate import (
     ROWS,
     ExpertKind,
@@ -19,7 +20,6 @@ from inference.calibrate import (
     profile_file,
 )
 from inference.compiled_experts import compiled_kernels
-from inference.cores import cpu_cores
 from inference.costmodel import KernelTable, MachineProfile, Rates, Timing, describe
 from inference.host_expert import PackedExpert
 
@@ -36,6 +36,7 @@ STEADY = MachineProfile(
     dram=Rates(1e9, 1e9),
     cpu=(Timing("linear", 2, 1, 1e-3), Timing("linear", 2, 16, 0.5e-3)),
     cpu_overlapped=1e9,
+    fill=1e9,
 )
 
 
@@ -48,12 +49,30 @@ def cache(tmp_path, monkeypatch):
 def test_a_cpu_alone_is_measured_as_it_computes():
     profile = calibrate(TINY, CPU, budget_s=0.0)
     assert {(t.kernel, t.rows) for t in profile.cpu} == {("linear", 1), ("linear", 16)}
-    assert profile.threads == profile.team == cpu_cores()
+    assert profile.threads == profile.team == torch.get_num_threads()
+    assert profile.fill > 0
+    assert profile.host_room == total_bytes()
     assert profile.link is None
     assert profile.dram.alone == profile.dram.overlapped >= profile.cpu_overlapped > 0
     assert profile.launch_s > 0
     assert (profile.dtype, profile.hidden, profile.intermediate) == ("bfloat16", 64, 32)
     assert "no GPU" in describe(profile)[0]
+
+
+def test_without_a_gpu_the_runtime_has_torchs_threads_and_each_number_its_own_profile(cache):
+    """More threads than torch has waited for each other: an expert took seventy times as long."""
+    threads, files = torch.get_num_threads(), set()
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            profile = calibrate(TINY, CPU, budget_s=0.0)
+            assert profile.threads == profile.team == number
+            assert {timing.threads for timing in profile.cpu} == {number}
+            files.add(profile_file(TINY, CPU))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(files) == 2
+    assert available_bytes() <= total_bytes()
 
 
 def test_beside_a_gpu_every_kernel_is_timed_with_one_row_and_every_product_with_many():

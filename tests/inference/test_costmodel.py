@@ -117,7 +117,7 @@ def test_the_gpu_s_time_is_that_of_the_bytes_that_lie_there():
 
 
 def test_without_a_gpu_nothing_can_be_fetched():
-    laptop = dataclasses.replace(MACHINE, link=None, gpu=())
+    laptop = dataclasses.replace(MACHINE, link=None, fill=5e9, gpu=())
     costs = ExpertCosts.of(laptop, 1000, 1000, 2)
     assert costs.link_s == math.inf
     assert costs.gpu_s(3) == 0
@@ -132,7 +132,7 @@ def test_the_floor_is_that_of_the_slowest_lane():
     floor = physical_floor(MACHINE, missed_bytes=70e6, fetched_bytes=10e6, device_bytes=100e6, flops=5e10)
     assert dataclasses.astuple(floor) == pytest.approx((1e-3, 2e-4, 1e-4, 5e-4))
     assert floor.bound == "host memory"
-    laptop = dataclasses.replace(MACHINE, link=None)
+    laptop = dataclasses.replace(MACHINE, link=None, fill=5e9)
     alone = physical_floor(laptop, missed_bytes=70e6, fetched_bytes=0, device_bytes=10e6)
     assert alone.seconds == pytest.approx(80e6 / 40e9)
     many = physical_floor(laptop, missed_bytes=0, fetched_bytes=0, device_bytes=1, flops=1e12)

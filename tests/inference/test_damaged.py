@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from inference.engine import LLM
 from inference.errors import InferenceError
@@ -41,6 +42,38 @@ def changed(model_folder, tmp_path):
 def test_a_config_that_does_not_fit_is_refused_at_opening(changed, fields, said):
     with pytest.raises(InferenceError, match=said):
         LLM(changed(**fields))
+
+
+@pytest.fixture
+def with_tensor(model_folder, tmp_path):
+    def make(name, like):
+        copy = tmp_path / "model"
+        shutil.copytree(model_folder, copy)
+        tensors = load_file(copy / "model.safetensors")
+        save_file(tensors | {name: tensors[like].clone()}, copy / "model.safetensors", {"format": "pt"})
+        return copy
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("name", "like"),
+    [
+        ("model.layers.1.mlp.experts.16.gate_proj.weight", "model.layers.1.mlp.experts.15.gate_proj.weight"),
+        ("model.layers.1.mlp.shared_expert_gate.weight", "model.layers.1.mlp.gate.weight"),
+        ("model.layers.1.self_attn.q_proj.bias", "model.norm.weight"),
+        ("score.weight", "model.norm.weight"),
+    ],
+)
+def test_a_tensor_that_the_model_has_no_place_for_is_refused(with_tensor, name, like):
+    """Another expert, a bias, a head of another task: left out, the answers would be another model's."""
+    with pytest.raises(InferenceError, match=f"holds {name}, and the model .* has no place for it"):
+        LLM(with_tensor(name, like))
+
+
+def test_frequencies_that_older_files_hold_are_no_weights(with_tensor, prompts):
+    with LLM(with_tensor("model.layers.0.self_attn.rotary_emb.inv_freq", "model.norm.weight")) as llm:
+        assert llm.generate([prompts[0]], 1)
 
 
 def test_layers_that_predict_later_tokens_may_stand_behind_the_others(changed, prompts):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import (
 
 from inference.engine import LLM
 from inference.errors import InferenceError
+from inference.requests import Request
 from inference.runtime import Runtime
 from trainer import cli, generate
 
@@ -258,3 +260,27 @@ def test_greedy_tokens_on_a_gpu(model_folder, prompts, huggingface_tokens, budge
     assert llm.cache.gate_up_C2IH.is_cuda
     tokens = huggingface_tokens(model, prompts[:4], 32)
     assert [g.token_ids for g in llm.generate(prompts[:4], 32)] == tokens
+
+
+def test_sizes_that_are_no_whole_numbers_are_refused():
+    with pytest.raises(InferenceError, match=r"max_new_tokens=2\.5 is no whole number"):
+        Request("a", (1,), max_new_tokens=2.5)
+
+
+def test_generations_have_the_log_probabilities_that_were_asked_for(model_folder, prompts):
+    with LLM(model_folder) as llm:
+        (plain,), (told,) = (llm.generate([prompts[0]], 3, logprobs=n) for n in (None, 2))
+    assert plain.logprobs == ()
+    assert [each.token_id for each in told.logprobs] == list(told.token_ids)
+    assert all(len(each.top) == 2 for each in told.logprobs)
+
+
+def test_a_stop_string_that_is_a_special_token_ends_with_it(model_folder, prompts):
+    """Decoding leaves special tokens out, so its text never comes."""
+    with LLM(model_folder) as llm:
+        token = llm.generate([prompts[0]], 4)[0].token_ids[1]
+        llm.engine._special = {"<|end|>": token}
+        llm.engine._decode = lambda ids: ""
+        llm.engine.limits = dataclasses.replace(llm.engine.limits, has_tokenizer=True)
+        (found,) = llm.generate([prompts[0]], 4, stop=("<|end|>",))
+    assert (found.finish, found.token_ids[-1]) == ("stop", token)

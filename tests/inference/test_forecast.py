@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from inference.forecast import (
     PREFILL,
     assumed_forecast,
     assumed_use,
+    check_room,
     forecast,
     lane_costs,
+    placement_table,
     traced_use,
 )
 from inference.limits import MAX_ROWS
@@ -22,6 +25,10 @@ from inference.placement import PlacementError, place
 from inference.simulate import Routing
 from moe.tracefile import TraceHeader, TraceRecord, TraceWriter, trace_file
 from trainer.cli import main
+
+NO_GPU = dataclasses.replace(
+    named_profile("h200"), link=None, gpu=(), gpu_memory=0.0, gpu_flops=0.0, gpu_room=0, fill=5e9
+)
 
 
 def test_the_h200_splits_if_told_and_streams_prompts_otherwise(sizes):
@@ -75,7 +82,7 @@ def test_more_memory_is_never_slower(sizes):
 
 
 def test_without_a_gpu_the_cores_compute_everything(sizes):
-    profile = dataclasses.replace(named_profile("h200"), link=None, gpu=(), gpu_memory=0.0, gpu_flops=0.0)
+    profile = NO_GPU
     placed = place(sizes, kv_tokens=4096, gpu=False, expert_budget=0.25)
     for one in forecast(profile, placed):
         assert one.plan.mode == "cpu"
@@ -84,6 +91,46 @@ def test_without_a_gpu_the_cores_compute_everything(sizes):
     assert forecast(profile, placed)[0].plan.seconds > token / 91e9
     packed = dataclasses.replace(placed, sizes=sizes.kept(pack=True))
     assert forecast(profile, packed) == forecast(profile, placed), "files are not packed"
+
+
+def test_without_a_gpu_what_is_not_resident_is_read_into_its_slot(sizes):
+    """As the runtime does: the budget is a share of the host's memory, and each miss a copy of an expert."""
+    found = {}
+    for budget in (0.0, 0.25, 1.0):
+        placed = place(sizes, kv_tokens=4096, gpu=False, expert_budget=budget)
+        found[budget] = forecast(NO_GPU, placed)[0].plan
+        table = placement_table(placed, NO_GPU)
+        assert any(f"{placed.slots} of 6144" in line and "host memory" in line for line in table)
+        assert "files" in table[-1]
+    token = 48 * 8 * sizes.expert_bytes / 5e9
+    assert found[0.0].seconds - found[1.0].seconds == pytest.approx(token)
+    assert found[0.25].seconds - found[1.0].seconds == pytest.approx(0.75 * token)
+    assert found[0.0].bound == "reads"
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_more_than_the_machine_has_is_refused_with_the_most_that_fits(sizes, gpu):
+    home = {"gpu_room": 20 << 30} if gpu else {"host_room": 20 << 30}
+    profile = dataclasses.replace(named_profile("h200") if gpu else NO_GPU, **home)
+    with pytest.raises(PlacementError, match=r"it takes 6\d.* has 21.5 GB: .* --expert-budget 0\.\d+$") as refused:
+        check_room(place(sizes, kv_tokens=4096, gpu=gpu), profile)
+    share = float(str(refused.value).split()[-1])
+    check_room(place(sizes, kv_tokens=4096, gpu=gpu, expert_budget=share), profile)
+    with pytest.raises(PlacementError):
+        check_room(place(sizes, kv_tokens=4096, gpu=gpu, expert_budget=share + 0.001), profile)
+
+
+def test_banks_that_the_host_has_no_room_for_are_refused(sizes):
+    profile = dataclasses.replace(named_profile("h200"), host_room=32 << 30)
+    with pytest.raises(PlacementError, match=r"h200 has 34\.4 GB: serve with --no-pin"):
+        check_room(place(sizes, gpu=True, expert_budget=0.25), profile)
+    check_room(place(sizes, gpu=True), profile)
+
+
+def test_with_all_experts_in_slots_none_is_kept_in_host_memory(sizes):
+    """As in the runtime, which makes no banks then."""
+    tables = [placement_table(place(sizes, gpu=True, expert_budget=b), named_profile("h200")) for b in (0.5, 1.0)]
+    assert ["host memory" in "".join(table) for table in tables] == [True, False]
 
 
 def test_hits_of_a_trace_are_those_of_its_replay(sizes):
@@ -137,8 +184,8 @@ def test_the_command_predicts_packed_experts_where_this_machine_packs_them(large
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("inference.calibrate.machine_profile", profile)
     monkeypatch.setattr("inference.packing.runs_triton", lambda _: True)
-    if not compiler:
-        monkeypatch.setattr("inference.packing.opened", lambda: "no C compiler")
+    routines = SimpleNamespace(packed_is_quick=lambda: True) if compiler else "no C compiler"
+    monkeypatch.setattr("inference.packing.opened", lambda: routines)
     told = ["plan-inference", str(large), "--vram", "8GiB"]
     assert main(told) == 0
     assert ("all 6144 experts, packed" in capsys.readouterr().out) == compiler

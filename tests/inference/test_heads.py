@@ -18,12 +18,13 @@ from inference.foresight import ForeseenReuse
 from inference.heads import FOLDER, MANIFEST, WEIGHTS, Heads, any_of, load_heads, save_heads
 from inference.offload import Crossing
 from inference.recorded_heads import MAX_ROWS, SpilledRows, heads_file, read_heads
+from inference.recording import RoutingRecorder
 from inference.rows import Rows, Span, computing
 from inference.shadow import Hedge, Shadow
 from inference.simulate import FORESEEN, read_routing, replay
 from inference.transfer import SimulatedLink
 from moe.fingerprint import fingerprint
-from moe.tracefile import Trace, TraceError
+from moe.tracefile import Trace, TraceError, TraceHeader
 
 LAYERS, EXPERTS, HIDDEN, RANK = 4, 16, 64, 8
 
@@ -180,6 +181,20 @@ def test_recorded_heads_say_what_heads_said(folder, prompts, tmp_path):
     codes_TR = torch.from_numpy(recorded.codes_TLR[:3, 1].astype(np.float32))
     z_TO = codes_TR @ heads.outward_LRO[1] + heads.bias_LO[1]
     np.testing.assert_allclose(recorded.ahead(slice(0, 3), 1).reshape(-1), any_of(z_TO).numpy(), rtol=1e-3, atol=1e-3)
+
+
+def test_after_a_pass_that_failed_halfway_heads_and_routing_are_of_the_same_tokens(tmp_path):
+    """The first layers had noted the failed pass: their rows would be one pass behind for good."""
+    heads, x_TH = drawn_heads(), torch.randn(3, HIDDEN)
+    recorder = RoutingRecorder(tmp_path / "t", TraceHeader("qwen3_moe", tuple(range(LAYERS)), EXPERTS, 2), heads)
+    for token, layers in ((0, LAYERS), (1, 2), (2, LAYERS)):
+        for layer in range(layers):
+            recorder.note(layer, x_TH[token : token + 1], torch.tensor([[token, 5]]))
+    recorder.close()
+    assert read_routing(tmp_path / "t").index_TLK[:, :, 0].tolist() == [[0] * LAYERS, [2] * LAYERS]
+    codes_TLR = read_heads(tmp_path / "t").codes_TLR
+    for layer in range(LAYERS):
+        assert np.array_equal(codes_TLR[:, layer], heads.codes(layer, x_TH[[0, 2]]).half().numpy())
 
 
 def test_what_heads_say_is_not_kept_in_memory_while_it_is_recorded(tmp_path):

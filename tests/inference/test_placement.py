@@ -97,7 +97,7 @@ def test_layers_past_the_last_are_not_counted(tmp_path):
 def test_vram_is_filled_to_the_last_slot(sizes):
     placed = place(sizes, kv_tokens=4096, gpu=True, vram=parse_size("8GiB"))
     assert 0 < placed.slots < sizes.total_experts
-    assert placed.gpu_bytes <= 8 << 30 < placed.gpu_bytes + sizes.expert_bytes
+    assert placed.nbytes <= 8 << 30 < placed.nbytes + sizes.expert_bytes
     assert placed.streamed == 2 * 128
     assert placed.workspace == WORKSPACE
     # A CPU has no link to stream over and needs nothing for CUDA.
@@ -110,8 +110,8 @@ def test_vram_is_filled_to_the_last_slot(sizes):
 def test_where_all_fits_nothing_streams(sizes):
     all_of_it = place(sizes, kv_tokens=16, gpu=True)
     assert (all_of_it.slots, all_of_it.streamed) == (sizes.total_experts, 0)
-    assert place(sizes, kv_tokens=16, gpu=True, vram=all_of_it.gpu_bytes).slots == sizes.total_experts
-    less = place(sizes, kv_tokens=16, gpu=True, vram=all_of_it.gpu_bytes - 1)
+    assert place(sizes, kv_tokens=16, gpu=True, vram=all_of_it.nbytes).slots == sizes.total_experts
+    less = place(sizes, kv_tokens=16, gpu=True, vram=all_of_it.nbytes - 1)
     assert less.slots == sizes.total_experts - 1 - 256
 
 
@@ -124,14 +124,14 @@ def test_packed_experts_take_three_quarters_of_the_link_and_a_ring_of_the_gpus_m
     assert not dataclasses.replace(sizes, dtype="float16").kept(pack=True).packed
     assert packed.host_expert_bytes == 0.75 * packed.expert_bytes == 0.75 * sizes.host_expert_bytes
     some = [place(each, gpu=True, expert_budget=0.1) for each in (sizes, packed)]
-    assert some[1].gpu_bytes - some[0].gpu_bytes == RING_BYTES
-    assert [place(each, gpu=True, expert_budget=1.0).gpu_bytes for each in (sizes, packed)] == [
-        place(sizes, gpu=True).gpu_bytes
+    assert some[1].nbytes - some[0].nbytes == RING_BYTES
+    assert [place(each, gpu=True, expert_budget=1.0).nbytes for each in (sizes, packed)] == [
+        place(sizes, gpu=True).nbytes
     ] * 2, "nothing crosses"
     large = dataclasses.replace(packed, expert_bytes=352 << 20)
     placed = place(large, gpu=True, kv_tokens=4096, vram=200 << 30)
     assert (placed.workspace, placed.ring) == (WORKSPACE, 2 * (352 << 20))
-    assert placed.gpu_bytes <= 200 << 30
+    assert placed.nbytes <= 200 << 30
 
 
 def test_host_memory_of_packed_experts_is_what_banks_register(sizes):
@@ -238,3 +238,9 @@ def test_generate_takes_vram(model_folder, capsys):
     assert "resident" in capsys.readouterr().out
     assert main(["generate", str(model_folder), "--prompt", "def", "--vram", "1kB"]) == 2
     assert "dense part takes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "1" + "0" * 307 + "TiB", "9e99GiB"])
+def test_sizes_beyond_all_numbers_are_refused(text):
+    with pytest.raises(PlacementError, match="is not a size"):
+        parse_size(text)

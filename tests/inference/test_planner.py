@@ -29,6 +29,7 @@ def machine(link=50.0, beside=1.0, cpu_us=(200.0, 500.0), gpu_us=(5.0, 20.0), ha
         cpu_overlapped=6e6 / (cpu_us[0] * 1e-6) * beside,
         link=Rates(link * 1e9, link * beside * 1e9) if has_link else None,
         gpu=tuple(Timing("gpu", 1, n, us * 1e-6) for n, us in zip((1, 64), gpu_us, strict=True)) if has_link else (),
+        fill=5e9,
         gpu_memory=1e12,
         gpu_flops=1e14,
         handover_s=handover_us * 1e-6,

@@ -62,7 +62,7 @@ def test_the_floor_is_what_the_lanes_take_for_these_hits():
 
 
 def test_without_a_gpu_everything_is_read_from_host_memory_once():
-    laptop = dataclasses.replace(H200, link=None, gpu=(), gpu_memory=0.0, gpu_flops=0.0)
+    laptop = dataclasses.replace(H200, link=None, fill=5e9, gpu=(), gpu_memory=0.0, gpu_flops=0.0)
     run = dataclasses.replace(RUN, cpu_experts=0, hits=50 * TOKEN // 2, misses=50 * TOKEN // 2)
     found = Report.of(run, SIZES, laptop)
     assert found.floor.host_s == pytest.approx((50 * 0.8e9 + 50 * TOKEN * SIZES.expert_bytes) / 91e9)
@@ -105,7 +105,7 @@ def test_it_is_printed_with_every_figure():
 
 def test_a_model_reports_what_it_counted(model_folder, prompts):
     llm = LLM(model_folder, expert_budget=0.1, device="cpu")
-    laptop = dataclasses.replace(H200, link=None, gpu=(), gpu_memory=0.0, gpu_flops=0.0)
+    laptop = dataclasses.replace(H200, link=None, fill=5e9, gpu=(), gpu_memory=0.0, gpu_flops=0.0)
     assert str(llm.report(laptop)) == "nothing has been computed yet"
     llm.generate(prompts[:2], 4)
     found, stats = llm.report(laptop), llm.stats()

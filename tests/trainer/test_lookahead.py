@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from inference.heads import FOLDER, WEIGHTS, load_heads
 from inference.simulate import read_routing
 from trainer.cli import main
 from trainer.lookahead import Reading, Settings, distil, judge, targets
+from trainer.tokenizer import byte_tokenizer, save_tokenizer, train_bpe
 
 RECIPE = """
 model: {{family: qwen3_moe, hidden_size: 32, num_hidden_layers: 3, num_attention_heads: 2, num_key_value_heads: 1,
@@ -64,6 +67,7 @@ def run(tmp_path_factory):
         initializer_range=0.2,
     )
     Qwen3MoeForCausalLM(config).save_pretrained(out)
+    save_tokenizer(byte_tokenizer(), out)
     return run_dir, out
 
 
@@ -135,3 +139,16 @@ def test_a_wrong_folder_is_a_users_mistake(run, swap, said, capsys):
     folders[swap[0]] = swap[1]
     assert main(["lookahead", "train", *folders]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tokens", [None, 300])
+@pytest.mark.parametrize("verb", ["train", "record"])
+def test_the_export_of_another_run_is_refused_before_it_reads(run, tmp_path, capsys, verb, tokens):
+    """Its tokens are others: ids beyond its embedding, or text cut as it never was."""
+    out = tmp_path / "export"
+    shutil.copytree(run[1], out, ignore=shutil.ignore_patterns("tokenizer*"))
+    if tokens is not None:
+        save_tokenizer(train_bpe(["some text of another run"], tokens), out)
+    trace = [str(tmp_path / "t")] if verb == "record" else []
+    assert main(["lookahead", verb, str(run[0]), str(out), *trace]) == 2
+    assert "give the run that it was exported from" in capsys.readouterr().err
