@@ -70,6 +70,7 @@ def _scale_blocks(source, secret, factor, out, sums, words, blocks: tl.constexpr
     lane = tl.arange(0, 8)[None, :]
     number = tl.arange(0, 32)[None, :]
     scale = tl.load(factor)
+    numbers = words * tl.full((), 4, tl.int64)  # there may be more than 32 bits count
     total = tl.zeros((blocks, 8), tl.uint64)
     added = tl.zeros((blocks, 8), tl.uint64)
     for stripe in tl.static_range(16):
@@ -80,7 +81,7 @@ def _scale_blocks(source, secret, factor, out, sums, words, blocks: tl.constexpr
         even = tl.join(_scaled(word, 0, scale), _scaled(word, 32, scale))
         odd = tl.join(_scaled(word, 16, scale), _scaled(word, 48, scale))
         to = block * 512 + stripe * 32 + number
-        tl.store(out + to, tl.reshape(tl.join(even, odd), (blocks, 32)), to < words * 4)
+        tl.store(out + to, tl.reshape(tl.join(even, odd), (blocks, 32)), to < numbers)
     tl.store(sums + block * 8 + lane, total + _swapped(added, blocks), block * 128 < words)
 
 
@@ -151,12 +152,12 @@ class DeviceSums:
         if any(start % 16 for start in starts):
             raise ValueError("state begins between two multiples of 16 bytes")
         known, fresh, blocks = len(added), len(starts), self._blocks
-        if self._sums_CB8.numel() < fresh * blocks * 8:
-            self._sums_CB8 = self._secret.new_empty(fresh * blocks * 8)
-        sums, places = self._sums_CB8.data_ptr(), self._host_places_2C.numpy()
-        places[0, :fresh] = starts
-        places[1, : known + fresh] = [*added, *(sums + number * blocks * _SUMS for number in range(fresh))]
         with torch.cuda.stream(self._stream):
+            if self._sums_CB8.numel() < fresh * blocks * 8:  # of this stream's memory: the other's may still be in use
+                self._sums_CB8 = self._secret.new_empty(fresh * blocks * 8)
+            sums, places = self._sums_CB8.data_ptr(), self._host_places_2C.numpy()
+            places[0, :fresh] = starts
+            places[1, : known + fresh] = [*added, *(sums + number * blocks * _SUMS for number in range(fresh))]
             self._places_2C.copy_(self._host_places_2C, non_blocking=True)
             if added:
                 self._wait(ready or after)

@@ -106,6 +106,8 @@ class GradientSums:
         from checkpointing.device_sums import scale_and_add
 
         try:
+            if check:  # it may hold the product already, if the factor is 1
+                out.fill_(float("nan"))
             sums = scale_and_add(source, factor, out)
             if check and not torch.equal(out, source.to(out.dtype).mul_(factor)):
                 raise ArithmeticError("another product than torch's")

@@ -124,7 +124,8 @@ class ExpertMap(Policy):
             self._dots_M += np.add.reduce(self._flags_LEM[row].take(experts_N, 0))
             self._match = int(self._dots_M[:known].argmax())
         else:
-            of_call = (known, len(experts_N), np.ascontiguousarray(experts_N).ctypes.data)
+            named_N = np.ascontiguousarray(experts_N)
+            of_call = (known, len(named_N), named_N.ctypes.data)
             self._match = routines.map_match(self._flags_at[row], self.memory, self._dots_at, *of_call)
 
     @property

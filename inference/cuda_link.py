@@ -181,7 +181,7 @@ class _Ring:
             torch.cuda.Event().record(self._copying)
             self._thread = threading.get_ident()
         status = self._bring(self._at, self._turn, target_B.data_ptr(), packed_N.data_ptr(), packed_N.nbytes)
-        self._turn = (self._turn + 1) % self._count
         if status:
             torch.cuda.synchronize()  # says what it is, if it is the device's
             raise RuntimeError(f"CUDA error {status}")
+        self._turn = (self._turn + 1) % self._count

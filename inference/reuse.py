@@ -89,7 +89,7 @@ class ExpectedReuse(Policy):
         self._before_L[row] = experts_N
 
     def _note_here(self, row: int, experts_N: np.ndarray) -> None:
-        """The reference of reuse.c, and what runs where nothing can be compiled."""
+        """The reference of policies.c, and what runs where nothing can be compiled."""
         used_S, used_E = self._used_S, self._used_S[:-1]
         used_E[:] = 0
         used_E[experts_N] = 1

@@ -108,6 +108,10 @@ def read_routing(path: str | os.PathLike[str], sequence: int = 0, tokens: int = 
         raise TraceError(f"{file} holds no whole pass through the model; record a longer run")
     parts, steps = parts[::-1], steps[::-1]
     index_TLK = np.concatenate(parts)
+    if index_TLK.size and not 0 <= index_TLK.min() <= index_TLK.max() < trace.header.num_experts:
+        raise TraceError(
+            f"{file} names experts that a model of {trace.header.num_experts} does not have; record it again"
+        )
     firsts = [0, *np.cumsum([len(part) for part in parts[:-1]]).tolist()]
     if source == "training":
         starts = list(range(0, len(index_TLK), sequence)) if sequence else []

@@ -45,6 +45,8 @@ from moe.kernels.spread import may_be_early, spread
 from moe.kernels.stack import Needs, Stack
 
 _ALIGNED = 16  # bytes: rows of any type begin there
+# With more ranks few of a token's choices stay, and rows made before counts are known would take memory for all of them.
+_EARLY_RANKS = 4
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Visit:
         self.draft: DeduplicatedDraft | None = DeduplicatedDraft.of(index_TK, ranks, self.num_local, rank)
         own = self.draft.own
         self.aside = Aside(x_TH.device)
-        self._rows_SH = rows_SH = how.rows_early(x_TH, own)
+        self._rows_SH = rows_SH = how.rows_early(x_TH, own) if ranks <= _EARLY_RANKS else None
         self.h_own: Tensor | None = None
         if rows_SH is not None and stack.up_bias_L2I is None:
             self.h_own = _up_beside(how, x_TH, stack, own.assignment(rows_SH.shape[0]), rows_SH)

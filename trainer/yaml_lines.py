@@ -121,8 +121,10 @@ def read(text: str, place_of_line: Callable[[int], Place]) -> Document:
         try:
             document.values = reader.value(node, ())
         except _TooMany:
-            text = f"the aliases (*name) of this document stand for more than {_FROM_ALIASES:,} values; write them out"
-            document.problems = [Problem(place_of_line(1), text)]
+            reason = (
+                f"the aliases (*name) of this document stand for more than {_FROM_ALIASES:,} values; write them out"
+            )
+            document.problems = [Problem(place_of_line(1), reason)]
     return document
 
 

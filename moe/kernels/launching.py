@@ -45,7 +45,8 @@ class Quick:
         key = (device, *options.items(), *map(kind, args, self._constant or ()))
         found = self._compiled.get(key)
         if found is None:
-            self._compiled[key] = self.kernel[grid](*args, **options)
+            with torch.cuda.device(device):
+                self._compiled[key] = self.kernel[grid](*args, **options)
             return
         first, second, third = (*grid, 1, 1)[:3]
         stream = torch._C._cuda_getCurrentRawStream(device)

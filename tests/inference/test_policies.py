@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from inference import activation, reuse
 from inference.activation import ExpertMap
+from inference.native import opened
 from inference.policies import LRFU, LRU, AgedLFU, LayeredLRU, PerLayerLRU
 from inference.reuse import ExpectedReuse
 from inference.shadow import Hedge, Shadow
@@ -146,6 +147,10 @@ def drawn(rounds, layers, experts, choices):
             yield row, np.argsort(-scores_LE[row])[:choices]
 
 
+needs_compiler = pytest.mark.skipif(isinstance(opened(), str), reason="no C compiler")
+
+
+@needs_compiler
 @given(CALLS, st.integers(1, 4))
 def test_the_compiled_map_is_the_python_one(calls, memory):
     with nothing_compiled():
@@ -155,6 +160,7 @@ def test_the_compiled_map_is_the_python_one(calls, memory):
     assert compiled._match == plain._match
 
 
+@needs_compiler
 @given(CALLS)
 def test_the_compiled_chances_are_the_python_ones(calls):
     with nothing_compiled():
@@ -171,6 +177,7 @@ def test_the_compiled_chances_are_the_python_ones(calls):
     np.testing.assert_allclose(compiled._followed_LES, plain._followed_LES, rtol=1e-5)
 
 
+@needs_compiler
 def test_what_is_evicted_does_not_depend_on_a_compiler():
     """Additions differ in order: of two experts that are alike up to rounding the other may go, but here none does."""
     expected = []

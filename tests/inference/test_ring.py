@@ -7,7 +7,9 @@ import ctypes
 import pytest
 
 from inference.cuda_link import RingStruct
-from inference.native import library
+from inference.native import library, opened
+
+pytestmark = pytest.mark.skipif(isinstance(opened(), str), reason="no C compiler")
 
 COUNT, POINTER, UNSIGNED = 4, ctypes.c_void_p, ctypes.c_uint
 COPYING, UNPACKING, KERNEL = 101, 102, 103

@@ -138,6 +138,15 @@ def test_reads_a_trace_as_it_would_be_decoded(tmp_path):
         read_routing(tmp_path / "nowhere")
 
 
+def test_experts_beyond_the_models_are_refused(tmp_path):
+    """Compiled policies take them for places in memory."""
+    writer = TraceWriter(trace_file(tmp_path, 0), TraceHeader("qwen3_moe", (0,), 8, 2))
+    writer.write(TraceRecord(1, 0, 0, np.array([[0, 1], [7, 8]])))
+    writer.close()
+    with pytest.raises(TraceError, match="a model of 8 does not have"):
+        read_routing(tmp_path)
+
+
 def test_the_table_has_every_policy_and_says_how_much_of_the_gap_is_closed():
     results = compare(drawn("sticky", tokens=60), [0.2])
     text = table(results)
