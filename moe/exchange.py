@@ -97,8 +97,9 @@ def _pinned(shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def narrow(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A group of the same ranks for exchanges that run beside products: it takes at most :data:`_WIDTH` multiprocessors, of
-    those that they leave free (:data:`moe.kernels.grouped.ROOM`). All ranks of the group must call it for the first time together."""
+    """A group of the same ranks for exchanges that run beside products: it takes at most :data:`_WIDTH`
+    multiprocessors, of those that they leave free (:data:`moe.kernels.grouped.ROOM`). All ranks of the group must call
+    it for the first time together."""
     if dist.get_backend(group) != "nccl":
         return group
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)

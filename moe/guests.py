@@ -45,7 +45,7 @@ from moe.kernels.spread import may_be_early, spread
 from moe.kernels.stack import Needs, Stack
 
 _ALIGNED = 16  # bytes: rows of any type begin there
-# With more ranks few of a token's choices stay, and rows made before counts are known would take memory for all of them.
+# With more ranks few of a token's choices stay, and rows made before counts are known would take memory for all.
 _EARLY_RANKS = 4
 
 
