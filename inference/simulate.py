@@ -35,6 +35,7 @@ FIXED: dict[str, Callable[[int, int], Policy]] = {
 }
 FORESEEN, HEDGE, BELADY, BYPASS = "foreseen_reuse", "hedge", "belady", "belady_bypass"
 POLICIES = (*FIXED, HEDGE)
+WARM_UP = 0.25  # of the tokens: they count nothing
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def make_policy(name: str, routing: Routing, slots: int) -> Policy:
     return FIXED[name](routing.layers, routing.experts)
 
 
-def replay(routing: Routing, name: str, slots: int, warm_up: float = 0.25) -> Replay:
+def replay(routing: Routing, name: str, slots: int, warm_up: float = WARM_UP) -> Replay:
     """Decode ``routing`` with ``slots`` resident experts; the first ``warm_up`` of the tokens count nothing.
 
     The bounds have the best content there is by then: of the misses that are counted, those that fill free slots are

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from inference.timeline import TimedReplay
 
 
+_LEAST_COUNTED = 6  # passes: of 8 tokens that were decoded alone these count
+
+
 class SimulateError(ValueError):
     """An option that does not fit: what, and what to give."""
 
@@ -66,6 +69,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
         routing = read_routing(arguments.trace, arguments.sequence, arguments.tokens)
     except TraceError as error:
         raise SimulateError(str(error)) from None
+    _check_counted(arguments.trace, routing)
     names = _policies(arguments.policies, routing)
     tokens, layers, top_k = routing.index_TLK.shape
     heads = "; with what lookahead heads say" if routing.heads is not None else ""
@@ -97,6 +101,19 @@ def _check_groups(arguments: argparse.Namespace) -> None:
     ):
         raise SimulateError(
             "--predictors, --cpu-experts, --no-pack and --graphs matter on a clock only: give --profile, as h200"
+        )
+
+
+def _check_counted(trace: str, routing: Routing) -> None:
+    """A rate of nothing would look like one."""
+    from inference.simulate import WARM_UP
+
+    starts = [tokens.start for tokens in routing.spans()]
+    counted = sum(start >= int(len(routing.index_TLK) * WARM_UP) for start in starts)
+    if counted < _LEAST_COUNTED:
+        raise SimulateError(
+            f"{trace} is too short: passes that begin after the quarter of tokens that warms up are counted, and of "
+            f"its {len(starts)} there are {counted}; record at least {_LEAST_COUNTED}, or read more with --tokens"
         )
 
 
