@@ -94,6 +94,8 @@ def read_routing(path: str | os.PathLike[str], sequence: int = 0, tokens: int = 
     file = _file_of(Path(path))
     trace = Trace(file)
     layers, source = trace.header.layers, trace.header.source
+    if sequence and source != "training":
+        raise TraceError(f"{file} says itself where sequences start, so --sequence has no effect; leave it out")
     passes = list(dict.fromkeys((step, micro) for step, micro, _ in trace.keys))
     parts, steps, taken = [], [], 0
     for step, micro in reversed(passes):

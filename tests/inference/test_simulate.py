@@ -176,6 +176,8 @@ def test_a_trace_that_leaves_too_little_to_count_is_refused(tmp_path, capsys, pa
     writer.close()
     assert main(["simulate", str(tmp_path / "t")]) == 2
     assert f"of its {len(passes)} there are {counted}; record at least 6" in capsys.readouterr().err
+    assert main(["simulate", str(tmp_path / "t"), "--sequence", "4"]) == 2
+    assert "says itself where sequences start, so --sequence has no effect" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["popular", "sticky"])
