@@ -46,6 +46,8 @@ def parse_shape(text: str, known: dict[str, int] | None = None) -> ModelSizes:
         name, _, value = (piece.strip() for piece in part.partition("="))
         if name not in (*COUNTS, *OPTIONS) or not value:
             raise ShapeError(f"--shape: {part!r} is none of {', '.join(f'{n}=..' for n in (*COUNTS, *OPTIONS))}")
+        if name in given:
+            raise ShapeError(f"--shape: {name} is given twice; keep one")
         given[name] = _count(name, value) if name in COUNTS else value
     for name, count in (known or {}).items():
         if given.setdefault(name, count) != count:

@@ -177,6 +177,8 @@ class Engine:
         """Scores [S, V] of every position of one sequence, in one pass. Not to be called during a step."""
         self._refuse_closed()
         self.limits.check_adapter(adapter)
+        if len(token_ids) < 1:
+            raise RequestError("token_ids", "no tokens; give at least one")
         self.limits.check_tokens("token_ids", token_ids)
         self.limits.check_length(len(token_ids), 0)
         table = self.pool.begin(adapter, token_ids, share=False)

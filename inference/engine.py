@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from itertools import count
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +105,7 @@ class LLM:
         if adapter is not None and adapters:
             raise InferenceError("adapter and adapters are both given; name all of them in adapters")
         self.path = Path(path)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = _device(device)
         if vram is not None:
             if expert_budget != 1:
                 raise InferenceError("vram and expert_budget both say how many experts are resident; give one of them")
@@ -172,14 +174,15 @@ class LLM:
         max_new_tokens: int = 64,
         *,
         temperature: float = 0.0,
-        seed: int = 0,
+        seed: int | None = 0,
         adapter: str | None = None,
         **settings: Any,
     ) -> list[Generation]:
         """Continues all prompts (text or token ids) together, greedily at temperature 0.
 
-        Prompt number i draws from its own stream, seeded by ``seed + i``. ``settings`` are the others of
-        :class:`~inference.requests.SamplingParams`. Not to be called while somebody else drives ``engine``.
+        Prompt number i draws from its own stream, seeded by ``seed + i``; without a seed nobody can foresee it.
+        ``settings`` are the others of :class:`~inference.requests.SamplingParams`. Not to be called while somebody else
+        drives ``engine``.
 
         Raises InferenceError for settings out of range, and for prompts that are empty, too long for the model or the
         cache or outside its vocabulary, before anything is generated; and while it is, if a file cannot be read any
@@ -190,9 +193,10 @@ class LLM:
         if unknown := sorted(settings.keys() - {field.name for field in fields(SamplingParams)}):
             known = ", ".join(field.name for field in fields(SamplingParams))
             raise InferenceError(f"no sampling setting is called {unknown[0]}; there are {known}")
+        shared = SamplingParams(temperature=temperature, seed=seed, **settings)
         requests = []
         for i, prompt in enumerate(prompts):
-            params = SamplingParams(temperature=temperature, seed=seed + i, **settings)
+            params = shared if seed is None else replace(shared, seed=seed + i)
             name = f"generate-{next(self._numbers)}"
             requests.append(Request(name, self._encode(prompt), params, max_new_tokens, adapter))
         for request in requests:
@@ -289,15 +293,36 @@ class LLM:
 
     def logits(self, token_ids: Sequence[int], adapter: str | None = None) -> Tensor:
         """Scores [S, V] of every position of one sequence."""
-        return self.engine.logits(token_ids, adapter)
+        return self.engine.logits(_token_ids(token_ids), adapter)
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         if not isinstance(prompt, str):
-            return tuple(int(token) for token in prompt)
+            return _token_ids(prompt)
         if self.tokenizer is None:
             raise InferenceError(f"{self.path} has no tokenizer; add tokenizer.json, or give token ids to LLM.generate")
         check_text(prompt)
         return tuple(self.tokenizer(prompt)["input_ids"])
+
+
+def _device(asked: torch.device | str | None) -> torch.device:
+    try:
+        device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, TypeError) as error:
+        raise InferenceError(f"device={asked!r} is no device; give cpu or cuda") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InferenceError(
+            f"device={str(asked)!r}: PyTorch finds {torch.cuda.device_count()} CUDA GPUs here; give cpu"
+        )
+    return device
+
+
+def _token_ids(tokens: Sequence[int]) -> tuple[int, ...]:
+    try:
+        return tuple(index(token) for token in tokens)
+    except TypeError as error:  # what is no whole number, which int() would cut
+        raise InferenceError(
+            f"{reprlib.repr(tokens)} is neither text nor token ids, which are whole numbers"
+        ) from error
 
 
 def _adapted(

@@ -19,7 +19,7 @@ from inference.limits import CAPTURED_ROWS, MAX_ROWS
 from inference.phases import DECODE, PREFILL, PhasePlan, plan_on_cores, plan_phase
 from inference.phases import dense_seconds as dense_pass_seconds
 from inference.placement import ModelSizes, Placement, PlacementError, place, show_size
-from inference.simulate import HEDGE, Routing, replay
+from inference.simulate import HEDGE, WARM_UP, Routing, replay
 
 PASSES = ((DECODE, 1), (DECODE, 16), (PREFILL, 1024), (PREFILL, 4096))
 CONTEXT = 1024
@@ -72,12 +72,13 @@ def traced_use(sizes: ModelSizes, routing: Routing, slots: int, batch: int) -> U
     rounds = len(routing.index_TLK) // batch
     if rounds < 8:
         raise PlacementError(
-            f"the trace has {len(routing.index_TLK)} tokens, too few for a batch of {batch}; record a longer one"
+            f"the trace has {len(routing.index_TLK)} of the {8 * batch} tokens that a batch of {batch} takes; record a "
+            "longer one"
         )
     side_by_side = routing.index_TLK[: rounds * batch].reshape(batch, rounds, routing.layers, -1)
     merged_TLK = np.moveaxis(side_by_side, 0, 2).reshape(rounds, routing.layers, -1)
     found = replay(Routing(merged_TLK, routing.experts), HEDGE, slots)
-    calls = (rounds - int(rounds * 0.25)) * routing.layers
+    calls = (rounds - int(rounds * WARM_UP)) * routing.layers
     return Use((found.hits + found.misses) / calls, found.hit_rate, f"replayed: {rounds} rounds of the trace, {HEDGE}")
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,8 @@ def open_base(
 
     Raises InferenceError if the folder or its heads are damaged or of no known kind, or the budget is out of range.
     """
-    if not 0 <= expert_budget <= 1:
-        raise InferenceError(f"expert budget {expert_budget} is out of range; give a share from 0 to 1, as 0.25")
+    if not (isinstance(expert_budget, Real) and 0 <= expert_budget <= 1):
+        raise InferenceError(f"expert budget {expert_budget!r} is out of range; give a share from 0 to 1, as 0.25")
     files = TensorFiles(path)
     module, blocks = build_skeleton(path, dtype)
     cache = executor = heads = None

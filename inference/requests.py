@@ -6,7 +6,9 @@ A request's tokens depend on the model, the request and its seed alone, never on
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 
 from inference.errors import RequestError
 
@@ -43,7 +45,7 @@ class SamplingParams:
         min_p: 0 to 1; 0 switches it off.
         repetition_penalty: 1e-4 to 1e4; 1 switches it off.
         presence_penalty, frequency_penalty: -1e4 to 1e4; 0 switches them off.
-        logit_bias: (token, what to add) pairs; -1e4 to 1e4.
+        logit_bias: (token, what to add) pairs, or a mapping; -1e4 to 1e4.
         seed: of this request's generator, any integer of 64 bits; None: one that nobody can foresee.
         stop: the answer ends before the first of these strings, wherever tokens begin or end.
         stop_token_ids: the answer ends after any of these tokens, as it does after the model's own end of sequence.
@@ -53,7 +55,7 @@ class SamplingParams:
             They are of the model's own distribution, log softmax of the raw logits, before step 1.
 
     Raises:
-        RequestError: a value is out of range.
+        RequestError: a value is out of range or of a wrong type.
     """
 
     temperature: float = 0.0
@@ -71,6 +73,7 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         for each in fields(self):
             value = getattr(self, each.name)
             if isinstance(value, float) and not math.isfinite(value):
@@ -86,12 +89,46 @@ class SamplingParams:
             _in_range(name, shift, abs(shift) <= MAX_SHIFT, f"{-MAX_SHIFT:g} to {MAX_SHIFT:g}")
         _in_range("seed", self.seed, self.seed is None or -(2**63) <= self.seed < 2**63, "an integer of 64 bits")
         _in_range("logprobs", self.logprobs, 0 <= (self.logprobs or 0) <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}")
-        if isinstance(self.stop, str):
-            raise RequestError("stop", "stop is one string; give a tuple of strings")
         if "" in self.stop:
             raise RequestError("stop", "stop has an empty string, before which every answer ends; leave it out")
         if len(self.stop) > MAX_STOPS:
             raise RequestError("stop", f"stop must be at most {MAX_STOPS} strings")
+
+    def _check_types(self) -> None:
+        bias: object = self.logit_bias
+        if isinstance(bias, Mapping):
+            object.__setattr__(self, "logit_bias", tuple(bias.items()))
+        if isinstance(self.stop, str):
+            raise RequestError("stop", "stop is one string; give a tuple of strings")
+        shares = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+        for names, good, wanted in (
+            (shares, _is_number, "a number"),
+            (("top_k",), _is_whole, "a whole number"),
+            (("seed", "logprobs"), lambda value: value is None or _is_whole(value), "a whole number or None"),
+            (("ignore_eos",), lambda value: isinstance(value, bool), "True or False"),
+            (("stop",), lambda value: _all(value, lambda one: isinstance(one, str)), "a tuple of strings"),
+            (("stop_token_ids",), lambda value: _all(value, _is_whole), "a tuple of token ids"),
+            (("logit_bias",), lambda value: _all(value, _is_bias), "(token id, number) pairs or a mapping of them"),
+        ):
+            for name in names:
+                if not good(value := getattr(self, name)):
+                    raise RequestError(name, f"{name}={value!r} is of a wrong type; give {wanted}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+
+
+def _is_bias(pair: object) -> bool:
+    return isinstance(pair, tuple | list) and len(pair) == 2 and _is_whole(pair[0]) and _is_number(pair[1])
+
+
+def _all(values: object, good: Callable[[object], bool]) -> bool:
+    return isinstance(values, Collection) and all(good(value) for value in values)
 
 
 def _in_range(field: str, value: object, good: bool, allowed: str) -> None:
@@ -111,7 +148,7 @@ class Request:
         adapter: name of one of the adapters that were loaded; None: the base model alone.
 
     Raises:
-        RequestError: the prompt is empty or ``max_new_tokens`` below 1.
+        RequestError: the prompt is empty or no token ids, or ``max_new_tokens`` below 1.
     """
 
     id: str
@@ -123,6 +160,9 @@ class Request:
     def __post_init__(self) -> None:
         if not self.prompt_ids:
             raise RequestError("prompt_ids", "an empty prompt; give at least one token")
+        for token in self.prompt_ids:
+            if not _is_whole(token):
+                raise RequestError("prompt_ids", f"token {token!r} is no whole number; give token ids")
         if type(self.max_new_tokens) is not int:
             raise RequestError("max_new_tokens", f"max_new_tokens={self.max_new_tokens!r} is no whole number")
         if self.max_new_tokens < 1:

@@ -35,6 +35,7 @@ FIXED: dict[str, Callable[[int, int], Policy]] = {
 }
 FORESEEN, HEDGE, BELADY, BYPASS = "foreseen_reuse", "hedge", "belady", "belady_bypass"
 POLICIES = (*FIXED, HEDGE)
+WARM_UP = 0.25  # of the tokens: they count nothing
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ def read_routing(path: str | os.PathLike[str], sequence: int = 0, tokens: int = 
     file = _file_of(Path(path))
     trace = Trace(file)
     layers, source = trace.header.layers, trace.header.source
+    if sequence and source != "training":
+        raise TraceError(f"{file} says itself where sequences start, so --sequence has no effect; leave it out")
     passes = list(dict.fromkeys((step, micro) for step, micro, _ in trace.keys))
     parts, steps, taken = [], [], 0
     for step, micro in reversed(passes):
@@ -189,7 +192,7 @@ def make_policy(name: str, routing: Routing, slots: int) -> Policy:
     return FIXED[name](routing.layers, routing.experts)
 
 
-def replay(routing: Routing, name: str, slots: int, warm_up: float = 0.25) -> Replay:
+def replay(routing: Routing, name: str, slots: int, warm_up: float = WARM_UP) -> Replay:
     """Decode ``routing`` with ``slots`` resident experts; the first ``warm_up`` of the tokens count nothing.
 
     The bounds have the best content there is by then: of the misses that are counted, those that fill free slots are

@@ -22,7 +22,7 @@ import numpy as np
 from inference.costmodel import ExpertCosts
 from inference.planner import plan_call
 from inference.predictors import LEAST_CHANCE, PREDICTORS, Predictor, Suggestion, worth_fetching
-from inference.simulate import Routing, make_policy
+from inference.simulate import WARM_UP, Routing, make_policy
 
 CHUNK_BYTES = 8 << 20  # as inference.transfer has it
 Expert = tuple[int, int]  # row, expert
@@ -133,7 +133,7 @@ class Timeline:
         self.rate_LE = np.zeros((routing.layers, routing.experts))
         self.demanding = 1.0
 
-    def run(self, warm_up: float = 0.25) -> TimedReplay:
+    def run(self, warm_up: float = WARM_UP) -> TimedReplay:
         """The first ``warm_up`` of the tokens count nothing."""
         counted_from, began = int(len(self.routing.index_TLK) * warm_up), None
         ends = {tokens.start: tokens for tokens in self.routing.spans()}

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from inference.timeline import TimedReplay
 
 
+_BUDGETS, _TOKENS = "0.1,0.25,0.5", 2000
+_LEAST_COUNTED = 6  # passes: of 8 tokens that were decoded alone these count
+
+
 class SimulateError(ValueError):
     """An option that does not fit: what, and what to give."""
 
@@ -28,11 +32,11 @@ def add_simulate_verb(verb: Callable[[str, Any, str], argparse.ArgumentParser]) 
         help="a run that had log.routing_trace=true, or a trace of `generate --trace` or `lookahead record`",
     )
     simulate.add_argument(
-        "--budgets", default="0.1,0.25,0.5", metavar="F,...", help="shares of the experts that are resident"
+        "--budgets", metavar="F,...", help=f"shares of the experts that are resident; default: {_BUDGETS}"
     )
     simulate.add_argument("--policies", default="", metavar="NAME,...", help="default: all of them")
-    simulate.add_argument("--sequence", type=int, default=0, metavar="N", help="tokens in a sequence, if known")
-    simulate.add_argument("--tokens", type=int, default=2000, metavar="N", help="at most so many; 0: all")
+    simulate.add_argument("--sequence", type=int, metavar="N", help="of a run's trace: tokens in a sequence, if known")
+    simulate.add_argument("--tokens", type=int, metavar="N", help=f"at most so many; 0: all; default: {_TOKENS}")
     simulate.add_argument("--plot", metavar="FILE.svg", help="draw hit rates, and tokens/s, against the budget")
     timed = simulate.add_argument_group("on a machine's clock")
     timed.add_argument(
@@ -48,7 +52,7 @@ def add_simulate_verb(verb: Callable[[str, Any, str], argparse.ArgumentParser]) 
     add_way_options(timed)
     without = simulate.add_argument_group("without a trace: --shape, and")
     without.add_argument("--capacity", type=float, metavar="F", help="share of the experts that is resident")
-    without.add_argument("--prefetch-accuracy", type=float, default=0.0, metavar="F", help="share of right guesses")
+    without.add_argument("--prefetch-accuracy", type=float, metavar="F", help="share of right guesses")
     without.add_argument("--hit-rate", type=float, metavar="F", help="default: the capacity, as with even routing")
 
 
@@ -59,13 +63,15 @@ def _simulate(arguments: argparse.Namespace) -> int:
     _check_groups(arguments)
     if arguments.trace is None:
         return _without_trace(arguments)
-    budgets = _budgets(arguments.budgets)
-    if arguments.sequence < 0 or arguments.tokens < 0:
+    budgets = _budgets(_BUDGETS if arguments.budgets is None else arguments.budgets)
+    sequence, most = arguments.sequence or 0, _TOKENS if arguments.tokens is None else arguments.tokens
+    if sequence < 0 or most < 0:
         raise SimulateError("--sequence and --tokens count tokens; give 0 or more")
     try:
-        routing = read_routing(arguments.trace, arguments.sequence, arguments.tokens)
+        routing = read_routing(arguments.trace, sequence, most)
     except TraceError as error:
         raise SimulateError(str(error)) from None
+    _check_counted(arguments.trace, routing)
     names = _policies(arguments.policies, routing)
     tokens, layers, top_k = routing.index_TLK.shape
     heads = "; with what lookahead heads say" if routing.heads is not None else ""
@@ -87,8 +93,11 @@ def _check_groups(arguments: argparse.Namespace) -> None:
             raise SimulateError("give a TRACE to replay, or --shape and --capacity to reckon without one")
         if arguments.plot is not None or arguments.predictors or arguments.policies:
             raise SimulateError("--plot, --policies and --predictors need a TRACE to replay")
+        given = [name for name in ("budgets", "sequence", "tokens") if getattr(arguments, name) is not None]
+        if given:
+            raise SimulateError(f"--{given[0]} needs a TRACE to replay; leave it out, or give one")
         return
-    if arguments.capacity is not None or arguments.hit_rate is not None or arguments.prefetch_accuracy:
+    if any(one is not None for one in (arguments.capacity, arguments.hit_rate, arguments.prefetch_accuracy)):
         raise SimulateError("--capacity, --hit-rate and --prefetch-accuracy are for a shape without a TRACE; --budgets")
     if (arguments.profile is None) != (arguments.shape is None):
         raise SimulateError("times need both: --profile, as h200, and --shape hidden=..,intermediate=..")
@@ -97,6 +106,19 @@ def _check_groups(arguments: argparse.Namespace) -> None:
     ):
         raise SimulateError(
             "--predictors, --cpu-experts, --no-pack and --graphs matter on a clock only: give --profile, as h200"
+        )
+
+
+def _check_counted(trace: str, routing: Routing) -> None:
+    """A rate of nothing would look like one."""
+    from inference.simulate import WARM_UP
+
+    starts = [tokens.start for tokens in routing.spans()]
+    counted = sum(start >= int(len(routing.index_TLK) * WARM_UP) for start in starts)
+    if counted < _LEAST_COUNTED:
+        raise SimulateError(
+            f"{trace} is too short: passes that begin after the quarter of tokens that warms up are counted, and of "
+            f"its {len(starts)} there are {counted}; record at least {_LEAST_COUNTED}, or read more with --tokens"
         )
 
 
@@ -210,7 +232,7 @@ def _without_trace(arguments: argparse.Namespace) -> int:
         profile,
         sizes,
         arguments.capacity,
-        arguments.prefetch_accuracy,
+        arguments.prefetch_accuracy or 0.0,
         hit_rate=arguments.hit_rate,
         cpu_experts=arguments.cpu_experts,
         graphs=bool(arguments.graphs),

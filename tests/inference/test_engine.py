@@ -284,3 +284,22 @@ def test_a_stop_string_that_is_a_special_token_ends_with_it(model_folder, prompt
         llm.engine.limits = dataclasses.replace(llm.engine.limits, has_tokenizer=True)
         (found,) = llm.generate([prompts[0]], 4, stop=("<|end|>",))
     assert (found.finish, found.token_ids[-1]) == ("stop", token)
+
+
+def test_arguments_of_wrong_types_are_refused_in_a_sentence(model_folder):
+    for wrong, said in (
+        ({"expert_budget": "0.25"}, "expert budget '0.25' is out of range"),
+        ({"device": "nope"}, "device='nope' is no device; give cpu or cuda"),
+        ({"device": f"cuda:{torch.cuda.device_count()}"}, "CUDA GPUs here"),
+    ):
+        with pytest.raises(InferenceError, match=said):
+            LLM(model_folder, **wrong)
+    llm = LLM(model_folder, device="cpu")
+    with pytest.raises(InferenceError, match="no tokens; give at least one"):
+        llm.logits([])
+    for prompts in ([[1.7, 2]], [5]):
+        with pytest.raises(InferenceError, match="neither text nor token ids"):
+            llm.generate(prompts, 1)
+    with pytest.raises(InferenceError, match="seed='a' is of a wrong type"):
+        llm.generate([[1, 2]], 1, seed="a")
+    assert len(llm.generate([[1, 2]], 1, temperature=1.0, seed=None)[0].token_ids) == 1

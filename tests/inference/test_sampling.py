@@ -229,12 +229,33 @@ def test_damaged_logits_are_no_token_and_other_rows_go_on(damage):
         ({"logprobs": -1}, "logprobs"),
         ({"stop": ("",)}, "stop"),
         ({"stop": "END"}, "stop"),
+        ({"temperature": None}, "temperature"),
+        ({"top_k": 2.5}, "top_k"),
+        ({"top_p": "0.5"}, "top_p"),
+        ({"seed": 1.0}, "seed"),
+        ({"logprobs": "3"}, "logprobs"),
+        ({"stop": None}, "stop"),
+        ({"stop": (3,)}, "stop"),
+        ({"stop_token_ids": 3}, "stop_token_ids"),
+        ({"stop_token_ids": (3.0,)}, "stop_token_ids"),
+        ({"logit_bias": {"5": 1.0}}, "logit_bias"),
+        ({"logit_bias": (5, 1.0)}, "logit_bias"),
+        ({"ignore_eos": 1}, "ignore_eos"),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(setting, field):
     with pytest.raises(RequestError, match=field) as caught:
         SamplingParams(**setting)
     assert caught.value.field == field
+
+
+def test_a_bias_may_be_a_mapping():
+    assert SamplingParams(logit_bias={5: 1.0}) == SamplingParams(logit_bias=((5, 1.0),))
+
+
+def test_a_token_that_is_no_whole_number_is_refused():
+    with pytest.raises(RequestError, match=r"token 1\.7 is no whole number"):
+        Request("a", (1.7, 2))
 
 
 def test_empty_requests_are_refused():

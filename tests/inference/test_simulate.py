@@ -175,6 +175,20 @@ def test_the_command_prints_a_table_and_meets_mistakes_in_a_sentence(tmp_path, c
     assert "give the path" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("passes", "counted"), [([20], 0), ([1], 1), ([9, 1, 1, 1, 1, 1], 5), ([30, 1, 1, 1, 1, 40], 5)]
+)
+def test_a_trace_that_leaves_too_little_to_count_is_refused(tmp_path, capsys, passes, counted):
+    writer = TraceWriter(tmp_path / "t", TraceHeader("qwen3_moe", (0,), 8, 2, source="serving"))
+    for micro, tokens in enumerate(passes):
+        writer.write(TraceRecord(1, micro, 0, np.tile([[0, 1]], (tokens, 1))))
+    writer.close()
+    assert main(["simulate", str(tmp_path / "t")]) == 2
+    assert f"of its {len(passes)} there are {counted}; record at least 6" in capsys.readouterr().err
+    assert main(["simulate", str(tmp_path / "t"), "--sequence", "4"]) == 2
+    assert "says itself where sequences start, so --sequence has no effect" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["popular", "sticky"])
 def test_a_hedge_that_watches_some_layers_follows_the_same_policies(kind):
     routing = drawn(kind, tokens=300, layers=8)
