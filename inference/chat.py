@@ -182,7 +182,7 @@ def _talk(llm: LLM, options: ChatOptions, params: SamplingParams, template: str 
     if llm.tokenizer is None:
         raise InferenceError(f"{options.model_dir} has no tokenizer, which a conversation needs; add tokenizer.json")
     prompts = ChatPrompts(llm.tokenizer, template)
-    prompts.encode([{"role": "user", "content": "a"}])  # refuses now what it would refuse at every line
+    prompts.check()
     limits = llm.engine.limits
     positions = limits.kv_tokens if limits.positions is None else min(limits.positions, limits.kv_tokens)
     print(HELP)

@@ -84,6 +84,10 @@ class ChatPrompts:
                 ids += self._tokenizer(written, add_special_tokens=False, split_special_tokens=literal)["input_ids"]
         return tuple(ids)
 
+    def check(self) -> None:
+        """Raises InferenceError now for what :meth:`encode` would refuse of every conversation."""
+        self.encode([{"role": "user", "content": "a"}])
+
     def _shield(self, text: str) -> str:
         check_text(text)
         if _PRIVATE.search(text):

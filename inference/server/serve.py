@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from inference.errors import InferenceError
-from inference.prompts import read_template
+from inference.prompts import ChatPrompts, read_template
 from inference.runtime import Runtime
 from inference.server.app import Limits, make_app
 from inference.server.engine_thread import EngineThread
@@ -83,6 +83,8 @@ def serve(options: ServeOptions) -> int:
 def _run(
     llm: LLM, served: Served, options: ServeOptions, metrics: Metrics, template: str | None, listener: socket.socket
 ) -> int:
+    if template is not None and llm.tokenizer is not None:
+        ChatPrompts(llm.tokenizer, template).check()
     _add_figures(llm, metrics)
     server = make_server(llm.engine, served, llm.tokenizer, options, metrics, template)
     if options.api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:

@@ -349,3 +349,13 @@ def test_times_of_tokens_are_counted_once_for_each(told):
     assert metrics["planaria_inter_token_seconds_count"] == 9
     assert metrics['planaria_inter_token_seconds_bucket{le="+Inf"}'] == 9
     assert metrics['planaria_requests_total{path="/v1/completions",status="200"}'] == 1
+
+
+def test_a_template_that_is_broken_is_refused_before_the_server_is_ready(chat_folder, tmp_path, capsys, monkeypatch):
+    from trainer.cli import main
+
+    monkeypatch.setattr("inference.server.serve.Server.run", lambda *_, **__: pytest.fail("it is ready"))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    (tmp_path / "broken.j").write_text("{% for m in messages %}")
+    assert main(["serve", str(chat_folder), "--port", "0", "--chat-template", str(tmp_path / "broken.j")]) == 2
+    assert "chat template refuses" in capsys.readouterr().err
