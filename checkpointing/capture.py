@@ -334,8 +334,8 @@ class Capturer:
                     self._reached("capture", job.step)
                 self._queue(moves[before:])
                 half -= len(moves)
-            if job.event is not None:
-                self._stream.wait_event(job.event)  # factors of the log are there only then
+            assert job.event is not None
+            self._stream.wait_event(job.event)  # the log's factors are there only then
             copied.record(self._stream)
         copied.synchronize()
 

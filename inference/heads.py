@@ -139,7 +139,8 @@ def save_heads(heads: Heads, folder: str | Path, layers: tuple[int, ...], traini
 
 
 def has_heads(folder: str | Path) -> bool:
-    return (Path(folder) / FOLDER / MANIFEST).is_file()
+    """Damaged ones, too, which :func:`load_heads` refuses: nobody who made heads expects to go on without them."""
+    return (Path(folder) / FOLDER).exists()
 
 
 def load_heads(folder: str | Path, device: torch.device | str = "cpu") -> tuple[Heads, HeadsManifest]:
@@ -160,7 +161,8 @@ def load_heads(folder: str | Path, device: torch.device | str = "cpu") -> tuple[
         raise
     except OSError as error:
         raise InferenceError(
-            f"{error.filename}: {error.strerror}; make heads with `planaria lookahead train RUN {folder}`"
+            f"{error.filename}: {error.strerror}; make heads with `planaria lookahead train RUN {folder}`, or take "
+            f"{home} away"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InferenceError(f"{home / MANIFEST}: not the manifest of heads ({error}); train them again") from error

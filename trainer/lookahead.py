@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from inference.errors import InferenceError
 from inference.foresight import HORIZONS
-from inference.heads import FOLDER, Heads, load_heads, save_heads
+from inference.heads import FOLDER, Heads, has_heads, load_heads, save_heads
 from inference.opening import open_tokenizer
 from inference.recording import RoutingRecorder
 from moe.families import FamilyError, MoEBlock, find_moe_blocks
@@ -96,7 +96,7 @@ def record(run_dir: str, out_dir: str, trace: str, tokens: int) -> int:
     _, heldout = _texts(run_dir, out_dir)
     count = max(1, min(len(heldout), tokens // heldout.sequence_length))
     stride = len(heldout) // count
-    heads = load_heads(out_dir)[0].to(model.device) if (Path(out_dir) / FOLDER).is_dir() else None
+    heads = load_heads(out_dir)[0].to(model.device) if has_heads(out_dir) else None
     layers = tuple(block.layer for block in blocks)
     top_k = model.config.num_experts_per_tok
     header = TraceHeader(model.config.model_type, layers, _num_experts(blocks), top_k, source="text")

@@ -88,6 +88,12 @@ def test_a_manifest_that_does_not_fit_is_refused(folder, change, said):
         load_heads(folder)
 
 
+def test_heads_without_their_manifest_are_refused(folder):
+    (folder / FOLDER / MANIFEST).unlink()
+    with pytest.raises(InferenceError, match=f"make heads with .*, or take {folder / FOLDER} away"):
+        LLM(folder, 0.25)
+
+
 def test_a_folder_without_heads_says_how_to_make_them(model_folder):
     with pytest.raises(InferenceError, match="planaria lookahead train"):
         load_heads(model_folder)
