@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe.ahead import expected
 from moe.aside import Aside
 from moe.assignment import Assignment, Sorted, join, sort_pairs
 from moe.copies import DeduplicatedDraft, narrow_type, rows_of
@@ -82,7 +83,8 @@ class Packing:
             elementwise.spread_together(rows, travels.slot_RK, travels.ends_L, self.views(out_SB))
         else:
             for out, part in zip(self.views(out_SB), rows, strict=True):
-                out.copy_(spread(part, travels, size))
+                copies = spread(part, travels, min(size, travels.pair_S.numel()))
+                out[: copies.shape[0]].copy_(copies)
         return out_SB
 
 
@@ -94,12 +96,12 @@ class Visit:
 
     Until the guests' products are queued it is the host that binds. So own tokens' up projection is queued before it
     knows how many pairs there are (the product ends where the rows do), and so are the rows that leave; :meth:`send`
-    waits for the counts, as late as may be, and sends guests on a stream that does not wait for that product.
+    waits for the counts, as late as may be, and sends what has not left ahead of them (:mod:`moe.ahead`), on a stream
+    that does not wait for that product.
 
     Attributes:
-        own_pairs, guest_pairs: pairs of a row and a local expert; known when guests are sent, as ``sent`` and
-            ``received``.
-        draft, coming, h_own: needed in the forward pass only. ``h_own`` may have more rows than pairs.
+        own_pairs, guest_pairs: pairs of a row and a local expert; known when counts are, as ``sent`` and ``received``.
+        draft, h_own: needed in the forward pass only. ``h_own`` may have more rows than pairs.
     """
 
     def __init__(
@@ -122,49 +124,64 @@ class Visit:
         if rows_SH is not None and stack.up_bias_L2I is None:
             self.h_own = _up_beside(how, x_TH, stack, own.assignment(rows_SH.shape[0]), rows_SH)
             self._rows_SH = None
-        self._counts = Headcount(self.draft.counts_W2, group, self.aside)
+        self._counts: Headcount | None = Headcount(self.draft.counts_W2, group, self.aside)
         types = (x_TH.dtype, weights_TK.dtype, narrow_type(ranks * self.num_local))
         self.packing = _packing((x_TH.shape[1], weights_TK.shape[1], index_TK.shape[1]), types)
         self._leaving_SB: Tensor | None = None
-        if rows_SH is not None:  # leaving rows can be early, too; the host then has only to send them
+        self._coming: list[Going] = []
+        self._ahead = 0
+        if rows_SH is not None:  # leaving rows can be early, too, and some or all of them sent
+            self._ahead, splits = expected(group).rows, expected(group).splits(rank)
             with self.aside.queue():
-                most = x_TH.shape[0] * min(ranks - 1, index_TK.shape[1])
+                most = max(x_TH.shape[0] * min(ranks - 1, index_TK.shape[1]), self._ahead)
                 self._leaving_SB = self.packing.spread((x_TH, weights_TK, index_TK), self.draft.travels, most)
-        self.coming: Going | None = None
+                if self._ahead:
+                    self._coming.append(begin(self._leaving_SB[: self._ahead], splits, splits, narrow(group)))
         self.returning: tuple[Going | None, Going | None] = (None, None)
 
     def send(self, how: ModuleType, stack: Stack, x_TH: Tensor, weights_TK: Tensor) -> None:
-        """Begin to send guests, if that has not begun."""
-        if self.coming is not None:
+        """Begin to send guests that have not left, if that has not begun."""
+        if self._counts is None:
             return
         assert self.draft is not None
         sent, received = self._counts.read()
+        self._counts = None
         self.sent, self.received = rows_of(sent), rows_of(received)
-        leaving = sum(self.sent)
-        with self.aside.queue():
-            if self._leaving_SB is None:
-                rows = x_TH, weights_TK, self.draft.index_TK
-                self._leaving_SB = self.packing.spread(rows, self.draft.travels, leaving)
-            self.coming = self.there(self._leaving_SB[:leaving], narrow(self.group))
+        expected(self.group).note(self.sent, self.received)
+        self._send_rest(x_TH, weights_TK)
         self.own_pairs = sent[dist.get_rank(self.group)][1]
         self.guest_pairs = sum(pairs for _, pairs in received) - self.own_pairs
         if self.h_own is None:
             rows_NH = None if self._rows_SH is None else self._rows_SH[: self.own_pairs]
             self.h_own = _up_beside(how, x_TH, stack, self.draft.own.assignment(self.own_pairs), rows_NH)
-        self._rows_SH = self._leaving_SB = None
+        self._rows_SH = None
+
+    def _send_rest(self, x_TH: Tensor, weights_TK: Tensor) -> None:
+        """What has not left ahead; both ranks find alike whether that is anything, either way."""
+        ahead, rows_SB, leaving = self._ahead, self._leaving_SB, sum(self.sent)
+        self._leaving_SB = None
+        if ahead and ahead >= max(leaving, sum(self.received)):
+            return
+        assert self.draft is not None
+        rest = [[max(0, rows - ahead) for rows in counts] for counts in (self.sent, self.received)]
+        with self.aside.queue():
+            if rows_SB is None:
+                rows_SB = self.packing.spread((x_TH, weights_TK, self.draft.index_TK), self.draft.travels, leaving)
+            self._coming.append(begin(rows_SB[ahead:leaving], *rest, narrow(self.group)))
 
     def arrived(self) -> tuple[DeduplicatedDraft, Tensor, Tensor]:
         """The plan, own tokens' pre-activations and the packed guests, which are not kept here any longer."""
-        draft, h_own, coming = self.draft, self.h_own, self.coming
+        draft, h_own, coming = self.draft, self.h_own, [part.landed() for part in self._coming]
         assert draft is not None
         assert h_own is not None
-        assert coming is not None
-        self.draft = self.h_own = self.coming = None
-        return draft, h_own, coming.landed()
+        self.draft = self.h_own = None
+        self._coming = []
+        came_GB = coming[0] if len(coming) == 1 else torch.cat(coming)
+        return draft, h_own, came_GB[: sum(self.received)]
 
-    def there(self, x_SH: Tensor, group: dist.ProcessGroup | None = None) -> Going:
-        """Begin to send copies, to become guests."""
-        return begin(x_SH, self.sent, self.received, group or self.group)
+    def there(self, x_SH: Tensor) -> Going:
+        """Begin to send rows to where guests went."""
+        return begin(x_SH, self.sent, self.received, self.group)
 
     def back(self, y_GH: Tensor) -> Going:
         """Begin to return guests' rows."""

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import sys
+import types
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +24,7 @@ import moe.experts
 from lora.config import BankConfig
 from lora.experts import ExpertLoRA, ExpertSlice
 from lora.presets import bank_at
+from moe.ahead import expected
 from moe.convert import convert
 from moe.experts import Experts
 from moe.form import PLAIN, ExpertForm
@@ -34,11 +36,16 @@ from trainer.rendezvous import join
 
 GPT_OSS = ExpertForm(transposed=True, interleaved=True, limit=7.0)
 HIDDEN, INNER = 12, 8  # divisible by 4, for torch's grouped product
+# As on a GPU, where rows are gathered and sent before anybody knows how many there are.
+EARLY = types.SimpleNamespace(
+    **{**vars(batched), "rows_early": lambda x_RH, found: x_RH[found.pair_S // found.slot_RK.shape[1]]}
+)
 # How tokens travel, and what computes them: by default the experts' loops, also own tokens and others' apart.
 METHODS = {
     "all_to_all": ("all_to_all", {}),
     "deduplicated": ("deduplicated", {}),
     "deduplicated, for a GPU": ("deduplicated", {"passes": lambda site, name: batched}),
+    "deduplicated, ahead": ("deduplicated", {"passes": lambda site, name: EARLY}),
     "deduplicated, in phases": ("deduplicated", {"wanted_backend": "grouped_mm"}),
 }
 
@@ -192,28 +199,28 @@ def host_reads(method, group):
     return reads.seen
 
 
-def as_on_a_gpu(group, early, watch):
-    """A layer inside ``watch``, forward and backward. ``early``: own tokens are projected before counts are known."""
+def as_on_a_gpu(group, early, watch, ahead=0):
+    """A layer inside ``watch``, forward and backward.
+
+    Args:
+        early: own tokens are projected before counts are known.
+        ahead: so many rows are sent before, if early.
+    """
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     case = CASES["eight choices"]
     share = list(problem(case, case.per_rank * ranks, ranks))[rank]
     module = whole(case, case.per_rank * ranks, rank * case.per_rank, case.per_rank)
-    made_for(module, "deduplicated, for a GPU", group)
+    made_for(module, "deduplicated, ahead" if early else "deduplicated, for a GPU", group)
     x, weights = share[0].clone().requires_grad_(), share[2].clone().requires_grad_()
-    rows_early = batched.rows_early
-    if early:
-        batched.rows_early = lambda x_RH, found: x_RH[found.pair_S // found.slot_RK.shape[1]]
-    try:
-        with watch:
-            module(x, share[1], weights).backward(share[3])
-    finally:
-        batched.rows_early = rows_early
+    expected(group).rows = ahead
+    with watch:
+        module(x, share[1], weights).backward(share[3])
 
 
-def too_early(group, early, joins=True):
+def too_early(group, early, joins=True, ahead=0):
     """What a layer would read too early on a GPU."""
     with watched(joins) as streams:
-        as_on_a_gpu(group, early, nullcontext())
+        as_on_a_gpu(group, early, nullcontext(), ahead)
     return streams.wrong
 
 
@@ -334,6 +341,9 @@ def report(rank, world, ep, out):
             "early": gather(too_early(group, early=True)),
             "not joined": gather(too_early(group, early=True, joins=False)),
         }
+        if ep == 2:
+            report["too early"]["ahead"] = gather(too_early(group, early=True, ahead=20))
+            report["too early"]["some ahead"] = gather(too_early(group, early=True, ahead=3))
         report["kept"] = [gather(kept_bytes(group, early)) for early in (False, True)]
     moe.experts.passes = backend.passes
     for family in () if os.environ.get("TRITON_INTERPRET") else FAMILIES:
