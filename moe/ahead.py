@@ -22,12 +22,13 @@ _SPARE = 64  # one row for nothing for so many; routing hardly changes from laye
 
 @dataclass
 class Expected:
-    """Of one group. All ranks must note the same calls in the same order.
+    """Of one group, as one of its ranks knows it. All ranks must note the same calls in the same order.
 
     Attributes:
         rows: that leave at once, from either rank; zero if none may.
     """
 
+    rank: int
     ranks: int
     rows: int = 0
 
@@ -37,11 +38,11 @@ class Expected:
             most = max(sum(sent), sum(received))
             self.rows = most + -(-most // _SPARE)
 
-    def splits(self, rank: int) -> list[int]:
+    def splits(self) -> list[int]:
         """:attr:`rows` to, or from, the other rank."""
-        return [0 if other == rank else self.rows for other in range(self.ranks)]
+        return [0 if other == self.rank else self.rows for other in range(self.ranks)]
 
 
 @functools.cache
 def expected(group: dist.ProcessGroup) -> Expected:
-    return Expected(dist.get_world_size(group))
+    return Expected(dist.get_rank(group), dist.get_world_size(group))

@@ -117,7 +117,7 @@ class AllToAll(Dispatcher):
 
     def dispatch_preprocess(self, routed: Routed) -> Trip:
         draft = self._draft(routed.index_TK)
-        counts = Headcount(draft.counts_W2, self.group, Aside(routed.index_TK.device))
+        counts = Headcount(draft.counts_W2, self.rank, self.group, Aside(routed.index_TK.device))
         return Trip(routed, Flight(draft.route(*counts.read()), self.group))
 
     def _draft(self, index_TK: Tensor) -> Draft:

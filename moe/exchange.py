@@ -65,9 +65,8 @@ class Headcount:
     On a GPU all of it is queued at once, ``aside``, so that the host finds them when it has queued what does not need
     them."""
 
-    def __init__(self, sent_W2: Tensor, group: dist.ProcessGroup, aside: Aside) -> None:
-        self._rank = dist.get_rank(group)
-        ranks = sent_W2.shape[0]
+    def __init__(self, sent_W2: Tensor, rank: int, group: dist.ProcessGroup, aside: Aside) -> None:
+        self._rank, ranks = rank, sent_W2.shape[0]
         with aside.queue():
             gathered = sent_W2.new_empty(ranks * ranks, 2)
             self._work = _all_gather(gathered, sent_W2, group=group, async_op=True)

@@ -113,30 +113,32 @@ class Visit:
         weights_TK: Tensor,
         group: dist.ProcessGroup,
     ) -> None:
-        self.group, self.num_local = group, stack.up_L.shape[0]
-        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.group, self.num_local, self._expected = group, stack.up_L.shape[0], expected(group)
+        rank, ranks, ahead = self._expected.rank, self._expected.ranks, self._expected.rows
         self.first = rank * self.num_local
         self.draft: DeduplicatedDraft | None = DeduplicatedDraft.of(index_TK, ranks, self.num_local, rank)
         own = self.draft.own
+        types = (x_TH.dtype, weights_TK.dtype, narrow_type(ranks * self.num_local))
+        self.packing = _packing((x_TH.shape[1], weights_TK.shape[1], index_TK.shape[1]), types)
         self.aside = Aside(x_TH.device)
         self._rows_SH = rows_SH = how.rows_early(x_TH, own) if ranks <= _EARLY_RANKS else None
+        self._leaving_SB: Tensor | None = None
+        self._ahead = 0 if rows_SH is None else ahead
+        if rows_SH is not None:  # leaving rows can be early, too, before the product takes most multiprocessors
+            with self.aside.queue():
+                most = max(x_TH.shape[0] * min(ranks - 1, index_TK.shape[1]), ahead)
+                self._leaving_SB = self.packing.spread((x_TH, weights_TK, index_TK), self.draft.travels, most)
         self.h_own: Tensor | None = None
         if rows_SH is not None and stack.up_bias_L2I is None:
             self.h_own = _up_beside(how, x_TH, stack, own.assignment(rows_SH.shape[0]), rows_SH)
             self._rows_SH = None
-        self._counts: Headcount | None = Headcount(self.draft.counts_W2, group, self.aside)
-        types = (x_TH.dtype, weights_TK.dtype, narrow_type(ranks * self.num_local))
-        self.packing = _packing((x_TH.shape[1], weights_TK.shape[1], index_TK.shape[1]), types)
-        self._leaving_SB: Tensor | None = None
         self._coming: list[Going] = []
-        self._ahead = 0
-        if rows_SH is not None:  # leaving rows can be early, too, and some or all of them sent
-            self._ahead, splits = expected(group).rows, expected(group).splits(rank)
+        if self._ahead:
+            assert self._leaving_SB is not None
+            splits = self._expected.splits()
             with self.aside.queue():
-                most = max(x_TH.shape[0] * min(ranks - 1, index_TK.shape[1]), self._ahead)
-                self._leaving_SB = self.packing.spread((x_TH, weights_TK, index_TK), self.draft.travels, most)
-                if self._ahead:
-                    self._coming.append(begin(self._leaving_SB[: self._ahead], splits, splits, narrow(group)))
+                self._coming.append(begin(self._leaving_SB[:ahead], splits, splits, narrow(group)))
+        self._counts: Headcount | None = Headcount(self.draft.counts_W2, rank, group, self.aside)
         self.returning: tuple[Going | None, Going | None] = (None, None)
 
     def send(self, how: ModuleType, stack: Stack, x_TH: Tensor, weights_TK: Tensor) -> None:
@@ -147,9 +149,9 @@ class Visit:
         sent, received = self._counts.read()
         self._counts = None
         self.sent, self.received = rows_of(sent), rows_of(received)
-        expected(self.group).note(self.sent, self.received)
+        self._expected.note(self.sent, self.received)
         self._send_rest(x_TH, weights_TK)
-        self.own_pairs = sent[dist.get_rank(self.group)][1]
+        self.own_pairs = sent[self._expected.rank][1]
         self.guest_pairs = sum(pairs for _, pairs in received) - self.own_pairs
         if self.h_own is None:
             rows_NH = None if self._rows_SH is None else self._rows_SH[: self.own_pairs]

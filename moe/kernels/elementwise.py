@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe.kernels.launching import Quick
+from moe.kernels.launching import Quick, ceil_div, power_of_two
 
 _ROWS = 4  # of one program
 
@@ -44,8 +44,8 @@ def gather_sum(y_NH: Tensor, slot_RK: Tensor, pairs: int, base_RH: Tensor | None
     (rows, choices), hidden = slot_RK.shape, y_NH.shape[1]
     out_RH = y_NH.new_empty(rows, hidden)
     if rows:
-        block = min(1024, triton.next_power_of_2(hidden))
-        grid = (rows, triton.cdiv(hidden, block))
+        block = min(1024, power_of_two(hidden))
+        grid = (rows, ceil_div(hidden, block))
         sources = (y_NH.contiguous(), slot_RK.contiguous(), base_RH)
         _gather_sum[grid](*sources, out_RH, rows, pairs, hidden, choices, block)
     return out_RH
@@ -78,8 +78,8 @@ def spread(x_RH: Tensor, slot_RK: Tensor, ends_L: Tensor, out_NH: Tensor) -> Non
     (rows, choices), hidden = slot_RK.shape, x_RH.shape[1]
     if not rows:
         return
-    block = min(2048, triton.next_power_of_2(hidden))
-    _spread[(rows, triton.cdiv(hidden, block))](
+    block = min(2048, power_of_two(hidden))
+    _spread[(rows, ceil_div(hidden, block))](
         x_RH, x_RH.stride(0), slot_RK.contiguous(), ends_L, ends_L.numel(), out_NH, hidden, choices, block,
         num_warps=4 if block >= 1024 else 1,
     )  # fmt: skip
@@ -114,10 +114,10 @@ def spread_together(
     (count, choices), hidden, top_k = slot_RC.shape, x_RH.shape[1], index_RK.shape[1]
     if not count:
         return
-    block = min(2048, triton.next_power_of_2(hidden))
-    _spread_together[(count, triton.cdiv(hidden, block))](
+    block = min(2048, power_of_two(hidden))
+    _spread_together[(count, ceil_div(hidden, block))](
         x_RH, weights_RK, index_RK, slot_RC.contiguous(), ends_W, ends_W.numel(), *out,
-        *(part.stride(0) for part in out), hidden, top_k, choices, triton.next_power_of_2(top_k), block,
+        *(part.stride(0) for part in out), hidden, top_k, choices, power_of_two(top_k), block,
         num_warps=4 if block >= 1024 else 1,
     )  # fmt: skip
 
@@ -156,8 +156,8 @@ def scaled(h_N2I: Tensor, weights_RK: Tensor, pair_N: Tensor, kept_N2I: Tensor |
     weights_RK = _in_rows(weights_RK)
     pairs, inner = h_N2I.shape[0], h_N2I.shape[1] // 2
     a_NI = h_N2I.new_empty(pairs, inner)
-    block = min(512, triton.next_power_of_2(inner))
-    grid = (triton.cdiv(pairs, _ROWS), triton.cdiv(inner, block))
+    block = min(512, power_of_two(inner))
+    grid = (ceil_div(pairs, _ROWS), ceil_div(inner, block))
     scores = (weights_RK, weights_RK.stride(0), pair_N)
     _scaled[grid](h_N2I, *scores, a_NI, kept_N2I, pairs, inner, weights_RK.shape[1], _ROWS, block)
     return a_NI
@@ -211,8 +211,8 @@ def scaled_backward(
         slot_QK: where each of these M pairs stands among all N, if they are not all.
     """
     pairs, inner, weights_QK = h_M2I.shape[0], da_NI.shape[1], _in_rows(weights_QK)
-    block = min(256, triton.next_power_of_2(inner))
+    block = min(256, power_of_two(inner))
     if pairs:
-        grid = (triton.cdiv(pairs, _ROWS),)
+        grid = (ceil_div(pairs, _ROWS),)
         which = (weights_QK, weights_QK.stride(0), pair_M, slot_QK)
         _scaled_backward[grid](da_NI, h_M2I, *which, dh_N2I, ds_N, pairs, inner, weights_QK.shape[1], _ROWS, block)

@@ -23,6 +23,16 @@ def is_quick() -> bool:
     return triton.__version__.startswith(_VERSION) and not knobs.runtime.interpret
 
 
+def ceil_div(n: int, size: int) -> int:
+    """How many pieces of ``size`` hold ``n``. Triton's own takes the host 2 us, as does :func:`power_of_two`'s."""
+    return -(-n // size)
+
+
+def power_of_two(n: int) -> int:
+    """The next from ``n`` on."""
+    return 1 << (n - 1).bit_length()
+
+
 class Quick:
     """A kernel: ``kernel[grid](*args, **options)``, all arguments by position and the first of them a tensor.
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe.kernels.launching import Quick
+from moe.kernels.launching import Quick, ceil_div, power_of_two
 
 _PAIRS = 128  # of a block
 _KEYS = 64  # compared at a time
@@ -116,7 +116,7 @@ def sort_pairs(index_RK: Tensor, first: int, keys: int) -> tuple[Tensor, Tensor,
     if index_RK.stride(1) != 1:
         index_RK = index_RK.contiguous()
     pairs, top_k, device = index_RK.numel(), max(1, index_RK.shape[1]), index_RK.device
-    blocks = max(1, triton.cdiv(pairs, _PAIRS))
+    blocks = max(1, ceil_div(pairs, _PAIRS))
     counts_BL, ends_L = torch.empty((blocks + 1) * keys, dtype=torch.int32, device=device).split([blocks * keys, keys])
     totals_L, slot_S, pair_S = _whole_numbers(device, keys, pairs, pairs)
     source, sizes = (index_RK, index_RK.stride(0)), (pairs, first, keys, top_k, _PAIRS, _KEYS)
@@ -169,7 +169,7 @@ def join(
         (slot_RK, slot_S, ends_L, ends_of_second_L, False),
         (slot_QK, slot_S[offset:], ends_of_second_L, ends_L, True),
     ):
-        grid, sizes = (max(1, triton.cdiv(slot.numel(), _PAIRS)),), (slot.numel(), behind * offset, keys)
+        grid, sizes = (max(1, ceil_div(slot.numel(), _PAIRS)),), (slot.numel(), behind * offset, keys)
         _join[grid](slot, ends, others, slot_out, *outs, *sizes, behind, _PAIRS, _KEYS)
     return pair_S, slot_S, counts_out_L, ends_out_L
 
@@ -240,9 +240,9 @@ def sort_choices(
     and the pairs of a token and an expert there, [W,2].
     """
     (tokens, top_k), device, index_TK = index_TK.shape, index_TK.device, index_TK.contiguous()
-    columns = triton.next_power_of_2(top_k)
+    columns = power_of_two(top_k)
     rows = max(1, _PAIRS // columns)
-    blocks, width = max(1, triton.cdiv(tokens, rows)), keys + 2 * ranks
+    blocks, width = max(1, ceil_div(tokens, rows)), keys + 2 * ranks
     counts_BX, ends_L, ends_W = torch.empty(blocks * width + keys + ranks, dtype=torch.int32, device=device).split(
         [blocks * width, keys, ranks]
     )
@@ -264,4 +264,4 @@ def _whole_numbers(device: torch.device, *sizes: int) -> tuple[Tensor, ...]:
 
 
 def _step(blocks: int) -> int:
-    return min(_BLOCKS, max(16, triton.next_power_of_2(blocks)))
+    return min(_BLOCKS, max(16, power_of_two(blocks)))
