@@ -75,6 +75,10 @@ class Sorted(NamedTuple):
         complete = pairs == self.pair_S.numel()
         return Assignment(self.pair_S[:pairs], self.slot_RK, self.counts_L, complete, self.ends_L)
 
+    def early(self, size: int) -> Assignment:
+        """The first ``size`` places, before the host knows whether there are so many or more."""
+        return Assignment(self.pair_S[:size], self.slot_RK, self.counts_L, False, self.ends_L.clamp(max=size))
+
 
 def sort_pairs(index_RK: Tensor, num_local: int, first: int = 0) -> Sorted:
     """Sort the pairs by expert, of those numbered from ``first`` on; others have none here. Reads nothing back."""

@@ -23,6 +23,7 @@ from moe.kernels.grouped import Backend, choose_backend, grouped_linear
 from moe.kernels.minimal import minimal_mix
 from moe.kernels.reference import reference_mix
 from moe.kernels.stack import Stack
+from moe.traffic import traffic_of
 
 
 class Experts(nn.Module):
@@ -131,8 +132,8 @@ class Experts(nn.Module):
         site = self.site
         backend = choose(site, self.wanted_backend).name
         if method == "deduplicated" and backend == "minimal" and self._added is None:
-            inputs = hidden_states, top_k_index, top_k_weights
-            return mix_with_guests(passes(site, backend), self._stack, *inputs, self.ep_group, self.meanwhile)
+            inputs, traffic = (hidden_states, top_k_index, top_k_weights), traffic_of(self.ep_group, self.layer)
+            return mix_with_guests(passes(site, backend), self._stack, *inputs, traffic, self.meanwhile)
         dispatcher = EXCHANGES[method](self.num_experts, self.ep_group)
         return mix_everywhere(dispatcher, self.mix, routed, self.meanwhile)
 

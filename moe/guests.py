@@ -29,10 +29,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from moe.ahead import expected
 from moe.aside import Aside
 from moe.assignment import Assignment, Sorted, join, sort_pairs
 from moe.copies import DeduplicatedDraft, narrow_type, rows_of
@@ -44,10 +42,9 @@ from moe.kernels.minimal import refuse_second_derivative
 from moe.kernels.parts import Parts
 from moe.kernels.spread import may_be_early, spread
 from moe.kernels.stack import Needs, Stack
+from moe.traffic import Traffic
 
 _ALIGNED = 16  # bytes: rows of any type begin there
-# With more ranks few of a token's choices stay, and rows made before counts are known would take memory for all.
-_EARLY_RANKS = 4
 
 
 @dataclass(frozen=True)
@@ -94,14 +91,14 @@ _packing = functools.cache(Packing)
 class Visit:
     """One call of a layer: who goes where, as the host knows it, and what is on its way.
 
-    Until the guests' products are queued it is the host that binds. So own tokens' up projection is queued before it
-    knows how many pairs there are (the product ends where the rows do), and so are the rows that leave; :meth:`send`
-    waits for the counts, as late as may be, and sends what has not left ahead of them (:mod:`moe.ahead`), on a stream
-    that does not wait for that product.
+    Until the guests' products are queued it is the host that binds. So once there was a call (:mod:`moe.traffic`), the
+    rows that leave and own tokens' up projection are queued before the host knows how many there are, and between two
+    ranks rows leave, too, on a stream that does not wait for that product. :meth:`send` waits for the counts, as late
+    as may be, and sends what has not left.
 
     Attributes:
         own_pairs, guest_pairs: pairs of a row and a local expert; known when counts are, as ``sent`` and ``received``.
-        draft, h_own: needed in the forward pass only. ``h_own`` may have more rows than pairs.
+        draft: needed in the forward pass only.
     """
 
     def __init__(
@@ -111,52 +108,63 @@ class Visit:
         x_TH: Tensor,
         index_TK: Tensor,
         weights_TK: Tensor,
-        group: dist.ProcessGroup,
+        traffic: Traffic,
     ) -> None:
-        self.group, self.num_local, self._expected = group, stack.up_L.shape[0], expected(group)
-        rank, ranks, ahead = self._expected.rank, self._expected.ranks, self._expected.rows
-        self.first = rank * self.num_local
-        self.draft: DeduplicatedDraft | None = DeduplicatedDraft.of(index_TK, ranks, self.num_local, rank)
-        own = self.draft.own
-        types = (x_TH.dtype, weights_TK.dtype, narrow_type(ranks * self.num_local))
+        self._traffic, self.group, self.num_local = traffic, traffic.group, stack.up_L.shape[0]
+        self.first = traffic.rank * self.num_local
+        self.draft: DeduplicatedDraft | None = DeduplicatedDraft.of(
+            index_TK, traffic.ranks, self.num_local, traffic.rank
+        )
+        types = (x_TH.dtype, weights_TK.dtype, narrow_type(traffic.ranks * self.num_local))
         self.packing = _packing((x_TH.shape[1], weights_TK.shape[1], index_TK.shape[1]), types)
         self.aside = Aside(x_TH.device)
-        self._rows_SH = rows_SH = how.rows_early(x_TH, own) if ranks <= _EARLY_RANKS else None
+        self._rows_NH: Tensor | None = None
+        self._h_own: Tensor | None = None
         self._leaving_SB: Tensor | None = None
-        self._ahead = 0 if rows_SH is None else ahead
-        if rows_SH is not None:  # leaving rows can be early, too, before the product takes most multiprocessors
-            with self.aside.queue():
-                most = max(x_TH.shape[0] * min(ranks - 1, index_TK.shape[1]), ahead)
-                self._leaving_SB = self.packing.spread((x_TH, weights_TK, index_TK), self.draft.travels, most)
-        self.h_own: Tensor | None = None
-        if rows_SH is not None and stack.up_bias_L2I is None:
-            self.h_own = _up_beside(how, x_TH, stack, own.assignment(rows_SH.shape[0]), rows_SH)
-            self._rows_SH = None
         self._coming: list[Going] = []
-        if self._ahead:
-            assert self._leaving_SB is not None
-            splits = self._expected.splits()
-            with self.aside.queue():
-                self._coming.append(begin(self._leaving_SB[:ahead], splits, splits, narrow(group)))
-        self._counts: Headcount | None = Headcount(self.draft.counts_W2, rank, group, self.aside)
+        self._ahead = 0
+        if how.queues_early(x_TH):
+            self._queue_early(how, stack, x_TH, weights_TK)
+        self._counts: Headcount | None = Headcount(self.draft.counts_W2, traffic.rank, self.group, self.aside)
         self.returning: tuple[Going | None, Going | None] = (None, None)
 
+    def _queue_early(self, how: ModuleType, stack: Stack, x_TH: Tensor, weights_TK: Tensor) -> None:
+        """For the last call's number of rows: packing those that leave, before the product takes most multiprocessors;
+        own tokens' product, beside which others travel; and sending, on which all ranks decide alike."""
+        assert self.draft is not None
+        traffic, own, index_TK = self._traffic, self.draft.own, self.draft.index_TK
+        places, leaving = min(traffic.pairs, index_TK.numel()), max(traffic.leaving, traffic.ahead)
+        if places:
+            self._rows_NH = spread(x_TH, own, places)
+        if leaving:
+            with self.aside.queue():
+                self._leaving_SB = self.packing.spread((x_TH, weights_TK, index_TK), self.draft.travels, leaving)
+        if self._rows_NH is not None and stack.up_bias_L2I is None:
+            self._h_own = _up_beside(how, x_TH, stack, own.early(places), self._rows_NH)
+            self._rows_NH = None
+        if traffic.ahead:
+            assert self._leaving_SB is not None
+            self._ahead, splits = traffic.ahead, traffic.splits()
+            with self.aside.queue():
+                self._coming.append(begin(self._leaving_SB[: self._ahead], splits, splits, narrow(self.group)))
+
     def send(self, how: ModuleType, stack: Stack, x_TH: Tensor, weights_TK: Tensor) -> None:
-        """Begin to send guests that have not left, if that has not begun."""
+        """Begin to send guests that have not left, and compute own tokens' pre-activations if they are not there."""
         if self._counts is None:
             return
         assert self.draft is not None
         sent, received = self._counts.read()
         self._counts = None
         self.sent, self.received = rows_of(sent), rows_of(received)
-        self._expected.note(self.sent, self.received)
+        self.own_pairs = pairs = sent[self._traffic.rank][1]
+        self.guest_pairs = sum(pairs for _, pairs in received) - pairs
         self._send_rest(x_TH, weights_TK)
-        self.own_pairs = sent[self._expected.rank][1]
-        self.guest_pairs = sum(pairs for _, pairs in received) - self.own_pairs
-        if self.h_own is None:
-            rows_NH = None if self._rows_SH is None else self._rows_SH[: self.own_pairs]
-            self.h_own = _up_beside(how, x_TH, stack, self.draft.own.assignment(self.own_pairs), rows_NH)
-        self._rows_SH = None
+        self._traffic.note(pairs, self.sent, self.received)
+        if self._h_own is None or self._h_own.shape[0] < pairs:
+            early = self._rows_NH is not None and self._rows_NH.shape[0] >= pairs
+            rows_NH = self._rows_NH[:pairs] if early else None
+            self._h_own = _up_beside(how, x_TH, stack, self.draft.own.assignment(pairs), rows_NH)
+        self._rows_NH = None
 
     def _send_rest(self, x_TH: Tensor, weights_TK: Tensor) -> None:
         """What has not left ahead; both ranks find alike whether that is anything, either way."""
@@ -167,19 +175,19 @@ class Visit:
         assert self.draft is not None
         rest = [[max(0, rows - ahead) for rows in counts] for counts in (self.sent, self.received)]
         with self.aside.queue():
-            if rows_SB is None:
+            if rows_SB is None or rows_SB.shape[0] < leaving:
                 rows_SB = self.packing.spread((x_TH, weights_TK, self.draft.index_TK), self.draft.travels, leaving)
             self._coming.append(begin(rows_SB[ahead:leaving], *rest, narrow(self.group)))
 
     def arrived(self) -> tuple[DeduplicatedDraft, Tensor, Tensor]:
         """The plan, own tokens' pre-activations and the packed guests, which are not kept here any longer."""
-        draft, h_own, coming = self.draft, self.h_own, [part.landed() for part in self._coming]
+        draft, h_own, coming = self.draft, self._h_own, [part.landed() for part in self._coming]
         assert draft is not None
         assert h_own is not None
-        self.draft = self.h_own = None
+        self.draft = self._h_own = None
         self._coming = []
         came_GB = coming[0] if len(coming) == 1 else torch.cat(coming)
-        return draft, h_own, came_GB[: sum(self.received)]
+        return draft, h_own[: self.own_pairs], came_GB[: sum(self.received)]
 
     def there(self, x_SH: Tensor) -> Going:
         """Begin to send rows to where guests went."""
@@ -196,7 +204,7 @@ def mix_with_guests(
     x_TH: Tensor,
     index_TK: Tensor,
     weights_TK: Tensor,
-    group: dist.ProcessGroup,
+    traffic: Traffic,
     meanwhile: Callable[[], None] | None = None,
 ) -> Tensor:
     """Every token through its experts, wherever they are: [T,H] in x's dtype.
@@ -204,12 +212,13 @@ def mix_with_guests(
     Args:
         how: the module whose products are used, a :class:`~moe.kernels.stack.PassInParts`.
         index_TK: global expert numbers; rank r of the group holds [r*L, (r+1)*L).
+        traffic: of this layer in its group; all ranks of it make the same calls in the same order.
         meanwhile: what else to do while guests are on their way.
     """
     dtype = x_TH.dtype
     x_TH = x_TH.to(stack.up_L.dtype)
     with torch.no_grad(), torch.autocast(x_TH.device.type, enabled=False):
-        visit = Visit(how, stack, x_TH, index_TK, weights_TK, group)
+        visit = Visit(how, stack, x_TH, index_TK, weights_TK, traffic)
         if meanwhile is not None:
             visit.send(how, stack, x_TH, weights_TK)
     x_TH, weights_TK = _Leave.apply(visit, x_TH, weights_TK)
@@ -271,11 +280,8 @@ class _Mix(torch.autograd.Function):
             returning = visit.back(_down(how, h_guests, x_GH, weights_GK, stack, there))
             if not keep:
                 del h_guests
-            # An early product has rows behind its pairs, which must not be kept.
-            kept_h = h_own.new_empty(visit.own_pairs, h_own.shape[1]) if h_own.shape[0] > visit.own_pairs else None
             with room_for_exchange(x_TH.device):
-                out_TH = _down(how, h_own[: visit.own_pairs], x_TH, weights_TK, stack, here, kept_h if keep else None)
-            h_own = h_own if kept_h is None else kept_h
+                out_TH = _down(how, h_own, x_TH, weights_TK, stack, here)
             out_TH = add_returned(out_TH, returning.landed(), draft.travels.slot_RK)
         if keep:
             kept = (x_TH, x_GH, weights_TK, weights_GK, h_own, h_guests)
@@ -333,8 +339,7 @@ def _down(
     weights_RK: Tensor,
     stack: Stack,
     assignment: Assignment,
-    kept_M2I: Tensor | None = None,
 ) -> Tensor:
     if assignment.pair_N.numel():
-        return how.down(h_M2I, weights_RK, stack, assignment, kept_M2I)  # type: ignore[no-any-return]
+        return how.down(h_M2I, weights_RK, stack, assignment)  # type: ignore[no-any-return]
     return torch.zeros_like(x_RH)

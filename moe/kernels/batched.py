@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe.assignment import Assignment, Sorted
+from moe.assignment import Assignment
 from moe.kernels import activation, probe
 from moe.kernels.combine import combine, sum_pairs
 from moe.kernels.grouped import room_for_exchange
@@ -40,14 +40,12 @@ def up(x_RH: Tensor, stack: Stack, assignment: Assignment, rows_NH: Tensor | Non
     return h_N2I
 
 
-def rows_early(x_RH: Tensor, found: Sorted) -> Tensor | None:
-    return spread(x_RH, found, found.pair_S.numel()) if may_be_early(x_RH) else None
+def queues_early(x_RH: Tensor) -> bool:
+    return may_be_early(x_RH)
 
 
-def down(
-    h_N2I: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment, kept_N2I: Tensor | None = None
-) -> Tensor:
-    a_NI = scaled(h_N2I, weights_RK, stack, assignment, kept_N2I)
+def down(h_N2I: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment) -> Tensor:
+    a_NI = scaled(h_N2I, weights_RK, stack, assignment)
     dtype = h_N2I.dtype
     del h_N2I
     y_NH = _product(a_NI, stack.down_LHI, assignment)
@@ -159,16 +157,12 @@ def finish(
         found.up = weight_gradient(dh_N2I, x_NH, assignment, stack.form.transposed)
 
 
-def scaled(
-    h_N2I: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment, kept_N2I: Tensor | None = None
-) -> Tensor:
-    """:func:`moe.kernels.activation.scaled`, in one kernel where there is one; ``kept`` becomes a copy of h."""
+def scaled(h_N2I: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment) -> Tensor:
+    """:func:`moe.kernels.activation.scaled`, in one kernel where there is one."""
     if probe.fuses_elementwise(h_N2I, stack.form):
         from moe.kernels import elementwise
 
-        return elementwise.scaled(h_N2I, weights_RK, assignment.pair_N, kept_N2I)
-    if kept_N2I is not None:
-        kept_N2I.copy_(h_N2I)
+        return elementwise.scaled(h_N2I, weights_RK, assignment.pair_N)
     return activation.scaled(h_N2I, spread_scores(weights_RK, assignment, h_N2I.dtype), stack.form)
 
 

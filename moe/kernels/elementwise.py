@@ -58,10 +58,10 @@ def _in_rows(x_RH: Tensor) -> Tensor:
 
 @Quick
 @triton.jit
-def _spread(x, wide, slot, ends, keys, out, hidden, choices: tl.constexpr, block: tl.constexpr):
+def _spread(x, wide, slot, ends, keys, out, size, hidden, choices: tl.constexpr, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
-    places = tl.load(ends + keys - 1)
+    places = tl.minimum(tl.load(ends + keys - 1), size)
     value = tl.load(x + row * wide + column, mask=column < hidden)
     for k in range(choices):
         at = tl.load(slot + row * choices + k).to(tl.int64)
@@ -69,7 +69,7 @@ def _spread(x, wide, slot, ends, keys, out, hidden, choices: tl.constexpr, block
 
 
 def spread(x_RH: Tensor, slot_RK: Tensor, ends_L: Tensor, out_NH: Tensor) -> None:
-    """``out[slot[r,k]] = x[r]`` where the slot is below the last of ``ends``: each row is read once.
+    """``out[slot[r,k]] = x[r]`` where the slot is below the last of ``ends`` and in ``out``: each row is read once.
 
     Args:
         x_RH: may be columns of something wider.
@@ -79,8 +79,9 @@ def spread(x_RH: Tensor, slot_RK: Tensor, ends_L: Tensor, out_NH: Tensor) -> Non
     if not rows:
         return
     block = min(2048, power_of_two(hidden))
+    places = (slot_RK.contiguous(), ends_L, ends_L.numel(), out_NH, out_NH.shape[0])
     _spread[(rows, ceil_div(hidden, block))](
-        x_RH, x_RH.stride(0), slot_RK.contiguous(), ends_L, ends_L.numel(), out_NH, hidden, choices, block,
+        x_RH, x_RH.stride(0), *places, hidden, choices, block,
         num_warps=4 if block >= 1024 else 1,
     )  # fmt: skip
 
@@ -88,12 +89,12 @@ def spread(x_RH: Tensor, slot_RK: Tensor, ends_L: Tensor, out_NH: Tensor) -> Non
 @Quick
 @triton.jit
 def _spread_together(
-    x, weight, number, slot, ends, keys, out_x, out_weight, out_number, to_x, to_weight, to_number, hidden, top_k,
+    x, weight, number, slot, ends, keys, out_x, out_weight, out_number, to_x, to_weight, to_number, size, hidden, top_k,
     choices: tl.constexpr, columns: tl.constexpr, block: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
-    places = tl.load(ends + keys - 1)
+    places = tl.minimum(tl.load(ends + keys - 1), size)
     value = tl.load(x + row * hidden + column, mask=column < hidden)
     narrow = tl.arange(0, columns)
     first = (narrow < top_k) & (tl.program_id(1) == 0)
@@ -117,7 +118,7 @@ def spread_together(
     block = min(2048, power_of_two(hidden))
     _spread_together[(count, ceil_div(hidden, block))](
         x_RH, weights_RK, index_RK, slot_RC.contiguous(), ends_W, ends_W.numel(), *out,
-        *(part.stride(0) for part in out), hidden, top_k, choices, power_of_two(top_k), block,
+        *(part.stride(0) for part in out), out[0].shape[0], hidden, top_k, choices, power_of_two(top_k), block,
         num_warps=4 if block >= 1024 else 1,
     )  # fmt: skip
 
@@ -130,25 +131,20 @@ def _scores(weight, wide, which, here, top_k: tl.constexpr):
 
 @Quick
 @triton.jit
-def _scaled(
-    h, weight, wide, which, a, kept, pairs, inner, top_k: tl.constexpr, rows: tl.constexpr, block: tl.constexpr
-):
+def _scaled(h, weight, wide, which, a, pairs, inner, top_k: tl.constexpr, rows: tl.constexpr, block: tl.constexpr):
     pair = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
     column = tl.program_id(1) * block + tl.arange(0, block)
     here = (pair < pairs)[:, None] & (column < inner)[None, :]
     at = pair[:, None] * (2 * inner) + column[None, :]
     gate = tl.load(h + at, mask=here, other=0.0)
     up = tl.load(h + at + inner, mask=here, other=0.0)
-    if kept is not None:
-        tl.store(kept + at, gate, mask=here)
-        tl.store(kept + at + inner, up, mask=here)
     value, _, _ = silu_parts(gate.to(tl.float32), up.to(tl.float32))
     s = _scores(weight, wide, tl.load(which + pair, mask=pair < pairs, other=0), pair < pairs, top_k)
     tl.store(a + pair[:, None] * inner + column[None, :], (value * s[:, None]).to(a.dtype.element_ty), mask=here)
 
 
-def scaled(h_N2I: Tensor, weights_RK: Tensor, pair_N: Tensor, kept_N2I: Tensor | None = None) -> Tensor:
-    """``score * silu(gate) * up`` [N,I]; ``kept`` becomes a copy of h.
+def scaled(h_N2I: Tensor, weights_RK: Tensor, pair_N: Tensor) -> Tensor:
+    """``score * silu(gate) * up`` [N,I].
 
     Args:
         weights_RK: has the score of pair n at ``flatten()[pair[n]]``; may be columns of something wider.
@@ -159,7 +155,7 @@ def scaled(h_N2I: Tensor, weights_RK: Tensor, pair_N: Tensor, kept_N2I: Tensor |
     block = min(512, power_of_two(inner))
     grid = (ceil_div(pairs, _ROWS), ceil_div(inner, block))
     scores = (weights_RK, weights_RK.stride(0), pair_N)
-    _scaled[grid](h_N2I, *scores, a_NI, kept_N2I, pairs, inner, weights_RK.shape[1], _ROWS, block)
+    _scaled[grid](h_N2I, *scores, a_NI, pairs, inner, weights_RK.shape[1], _ROWS, block)
     return a_NI
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe.assignment import Assignment, Sorted
+from moe.assignment import Assignment
 from moe.kernels.activation import scaled, scaled_backward
 from moe.kernels.combine import combine, empty_pairs
 from moe.kernels.parts import Douts, GiveBack, Parts
@@ -95,11 +95,11 @@ def up(x_RH: Tensor, stack: Stack, assignment: Assignment, rows_NH: None = None)
     return h_N2I
 
 
-def rows_early(x_RH: Tensor, found: Sorted) -> None:
-    """Rows are gathered a group at a time."""
+def queues_early(x_RH: Tensor) -> bool:
+    return False  # rows are gathered a group at a time
 
 
-def down(h_N2I: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment, kept_N2I: None = None) -> Tensor:
+def down(h_N2I: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment) -> Tensor:
     score_N = spread_scores(weights_RK, assignment, h_N2I.dtype)
     y_NH = empty_pairs(h_N2I, stack.down_LHI.shape[1], assignment)
     down_L = _experts(stack.down_LHI)

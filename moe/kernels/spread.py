@@ -20,7 +20,8 @@ def spread(x_RH: Tensor, found: Sorted | Assignment, size: int) -> Tensor:
     """The row of each sorted pair, [size,H].
 
     Args:
-        size: how many pairs have a place; if :func:`may_be_early`, also more: the rows behind them are undefined.
+        size: how many pairs have a place; if :func:`may_be_early`, also more: the rows behind them are undefined. Or
+            fewer: of the first of them.
     """
     if runs_triton(x_RH.device):
         from moe.kernels import elementwise

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moe.assignment import Assignment, Sorted
+from moe.assignment import Assignment
 from moe.form import ExpertForm
 from moe.kernels.parts import Douts, GiveBack, Parts
 
@@ -93,21 +93,15 @@ class Pass(Protocol):
 class PassInParts(Pass, Protocol):
     """One that can also run own tokens and others' apart (:mod:`moe.guests`). Forward twice, each with N > 0 only."""
 
-    def rows_early(self, x_RH: Tensor, found: Sorted) -> Tensor | None:
-        """What can be done for ``up`` before the host knows N: the rows of all pairs, if that is worth anything."""
+    def queues_early(self, x_RH: Tensor) -> bool:
+        """Whether anything is won by what can be queued before the host knows N; the same on all ranks."""
 
     def up(self, x_RH: Tensor, stack: Stack, assignment: Assignment, rows_NH: Tensor | None = None) -> Tensor:
-        """Pre-activations [N,2I]. From early rows without a bias also before N is known: [S,2I], undefined behind N."""
+        """Pre-activations [N,2I]. From given rows without a bias also before N is known: of their places, undefined
+        behind N."""
 
-    def down(
-        self,
-        h_N2I: Tensor,
-        weights_RK: Tensor,
-        stack: Stack,
-        assignment: Assignment,
-        kept_N2I: Tensor | None = None,
-    ) -> Tensor:
-        """The layer's output, [R,H]; ``kept`` becomes a copy of h."""
+    def down(self, h_N2I: Tensor, weights_RK: Tensor, stack: Stack, assignment: Assignment) -> Tensor:
+        """The layer's output, [R,H]."""
 
     def backward_parts(self, parts: Parts, douts: Douts, stack: Stack, needs: Needs, give_back: GiveBack) -> Gradients:
         """Of both parts together; x and weights in what is returned are those of own tokens."""

@@ -24,28 +24,26 @@ import moe.experts
 from lora.config import BankConfig
 from lora.experts import ExpertLoRA, ExpertSlice
 from lora.presets import bank_at
-from moe.ahead import expected
 from moe.convert import convert
 from moe.experts import Experts
 from moe.form import PLAIN, ExpertForm
 from moe.kernels import backend, batched
 from moe.layout import Layout
 from moe.overlap import set_exchange
+from moe.traffic import traffic_of
 from tests.moe.stream_order import watched
 from trainer.rendezvous import join
 
 GPT_OSS = ExpertForm(transposed=True, interleaved=True, limit=7.0)
 HIDDEN, INNER = 12, 8  # divisible by 4, for torch's grouped product
 # As on a GPU, where rows are gathered and sent before anybody knows how many there are.
-EARLY = types.SimpleNamespace(
-    **{**vars(batched), "rows_early": lambda x_RH, found: x_RH[found.pair_S // found.slot_RK.shape[1]]}
-)
+EARLY = types.SimpleNamespace(**{**vars(batched), "queues_early": lambda x_RH: True})
 # How tokens travel, and what computes them: by default the experts' loops, also own tokens and others' apart.
 METHODS = {
     "all_to_all": ("all_to_all", {}),
     "deduplicated": ("deduplicated", {}),
     "deduplicated, for a GPU": ("deduplicated", {"passes": lambda site, name: batched}),
-    "deduplicated, ahead": ("deduplicated", {"passes": lambda site, name: EARLY}),
+    "deduplicated, early": ("deduplicated", {"passes": lambda site, name: EARLY}),
     "deduplicated, in phases": ("deduplicated", {"wanted_backend": "grouped_mm"}),
 }
 
@@ -199,32 +197,32 @@ def host_reads(method, group):
     return reads.seen
 
 
-def as_on_a_gpu(group, early, watch, ahead=0):
+def as_on_a_gpu(group, watch, expected=None):
     """A layer inside ``watch``, forward and backward.
 
     Args:
-        early: own tokens are projected before counts are known.
-        ahead: so many rows are sent before, if early.
+        expected: what is queued before counts are known: own pairs, rows that leave, and rows that are sent.
     """
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     case = CASES["eight choices"]
     share = list(problem(case, case.per_rank * ranks, ranks))[rank]
     module = whole(case, case.per_rank * ranks, rank * case.per_rank, case.per_rank)
-    made_for(module, "deduplicated, ahead" if early else "deduplicated, for a GPU", group)
+    made_for(module, "deduplicated, early" if expected else "deduplicated, for a GPU", group)
     x, weights = share[0].clone().requires_grad_(), share[2].clone().requires_grad_()
-    expected(group).rows = ahead
+    traffic = traffic_of(group, module.layer)
+    traffic.pairs, traffic.leaving, traffic.ahead = expected or (0, 0, 0)
     with watch:
         module(x, share[1], weights).backward(share[3])
 
 
-def too_early(group, early, joins=True, ahead=0):
+def too_early(group, expected=None, joins=True):
     """What a layer would read too early on a GPU."""
     with watched(joins) as streams:
-        as_on_a_gpu(group, early, nullcontext(), ahead)
+        as_on_a_gpu(group, nullcontext(), expected)
     return streams.wrong
 
 
-def kept_bytes(group, early):
+def kept_bytes(group, expected=None):
     """What a layer keeps for its backward pass."""
     kept = {}
 
@@ -232,7 +230,7 @@ def kept_bytes(group, early):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    as_on_a_gpu(group, early, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
+    as_on_a_gpu(group, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), expected)
     return sum(kept.values())
 
 
@@ -336,15 +334,15 @@ def report(rank, world, ep, out):
     for method in ("all_to_all", "deduplicated, for a GPU", "deduplicated, in phases"):
         report["reads"][method] = gather(host_reads(method, group))
     if not os.environ.get("TRITON_INTERPRET"):  # whose kernels nobody sees
+        # Too many of all, too few, and none that are sent ahead.
+        early = [(*many, ahead if ep == 2 else 0) for many, ahead in (((104, 26), 26), ((5, 3), 3), ((104, 26), 0))]
         report["too early"] = {
-            "late": gather(too_early(group, early=False)),
-            "early": gather(too_early(group, early=True)),
-            "not joined": gather(too_early(group, early=True, joins=False)),
+            "late": gather(too_early(group)),
+            **{f"early, {expected}": gather(too_early(group, expected)) for expected in early},
+            "not joined": gather(too_early(group, early[0], joins=False)),
         }
-        if ep == 2:
-            report["too early"]["ahead"] = gather(too_early(group, early=True, ahead=20))
-            report["too early"]["some ahead"] = gather(too_early(group, early=True, ahead=3))
-        report["kept"] = [gather(kept_bytes(group, early)) for early in (False, True)]
+        late, last = kept_bytes(group), traffic_of(group, 0)
+        report["kept"] = gather((late, kept_bytes(group, (last.pairs, last.leaving, last.ahead))))
     moe.experts.passes = backend.passes
     for family in () if os.environ.get("TRITON_INTERPRET") else FAMILIES:
         report["families"][family] = agreed(gather(overlapped(family, group)))

@@ -76,9 +76,8 @@ def test_elementwise_kernels_equal_torch(inner):
     h, da = torch.randn(7, 2 * inner, generator=draw), torch.randn(7, inner, generator=draw)
     weights, pair = torch.rand(4, 5, generator=draw)[:, 1:4], torch.randperm(12, generator=draw)[:7]
     h, da, weights, pair = h.to(DEVICE), da.to(DEVICE), weights.to(DEVICE), pair.to(DEVICE)
-    score, kept = weights.flatten()[pair], torch.empty_like(h)
-    torch.testing.assert_close(elementwise.scaled(h, weights, pair, kept), activation.scaled(h, score, PLAIN))
-    assert torch.equal(kept, h)
+    score = weights.flatten()[pair]
+    torch.testing.assert_close(elementwise.scaled(h, weights, pair), activation.scaled(h, score, PLAIN))
     dh, want_dh = h.clone(), torch.empty_like(h)
     want_a, want_ds = activation.scaled_backward(da.clone(), h, score, PLAIN, want_dh)
     ds = torch.empty_like(score)
@@ -155,6 +154,9 @@ def test_rows_are_spread_to_their_places_and_sums_begin_with_their_base():
     out = torch.zeros(6, 37, device=DEVICE)
     elementwise.spread(x.to(DEVICE), slot.to(DEVICE), ends.to(DEVICE), out)
     assert torch.equal(out.cpu(), torch.cat([x[[0, 2, 1, 1]], torch.zeros(2, 37)]))
+    fewer = torch.zeros(6, 37, device=DEVICE)
+    elementwise.spread(x.to(DEVICE), slot.to(DEVICE), ends.to(DEVICE), fewer[:2])
+    assert torch.equal(fewer.cpu(), torch.cat([out.cpu()[:2], torch.zeros(4, 37)]))
     got = elementwise.gather_sum(out[:5], slot.to(DEVICE), 5, base.to(DEVICE))
     torch.testing.assert_close(got.cpu(), base + out.cpu()[slot].sum(1))
 
@@ -200,7 +202,9 @@ def test_repeated_launches_see_their_own_sizes_and_addresses():
         assert torch.equal(gather_sum(y, slot, 4), y[slot].sum(1))
 
 
-def test_packed_rows_are_those_of_torch(monkeypatch):
+@pytest.mark.parametrize("places", [None, 4, 30])
+def test_packed_rows_are_those_of_torch(places, monkeypatch):
+    """Of all that travel, or of as many as there are places."""
     from moe import guests
     from moe.assignment import sort_pairs
 
@@ -208,11 +212,12 @@ def test_packed_rows_are_those_of_torch(monkeypatch):
     rows = torch.randn(9, 21, generator=draw), torch.rand(9, 3, generator=draw), torch.randint(0, 8, (9, 3))
     travels = sort_pairs(torch.randint(0, 4, (9, 2), generator=draw), 2)  # 2 and 3 do not travel
     packing, size = guests.Packing((21, 3, 3), (torch.float32, torch.float32, torch.int16)), int(travels.ends_L[-1])
-    got = packing.spread(tuple(part.to(DEVICE) for part in rows), type(travels)(*(t.to(DEVICE) for t in travels)), size)
+    on_device = tuple(part.to(DEVICE) for part in rows), type(travels)(*(t.to(DEVICE) for t in travels))
+    got, size = packing.spread(*on_device, size if places is None else places), min(size, places or size)
     monkeypatch.setattr(guests, "may_be_early", lambda x: False)
     monkeypatch.setattr("moe.kernels.spread.runs_triton", lambda device: False)
     want = packing.spread(rows, travels, size)
-    for part, other in zip(packing.views(got.cpu()), packing.views(want), strict=True):
+    for part, other in zip(packing.views(got[:size].cpu()), packing.views(want), strict=True):
         assert torch.equal(part, other)
 
 

@@ -11,7 +11,7 @@ from moe.kernels import elementwise, sorting
 
 POINTERS = {
     "x": "*bf16", "y": "*bf16", "out": "*bf16", "h": "*bf16", "a": "*bf16", "da": "*bf16", "dh": "*bf16",
-    "kept": "*bf16", "base": "*bf16", "out_x": "*bf16", "weight": "*bf16", "out_weight": "*bf16", "number": "*i64",
+    "base": "*bf16", "out_x": "*bf16", "weight": "*bf16", "out_weight": "*bf16", "number": "*i64",
     "out_number": "*i16", "ds": "*fp32", "slot": "*i64", "pair": "*i64", "which": "*i64", "slot_out": "*i64",
     "pair_out": "*i64", "counts_out": "*i64", "ends_out": "*i32", "others": "*i32",
     "slot_there": "*i64", "pair_there": "*i64", "totals": "*i64", "counts": "*i32", "before": "*i32", "ends": "*i32",
@@ -26,7 +26,7 @@ KERNELS = [
     (elementwise._spread_together, ROWS | {"columns": 8}, {}),
     (elementwise._spread_together, ROWS | {"columns": 8}, {"weight": "*fp32", "out_weight": "*fp32"}),
     (elementwise._scaled, {"top_k": 8, "rows": 4, "block": 512}, {}),
-    (elementwise._scaled, {"top_k": 8, "rows": 4, "block": 512, "kept": None}, {"weight": "*fp32"}),
+    (elementwise._scaled, {"top_k": 8, "rows": 4, "block": 512}, {"weight": "*fp32"}),
     (elementwise._scaled_backward, {"top_k": 8, "rows": 4, "block": 256}, {}),
     (elementwise._scaled_backward, {"top_k": 8, "rows": 4, "block": 256, "slot": None}, {"weight": "*fp32"}),
     (sorting._count, SORT, {"index": "*i16"}),
