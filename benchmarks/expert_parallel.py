@@ -91,7 +91,8 @@ class Bench:
     def __init__(self, config: Config, process: Process, skew: float) -> None:
         self.config, self.process = config, process
         self.experts = {
-            arm.name: [self._experts(arm) for _ in range(config.layers if arm.in_a_row else 1)] for arm in ARMS
+            arm.name: [self._experts(arm, layer) for layer in range(config.layers if arm.in_a_row else 1)]
+            for arm in ARMS
         }
         generator = torch.Generator().manual_seed(100 + process.rank)
         shape = (config.tokens, config.hidden)
@@ -103,7 +104,7 @@ class Bench:
         others = [routing(config, skew, generator).to(process.device) for _ in range(config.layers - 1)]
         self.index_of_layers = [self.index_TK, *others]
 
-    def _experts(self, arm: Arm) -> Experts:
+    def _experts(self, arm: Arm, layer: int) -> Experts:
         config, process = self.config, self.process
         local = config.experts if arm.dispatch is None else config.experts // process.world
         generator = torch.Generator(process.device).manual_seed(process.rank)
@@ -115,7 +116,7 @@ class Bench:
         experts = Experts(
             draw(local, 2 * config.inner, config.hidden),
             draw(local, config.hidden, config.inner),
-            layer=0,
+            layer=layer,
             num_experts=config.experts,
         )
         experts.ep_group = dist.group.WORLD
