@@ -71,12 +71,12 @@ class Headcount:
             gathered = sent_W2.new_empty(ranks * ranks, 2)
             self._work = _all_gather(gathered, sent_W2, group=group, async_op=True)
             self._counts_WW2 = gathered.view(ranks, ranks, 2)
-            self._copied: torch.cuda.Event | None = None
+            self._copied: torch.Event | None = None
             if gathered.is_cuda:
                 self._work.wait()  # the stream, not the host
                 self._counts_WW2 = _pinned(self._counts_WW2.shape, gathered.dtype)
                 self._counts_WW2.copy_(gathered.view(ranks, ranks, 2), non_blocking=True)
-                self._copied = torch.cuda.current_stream().record_event()
+                self._copied = aside.event()
 
     def read(self) -> tuple[Counts, Counts]:
         """What is sent and received. The one wait of a layer's forward pass: for counts, and nothing queued later."""

@@ -38,7 +38,7 @@ from moe.exchange import Going, Headcount, begin, narrow
 from moe.form import ExpertForm
 from moe.kernels.combine import add_returned
 from moe.kernels.grouped import room_for_exchange
-from moe.kernels.minimal import refuse_second_derivative
+from moe.kernels.minimal import refuse_second_derivative, without_autocast
 from moe.kernels.parts import Parts
 from moe.kernels.spread import may_be_early, spread
 from moe.kernels.stack import Needs, Stack
@@ -217,7 +217,7 @@ def mix_with_guests(
     """
     dtype = x_TH.dtype
     x_TH = x_TH.to(stack.up_L.dtype)
-    with torch.no_grad(), torch.autocast(x_TH.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(x_TH.device.type):
         visit = Visit(how, stack, x_TH, index_TK, weights_TK, traffic)
         if meanwhile is not None:
             visit.send(how, stack, x_TH, weights_TK)
@@ -268,7 +268,7 @@ class _Mix(torch.autograd.Function):
         assert up_L is not None
         assert down_L is not None
         stack = Stack(up_L, down_L, *biases, form)
-        with torch.autocast(x_TH.device.type, enabled=False):
+        with without_autocast(x_TH.device.type):
             visit.send(how, stack, x_TH, weights_TK)
             with visit.aside.queue():
                 draft, h_own, came_GB = visit.arrived()
@@ -302,7 +302,7 @@ class _Mix(torch.autograd.Function):
             back_weights = None if d_weights_GK is None else visit.back(d_weights_GK)
             visit.returning = (None if dx_GH is None else visit.back(dx_GH), back_weights)
 
-        with torch.autocast(x_TH.device.type, enabled=False):
+        with without_autocast(x_TH.device.type):
             if visit.own_pairs + visit.guest_pairs:
                 here, there = Sorted(*own).assignment(visit.own_pairs), Sorted(*guests).assignment(visit.guest_pairs)
                 pairs, weights = (here.pair_N, there.pair_N), (weights_TK, weights_GK)

@@ -53,14 +53,24 @@ class Quick:
     def _launch(self, grid: tuple[int, ...], *args: Any, **options: int) -> None:
         device = args[0].device.index
         key = (device, *options.items(), *map(kind, args, self._constant or ()))
-        found = self._compiled.get(key)
-        if found is None:
+        again = self._compiled.get(key)
+        if again is None:
             with torch.cuda.device(device):
-                self._compiled[key] = self.kernel[grid](*args, **options)
+                self._compiled[key] = _launcher(self.kernel[grid](*args, **options))
             return
         first, second, third = (*grid, 1, 1)[:3]
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        found.run(first, second, third, stream, found.function, found.packed_metadata, None, None, None, *args)
+        again(first, second, third, torch._C._cuda_getCurrentRawStream(device), *args)
+
+
+def _launcher(compiled: Any) -> Callable[..., None]:
+    """Launches it on a grid of three and a stream, without hooks; in C if it needs no memory besides its arguments."""
+    run, function, described = compiled.run, compiled.function, (compiled.packed_metadata, None, None, None)
+    if run.global_scratch_size or run.profile_scratch_size:
+        return lambda first, second, third, stream, *args: run(
+            first, second, third, stream, function, *described, *args
+        )
+    ways = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, *described)
+    return lambda first, second, third, stream, *args: run.launch(first, second, third, stream, *ways, *args)
 
 
 def kind(value: Any, constant: bool) -> Hashable:

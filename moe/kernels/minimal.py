@@ -10,6 +10,7 @@ Shapes: R rows, K choices per row, L local experts, N sorted pairs, H hidden, I 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -56,7 +57,7 @@ class _Mix(torch.autograd.Function):
         assert down_L is not None
         assignment = Assignment(pair_N, slot_RK, counts_L, complete, ends_L)
         stack = Stack(up_L, down_L, up_bias, down_bias, form)
-        with torch.autocast(x_RH.device.type, enabled=False):
+        with without_autocast(x_RH.device.type):
             if pair_N.numel():
                 out_RH, h_N2I = how.forward(x_RH, weights_RK, stack, assignment, keep)
             else:
@@ -71,7 +72,7 @@ class _Mix(torch.autograd.Function):
         refuse_second_derivative()
         x_RH, weights_RK, h_N2I, pair_N, slot_RK, counts_L, ends_L, *stacked = ctx.saved_tensors
         needs = Needs(*ctx.needs_input_grad[8:])
-        with torch.autocast(x_RH.device.type, enabled=False):
+        with without_autocast(x_RH.device.type):
             if pair_N.numel():
                 assignment = Assignment(pair_N, slot_RK, counts_L, ctx.complete, ends_L)
                 found = ctx.how.backward(
@@ -82,6 +83,12 @@ class _Mix(torch.autograd.Function):
                 found = needs.zeros(x_RH, weights_RK, stacked)
         gradients = (found.x, found.weights, found.up, found.down, found.up_bias, found.down_bias)
         return (*(None,) * 8, *gradients)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Nothing where it is off: to enter it takes the host as long as a launch."""
+    on = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else nullcontext()
 
 
 def refuse_second_derivative() -> None:

@@ -4,6 +4,7 @@ Run by test_triton.py in a process of its own: whether kernels are interpreted i
 """
 
 import dataclasses
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -161,13 +162,29 @@ def test_rows_are_spread_to_their_places_and_sums_begin_with_their_base():
     torch.testing.assert_close(got.cpu(), base + out.cpu()[slot].sum(1))
 
 
-def test_a_launch_is_repeated_only_for_what_it_was_compiled_for(monkeypatch):
+@pytest.mark.parametrize(
+    ("scratch", "how"),
+    [(0, ("in C", 5, 1, 1, 7, "f", False, True, None, None, "m", None, None, None)),
+     (128, ("again", 5, 1, 1, 7, "f", "m", None, None, None))],
+)  # fmt: skip
+def test_a_launch_is_repeated_only_for_what_it_was_compiled_for(scratch, how, monkeypatch):
     from triton import knobs
 
     from moe.kernels import launching
 
     done, stream = [], 7
-    compiled = SimpleNamespace(run=lambda *args: done.append(("again", *args)), function="f", packed_metadata="m")
+
+    class Run:  # as Triton's CudaLauncher
+        global_scratch_size, profile_scratch_size = scratch, 0
+        launch_cooperative_grid, launch_pdl = False, True
+
+        def launch(self, *args):
+            done.append(("in C", *args))
+
+        def __call__(self, *args):
+            done.append(("again", *args))
+
+    compiled = SimpleNamespace(run=Run(), function="f", packed_metadata="m")
 
     class Kernel:
         params = tuple(SimpleNamespace(is_constexpr=constant) for constant in (False, False, True))
@@ -176,6 +193,7 @@ def test_a_launch_is_repeated_only_for_what_it_was_compiled_for(monkeypatch):
             return lambda *args, **options: done.append("first") or compiled
 
     monkeypatch.setattr(launching, "is_quick", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: stream, raising=False)
     quick, x = launching.Quick(Kernel()), torch.zeros(64)
     arguments = [(x, 1, 8), (x, 16, 8), (x, 2, 8), (x, 1 << 40, 8), (x[1:], 1, 8), (x.long(), 1, 8), (x, 1, 4)]
@@ -185,8 +203,8 @@ def test_a_launch_is_repeated_only_for_what_it_was_compiled_for(monkeypatch):
     assert done == ["first"] * 8
     done.clear()
     quick[(5,)](x[32:], 48, 8)  # as the second
-    assert done == [("again", 5, 1, 1, stream, "f", "m", None, None, None, *done[0][10:])]
-    assert done[0][11:] == (48, 8)
+    assert done == [(*how, *done[0][len(how) :])]
+    assert done[0][len(how) + 1 :] == (48, 8)
     monkeypatch.setattr(knobs.runtime.launch_enter_hook, "calls", [print])
     quick[(5,)](x, 48, 8)
     assert done[1:] == ["first"]
