@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 
-import checkpointing.restore
-import trainer.snapshots
 from benchmarks.arms import Arm, Dcp, DeepSpeed, Planaria
+from benchmarks.recovery_clock import watched
 from benchmarks.workload import Job
-from checkpointing.keeper.client import KeeperClient
-from checkpointing.pinning import Pinning
-from checkpointing.recover import Recovery
 from checkpointing.state.buffers import StateBuffer
 from checkpointing.state.zero import zero_buffers
 from trainer.events import read_events
@@ -155,43 +147,16 @@ def slowest(seconds: Figures) -> Figures:
     return {name: max(one[name] for one in everyone) for name in seconds}
 
 
-@contextmanager
-def watched() -> Iterator[dict[str, float]]:
-    """Seconds that this thread spends in the parts of a recovery, by their names."""
-    places = {
-        "verify_s": (KeeperClient, "inventory"),
-        "apply_s": (Recovery, "apply"),
-        "pin_s": (Pinning, "pin"),
-        "redo_s": (checkpointing.restore, "redo_steps"),
-        "weights_s": (trainer.snapshots, "after_restore"),
-    }
-    seconds = dict.fromkeys(places, 0.0)
-    thread = threading.get_ident()
-
-    def clocked(name: str, function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                if threading.get_ident() == thread:
-                    seconds[name] += time.perf_counter() - started
-
-        return call
-
-    with ExitStack() as stack:
-        for name, (owner, attribute) in places.items():
-            stack.enter_context(patch.object(owner, attribute, clocked(name, getattr(owner, attribute))))
-        yield seconds
-
-
 def run_recoveries(job: Job, arm: Planaria) -> list[Figures]:
     """Train an unbroken run of steps, then lose the state and recover it from the keeper's memory, several times.
 
     Each figure is the slowest rank's. ``attach_s`` maps the memory and ``verify_s`` waits for the keeper's proof; both
-    overlap with a restarted worker's imports in a real restart. ``apply_s`` is the rest: register (``pin_s``), verify
-    again, copy, redo (``redo_s``, which holds the copying of logs and of later bases). ``copy_s`` is what copying as
-    many bytes (``nbytes``) takes from slots that are registered already, and nothing else.
+    overlap with a restarted worker's imports in a real restart. ``restore_s`` is the time from the beginning of the
+    first of that wait, verifying again (``check_s``), registering (``pin_s``), copying and redo (``redo_s``, which
+    holds the copying of logs and of later bases) to the end of the last; :mod:`benchmarks.recovery_clock`. They
+    overlap. ``apply_s`` is its end, once the plan is known. Afterwards weights are made from the masters, and further
+    slots are registered beside the first step; ``total_s`` waits until the device answers. ``copy_s`` is what copying
+    as many bytes (``nbytes``) takes from slots that are registered already, and nothing else.
 
     Raises BenchmarkError if what was recovered is not, bit for bit, what was lost.
     """
@@ -211,7 +176,7 @@ def run_recoveries(job: Job, arm: Planaria) -> list[Figures]:
         started = time.perf_counter()
         arm.come_back()
         attached = time.perf_counter()
-        with watched() as parts:
+        with watched() as clock:
             plan = arm.snapshots.recover(arm.progress)
             _wait_for_device()
         ended = time.perf_counter()
@@ -221,7 +186,7 @@ def run_recoveries(job: Job, arm: Planaria) -> list[Figures]:
         redone = len(read_events(arm.snapshots.run_dir)[-1].get("redone", []))
         log = protection.log.nbytes if protection.log is not None else 0
         nbytes = sum(f.nbytes for f in protection.fragments) + redone * log
-        times = {"total_s": ended - started, "attach_s": attached - started, **parts}
+        times = {"total_s": ended - started, "attach_s": attached - started, **clock.seconds()}
         found.append(
             slowest(times | {"copy_s": _copy_from_slots(arm, nbytes)})
             | {"redone": redone, "nbytes": nbytes, "exact": True}

@@ -164,7 +164,8 @@ def tables(result: Mapping[str, Any]) -> str:
     ]
     lines += [
         "",
-        "recovery          total s    x wal  attach  verify   apply   (pin)  (redo)  copy alone  x floor  exact",
+        "recovery          total s    x wal  attach  restore  (proof)  (check)   (pin)  (apply)  (redo)  copy alone  "
+        "x floor  exact",
     ]
     lines += [_recovery_line(arm, row) for arm, row in summary["recoveries"].items()]
     lines += ["", "limits in GB/s"]
@@ -192,10 +193,8 @@ def _times(row: Mapping[str, Any], name: str) -> str:
 
 
 def _recovery_line(arm: str, row: Mapping[str, Any]) -> str:
-    parts = "  ".join(
-        f"{row[name]:6.3f}" if name in row else "     -"
-        for name in ("attach_s", "verify_s", "apply_s", "pin_s", "redo_s")
-    )
+    widths = {"attach_s": 6, "restore_s": 7, "verify_s": 7, "check_s": 7, "pin_s": 6, "apply_s": 7, "redo_s": 6}
+    parts = "  ".join(f"{row[name]:{width}.3f}" if name in row else f"{'-':>{width}}" for name, width in widths.items())
     alone = (
         f"{row['copy_s']:10.3f}  {row['copy_over_floor']:7.2f}" if "copy_over_floor" in row else f"{'-':>10}  {'-':>7}"
     )

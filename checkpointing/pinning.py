@@ -1,7 +1,7 @@
 """Pinning an arena's slots for a GPU's copy engines, each as a whole and once.
 
-Registering costs about 0.06 s per GiB (docs/measurements.md), all in the kernel, so a recovery pins what it reads first
-and the rest later, beside the first step.
+Registering costs about 0.04 s per GiB of mapped pages (docs/measurements.md), all in the kernel, and more if they are
+not mapped. So a recovery pins what it reads first, and the rest later, beside the first step.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import threading
 
 import torch
 
+from checkpointing.keeper.memory import map_pages
 from checkpointing.keeper.protocol import KeeperError
 from checkpointing.slots import Arena
 
@@ -28,6 +29,11 @@ class Pinning:
         self._lock = threading.Lock()
         self._closed = False
         self._rest: threading.Thread | None = None
+
+    @property
+    def needed(self) -> bool:
+        """Whether anything is pinned at all: there is a device."""
+        return self._device is not None
 
     def pin(self, slot: int) -> None:
         """Register a slot unless it is."""
@@ -49,8 +55,12 @@ class Pinning:
             self._rest.start()
 
     def _pin_all(self) -> None:
-        for slot in range(len(self._arena.places)):
-            self.pin(slot)
+        for slot, place in enumerate(self._arena.places):
+            if self._closed:
+                return
+            if slot not in self._pinned:
+                map_pages(self._base + place.offset, place.nbytes)  # keeps the driver, and others in it, for less long
+                self.pin(slot)
 
     def close(self) -> None:
         """Unregister everything: before the memory is unmapped."""

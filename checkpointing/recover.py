@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+from checkpointing.intake import Intake, likely_slots
 from checkpointing.keeper.client import KeeperClient
 from checkpointing.keeper.events import append_event
 from checkpointing.records import RecordInfo
@@ -24,7 +25,10 @@ _NEWEST = 4  # steps in memory that are reported: older ones are hardly ever cho
 
 
 class Recovery:
-    """What one rank can restore.
+    """What one rank can restore. A context manager: at its end nothing goes on in the background.
+
+    Where slots are pinned, those that restoring the newest step here would read are verified and pinned from the
+    beginning, while the keeper proves what it holds and the ranks agree.
 
     Args:
         client: None only if the run has no keeper; needed without a memory tier, too, since it may be writing to disk.
@@ -57,6 +61,28 @@ class Recovery:
         self._report: dict[str, list[int]] = {}
         self.tier = "fresh"
         self.problems: list[str] = []
+        self._intake: Intake | None = None
+        if client is not None and memory and target.pinning is not None and target.pinning.needed:
+            slots = likely_slots(client.arena, client.rules)
+            self._begin().want([(self._coordinate, slot) for slot in slots], {self._coordinate: client.arena})
+
+    def __enter__(self) -> Recovery:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End what goes on in the background; what is pinned stays so."""
+        if self._intake is not None:
+            self._intake.close()
+            self._intake = None
+
+    def _begin(self) -> Intake:
+        if self._intake is None:
+            pinning = self._target.pinning
+            self._intake = Intake(self._coordinate, pinning.pin if pinning is not None else lambda slot: None)
+        return self._intake
 
     @cached_property
     def _memory(self) -> list[RecordInfo]:
@@ -129,6 +155,7 @@ class Recovery:
         if not self._report:
             self.report()
         extras = self._restore(plan) if plan.tier != "fresh" else {}
+        self.close()
         if self._client is not None:
             self._client.discard(plan.step, from_memory=self.tier == "memory")
         return extras
@@ -178,8 +205,9 @@ class Recovery:
                 holds = any(e.range.key in needed for e in record.entries)
                 if record.source not in opened and (holds or record.source == self._coordinate):
                     opened[record.source] = self._client.arena_of(record.source)
-            return restore_from_memory(self._target, records, opened, step)
+            return restore_from_memory(self._target, records, opened, step, self._begin())
         finally:
+            self.close()
             for source, arena in opened.items():
                 if source != self._coordinate:
                     arena.close()

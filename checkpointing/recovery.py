@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from checkpointing.records import DTYPE_BYTES, Entry, Kind, RecordInfo
 from checkpointing.schedule import WHOLE, Rules
-from checkpointing.units import Key, Range, by_key, expert_of, overlaps, uncovered
+from checkpointing.units import Key, Range, expert_of, overlaps, uncovered
 from moe.refs import ExpertRef
 
 TIERS = ("memory", "disk")
@@ -135,22 +136,26 @@ def restoration_of(
     records = [record for record in records if record.step <= step]
     if not any(r.kind is Kind.EXTRAS and r.source == coordinate and r.step == step for r in records):
         return f"the extras of {coordinate} are absent"
-    remaining, bases = list(wanted), []
+    remaining: dict[Key, list[Range]] = {}
+    for need in wanted:
+        if need.size:
+            remaining.setdefault(need.key, []).append(need)
+    bases = []
     for at in sorted({r.step for r in records if r.kind is Kind.BASE}, reverse=True):
-        keys = {r.key for r in remaining}
         held = [(e.range, r) for r in records if r.kind is Kind.BASE and r.step == at
-                for e in r.entries if e.range.key in keys]  # fmt: skip
+                for e in r.entries if e.range.key in remaining]  # fmt: skip
         twice = overlaps([piece for piece, _ in held])
         if twice:
             return f"{twice[0]} is held twice in step {at}"
         pieces = _meeting(remaining, held)
         if pieces:
             bases.append((at, tuple(pieces)))
-            remaining = uncovered(remaining, [piece for piece, _ in pieces])
+            _take_out(remaining, [piece for piece, _ in pieces])
         if not remaining:
             break
     if remaining:
-        return f"{remaining[0]} is absent ({len(remaining)} ranges in all)"
+        absent = uncovered(itertools.chain(*remaining.values()), [])
+        return f"{absent[0]} is absent ({len(absent)} ranges in all)"
     bases.reverse()
     oldest = bases[0][0] if bases else step
     if rules.lossy:
@@ -160,16 +165,28 @@ def restoration_of(
     return logs if isinstance(logs, str) else Restoration(step, tuple(bases), logs)
 
 
-def _meeting(remaining: Sequence[Range], held: Iterable[tuple[Range, RecordInfo]]) -> list[tuple[Range, RecordInfo]]:
+def _meeting(
+    remaining: Mapping[Key, Sequence[Range]], held: Iterable[tuple[Range, RecordInfo]]
+) -> list[tuple[Range, RecordInfo]]:
     """The parts of what is held that are still wanted."""
-    intervals = by_key(remaining)
     pieces = []
     for piece, record in held:
-        for lo, hi in intervals.get(piece.key, ()):
-            first, last = max(lo, piece.lo), min(hi, piece.hi)
+        for need in remaining[piece.key]:
+            first, last = max(need.lo, piece.lo), min(need.hi, piece.hi)
             if first < last:
                 pieces.append((Range(piece.unit, piece.kind, first, last), record))
     return pieces
+
+
+def _take_out(remaining: dict[Key, list[Range]], pieces: Iterable[Range]) -> None:
+    """Only what the pieces are of is looked at: a state has thousands of tensors, and a base a few of them."""
+    of: dict[Key, list[Range]] = {}
+    for piece in pieces:
+        of.setdefault(piece.key, []).append(piece)
+    for key, found in of.items():
+        left = uncovered(remaining.pop(key), found)
+        if left:
+            remaining[key] = left
 
 
 def _logs(

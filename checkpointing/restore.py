@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from checkpointing.capture import bytes_of
-from checkpointing.records import Entry, Kind, RecordError, RecordInfo, payload_of, verify
+from checkpointing.intake import Intake
+from checkpointing.pinning import Pinning
+from checkpointing.records import Entry, Kind, RecordInfo
 from checkpointing.recovery import GRADIENT, RecoveryError, Restoration, Transfer, restoration_of, restoring_moves
 from checkpointing.redo import LoggedStep, Redo, redo_steps
 from checkpointing.schedule import WHOLE, Rules
@@ -33,7 +33,7 @@ class Target:
     Attributes:
         redo: steps the buffers' optimizer; None if no window of a log may be restored.
         rules: how the records in memory belong together.
-        pin: called with a slot of the coordinate's own arena before it is read.
+        pinning: of the coordinate's own arena, whose slots are pinned before they are read.
         halfway: a drill's failpoint, called with the step when half of the pieces of state are in place.
     """
 
@@ -41,53 +41,35 @@ class Target:
     coordinate: str
     redo: Redo | None = None
     rules: Rules = WHOLE
-    pin: Callable[[int], None] = lambda slot: None
+    pinning: Pinning | None = None
     halfway: Callable[[int], None] = lambda step: None
     applied: list[int] = field(default_factory=list)  # steps that were re-applied
     bases: list[tuple[int, Range]] = field(default_factory=list)  # what was restored from the base of which step
 
 
 def restore_from_memory(
-    target: Target, records: Iterable[RecordInfo], arenas: Mapping[str, Arena], step: int
+    target: Target, records: Iterable[RecordInfo], arenas: Mapping[str, Arena], step: int, intake: Intake
 ) -> dict[str, bytes]:
     """Bring the buffers to ``step`` from sealed records and return the coordinate's extras.
 
-    Every record is verified against its checksum before it is read, a few ahead of the copying. Raises RecoveryError;
-    the buffers may then hold some of the state.
+    Every record is verified against its checksum before it is read, by the ``intake`` and ahead of the copying. Raises
+    RecoveryError; the buffers may then hold some of the state.
     """
     by_place = {(r.source, r.slot): r for r in records}
     restoration = _restoration(target, by_place.values(), step, target.rules)
     extras = _extras_of(target.coordinate, by_place.values(), step)
-    places = [(target.coordinate, extras.slot), *restoration.places()]
-    hashers = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
-    with hashers, ThreadPoolExecutor(1) as verifier:
-        verified = {
-            place: verifier.submit(_verified, arenas[place[0]].slots[place[1]], place, hashers) for place in places
-        }
+    intake.want([(target.coordinate, extras.slot), *restoration.places()], arenas)
 
-        def read(source: str, slot: int, offset: int, into: Tensor) -> None:
-            payload = verified[source, slot].result()
-            if source == target.coordinate:
-                target.pin(slot)
-            kept = torch.frombuffer(payload, dtype=torch.uint8, count=into.numel(), offset=offset)
-            into.copy_(kept, non_blocking=into.is_cuda)
+    def read(source: str, slot: int, offset: int, into: Tensor) -> None:
+        payload = intake.payload(by_place[source, slot])
+        kept = torch.frombuffer(payload, dtype=torch.uint8, count=into.numel(), offset=offset)
+        into.copy_(kept, non_blocking=into.is_cuda)
 
-        try:
-            _fill(target, restoration, read)
-        except BaseException:
-            verifier.shutdown(cancel_futures=True)
-            raise
-        payload = verified[target.coordinate, extras.slot].result()
+    _fill(target, restoration, read)
+    payload = intake.payload(extras)
     if any(b.tensor.is_cuda for b in target.buffers):
         torch.cuda.synchronize()
     return {e.range.unit: bytes(payload[e.offset : e.offset + e.nbytes]) for e in extras.entries}
-
-
-def _verified(view: memoryview, place: tuple[str, int], hashers: ThreadPoolExecutor) -> memoryview:
-    try:
-        return payload_of(view, verify(view, hashers))
-    except RecordError as error:
-        raise RecoveryError(f"{place[0]}, slot {place[1]}: {error}") from error
 
 
 def restore_from_disk(target: Target, checkpoint: Checkpoint) -> dict[str, bytes]:

@@ -90,28 +90,14 @@ class Snapshots:
     def recover(self, progress: Progress) -> RecoveryPlan:
         """Agree with all ranks on the newest complete step, restore it, and bring ``progress`` to it. A collective."""
         self.events.write("recover_begin")
-        enabled = self.recipe.checkpoint.memory.enabled
-        redo = Redo(self.zero_optimizer.optimizer)
-        pin = self.capturer.pinning.pin if self.capturer is not None else lambda slot: None
+        redo, pinning = Redo(self.zero_optimizer.optimizer), self.capturer.pinning if self.capturer else None
         halfway = functools.partial(self.failpoints.reached, "recovery")
-        target = Target(self.buffers, self.process.coordinate, redo, pin=pin, halfway=halfway)
-        place = checkpoints_of(self.recipe, self.run_dir)
-        recovery = Recovery(self.client, self.run_dir, target, enabled, self.origin.recipe, place)
-        in_memory = self._gather(recovery.report_memory())
-        # A slow disk is asked only when memory does not do.
-        if memory_suffices(in_memory):
-            reports = [{"memory": steps} for steps, _ in in_memory]
-        else:
-            reports = self._gather(recovery.report())
-        for problem in recovery.problems:
-            print(f"recovery of {self.process.coordinate}: {problem}", flush=True)
-        plan = plan_recovery(reports)
-        check_readable(plan, self._gather(recovery.unreadable))
-        if self.process.rank == 0:
-            print(f"recovery: {plan.reason}", flush=True)
-            self.events.write("recovery_plan", step=plan.step, tier=plan.tier, reason=plan.reason)
-        ages = self._report_ages(recovery, plan) if self.partial is not None else {}
-        extras = recovery.apply(plan)
+        target = Target(self.buffers, self.process.coordinate, redo, pinning=pinning, halfway=halfway)
+        memory, place = self.recipe.checkpoint.memory, checkpoints_of(self.recipe, self.run_dir)
+        with Recovery(self.client, self.run_dir, target, memory.enabled, self.origin.recipe, place) as recovery:
+            plan = self._agree(recovery)
+            ages = self._report_ages(recovery, plan) if self.partial is not None else {}
+            extras = recovery.apply(plan)
         if target.applied and self.process.rank == 0:
             print(f"recovery: steps {target.applied[0]} to {target.applied[-1]} redone from the log", flush=True)
         if plan.tier != "fresh":
@@ -134,6 +120,20 @@ class Snapshots:
             self.capturer.pinning.pin_rest()
         self.committed = plan.step
         self.events.write("recovered", step=plan.step, tier=plan.tier, redone=target.applied)
+        return plan
+
+    def _agree(self, recovery: Recovery) -> RecoveryPlan:
+        in_memory = self._gather(recovery.report_memory())
+        reports: list[dict[str, list[int]]] = [{"memory": steps} for steps, _ in in_memory]
+        if not memory_suffices(in_memory):  # only then a disk is asked, which may be slow
+            reports = self._gather(recovery.report())
+        for problem in recovery.problems:
+            print(f"recovery of {self.process.coordinate}: {problem}", flush=True)
+        plan = plan_recovery(reports)
+        check_readable(plan, self._gather(recovery.unreadable))
+        if self.process.rank == 0:
+            print(f"recovery: {plan.reason}", flush=True)
+            self.events.write("recovery_plan", step=plan.step, tier=plan.tier, reason=plan.reason)
         return plan
 
     def _gather(self, mine: Any) -> list[Any]:

@@ -90,18 +90,18 @@ def create_memfd(name: str, nbytes: int) -> int:
 
 
 def _prefault(fd: int, nbytes: int) -> None:
-    """Have the kernel clear the pages now, on several threads: done on first use it would be slow and on one.
-
-    Kernels before 5.14 lack the call; there the first captures clear them.
-    """
+    """Have the kernel clear the pages now, on several threads: done on first use it would be slow and on one."""
     with mmap.mmap(fd, nbytes) as mapped, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         view = (ctypes.c_char * nbytes).from_buffer(mapped)
         first = ctypes.addressof(view)
-        libc = ctypes.CDLL(None)  # unlike mmap.madvise, its calls let other threads run
-
-        def populate(start: int) -> None:
-            length = min(_PREFAULT_PIECE, nbytes - start)
-            libc.madvise(ctypes.c_void_p(first + start), ctypes.c_size_t(length), _MADV_POPULATE_WRITE)
-
-        list(pool.map(populate, range(0, nbytes, _PREFAULT_PIECE)))
+        starts = range(0, nbytes, _PREFAULT_PIECE)
+        list(pool.map(lambda start: map_pages(first + start, min(_PREFAULT_PIECE, nbytes - start)), starts))
         del view
+
+
+def map_pages(address: int, nbytes: int) -> None:
+    """Map these bytes of a mapping for writing, and clear those that are new. Lets other threads run.
+
+    Kernels before 5.14 lack the call; there pages are mapped on first use.
+    """
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _MADV_POPULATE_WRITE)
