@@ -16,13 +16,13 @@ from checkpointing.keeper.client import KeeperClient
 from checkpointing.pinning import Pinning
 from checkpointing.recover import Recovery
 
-# Seconds: the wait for the keeper's proof; that and the proof that steps are complete; verifying again; registering;
-# carrying out the plan; of that, what follows the oldest bases; weights from masters.
+# The wait for the keeper's proof; that, and the proof that steps are complete; verifying again; registering; carrying
+# out the plan; of that, what follows the oldest bases; weights from masters.
 PARTS = {
     "verify_s": (KeeperClient, "inventory"),
     "report_s": (Recovery, "report_memory"),
     "check_s": (Intake, "_verified"),
-    "pin_s": (Pinning, "pin"),
+    "pin_s": (Pinning, "_register"),
     "apply_s": (Recovery, "apply"),
     "redo_s": (checkpointing.restore, "redo_steps"),
     "weights_s": (trainer.snapshots, "after_restore"),

@@ -1,15 +1,19 @@
 """Records on their way into a restore: verified, and their slots pinned, ahead of whoever copies from them.
 
-Registering memory is the slowest part of a restore on a GPU and cannot be done by several threads at once, so it should
-never wait: it begins before it is known for certain what will be read, and everything else happens beside it.
+Registering memory is the slowest part of a restore on a GPU. Several threads at once take longer for it than one, and
+whoever else calls the driver waits until a slot is registered. So it begins before it is known what will be read, while
+nobody needs the device; once that is known, the thread that queues the copies registers slot by slot itself, and the
+device copies meanwhile.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from checkpointing.pinning import Pinning
 from checkpointing.records import (
     Header,
     Kind,
@@ -31,46 +35,65 @@ Verified = tuple[Header, memoryview]
 
 
 class Intake:
-    """Verifies records and pins their slots in the background, in the order in which they were wanted.
+    """Verifies records in the background, in the order in which they are asked for, and pins their slots.
 
-    One thread verifies, with others that hash, and thereby maps the pages, which are then registered in a third of the
-    time; another pins what is verified. A context manager: at its end nothing is under way.
+    Verifying also maps the pages, which are then registered in a third of the time. A context manager: at its end
+    nothing is under way.
 
     Args:
         coordinate: whose slots are pinned; records of others are only verified.
-        pin: registers a slot.
+        pinning: of that coordinate's arena; None if nothing is to be pinned.
     """
 
-    def __init__(self, coordinate: str, pin: Callable[[int], None]) -> None:
-        self._coordinate, self._pin = coordinate, pin
-        self._hashers = ThreadPoolExecutor(min(16, os.cpu_count() or 1), "hashing")
+    def __init__(self, coordinate: str, pinning: Pinning | None) -> None:
+        self._coordinate = coordinate
+        self._pinning = pinning if pinning is not None and pinning.needed else None
+        # Half of the cores: the keeper may be proving the same records.
+        self._hashers = ThreadPoolExecutor(max(1, min(16, (os.cpu_count() or 1) // 2)), "hashing")
         self._verifier = ThreadPoolExecutor(1, "verifying")
-        self._pinner = ThreadPoolExecutor(1, "pinning")
-        self._ready: dict[Place, Future[Verified]] = {}
+        self._pinner = ThreadPoolExecutor(1, "pinning ahead")
+        self._records: dict[Place, Future[Verified]] = {}
+        self._ahead: Future[None] | None = None
+        self._known = False
 
-    def want(self, places: Iterable[Place], arenas: Mapping[str, Arena]) -> None:
-        """Begin with what was not wanted before, behind that."""
-        for place in places:
-            if place not in self._ready:
-                source, slot = place
-                verified = self._verifier.submit(self._verified, place, arenas[source].slots[slot])
-                self._ready[place] = self._pinner.submit(self._pinned, place, verified)
+    def begin(self, arena: Arena, rules: Rules) -> None:
+        """Verify and pin what restoring the newest step of the coordinate's own arena would read, one after another.
+
+        Does nothing where nothing is pinned.
+        """
+        if self._pinning is not None:
+            slots = likely_slots(arena, rules)
+            self._verify([(self._coordinate, slot) for slot in slots], {self._coordinate: arena})
+            self._ahead = self._pinner.submit(self._pin_ahead, slots)
+
+    def settle(self, places: Iterable[Place], arenas: Mapping[str, Arena]) -> None:
+        """Now it is known what will be read, and in which order: verify what is still missing.
+
+        What is not pinned yet will be by :meth:`payload`. Raises KeeperError if pinning was refused.
+        """
+        self._known = True
+        self._verify(places, arenas)
+        if self._ahead is not None:
+            self._ahead.result()
 
     def payload(self, record: RecordInfo) -> memoryview:
-        """Wait until a wanted record is verified and its slot pinned.
+        """Wait until a record is verified, and pin its slot unless it is.
 
-        Raises RecoveryError if its bytes are damaged or are another record's, KeeperError if pinning is refused.
+        Raises RecoveryError if its bytes are damaged or another record's, KeeperError if pinning is refused.
         """
-        header, payload = self._ready[record.source, record.slot].result()
+        header, payload = self._records[record.source, record.slot].result()
         if (header.kind, header.step, header.sequence) != (record.kind, record.step, record.sequence):
             raise RecoveryError(
                 f"{record.source}, slot {record.slot}: holds the {header.kind.name.lower()} record of step "
                 f"{header.step}, not that of step {record.step}; start again"
             )
+        if self._pinning is not None and record.source == self._coordinate:
+            self._pinning.pin(record.slot)
         return payload
 
     def close(self) -> None:
-        """Begin nothing more, and wait for the one slot that is being verified and the one that is being pinned."""
+        """Begin nothing more, and wait for the slot that is being verified and the one that is being pinned."""
+        self._known = True
         pools = (self._pinner, self._verifier, self._hashers)
         for pool in pools[:2]:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -83,6 +106,12 @@ class Intake:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _verify(self, places: Iterable[Place], arenas: Mapping[str, Arena]) -> None:
+        for place in places:
+            if place not in self._records:
+                view = arenas[place[0]].slots[place[1]]
+                self._records[place] = self._verifier.submit(self._verified, place, view)
+
     def _verified(self, place: Place, view: memoryview) -> Verified:
         try:
             header = verify(view, self._hashers)
@@ -90,11 +119,14 @@ class Intake:
             raise RecoveryError(f"{place[0]}, slot {place[1]}: {error}") from error
         return header, payload_of(view, header)
 
-    def _pinned(self, place: Place, verified: Future[Verified]) -> Verified:
-        found = verified.result()
-        if place[0] == self._coordinate:
-            self._pin(place[1])
-        return found
+    def _pin_ahead(self, slots: Sequence[int]) -> None:
+        assert self._pinning is not None
+        for slot in slots:
+            # A damaged record is no concern here: whoever needs it will be told.
+            futures.wait([self._records[self._coordinate, slot]])
+            if self._known:
+                return
+            self._pinning.pin(slot, giving_way=True)
 
 
 def likely_slots(arena: Arena, rules: Rules) -> list[int]:

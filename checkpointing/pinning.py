@@ -7,6 +7,8 @@ not mapped. So a recovery pins what it reads first, and the rest later, beside t
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -26,7 +28,8 @@ class Pinning:
         self._device = device
         self._base = torch.frombuffer(arena.memory, dtype=torch.uint8).data_ptr()
         self._pinned: set[int] = set()
-        self._lock = threading.Lock()
+        self._turn = threading.Condition()  # who holds it may register
+        self._pauses = 0
         self._closed = False
         self._rest: threading.Thread | None = None
 
@@ -35,18 +38,35 @@ class Pinning:
         """Whether anything is pinned at all: there is a device."""
         return self._device is not None
 
-    def pin(self, slot: int) -> None:
-        """Register a slot unless it is."""
+    def pin(self, slot: int, giving_way: bool = False) -> None:
+        """Register a slot unless it is. ``giving_way``: not while others have :meth:`paused` that."""
         if self._device is None:
             return
-        with self._lock:
-            if slot in self._pinned or self._closed:
-                return
-            place = self._arena.places[slot]
-            with torch.cuda.device(self._device):
-                status = torch.cuda.cudart().cudaHostRegister(self._base + place.offset, place.nbytes, 0)
-            _check(status, "cudaHostRegister")
-            self._pinned.add(slot)
+        with self._turn:
+            if giving_way:
+                self._turn.wait_for(lambda: not self._pauses or self._closed)
+            if slot not in self._pinned and not self._closed:
+                self._register(slot)
+
+    def _register(self, slot: int) -> None:
+        place = self._arena.places[slot]
+        with torch.cuda.device(self._device):
+            status = torch.cuda.cudart().cudaHostRegister(self._base + place.offset, place.nbytes, 0)
+        _check(status, "cudaHostRegister")
+        self._pinned.add(slot)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For whoever calls the driver often: each call would wait until a slot is registered."""
+        self._pauses += 1  # at once, or the next slot would be begun before this thread has its turn
+        try:
+            with self._turn:
+                pass
+            yield
+        finally:
+            with self._turn:
+                self._pauses -= 1
+                self._turn.notify_all()
 
     def pin_rest(self) -> None:
         """Register all other slots on a thread of their own."""
@@ -64,8 +84,9 @@ class Pinning:
 
     def close(self) -> None:
         """Unregister everything: before the memory is unmapped."""
-        with self._lock:
+        with self._turn:
             self._closed = True
+            self._turn.notify_all()
             for slot in sorted(self._pinned):
                 status = torch.cuda.cudart().cudaHostUnregister(self._base + self._arena.places[slot].offset)
                 _check(status, "cudaHostUnregister")

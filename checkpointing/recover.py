@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import gc
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from checkpointing.intake import Intake, likely_slots
+from checkpointing.intake import Intake
 from checkpointing.keeper.client import KeeperClient
 from checkpointing.keeper.events import append_event
 from checkpointing.records import RecordInfo
-from checkpointing.recovery import RecoveryError, RecoveryPlan, available_steps, restoration_of
+from checkpointing.recovery import RecoveryError, RecoveryPlan, available_steps, memory_suffices, restoration_of
 from checkpointing.remote import UnreachableError
 from checkpointing.restore import Target, restore_from_disk, restore_from_memory
 from checkpointing.schedule import Rules
@@ -27,7 +29,7 @@ _NEWEST = 4  # steps in memory that are reported: older ones are hardly ever cho
 class Recovery:
     """What one rank can restore. A context manager: at its end nothing goes on in the background.
 
-    Where slots are pinned, those that restoring the newest step here would read are verified and pinned from the
+    Where slots are pinned, those that restoring the newest step here would read are verified and pinned from its
     beginning, while the keeper proves what it holds and the ranks agree.
 
     Args:
@@ -62,14 +64,19 @@ class Recovery:
         self.tier = "fresh"
         self.problems: list[str] = []
         self._intake: Intake | None = None
-        if client is not None and memory and target.pinning is not None and target.pinning.needed:
-            slots = likely_slots(client.arena, client.rules)
-            self._begin().want([(self._coordinate, slot) for slot in slots], {self._coordinate: client.arena})
 
     def __enter__(self) -> Recovery:
+        if self._client is not None and self._uses_memory and self._target.pinning is not None:
+            self._begin().begin(self._client.arena, self._client.rules)
+        # Proofs make many values, none of them in cycles. Looking through all of Python's objects for some, again and
+        # again, took half of the time or more.
+        self._collects = gc.isenabled()
+        gc.disable()
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._collects:
+            gc.enable()
         self.close()
 
     def close(self) -> None:
@@ -80,8 +87,7 @@ class Recovery:
 
     def _begin(self) -> Intake:
         if self._intake is None:
-            pinning = self._target.pinning
-            self._intake = Intake(self._coordinate, pinning.pin if pinning is not None else lambda slot: None)
+            self._intake = Intake(self._coordinate, self._target.pinning)
         return self._intake
 
     @cached_property
@@ -223,3 +229,16 @@ class Recovery:
             return
         self.problems += problems
         append_event(self._run_dir, "quarantined", tier="disk", path=str(moved), problems=problems)
+
+
+def exchange_reports(
+    recovery: Recovery, gather: Callable[[Any], list[Any]]
+) -> tuple[list[dict[str, list[int]]], list[str]]:
+    """Every rank's report, and what it could not read. A collective: ``gather`` has a value from each rank.
+
+    A disk, which may be slow, is asked only when memory does not do.
+    """
+    in_memory = gather(recovery.report_memory())
+    if memory_suffices(in_memory):
+        return [{"memory": steps} for steps, _ in in_memory], []
+    return gather(recovery.report()), gather(recovery.unreadable)

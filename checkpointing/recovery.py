@@ -184,8 +184,8 @@ def _take_out(remaining: dict[Key, list[Range]], pieces: Iterable[Range]) -> Non
     for piece in pieces:
         of.setdefault(piece.key, []).append(piece)
     for key, found in of.items():
-        left = uncovered(remaining.pop(key), found)
-        if left:
+        wanted = remaining.pop(key)
+        if wanted != found and (left := uncovered(wanted, found)):
             remaining[key] = left
 
 

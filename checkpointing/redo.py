@@ -7,7 +7,7 @@ another device, would give other bits: a fused kernel treats the end of a tensor
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,10 +96,11 @@ def _settings(group: dict[str, Any], logged: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def redo_steps(redo: Redo, first: int, logs: Sequence[LoggedStep], place: Callable[[int], None]) -> None:
+def redo_steps(redo: Redo, first: int, logs: Iterable[LoggedStep], place: Callable[[int], None]) -> None:
     """Apply logs of steps ``first`` + 1, ... in order, putting each later base in place right after its step.
 
-    ``place(step)`` copies the bases of a step; those of ``first`` are in place already.
+    ``place(step)`` copies the bases of a step; those of ``first`` are in place already. A log is asked for when those
+    before it have been applied.
     """
     for step, log in enumerate(logs, first + 1):
         if step == first + 1:

@@ -53,12 +53,12 @@ def restore_from_memory(
     """Bring the buffers to ``step`` from sealed records and return the coordinate's extras.
 
     Every record is verified against its checksum before it is read, by the ``intake`` and ahead of the copying. Raises
-    RecoveryError; the buffers may then hold some of the state.
+    RecoveryError, or KeeperError if its slot cannot be pinned; the buffers may then hold some of the state.
     """
     by_place = {(r.source, r.slot): r for r in records}
     restoration = _restoration(target, by_place.values(), step, target.rules)
     extras = _extras_of(target.coordinate, by_place.values(), step)
-    intake.want([(target.coordinate, extras.slot), *restoration.places()], arenas)
+    intake.settle([(target.coordinate, extras.slot), *restoration.places()], arenas)
 
     def read(source: str, slot: int, offset: int, into: Tensor) -> None:
         payload = intake.payload(by_place[source, slot])
@@ -147,7 +147,8 @@ def _fill(target: Target, restoration: Restoration, read: Read) -> None:
         return
     place(restoration.oldest)
     assert target.redo is not None
-    logs = [LoggedStep(_meta(record, read), *_gradients(target, record, read)) for record in restoration.logs]
+    # One by one: the first is re-applied while the others are still being verified and pinned.
+    logs = (LoggedStep(_meta(record, read), *_gradients(target, record, read)) for record in restoration.logs)
     redo_steps(target.redo, restoration.oldest, logs, place)
     target.applied.extend(record.step for record in restoration.logs)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import os
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ from checkpointing.partial import Ages
 from checkpointing.phases import Board
 from checkpointing.protection import Protection, dense, pec, wal
 from checkpointing.records import DTYPE_BYTES
-from checkpointing.recover import Recovery
-from checkpointing.recovery import RecoveryPlan, check_readable, memory_suffices, plan_recovery
+from checkpointing.recover import Recovery, exchange_reports
+from checkpointing.recovery import RecoveryPlan, check_readable, plan_recovery
 from checkpointing.redo import Redo
 from checkpointing.restore import Target
 from checkpointing.state.buffers import StateBuffer
@@ -123,14 +124,11 @@ class Snapshots:
         return plan
 
     def _agree(self, recovery: Recovery) -> RecoveryPlan:
-        in_memory = self._gather(recovery.report_memory())
-        reports: list[dict[str, list[int]]] = [{"memory": steps} for steps, _ in in_memory]
-        if not memory_suffices(in_memory):  # only then a disk is asked, which may be slow
-            reports = self._gather(recovery.report())
+        reports, unreadable = exchange_reports(recovery, self._gather)
         for problem in recovery.problems:
             print(f"recovery of {self.process.coordinate}: {problem}", flush=True)
         plan = plan_recovery(reports)
-        check_readable(plan, self._gather(recovery.unreadable))
+        check_readable(plan, unreadable)
         if self.process.rank == 0:
             print(f"recovery: {plan.reason}", flush=True)
             self.events.write("recovery_plan", step=plan.step, tier=plan.tier, reason=plan.reason)
@@ -138,7 +136,8 @@ class Snapshots:
 
     def _gather(self, mine: Any) -> list[Any]:
         everyone: list[Any] = [None] * self.process.world
-        dist.all_gather_object(everyone, mine)
+        with self.capturer.pinning.paused() if self.capturer is not None else nullcontext():
+            dist.all_gather_object(everyone, mine)
         return everyone
 
     def _begin_window(self, progress: Progress) -> None:

@@ -8,6 +8,7 @@ from xxhash import xxh3_128_digest
 
 from checkpointing.capture import Capturer
 from checkpointing.keeper.client import KeeperClient
+from checkpointing.pinning import Pinning
 from checkpointing.protection import dense
 from checkpointing.record_sums import RecordSums
 from checkpointing.records import CHUNK
@@ -46,14 +47,21 @@ def test_what_is_captured_is_the_state_at_the_start_and_it_restores(run_dir):
         for buffer in buffers:
             buffer.tensor.fill_(-step)
     capturer.wait_sealed(5)
-    rank = Recovery(client, run_dir, Target(buffers, "dp0000"))
-    plan = plan_recovery([rank.report()])
-    assert plan.step == 5
-    assert rank.apply(plan) == {"rng": b"\x05"}
-    for buffer in buffers:
-        assert torch.equal(buffer.tensor, torch.full_like(buffer.tensor, 5))
     client.close()
     capturer.close()
+    client = KeeperClient.attach(run_dir, "dp0000", ["dp0000"], protection.shape, "0123456789abcdef", attempt=1)
+    pinning = Pinning(client.arena, work.device)
+    with Recovery(client, run_dir, Target(buffers, "dp0000", pinning=pinning)) as rank:
+        plan = plan_recovery([rank.report()])
+        assert plan.step == 5
+        assert rank.apply(plan) == {"rng": b"\x05"}
+    for buffer in buffers:
+        assert torch.equal(buffer.tensor, torch.full_like(buffer.tensor, 5))
+    pinned = [torch.frombuffer(view, dtype=torch.uint8).is_pinned() for view in client.arena.slots]
+    assert sum(pinned) == 2  # the state and the extras of step 5
+    pinning.pin_rest()
+    pinning.close()
+    client.close()
 
 
 def test_a_training_step_that_reads_a_number_does_not_wait_for_the_capture(run_dir):
