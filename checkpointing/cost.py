@@ -25,8 +25,8 @@ MAX_OVERHEAD = 0.035  # of a step's time, CheckFreq's bound
 _MAX_ROTATION = 256
 _SAME = 0.001  # of a step's time: stalls closer than this are not worth memory
 _MORE = 1.4  # times the memory and the seconds of a restore, for fewer bytes in every step
-_RESTORE_S = 1.4  # a restore may take so long for the same, as predicted: it took up to 1.6 times that
-_REGISTER = 25e9  # bytes per second, of a new process's slots once verified: 26 on two H100's hosts
+_RESTORE_S = 1.75  # a restore may take so long for the same, as predicted
+_REGISTER = 20e9  # bytes per second, of a new process's slots: 17 to 26 on five H100's hosts
 
 Binding = Literal["nothing", "budget", "link", "hash", "recipe"]
 
@@ -61,7 +61,7 @@ class Bandwidths:
 
     @property
     def restore(self) -> float:
-        """Verified and copied back; for a device, while further slots are registered."""
+        """Verified and copied back; for a device, while further slots are registered, which takes longest."""
         if self.device_to_host is None:
             return 1 / (1 / self.hash + 1 / self.host_copy)
         return min(_REGISTER, self.hash, self.device_to_host)
@@ -214,7 +214,7 @@ def choose_rotation(
     """The rotation with the smallest stall, and of those that differ by less than 0.1 % of a step the one that moves
     the fewest bytes in a step: copied and read again, they share the host's memory with whoever queues kernels, and the
     device's with its kernels; and a stall that is predicted from an assumed step time may come all the same. For that
-    it may take two fifths more memory, and as much longer to restore or 1.4 s, than the one with the least; never more
+    it may take two fifths more memory, and as much longer to restore or 1.75 s, than the one with the least; never more
     than ``budget`` bytes.
 
     Args:

@@ -160,8 +160,9 @@ class Recovery:
         """
         if not self._report:
             self.report()
+        if plan.tier == "fresh" or self._tier_of(plan) != "memory":
+            self.close()  # what was begun is not needed
         extras = self._restore(plan) if plan.tier != "fresh" else {}
-        self.close()
         if self._client is not None:
             self._client.discard(plan.step, from_memory=self.tier == "memory")
         return extras

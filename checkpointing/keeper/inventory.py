@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from xxhash import xxh3_64_hexdigest
@@ -25,6 +26,8 @@ class Inventory:
         self._verified: dict[tuple[str, int], tuple[int, int]] = {}
         self._sound: set[str] = set()  # digests of tables that a worker can read
         self._running: dict[tuple[str, int], list[Callable[[], None]]] = {}
+        # More than seals take beside training: while something is being proved, nobody trains, and workers wait for it.
+        self._provers = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), "prove")
 
     def take(self, connection: Connection, request: Message, fds: list[int]) -> None:
         """Answer with all sealed records of all coordinates, re-verified, and the newest step known to be on disk.
@@ -106,8 +109,7 @@ class Inventory:
                 callback()
             self._service.grants.serve()
 
-        hashers = self._service.hashers
-        self._service.in_background(lambda: verify(slot.view, hashers), checked)
+        self._service.in_background(lambda: verify(slot.view, self._provers), checked)
 
     def _set_aside(self, keep: Keep, slot: Slot, step: int, problem: BaseException) -> None:
         slot.quarantine()

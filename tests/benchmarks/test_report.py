@@ -51,6 +51,7 @@ def test_noise_is_the_spread_of_blocks_without_checkpoints():
 
 def result(**changes):
     found = {"total_s": 2.0, "attach_s": 0.5, "verify_s": 0.1, "apply_s": 1.2, "pin_s": 0.2, "redo_s": 0.3}
+    found |= {"restore_s": 1.4, "check_s": 0.25}
     wal = found | {"weights_s": 0.1, "copy_s": 1.1, "redone": 7, "nbytes": 10_000_000_000, "exact": True}
     blocks = [OFF, block("wal", [1.02] * 3, [0.01] * 3), OFF, block("dcp async", [4.0, 1.0], [3.0, 0.0])]
     return {
