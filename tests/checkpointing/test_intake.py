@@ -29,7 +29,7 @@ from checkpointing.records import (
     seal,
 )
 from checkpointing.recover import Recovery, exchange_reports
-from checkpointing.recovery import RecoveryError, plan_recovery
+from checkpointing.recovery import RecoveryError, RecoveryPlan, plan_recovery
 from checkpointing.redo import Redo
 from checkpointing.schedule import Rules
 from checkpointing.slots import Arena, ArenaShape, Pool
@@ -354,3 +354,15 @@ def test_collecting_goes_on_after_a_recovery_also_one_that_fails(second_attempt)
         recover(job, pinning)
     assert gc.isenabled()
     assert not [t for t in threading.enumerate() if t.name.startswith(("pinning", "verifying", "hashing"))]
+
+
+def test_what_was_begun_ends_before_a_recovery_that_reads_no_memory(second_attempt):
+    job, pinning, driver, _ = second_attempt
+    before = job.state()
+    with Recovery(job.clients[0], job.run_dir, replace(job.target(0), pinning=pinning)) as recovery:
+        driver.hold = {slot: Until(lambda: recovery._intake._known) for slot in driver.slots.values()}
+        recovery.report_memory()
+        assert recovery.apply(RecoveryPlan(-1, "fresh", "")) == {}
+        assert recovery._intake is None
+    assert len(driver.events) <= 2
+    assert job.state() == before
