@@ -26,7 +26,7 @@ _MAX_ROTATION = 256
 _SAME = 0.001  # of a step's time: stalls closer than this are not worth memory
 _MORE = 1.4  # times the memory and the seconds of a restore, for fewer bytes in every step
 _RESTORE_S = 1.75  # a restore may take so long for the same, as predicted
-_REGISTER = 20e9  # bytes per second, of a new process's slots: 17 to 26 on five H100's hosts
+_REGISTER = 20e9  # bytes per second, of a new process's slots: 17 to 26 in five runs on H100s
 
 Binding = Literal["nothing", "budget", "link", "hash", "recipe"]
 
