@@ -57,12 +57,12 @@ class Crossing:
     def asks(self) -> str:
         """What of this means nothing without a link, as a setting; empty if nothing was asked for."""
         if self.cpu:
-            return "cpu=True"
+            return "cpu=True (--cpu-experts)"
         if self.prefetch != "none":
-            return f"prefetch={self.prefetch}"
+            return f"prefetch={self.prefetch} (--prefetch)"
         if not self.pack:
-            return "pack=False"
-        return "" if self.pin else "pin=False"
+            return "pack=False (--no-pack)"
+        return "" if self.pin else "pin=False (--no-pin)"
 
     @property
     def packs(self) -> bool:

@@ -339,12 +339,12 @@ def capture_steps(model: Model, base: Base, asked: bool | None, *, watched: bool
 def _captured(model: Model, base: Base, *, watched: bool) -> Forward:
     if watched:
         raise NotCaptured(
-            "graphs=True captures steps of the base model, whose routing nobody can watch then",
+            "graphs=True (--graphs) captures steps of the base model, whose routing nobody can watch then",
             "leave trace out, and give the adapter in adapters",
         )
     if base.executor is None or not runs_triton(base.device):
         raise NotCaptured(
-            f"graphs=True captures decode steps of a mixture of experts on a GPU, with Triton; this is "
+            f"graphs=True (--graphs) captures decode steps of a mixture of experts on a GPU, with Triton; this is "
             f"{'a dense model' if base.cache is None else base.device}",
             "leave it out",
         )

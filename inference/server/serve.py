@@ -28,6 +28,7 @@ from inference.server.engine_thread import EngineThread
 from inference.server.gate import Gate, Http
 from inference.server.metrics import Metrics
 from inference.server.service import Served, Service
+from lora.manifest import MANIFEST_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -259,15 +260,16 @@ def _open(options: ServeOptions) -> tuple[LLM, Served]:
         positions=positions,
         vocabulary=limits.vocabulary,
         max_new_tokens=min(options.max_new_tokens, positions),
-        fingerprint=_fingerprint(folder),
+        fingerprints={None: _fingerprint(folder)} | {name: _fingerprint(folder, at) for name, at in options.adapters},
     )
 
 
-def _fingerprint(folder: Path) -> str:
-    """Of the model's files, without reading the weights, and of what computes."""
+def _fingerprint(folder: Path, adapter: str | None = None) -> str:
+    """Of the model's files, without reading the weights, of the adapter's hashes, and of what computes."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.safetensors"))]
     versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
-    text = repr((files, versions, (folder / "config.json").read_text()))
+    hashes = None if adapter is None else (Path(adapter) / MANIFEST_FILE).read_text(encoding="utf-8")
+    text = repr((files, versions, (folder / "config.json").read_text(), hashes))
     return f"fp_{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -37,7 +37,7 @@ class Served:
         positions: tokens that a prompt and its answer may have together.
         vocabulary: token ids are below it.
         max_new_tokens: the most that a request may ask for.
-        fingerprint: changes when the files of the model or the software do.
+        fingerprints: by adapter, None for the base; one changes when the files of the model or the software do.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Served:
     positions: int
     vocabulary: int
     max_new_tokens: int
-    fingerprint: str
+    fingerprints: Mapping[str | None, str]
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -134,7 +134,7 @@ class Service:
             "id": ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex,
             "created": int(time.time()),
             "model": asked.model,
-            "system_fingerprint": self.served.fingerprint,
+            "system_fingerprint": self.served.fingerprints[self.served.adapter_of(asked.model)],
         }
         frame = Frame(chat, head, self._token, wanted, asked.wants_usage, asked.choices)
         return Job(call, frame, [Choice(self._token) for _ in call.index], prompt_tokens)

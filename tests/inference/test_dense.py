@@ -56,5 +56,5 @@ def test_an_adapter_computes_in_the_runtime_what_it_does_in_training(folder, tmp
 def test_a_budget_of_experts_means_nothing_to_a_dense_model(folder, budget):
     with pytest.raises(InferenceError, match=f"is a dense model: .* an expert budget of {budget} means nothing"):
         LLM(folder, expert_budget=budget)
-    with pytest.raises(InferenceError, match="without experts: prefetch=next_gate means nothing"):
+    with pytest.raises(InferenceError, match=r"without experts: prefetch=next_gate \(--prefetch\) means nothing"):
         LLM(folder, crossing=Crossing("next_gate"))

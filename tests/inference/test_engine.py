@@ -218,12 +218,12 @@ def test_the_command_prints_text_and_figures(model_folder, capsys):
         assert cli.main([*command, "--prefetch", "next_gate"]) == 2
         assert "nothing to save on cpu" in capsys.readouterr().err
         assert cli.main([*command, "--cpu-experts"]) == 2
-        assert "cpu=True has nothing to save" in capsys.readouterr().err
+        assert "cpu=True (--cpu-experts) has nothing to save" in capsys.readouterr().err
         assert cli.main([*command, "--no-pack"]) == 2
-        assert "pack=False has nothing to save" in capsys.readouterr().err
+        assert "pack=False (--no-pack) has nothing to save" in capsys.readouterr().err
         for verb in (command, ["serve", str(model_folder)]):
             assert cli.main([*verb, "--graphs"]) == 2
-            assert "graphs=True captures decode steps" in capsys.readouterr().err
+            assert "graphs=True (--graphs) captures decode steps" in capsys.readouterr().err
 
 
 def test_the_command_samples_as_it_is_told(model_folder, capsys):

@@ -95,7 +95,7 @@ def test_only_what_can_be_packed_is(model_folder, monkeypatch):
     assert not packs(torch.bfloat16, pin=False), "without banks there is nothing to pack"
     monkeypatch.setattr("inference.packing.opened", lambda: "no C compiler")
     assert not packs(torch.bfloat16), "without a compiler packing would take minutes"
-    with pytest.raises(InferenceError, match="pack=False has nothing to save on cpu"):
+    with pytest.raises(InferenceError, match=r"pack=False \(--no-pack\) has nothing to save on cpu"):
         LLM(model_folder, 0.5, device="cpu", crossing=Crossing(pack=False))
 
 
@@ -170,9 +170,9 @@ def test_settings_that_mean_nothing_are_refused(model_folder):
         Crossing("next_gate", lead=0)
     with pytest.raises(InferenceError, match="has no lookahead heads"):
         LLM(model_folder, 0.5, device="cpu", crossing=Crossing("heads", link=SimulatedLink()))
-    with pytest.raises(InferenceError, match="prefetch=next_gate has nothing to save on cpu"):
+    with pytest.raises(InferenceError, match=r"prefetch=next_gate \(--prefetch\) has nothing to save on cpu"):
         LLM(model_folder, 0.5, device="cpu", crossing=Crossing("next_gate"))
-    with pytest.raises(InferenceError, match="cpu=True has nothing to save on cpu"):
+    with pytest.raises(InferenceError, match=r"cpu=True \(--cpu-experts\) has nothing to save on cpu"):
         LLM(model_folder, 0.5, device="cpu", crossing=Crossing(cpu=True))
 
 

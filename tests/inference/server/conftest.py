@@ -234,7 +234,7 @@ def told(tokenizer):
 
     def start(**options):
         engine = ToldEngine()
-        served = Served("tiny", (), positions=256, vocabulary=512, max_new_tokens=200, fingerprint="fp_x")
+        served = Served("tiny", (), positions=256, vocabulary=512, max_new_tokens=200, fingerprints={None: "fp_x"})
         chosen = ServeOptions("tiny", Runtime(), api_key=KEY, **options)
         server = make_server(engine, served, tokenizer, chosen, Metrics())
         listener = socket.create_server(("127.0.0.1", 0))

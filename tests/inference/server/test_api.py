@@ -159,6 +159,8 @@ def test_a_seed_repeats_and_choices_differ(client):
     assert texts == [choice.text for choice in second.choices]
     assert len(set(texts)) == 3
     assert first.system_fingerprint == second.system_fingerprint
+    other = client.completions.create(model="tiny:tuned", prompt=PROMPT, max_tokens=1)
+    assert other.system_fingerprint != first.system_fingerprint
 
 
 @pytest.mark.parametrize("as_list", [False, True])
