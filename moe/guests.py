@@ -45,6 +45,7 @@ from moe.kernels.stack import Needs, Stack
 from moe.traffic import Traffic
 
 _ALIGNED = 16  # bytes: rows of any type begin there
+_SPARE = 8  # kept for backward: one row of nothing for so many at most
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Packing:
         return x, weights, numbers
 
     def spread(self, rows: tuple[Tensor, Tensor, Tensor], travels: Sorted, size: int) -> Tensor:
-        """The packed row of each copy, [size,B]; ``size`` may be more if rows may be early at all."""
+        """The packed row of each copy, [size,B]; ``size`` as for :func:`moe.kernels.spread.spread`, or still more."""
         out_SB = torch.empty(size, self._columns[-1][0], dtype=torch.uint8, device=rows[0].device)
         if may_be_early(out_SB):
             from moe.kernels import elementwise
@@ -129,11 +130,13 @@ class Visit:
         self.returning: tuple[Going | None, Going | None] = (None, None)
 
     def _queue_early(self, how: ModuleType, stack: Stack, x_TH: Tensor, weights_TK: Tensor) -> None:
-        """For the last call's number of rows: packing those that leave, before the product takes most multiprocessors;
-        own tokens' product, beside which others travel; and sending, on which all ranks decide alike."""
+        """For the last call's number of rows: gathering own rows and packing those that leave, before the product takes
+        most multiprocessors; own tokens' product, beside which others travel; and sending, on which all ranks decide
+        alike."""
         assert self.draft is not None
         traffic, own, index_TK = self._traffic, self.draft.own, self.draft.index_TK
-        places, leaving = min(traffic.pairs, index_TK.numel()), max(traffic.leaving, traffic.ahead)
+        most = index_TK.shape[0] * min(traffic.ranks - 1, index_TK.shape[1])
+        places, leaving = min(traffic.pairs, index_TK.numel()), max(min(traffic.leaving, most), traffic.ahead)
         if places:
             self._rows_NH = spread(x_TH, own, places)
         if leaving:
@@ -160,14 +163,14 @@ class Visit:
         self.guest_pairs = sum(pairs for _, pairs in received) - pairs
         self._send_rest(x_TH, weights_TK)
         self._traffic.note(pairs, self.sent, self.received)
-        if self._h_own is None or self._h_own.shape[0] < pairs:
-            early = self._rows_NH is not None and self._rows_NH.shape[0] >= pairs
-            rows_NH = self._rows_NH[:pairs] if early else None
+        rows_NH, self._rows_NH = _first(self._rows_NH, pairs), None
+        self._h_own = _first(self._h_own, pairs)  # what is too small goes before the right one comes
+        if self._h_own is None:
             self._h_own = _up_beside(how, x_TH, stack, self.draft.own.assignment(pairs), rows_NH)
-        self._rows_NH = None
 
     def _send_rest(self, x_TH: Tensor, weights_TK: Tensor) -> None:
-        """What has not left ahead; both ranks find alike whether that is anything, either way."""
+        """What has not left ahead. Two ranks find the same: nothing is exchanged, or something one way at least. More
+        ranks always exchange."""
         ahead, rows_SB, leaving = self._ahead, self._leaving_SB, sum(self.sent)
         self._leaving_SB = None
         if ahead and ahead >= max(leaving, sum(self.received)):
@@ -186,8 +189,9 @@ class Visit:
         assert h_own is not None
         self.draft = self._h_own = None
         self._coming = []
-        came_GB = coming[0] if len(coming) == 1 else torch.cat(coming)
-        return draft, h_own[: self.own_pairs], came_GB[: sum(self.received)]
+        came_GB = _first(coming[0] if len(coming) == 1 else torch.cat(coming), sum(self.received))
+        assert came_GB is not None
+        return draft, h_own, came_GB
 
     def there(self, x_SH: Tensor) -> Going:
         """Begin to send rows to where guests went."""
@@ -196,6 +200,13 @@ class Visit:
     def back(self, y_GH: Tensor) -> Going:
         """Begin to return guests' rows."""
         return begin(y_GH, self.received, self.sent, narrow(self.group))
+
+
+def _first(rows: Tensor | None, number: int) -> Tensor | None:
+    """The first rows of what may have more; None if it has fewer. What is kept keeps few others in memory."""
+    if rows is None or rows.shape[0] < number:
+        return None
+    return rows[:number].clone() if rows.shape[0] > number + -(-number // _SPARE) else rows[:number]
 
 
 def mix_with_guests(

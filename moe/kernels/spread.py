@@ -20,8 +20,8 @@ def spread(x_RH: Tensor, found: Sorted | Assignment, size: int) -> Tensor:
     """The row of each sorted pair, [size,H].
 
     Args:
-        size: how many pairs have a place; if :func:`may_be_early`, also more: the rows behind them are undefined. Or
-            fewer: of the first of them.
+        size: as many places as are wanted: rows behind the last pair's are undefined, pairs behind the last place are
+            left out.
     """
     if runs_triton(x_RH.device):
         from moe.kernels import elementwise

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import moe.exchange
 import moe.experts
 from lora.config import BankConfig
 from lora.experts import ExpertLoRA, ExpertSlice
@@ -197,7 +198,7 @@ def host_reads(method, group):
     return reads.seen
 
 
-def as_on_a_gpu(group, watch, expected=None):
+def as_on_a_gpu(group, watch, expected=None, backward=True):
     """A layer inside ``watch``, forward and backward.
 
     Args:
@@ -212,7 +213,9 @@ def as_on_a_gpu(group, watch, expected=None):
     traffic = traffic_of(group, module.layer)
     traffic.pairs, traffic.leaving, traffic.ahead = expected or (0, 0, 0)
     with watch:
-        module(x, share[1], weights).backward(share[3])
+        out = module(x, share[1], weights)
+        if backward:
+            out.backward(share[3])
 
 
 def too_early(group, expected=None, joins=True):
@@ -232,6 +235,19 @@ def kept_bytes(group, expected=None):
 
     as_on_a_gpu(group, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), expected)
     return sum(kept.values())
+
+
+def order_of_sending(group, expected):
+    """Exchanges of the forward pass (``>``), and the reading of counts (``r``)."""
+    done, send, read = [], moe.exchange.all_to_all, moe.exchange.Headcount.read
+    moe.exchange.all_to_all = lambda *args: done.append(">") or send(*args)
+    moe.exchange.Headcount.read = lambda self: done.append("r") or read(self)
+    try:
+        with torch.no_grad():
+            as_on_a_gpu(group, nullcontext(), expected, backward=False)
+    finally:
+        moe.exchange.all_to_all, moe.exchange.Headcount.read = send, read
+    return "".join(done)
 
 
 FAMILIES = {
@@ -342,7 +358,13 @@ def report(rank, world, ep, out):
             "not joined": gather(too_early(group, early[0], joins=False)),
         }
         late, last = kept_bytes(group), traffic_of(group, 0)
-        report["kept"] = gather((late, kept_bytes(group, (last.pairs, last.leaving, last.ahead))))
+        again, ahead = (last.pairs, last.leaving, last.ahead), 400 if ep == 2 else 0
+        report["kept"] = {
+            "as last time": gather((late, kept_bytes(group, again))),
+            "much less than last time": gather((late, kept_bytes(group, (800, 400, ahead)))),
+        }
+        ways = {"nothing": (1, 0, 0), "enough": early[0], "too few": early[1]} if ep == 2 else {}
+        report["order"] = {how: gather(order_of_sending(group, expected))[:2] for how, expected in ways.items()}
     moe.experts.passes = backend.passes
     for family in () if os.environ.get("TRITON_INTERPRET") else FAMILIES:
         report["families"][family] = agreed(gather(overlapped(family, group)))

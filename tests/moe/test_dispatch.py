@@ -17,10 +17,9 @@ from moe import exchange as exchange_module
 from moe.assignment import assign
 from moe.convert import convert
 from moe.copies import DeduplicatedDraft, PlainDraft, narrow_type
-from moe.dispatch import EXCHANGES, AllToAll, Routed, mix_everywhere
+from moe.dispatch import AllToAll, Routed, mix_everywhere
 from moe.dispatch_choice import choose_dispatch
 from moe.exchange import Flight, Going
-from moe.experts import Experts
 from moe.families import FamilyError, find_moe_blocks
 from moe.guests import mix_with_guests
 from moe.kernels import batched
@@ -300,9 +299,16 @@ def test_no_stream_reads_what_another_may_not_have_written(report):
     assert {how: ranks for how, ranks in found.items() if any(ranks)} == {}
 
 
-def test_what_is_queued_before_counts_are_known_keeps_little_more_for_backward(report):
-    for late, early in report["kept"]:
-        assert late < early < late * 17 / 16
+@pytest.mark.parametrize("how", ["as last time", "much less than last time"])
+def test_what_is_queued_before_counts_are_known_keeps_little_more_for_backward(report, how):
+    for late, early in report["kept"][how]:
+        assert late <= early < late * 9 / 8
+
+
+def test_between_two_ranks_rows_leave_before_they_are_counted_and_the_rest_after(report):
+    """``>`` begins an exchange, ``r`` reads the counts; the last exchange returns results."""
+    if report["order"]:
+        assert report["order"] == {"nothing": ["r>>"] * 2, "enough": [">r>"] * 2, "too few": [">r>>"] * 2}
 
 
 def test_models_with_shared_experts_equal_one_process_whatever_is_overlapped(report):
@@ -323,64 +329,6 @@ def test_what_runs_on_gpus_equals_one_process_as_interpreted(tmp_path):
         assert found["same"], case
 
 
-def layer_on_a_gpu():
-    device = torch.device("cuda")
-    experts = Experts(
-        torch.nn.Parameter(torch.randn(8, 64, 32, device=device, dtype=torch.bfloat16)),
-        torch.nn.Parameter(torch.randn(8, 32, 32, device=device, dtype=torch.bfloat16)),
-        layer=0,
-    )
-    x = torch.randn(64, 32, device=device, dtype=torch.bfloat16, requires_grad=True)
-    index = torch.rand(64, 8, device=device).argsort(1)[:, :2]
-    return experts, Routed(x, index, torch.rand(64, 2, device=device, requires_grad=True))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_nothing_is_read_from_a_gpu_with_one_rank():
-    experts, routed = layer_on_a_gpu()
-
-    def step():
-        experts(routed.x_TH, routed.index_TK, routed.weights_TK).sum().backward()
-
-    step()  # libraries may wait when they begin
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("method", [*METHODS, "guests"])
-def test_a_gpu_is_waited_for_once_in_an_exchange(method, monkeypatch):
-    """In a group of one rank, whose exchange is a real one of NCCL. The wait is for an event, which torch allows."""
-    experts, routed = layer_on_a_gpu()
-    noted = Noted(monkeypatch)
-    noted.watch(exchange_module.Headcount, "read", "r")
-    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        group = dist.group.WORLD
-        traffic = traffic_of(group, 0)
-
-        def layer():
-            if method == "guests":
-                stack = Stack(experts.gate_up_proj, experts.down_proj, None, None, experts.form)
-                return mix_with_guests(batched, stack, routed.x_TH, routed.index_TK, routed.weights_TK, traffic)
-            return mix_everywhere(EXCHANGES[method](8, group), experts.mix, routed)
-
-        def step():
-            layer().sum().backward()
-
-        step()
-        noted.taken()
-        torch.cuda.set_sync_debug_mode("error")
-        step()
-        torch.cuda.set_sync_debug_mode("default")
-        assert noted.taken() == "r"
-        want = experts(routed.x_TH, routed.index_TK, routed.weights_TK)
-        torch.testing.assert_close(layer(), want, rtol=1e-2, atol=1e-2)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-        dist.destroy_process_group()
+def test_each_layer_remembers_its_own_traffic(alone):
+    assert traffic_of(alone, 0) is traffic_of(alone, 0)
+    assert traffic_of(alone, 0) is not traffic_of(alone, 1)
