@@ -25,7 +25,8 @@ MAX_OVERHEAD = 0.035  # of a step's time, CheckFreq's bound
 _MAX_ROTATION = 256
 _SAME = 0.001  # of a step's time: stalls closer than this are not worth memory
 _MORE = 1.4  # times the memory and the seconds of a restore, for fewer bytes in every step
-_RESTORE_S = 1.75  # a restore may take so long for the same, as predicted
+_RESTORE_S = 1.4  # a restore may take so long for the same, as predicted
+_RESTORE_ON_DEVICE_S = 1.75  # in which registering 20 GB/s reads as much as 25 would in the other
 _REGISTER = 20e9  # bytes per second, of a new process's slots: 17 to 26 in five runs on H100s
 
 Binding = Literal["nothing", "budget", "link", "hash", "recipe"]
@@ -214,8 +215,8 @@ def choose_rotation(
     """The rotation with the smallest stall, and of those that differ by less than 0.1 % of a step the one that moves
     the fewest bytes in a step: copied and read again, they share the host's memory with whoever queues kernels, and the
     device's with its kernels; and a stall that is predicted from an assumed step time may come all the same. For that
-    it may take two fifths more memory, and as much longer to restore or 1.75 s, than the one with the least; never more
-    than ``budget`` bytes.
+    it may take two fifths more memory, and as much longer to restore or 1.4 s (1.75 on a device), than the one with the
+    least; never more than ``budget`` bytes.
 
     Args:
         fixed: the recipe's rotation, which is kept or refused.
@@ -230,18 +231,20 @@ def choose_rotation(
         n, cost = min(costs.items(), key=lambda item: item[1].memory_bytes)
         what = "checkpoint.wal.rotation=" if fixed is not None else "mode wal at rotation "
         raise does_not_fit(f"{what}{n}", cost.memory_bytes, budget)
-    n = _best(fitting, times)
+    enough_s = _RESTORE_S if rates.device_to_host is None else _RESTORE_ON_DEVICE_S
+    n = _best(fitting, times, enough_s)
     cost = fitting[n]
-    binds: Binding = "recipe" if fixed is not None else _what_binds(cost, times, costs[_best(costs, times)])
+    binds: Binding = "recipe" if fixed is not None else _what_binds(cost, times, costs[_best(costs, times, enough_s)])
     reason = f"rotation {n}, {_limits(binds, cost, budget)}: {figures(cost)}"
     return WalSchedule(n, binds, cost, reason)
 
 
-def _best(costs: dict[int, Cost], times: StepTimes) -> int:
+def _best(costs: dict[int, Cost], times: StepTimes, enough_s: float) -> int:
+    """``enough_s``: seconds to restore that are short enough."""
     least = min(cost.stall_s for cost in costs.values())
     same = {n: cost for n, cost in costs.items() if cost.stall_s <= least + _SAME * times.step}
     small = min(same.values(), key=lambda cost: cost.memory_bytes)
-    memory, recovery_s = _MORE * small.memory_bytes, max(_MORE * small.recovery_s, _RESTORE_S)
+    memory, recovery_s = _MORE * small.memory_bytes, max(_MORE * small.recovery_s, enough_s)
     near = {n: c for n, c in same.items() if c.memory_bytes <= memory and c.recovery_s <= recovery_s}
     return min(near, key=lambda n: (near[n].bytes_per_step, n))
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent import futures
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 
 from checkpointing.pinning import Pinning
 from checkpointing.records import (
@@ -37,8 +37,7 @@ Verified = tuple[Header, memoryview]
 class Intake:
     """Verifies records in the background, in the order in which they are asked for, and pins their slots.
 
-    Verifying also maps the pages, which are then registered in a third of the time. A context manager: at its end
-    nothing is under way.
+    Verifying also maps the pages, which are then registered in a third of the time. :meth:`close` it.
 
     Args:
         coordinate: whose slots are pinned; records of others are only verified.
@@ -48,8 +47,9 @@ class Intake:
     def __init__(self, coordinate: str, pinning: Pinning | None) -> None:
         self._coordinate = coordinate
         self._pinning = pinning if pinning is not None and pinning.needed else None
-        # Half of the cores: the keeper may be proving the same records.
-        self._hashers = ThreadPoolExecutor(max(1, min(16, (os.cpu_count() or 1) // 2)), "hashing")
+        # Half of the cores ahead of the plan: the keeper may be proving the same records.
+        cores = (os.cpu_count() or 1) // (1 if self._pinning is None else 2)
+        self._hashers = ThreadPoolExecutor(max(1, min(16, cores)), "hashing")
         self._verifier = ThreadPoolExecutor(1, "verifying")
         self._pinner = ThreadPoolExecutor(1, "pinning ahead")
         self._records: dict[Place, Future[Verified]] = {}
@@ -100,12 +100,6 @@ class Intake:
         for pool in pools:
             pool.shutdown()
 
-    def __enter__(self) -> Intake:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _verify(self, places: Iterable[Place], arenas: Mapping[str, Arena]) -> None:
         for place in places:
             if place not in self._records:
@@ -122,8 +116,10 @@ class Intake:
     def _pin_ahead(self, slots: Sequence[int]) -> None:
         assert self._pinning is not None
         for slot in slots:
-            # A damaged record is no concern here: whoever needs it will be told.
-            futures.wait([self._records[self._coordinate, slot]])
+            # A damaged record is no concern here: whoever needs it will be told. Not futures.wait, which would wait for
+            # ever for one that close() has cancelled.
+            with suppress(CancelledError):
+                self._records[self._coordinate, slot].exception()
             if self._known:
                 return
             self._pinning.pin(slot, giving_way=True)

@@ -52,13 +52,14 @@ class Pinning:
         place = self._arena.places[slot]
         with torch.cuda.device(self._device):
             status = torch.cuda.cudart().cudaHostRegister(self._base + place.offset, place.nbytes, 0)
-        _check(status, "cudaHostRegister")
+        _check(status, f"slot {slot} of {place.nbytes:,} bytes: cudaHostRegister")
         self._pinned.add(slot)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """For whoever calls the driver often: each call would wait until a slot is registered."""
-        self._pauses += 1  # at once, or the next slot would be begun before this thread has its turn
+        # At once, or the next slot would be begun before this thread has its turn; only one thread ever pauses.
+        self._pauses += 1
         try:
             with self._turn:
                 pass
@@ -80,7 +81,10 @@ class Pinning:
                 return
             if slot not in self._pinned:
                 map_pages(self._base + place.offset, place.nbytes)  # keeps the driver, and others in it, for less long
-                self.pin(slot)
+                try:
+                    self.pin(slot)
+                except KeeperError:
+                    return  # told to the capture that needs the slot
 
     def close(self) -> None:
         """Unregister everything: before the memory is unmapped."""
@@ -97,4 +101,7 @@ class Pinning:
 
 def _check(status: object, what: str) -> None:
     if int(status) != 0:  # type: ignore[call-overload]
-        raise KeeperError(f"{what} failed with CUDA error {int(status)}")  # type: ignore[call-overload]
+        raise KeeperError(
+            f"{what} failed with CUDA error {int(status)}; allow this process to lock that much memory (ulimit -l, or "  # type: ignore[call-overload]
+            "the container's memlock), or set checkpoint.memory.enabled: false"
+        )

@@ -64,14 +64,19 @@ class Recovery:
         self.tier = "fresh"
         self.problems: list[str] = []
         self._intake: Intake | None = None
+        self._collects = False
 
     def __enter__(self) -> Recovery:
-        if self._client is not None and self._uses_memory and self._target.pinning is not None:
-            self._begin().begin(self._client.arena, self._client.rules)
         # Proofs make many values, none of them in cycles. Looking through all of Python's objects for some, again and
         # again, took half of the time or more.
         self._collects = gc.isenabled()
         gc.disable()
+        try:
+            if self._client is not None and self._uses_memory:
+                self._take_in().begin(self._client.arena, self._client.rules)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -85,7 +90,7 @@ class Recovery:
             self._intake.close()
             self._intake = None
 
-    def _begin(self) -> Intake:
+    def _take_in(self) -> Intake:
         if self._intake is None:
             self._intake = Intake(self._coordinate, self._target.pinning)
         return self._intake
@@ -212,7 +217,7 @@ class Recovery:
                 holds = any(e.range.key in needed for e in record.entries)
                 if record.source not in opened and (holds or record.source == self._coordinate):
                     opened[record.source] = self._client.arena_of(record.source)
-            return restore_from_memory(self._target, records, opened, step, self._begin())
+            return restore_from_memory(self._target, records, opened, step, self._take_in())
         finally:
             self.close()
             for source, arena in opened.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from xxhash import xxh3_64_hexdigest
@@ -26,8 +26,8 @@ class Inventory:
         self._verified: dict[tuple[str, int], tuple[int, int]] = {}
         self._sound: set[str] = set()  # digests of tables that a worker can read
         self._running: dict[tuple[str, int], list[Callable[[], None]]] = {}
-        # More than seals take beside training: while something is being proved, nobody trains, and workers wait for it.
-        self._provers = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), "prove")
+        # More than seals take beside training: while this proves something for a recovery, nobody trains.
+        self._provers = ThreadPoolExecutor(max(1, min(16, (os.cpu_count() or 1) // 2)), "prove")
 
     def take(self, connection: Connection, request: Message, fds: list[int]) -> None:
         """Answer with all sealed records of all coordinates, re-verified, and the newest step known to be on disk.
@@ -56,7 +56,8 @@ class Inventory:
     def verify_ahead(self) -> None:
         """A worker died: verify what the next attempt will ask for, while its workers still start."""
         for keep in self._service.keeps.values():
-            self.check(keep, [slot for slot in keep.slots if slot.sealed], self._service.attempt + 1, lambda: None)
+            slots = [slot for slot in keep.slots if slot.sealed]
+            self.check(keep, slots, self._service.attempt + 1, lambda: None, self._provers)
 
     def _take(self, connection: Connection, request: Message) -> None:
         attempt = max((k.attempt for k in self._service.keeps.values() if k.connection is connection), default=0)
@@ -69,10 +70,12 @@ class Inventory:
 
         for keep in list(self._service.keeps.values()):
             pending["count"] += 1
-            self.check(keep, [slot for slot in keep.slots if slot.sealed], attempt, one_done)
+            self.check(keep, [slot for slot in keep.slots if slot.sealed], attempt, one_done, self._provers)
         one_done()
 
-    def check(self, keep: Keep, slots: Iterable[Slot], attempt: int, done: Callable[[], None]) -> None:
+    def check(
+        self, keep: Keep, slots: Iterable[Slot], attempt: int, done: Callable[[], None], hashers: Executor
+    ) -> None:
         """Verify sealed slots in the background, quarantine corrupt ones, then call ``done`` on the loop's thread."""
         stale = [s for s in slots if self._verified.get((keep.coordinate, s.index)) != (s.sequence, attempt)]
         left = {"count": len(stale)}
@@ -85,9 +88,9 @@ class Inventory:
         if not stale:
             done()
         for slot in stale:
-            self._check_slot(keep, slot, attempt, one_done)
+            self._check_slot(keep, slot, attempt, one_done, hashers)
 
-    def _check_slot(self, keep: Keep, slot: Slot, attempt: int, done: Callable[[], None]) -> None:
+    def _check_slot(self, keep: Keep, slot: Slot, attempt: int, done: Callable[[], None], hashers: Executor) -> None:
         key = (keep.coordinate, slot.index)
         if key in self._running:
             self._running[key].append(done)
@@ -109,7 +112,7 @@ class Inventory:
                 callback()
             self._service.grants.serve()
 
-        self._service.in_background(lambda: verify(slot.view, self._provers), checked)
+        self._service.in_background(lambda: verify(slot.view, hashers), checked)
 
     def _set_aside(self, keep: Keep, slot: Slot, step: int, problem: BaseException) -> None:
         slot.quarantine()

@@ -234,12 +234,12 @@ class Service:
             raise KeeperRefused(f"{keep.coordinate} is attached by the living process {keep.pid}")
 
     def _adopt(self, coordinate: str, shape: ArenaShape, request: Message, fds: list[int]) -> Keep:
-        """Memory that a worker brings from a keeper that died."""
+        """Memory that a worker brings from a keeper that died. It may be training, so seals' few threads verify it."""
         keep = Keep(coordinate, Arena(fds.pop(0), shape), rules=Rules(**request["rules"]))
         self.keeps[coordinate] = keep
         sealed = keep.scan({int(slot): step for slot, step in request["held"].items()})
         self.sequence = max(self.sequence, *(slot.sequence for slot in keep.slots))
-        self.inventory.check(keep, sealed, request["attempt"], lambda: self._due_after_adoption(keep))
+        self.inventory.check(keep, sealed, request["attempt"], lambda: self._due_after_adoption(keep), self.hashers)
         self.event("keeper_adopted", coordinate=coordinate, steps=sorted(keep.steps()))
         return keep
 

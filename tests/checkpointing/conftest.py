@@ -31,6 +31,7 @@ from checkpointing.state.gradients import StepLog, settings_of
 from checkpointing.state.partitions import describe_partitions
 from checkpointing.units import Range, expert_of
 from moe.refs import ExpertRef
+from tests.checkpointing.driver import pinned
 
 FINGERPRINT = "0123456789abcdef"
 UNIT = "L00.E003.down_proj"
@@ -378,3 +379,10 @@ def wait_until() -> Callable[..., None]:
             time.sleep(0.005)
 
     return wait
+
+
+@pytest.fixture
+def pinning_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Pinning of an arena on a machine with a device, and the driver that it calls."""
+    with pinned(monkeypatch) as make:
+        yield make

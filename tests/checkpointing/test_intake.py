@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
-import time
-from contextlib import nullcontext
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
-import torch
 
 from checkpointing import intake as module
 from checkpointing.intake import Intake, likely_slots
@@ -28,85 +25,13 @@ from checkpointing.records import (
     finish,
     seal,
 )
-from checkpointing.recover import Recovery, exchange_reports
-from checkpointing.recovery import RecoveryError, RecoveryPlan, plan_recovery
-from checkpointing.redo import Redo
+from checkpointing.recovery import RecoveryError
 from checkpointing.schedule import Rules
 from checkpointing.slots import Arena, ArenaShape, Pool
 from checkpointing.units import Range
+from tests.checkpointing.driver import Until
 
 OWN, SIZE = "dp0000", 4 * PAGE
-
-
-class Driver:
-    """Stands for CUDA's registering. ``events`` are what happened in order: ("pin", slot), ("copy", step), ..."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[str, object]] = []
-        self.registered: set[int] = set()
-        self.refuses: set[int] = set()
-        self.hold: dict[int, threading.Event | Until] = {}  # registering a slot waits for it
-        self.base = 0
-        self.begun = threading.Semaphore(0)
-        self.slots: dict[int, int] = {}
-
-    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
-        slot = self.slots[address - self.base]
-        self.begun.release()
-        if slot in self.hold:
-            assert self.hold[slot].wait(20)
-        if slot in self.refuses:
-            return 2
-        assert address not in self.registered, "registered twice"
-        self.registered.add(address)
-        self.events.append(("pin", slot))
-        return 0
-
-    def note(self, what: str, of: object) -> None:
-        self.events.append((what, of))
-
-    def cudaHostUnregister(self, address: int) -> int:
-        self.registered.remove(address)
-        return 0
-
-
-class Until:
-    """An event that comes when the condition holds."""
-
-    def __init__(self, condition) -> None:
-        self._condition, self._over = condition, threading.Event()
-
-    def set(self) -> None:
-        self._over.set()
-
-    def wait(self, seconds: float) -> bool:
-        deadline = time.monotonic() + seconds
-        while not self._condition() and not self._over.wait(0.001) and time.monotonic() < deadline:
-            pass
-        return time.monotonic() < deadline
-
-
-@pytest.fixture
-def pinning_of(monkeypatch):
-    """A Pinning of an arena on a machine with a device, and the driver that it calls."""
-    drivers = []
-
-    def make(arena: Arena) -> tuple[Pinning, Driver]:
-        driver = Driver()
-        monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
-        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-        pinning = Pinning(arena, torch.device("cuda", 0))
-        driver.base = pinning._base
-        driver.slots = {place.offset: place.index for place in arena.places}
-        drivers.append((pinning, driver))
-        return pinning, driver
-
-    yield make
-    for pinning, driver in drivers:
-        for hold in driver.hold.values():
-            hold.set()
-        pinning.close()
-        assert not driver.registered, "a registration was leaked"
 
 
 @pytest.fixture
@@ -166,7 +91,7 @@ def test_slots_are_pinned_in_order_and_verified_before(arena, pinning_of, monkey
         return header
 
     monkeypatch.setattr(module, "verify", verify)
-    with Intake(OWN, pinning) as intake:
+    with closing(Intake(OWN, pinning)) as intake:
         intake.begin(arena, Rules(2))
         intake._ahead.result(20)
     assert [slot for what, slot in driver.events if what == "pin"] == [8, 2, 4, 0]
@@ -177,7 +102,7 @@ def test_slots_are_pinned_in_order_and_verified_before(arena, pinning_of, monkey
 def test_once_the_plan_is_known_whoever_copies_pins(arena, pinning_of):
     records = rotation_of_two(arena)
     pinning, driver = pinning_of(arena)
-    with Intake(OWN, pinning) as intake:
+    with closing(Intake(OWN, pinning)) as intake:
         driver.hold[2] = Until(lambda: intake._known)
         intake.begin(arena, Rules(2))
         for _ in range(2):
@@ -194,7 +119,7 @@ def test_nothing_is_registered_while_others_call_the_driver(arena, pinning_of):
     rotation_of_two(arena)
     pinning, driver = pinning_of(arena)
     driver.hold[8] = Until(lambda: pinning._pauses)
-    with Intake(OWN, pinning) as intake:
+    with closing(Intake(OWN, pinning)) as intake:
         intake.begin(arena, Rules(2))
         assert driver.begun.acquire(timeout=20)
         with pinning.paused():
@@ -210,13 +135,13 @@ def test_a_refusal_reaches_whoever_restores(arena, pinning_of):
     pinning, driver = pinning_of(arena)
     driver.refuses = {2}
     places = [(OWN, slot) for slot in (8, 2, 4, 0)]
-    with Intake(OWN, pinning) as intake:
+    with closing(Intake(OWN, pinning)) as intake:
         intake.begin(arena, Rules(2))
         futures = intake._ahead
         assert isinstance(futures.exception(20), KeeperError)
         with pytest.raises(KeeperError, match="cudaHostRegister failed with CUDA error 2"):
             intake.settle(places, {OWN: arena})
-    with Intake(OWN, pinning) as intake:  # refused only then
+    with closing(Intake(OWN, pinning)) as intake:  # refused only then
         intake.settle(places, {OWN: arena})
         with pytest.raises(KeeperError, match="cudaHostRegister failed with CUDA error 2"):
             intake.payload(records[2])
@@ -226,7 +151,7 @@ def test_damage_is_told_to_whoever_needs_the_record_and_to_nobody_else(arena, pi
     records = rotation_of_two(arena)
     arena.slots[2][2 * PAGE + 5] ^= 4
     pinning, driver = pinning_of(arena)
-    with Intake(OWN, pinning) as intake:
+    with closing(Intake(OWN, pinning)) as intake:
         intake.begin(arena, Rules(2))
         intake._ahead.result(20)
         intake.settle([(OWN, slot) for slot in (8, 2, 4, 0)], {OWN: arena})
@@ -236,19 +161,20 @@ def test_damage_is_told_to_whoever_needs_the_record_and_to_nobody_else(arena, pi
     assert driver.events
 
 
-def test_a_slot_that_holds_another_record_than_the_plan_says_is_refused(arena, pinning_of):
+@pytest.mark.parametrize("other", [{"step": 2}, {"kind": Kind.LOG}, {"sequence": 3}])
+def test_a_slot_that_holds_another_record_than_the_plan_says_is_refused(other, arena, pinning_of):
     records = rotation_of_two(arena)
     pinning, _ = pinning_of(arena)
-    with Intake(OWN, pinning) as intake:
+    with closing(Intake(OWN, pinning)) as intake:
         intake.settle([(OWN, 0)], {OWN: arena})
-        with pytest.raises(RecoveryError, match="holds the base record of step 4, not that of step 2"):
-            intake.payload(replace(records[0], step=2))
+        with pytest.raises(RecoveryError, match="slot 0: holds the base record of step 4, not that of step"):
+            intake.payload(replace(records[0], **other))
 
 
 def test_records_of_another_worker_are_verified_and_not_pinned(arena, pinning_of):
     records = rotation_of_two(arena)
     pinning, driver = pinning_of(arena)
-    with Intake("dp0001", pinning) as intake:
+    with closing(Intake("dp0001", pinning)) as intake:
         intake.settle([(OWN, 0)], {OWN: arena})
         assert intake.payload(records[0])
     assert not driver.events
@@ -266,12 +192,46 @@ def test_closed_in_the_middle_nothing_goes_on(arena, pinning_of):
     assert not [t for t in threading.enumerate() if t.name.startswith(("pinning", "verifying", "hashing"))]
 
 
+def test_closed_before_anything_is_verified_nothing_is_waited_for(arena, pinning_of):
+    rotation_of_two(arena)
+    pinning, driver = pinning_of(arena)
+    intake, busy, waits = Intake(OWN, pinning), threading.Event(), threading.Event()
+    intake._verifier.submit(busy.wait)
+    pin_ahead = intake._pin_ahead
+    intake._pin_ahead = lambda slots: waits.set() or pin_ahead(slots)
+    intake.begin(arena, Rules(2))
+    assert waits.wait(20)
+    closing_it = threading.Thread(target=intake.close, daemon=True)
+    closing_it.start()
+    assert Until(intake._records[OWN, 0].cancelled).wait(20)
+    busy.set()
+    closing_it.join(20)
+    assert not closing_it.is_alive()
+    assert all(record.cancelled() for record in intake._records.values())
+    assert not driver.events
+
+
+def test_the_rest_is_registered_once_after_what_a_recovery_read(arena, pinning_of):
+    pinning, driver = pinning_of(arena)
+    pinning.pin(2)
+    driver.refuses = {5}
+    pinning.pin_rest()
+    pinning._rest.join(20)
+    assert [slot for _, slot in driver.events] == [2, 0, 1, 3, 4]
+    with pytest.raises(KeeperError, match=r"slot 5 of [\d,]+ bytes: cudaHostRegister failed .*ulimit -l"):
+        pinning.pin(5)  # as a capture does
+    driver.refuses.clear()
+    pinning.pin(5)
+    pinning._pin_all()
+    assert [slot for _, slot in driver.events] == [2, 0, 1, 3, 4, 5, *range(6, len(arena.places))]
+
+
 def test_the_arena_is_given_up_while_a_slot_is_being_pinned(arena, pinning_of):
     rotation_of_two(arena)
     pinning, driver = pinning_of(arena)
     giving_up = threading.Thread(target=pinning.close)
     driver.hold[8] = Until(giving_up.is_alive)
-    with Intake(OWN, pinning) as intake:
+    with closing(Intake(OWN, pinning)) as intake:
         intake.begin(arena, Rules(2))
         assert driver.begun.acquire(timeout=20)
         giving_up.start()
@@ -284,7 +244,7 @@ def test_the_arena_is_given_up_while_a_slot_is_being_pinned(arena, pinning_of):
 def test_whoever_waits_for_a_turn_is_let_go_when_the_arena_is_given_up(arena, pinning_of):
     rotation_of_two(arena)
     pinning, driver = pinning_of(arena)
-    with pinning.paused(), Intake(OWN, pinning) as intake:
+    with pinning.paused(), closing(Intake(OWN, pinning)) as intake:
         intake.begin(arena, Rules(2))
         pinning.close()
         intake._ahead.result(20)
@@ -293,76 +253,7 @@ def test_whoever_waits_for_a_turn_is_let_go_when_the_arena_is_given_up(arena, pi
 
 def test_without_a_device_nothing_is_read_ahead(arena):
     rotation_of_two(arena)
-    with Intake(OWN, Pinning(arena, None)) as intake:
+    with closing(Intake(OWN, Pinning(arena, None))) as intake:
         intake.begin(arena, Rules(2))
         assert not intake._records
         assert intake._ahead is None
-
-
-@pytest.fixture
-def second_attempt(make_wal_job, pinning_of, monkeypatch):
-    """A worker that comes back after four steps, its pinning and the driver; what must be restored."""
-    first = make_wal_job(world=1)
-    first.run(1, 2, 3, 4)
-    first.close()
-    job = make_wal_job(world=1, attempt=1)
-    job.wipe()
-    pinning, driver = pinning_of(job.clients[0].arena)
-    redo = Redo.apply
-    monkeypatch.setattr(Redo, "apply", lambda self, step, log: driver.note("redo", step) or redo(self, step, log))
-    return job, pinning, driver, first.history[4]
-
-
-def recover(job, pinning):
-    with Recovery(job.clients[0], job.run_dir, replace(job.target(0), pinning=pinning)) as recovery:
-        reports, unreadable = exchange_reports(recovery, lambda mine: [mine])
-        assert unreadable == []
-        plan = plan_recovery(reports)
-        recovery.apply(plan)
-    return plan.step
-
-
-def test_what_a_recovery_reads_is_pinned_while_the_keeper_has_not_answered(second_attempt, monkeypatch):
-    job, pinning, driver, expected = second_attempt
-    inventory = job.clients[0].inventory
-
-    def late():
-        for _ in range(6):  # extras, three bases, the log of two steps
-            assert driver.begun.acquire(timeout=20)
-        return inventory()
-
-    monkeypatch.setattr(job.clients[0], "inventory", late)
-    assert recover(job, pinning) == 4
-    assert job.state() == expected
-    assert [what for what, _ in driver.events] == ["pin"] * 6 + ["redo"] * 2
-
-
-def test_a_step_is_redone_when_its_log_is_there_not_when_all_are(second_attempt, monkeypatch):
-    job, pinning, driver, expected = second_attempt
-    monkeypatch.setattr(module, "likely_slots", lambda arena, rules: [])
-    assert recover(job, pinning) == 4
-    assert job.state() == expected
-    kinds = {place.index: place.kind.name.lower() for place in job.clients[0].arena.places}
-    happened = [kinds[of] if what == "pin" else f"{what} {of}" for what, of in driver.events]
-    assert happened == ["base", "log", "redo 3", "base", "log", "redo 4", "base", "extras"]
-
-
-def test_collecting_goes_on_after_a_recovery_also_one_that_fails(second_attempt):
-    job, pinning, driver, _ = second_attempt
-    driver.refuses = set(driver.slots.values())
-    with pytest.raises(KeeperError, match="cudaHostRegister failed"):
-        recover(job, pinning)
-    assert gc.isenabled()
-    assert not [t for t in threading.enumerate() if t.name.startswith(("pinning", "verifying", "hashing"))]
-
-
-def test_what_was_begun_ends_before_a_recovery_that_reads_no_memory(second_attempt):
-    job, pinning, driver, _ = second_attempt
-    before = job.state()
-    with Recovery(job.clients[0], job.run_dir, replace(job.target(0), pinning=pinning)) as recovery:
-        driver.hold = {slot: Until(lambda: recovery._intake._known) for slot in driver.slots.values()}
-        recovery.report_memory()
-        assert recovery.apply(RecoveryPlan(-1, "fresh", "")) == {}
-        assert recovery._intake is None
-    assert len(driver.events) <= 2
-    assert job.state() == before
