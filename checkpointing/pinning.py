@@ -16,6 +16,11 @@ from checkpointing.keeper.memory import map_pages
 from checkpointing.keeper.protocol import KeeperError
 from checkpointing.slots import Arena
 
+_ALLOW = (
+    "allow this process to lock that much memory (ulimit -l, or the container's memlock), or set "
+    "checkpoint.memory.enabled: false"
+)
+
 
 class Pinning:
     """Which slots of an arena are registered. Thread-safe; without CUDA it does nothing.
@@ -52,7 +57,7 @@ class Pinning:
         place = self._arena.places[slot]
         with torch.cuda.device(self._device):
             status = torch.cuda.cudart().cudaHostRegister(self._base + place.offset, place.nbytes, 0)
-        _check(status, f"slot {slot} of {place.nbytes:,} bytes: cudaHostRegister")
+        _check(status, f"slot {slot} of {place.nbytes:,} bytes: cudaHostRegister", _ALLOW)
         self._pinned.add(slot)
 
     @contextmanager
@@ -93,15 +98,13 @@ class Pinning:
             self._turn.notify_all()
             for slot in sorted(self._pinned):
                 status = torch.cuda.cudart().cudaHostUnregister(self._base + self._arena.places[slot].offset)
-                _check(status, "cudaHostUnregister")
+                _check(status, "cudaHostUnregister", "start again")
             self._pinned.clear()
         if self._rest is not None:
             self._rest.join()
 
 
-def _check(status: object, what: str) -> None:
-    if int(status) != 0:  # type: ignore[call-overload]
-        raise KeeperError(
-            f"{what} failed with CUDA error {int(status)}; allow this process to lock that much memory (ulimit -l, or "  # type: ignore[call-overload]
-            "the container's memlock), or set checkpoint.memory.enabled: false"
-        )
+def _check(status: object, what: str, advice: str) -> None:
+    code = int(status)  # type: ignore[call-overload]
+    if code:
+        raise KeeperError(f"{what} failed with CUDA error {code}; {advice}")

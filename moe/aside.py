@@ -1,6 +1,6 @@
 """A second stream of a GPU, for what must not stand in the queue behind large kernels. On a CPU it is nothing.
 
-Streams are torch's own, not those of ``torch.cuda``, which take the host several times as long to enter and wait for.
+Streams are torch's own, which are entered and waited for in C, not those of ``torch.cuda``, which do it in Python.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ from moe.kernels.stack import Needs, Stack
 from moe.traffic import Traffic
 
 _ALIGNED = 16  # bytes: rows of any type begin there
-_SPARE = 8  # kept for backward: one row of nothing for so many at most
+_KEPT_SPARE = 8  # rows for each one of nothing that is kept for backward, at least
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _first(rows: Tensor | None, number: int) -> Tensor | None:
     """The first rows of what may have more; None if it has fewer. What is kept keeps few others in memory."""
     if rows is None or rows.shape[0] < number:
         return None
-    return rows[:number].clone() if rows.shape[0] > number + -(-number // _SPARE) else rows[:number]
+    return rows[:number].clone() if rows.shape[0] > number + -(-number // _KEPT_SPARE) else rows[:number]
 
 
 def mix_with_guests(

@@ -24,12 +24,12 @@ def is_quick() -> bool:
 
 
 def ceil_div(n: int, size: int) -> int:
-    """How many pieces of ``size`` hold ``n``. Triton's own takes the host 2 us, as does :func:`power_of_two`'s."""
+    """How many pieces of ``size`` hold ``n``. Triton's own can be called in kernels, too, and is slow here for that."""
     return -(-n // size)
 
 
 def power_of_two(n: int) -> int:
-    """The next from ``n`` on."""
+    """The next from ``n`` on, which is positive."""
     return 1 << (n - 1).bit_length()
 
 

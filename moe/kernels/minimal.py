@@ -86,7 +86,7 @@ class _Mix(torch.autograd.Function):
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Nothing where it is off: to enter it takes the host as long as a launch."""
+    """Nothing where it is off: entering it is Python, in every layer and pass."""
     on = torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if on else nullcontext()
 

@@ -102,6 +102,7 @@ def test_tables_name_what_was_left_out():
     text = tables(result() | {"summary": summarise(result())})
     assert "left out: deepspeed save: the time ran out" in text
     assert "every step" in text
+    assert "0.500    1.400    0.100    0.250   0.200    1.200   0.300" in text  # as the head of the table has them
 
 
 def test_nothing_measured_is_said():
