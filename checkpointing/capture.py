@@ -1,18 +1,13 @@
 """Copying live state into slots beside the training step.
 
-On CPU a thread copies with memmove, which releases the GIL and, unlike a tensor copy, starts no second pool of compute
-threads. On CUDA each slot is registered once as pinned memory and a side stream copies, piece by piece. All pieces are
-queued by one call: each call of its own would take the interpreter lock from the training thread, which gets it back
-late. A copy engine serves its queue in order, so a training step that reads a single number back would wait for all of
-them; after each piece the stream therefore runs a kernel of no other use, and while the engine waits for that it serves
-others. The stream has priority: such a kernel would else wait for room on a busy device, and the copies with it.
-Queueing a piece holds up a training thread that queues kernels, so pieces are small only where a step reads numbers
-back in its midst (figures: docs/measurements.md).
+Bytes move as :mod:`checkpointing.copies` says. Where a capture's memory was found before it starts, its copies are
+queued by the thread that starts it: from a thread of their own, each call would take the interpreter lock from the
+training thread, which gets it back late. What is left for the background is to wait for them, to close the records and
+to tell the keeper.
 """
 
 from __future__ import annotations
 
-import ctypes
 import queue
 import threading
 import time
@@ -22,24 +17,21 @@ from dataclasses import dataclass
 
 import torch
 
+from checkpointing.copies import Batch, Copies, Delivered, DeviceCopies, Freight, HostCopies, Move
 from checkpointing.keeper.client import Grant, KeeperClient
 from checkpointing.keeper.protocol import KeeperError
 from checkpointing.pinning import Pinning
-from checkpointing.record_sums import Part, Record, device_sums
+from checkpointing.record_sums import Part, Record
 from checkpointing.records import PAGE, Header, Kind, RecordError, encode_table, extras_entries, finish, whole_pages
 from checkpointing.slots import ArenaShape, Pool
 from checkpointing.state.buffers import StateBuffer
 from checkpointing.state.fragments import META_BYTES, Fragment, LogLayout
 from checkpointing.state.gradients import StepLog
 
-# So long does a read of the training step wait at most: 0.6 ms over PCIe 5, and 4.9 ms where it rarely reads.
-_PIECE, _LARGE_PIECE = 32 << 20, 256 << 20
 _PLANS = 512  # kept: more than a rotation's parts in all its slots; experts' would be millions
 _SIGN_OF_LIFE_S = 5.0
 Reached = Callable[[str, int], None]
-Move = tuple[torch.Tensor, torch.Tensor]
 Plan = tuple[list[Part], list[Move]]
-Run = tuple[torch.cuda.Event | None, list[Move]]  # what to copy after an event of the device
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -77,7 +69,7 @@ class Wanted:
 @dataclass
 class Job:
     """One capture: which fragments (the first ``least`` of them at least), the step's log, which parts go to disk, this
-    rank's small state."""
+    rank's small state, and the slots, once its copies are queued."""
 
     step: int
     fragments: Sequence[Fragment]
@@ -87,6 +79,11 @@ class Job:
     extras: dict[str, bytes]
     committed: int
     event: torch.cuda.Event | None = None
+    grant: Grant | None = None
+
+    @property
+    def wanted(self) -> Wanted:
+        return Wanted(self.step, self.committed, len(self.fragments), self.least, _kinds(self.log is not None))
 
 
 class Capturer:
@@ -97,8 +94,8 @@ class Capturer:
         buffers: the buffers that fragments point into.
         log: the layout of log records; None if steps are not logged.
         reached: a drill's failpoint, called with ("copy", step) before a capture's first byte is copied, ("capture",
-            step) when half of them are, ("copied", step) when all are and the records say so, ("told", step) when the
-            keeper has been told.
+            step) when half of them are (on a GPU both when they are queued), ("copied", step) when all are and the
+            records say so, ("told", step) when the keeper has been told.
         reads_back: whether the training step reads numbers back from the device while it computes.
     """
 
@@ -117,11 +114,7 @@ class Capturer:
         self._device = next(iter(devices), None)
         self._memory = torch.frombuffer(client.arena.memory, dtype=torch.uint8)
         self.pinning = Pinning(client.arena, self._device)
-        self._stream = None if self._device is None else torch.cuda.Stream(self._device, priority=-1)
-        self._piece = _PIECE if reads_back else _LARGE_PIECE
-        # What the kernels between pieces copy: to another dtype, since that takes a kernel.
-        self._gap = (torch.zeros(1, device=self._device), torch.zeros(1, dtype=torch.int32, device=self._device))
-        self._sums = device_sums(self._device)
+        self._copies: Copies = HostCopies() if self._device is None else DeviceCopies(self._device, reads_back)
         self._plans: dict[tuple[int, tuple[int, ...]], Plan] = {}
         self._condition = threading.Condition()
         self._sealed_step = client.restored_step
@@ -169,12 +162,18 @@ class Capturer:
         self._raise_error()
         assert self._copied == self._started, "call wait_copied() before the next start()"
         event = None
-        if self._stream is not None:
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self._device))
+        if self._device is not None:
+            event = torch.cuda.current_stream(self._device).record_event()
         self._started += 1
         enough = len(fragments) if least is None else least
-        self._jobs.put(Job(step, fragments, enough, log, persist, extras, committed, event))
+        job = Job(step, fragments, enough, log, persist, extras, committed, event)
+        try:
+            if (grant := self._take_reserved(job.wanted)) is not None:
+                self._queue(job, grant)
+        except BaseException as error:
+            self._fail(error)
+        else:
+            self._jobs.put(job)
 
     def wait_copied(self) -> float:
         """Wait until the last started capture holds its own copy of everything: call before state is changed.
@@ -219,7 +218,9 @@ class Capturer:
         while (job := self._jobs.get()) is not None:
             try:
                 if isinstance(job, Wanted):
-                    self._reserved = job, self._acquire(job)
+                    reserved = job, self._acquire(job)
+                    with self._condition:
+                        self._reserved = reserved
                 else:
                     self._capture(job)
             except BaseException as error:
@@ -231,49 +232,52 @@ class Capturer:
             self._condition.notify_all()
 
     def _acquire(self, wanted: Wanted) -> Grant:
-        assert self._reserved is None, "what was reserved is not captured yet"
         grant = self._client.acquire(wanted.step, wanted.committed, wanted.bases, wanted.least, wanted.kinds)
         for slot in [*grant.bases, *grant.others.values()]:
             self.pinning.pin(slot)
         return grant
 
-    def _grant(self, job: Job) -> Grant:
-        wanted = Wanted(job.step, job.committed, len(job.fragments), job.least, _kinds(job.log is not None))
-        if self._reserved is None:
-            return self._acquire(wanted)
-        (reserved, grant), self._reserved = self._reserved, None
+    def _take_reserved(self, wanted: Wanted) -> Grant | None:
+        """What was found for this capture, if anything was by now."""
+        with self._condition:
+            found, self._reserved = self._reserved, None
+        if found is None:
+            return None
+        reserved, grant = found
         assert reserved == wanted, f"{reserved} was reserved, and {wanted} is captured"
         return grant
 
-    def _capture(self, job: Job) -> None:
-        grant = self._grant(job)
-        granted = list(zip(grant.bases, job.fragments, strict=False))
-        self._reached("copy", job.step)
+    def _queue(self, job: Job, grant: Grant) -> None:
+        """Begin to copy; the bytes of the log first, since they were there before the optimizer changed the state."""
+        batches: list[Batch] = []
         records: list[Record] = []
-        runs: list[Run] = []
-        summed = job.event
         if job.log is not None:
-            # First, since the gradients were there before the optimizer changed the state.
             slot, parts = grant.others[Kind.LOG], self._log_parts(job.log)
-            events = job.log.ready or [job.event] * len(parts)
-            summed = job.log.summed or job.event
-            runs += [(event, self._moves(slot, Kind.LOG, part)) for event, part in zip(events, parts, strict=True)]
-            records.append((slot, parts, job.log.sums))
-        for slot, fragment in granted:
+            events: Sequence[torch.cuda.Event | None] = job.log.ready or [job.event] * len(parts)
+            for event, part in zip(events, parts, strict=True):
+                batches.append(Batch(event, self._moves(slot, Kind.LOG, part)))
+            records.append(Record(slot, parts, job.log.sums))
+        for slot, fragment in zip(grant.bases, job.fragments, strict=False):
             parts, moves = self._base_plan(slot, fragment)
-            runs.append((job.event, moves))
-            records.append((slot, parts, ()))
-        begun = self._sums.queue_records(records, job.event, summed) if self._sums is not None else []
-        self._copy(runs, job)
-        sums = self._sums.take_records(begun) if self._sums is not None else {}
-        for slot, fragment in granted:
+            batches.append(Batch(job.event, moves))
+            records.append(Record(slot, parts))
+        self._copies.queue(Freight(batches, records, job.log.factors if job.log is not None else (), job.event))
+        job.grant = grant
+
+    def _capture(self, job: Job) -> None:
+        grant = job.grant or self._take_reserved(job.wanted) or self._acquire(job.wanted)
+        self._reached("copy", job.step)
+        if job.grant is None:
+            self._queue(job, grant)
+        delivered = self._copies.finish(lambda: self._reached("capture", job.step))
+        for slot, fragment in zip(grant.bases, job.fragments, strict=False):
             self._close_record(slot, Kind.BASE, grant, job.step, fragment.table, fragment.nbytes)
         if job.log is not None:
-            self._close_log(grant, job.step, job.log)
+            self._close_log(grant, job.step, job.log, delivered)
             job.log = None  # gradients stay in memory only until they are copied
         self._write_extras(grant, job.step, job.extras)
         self._reached("copied", job.step)
-        sealed = self._client.copied(job.step, grant, job.persist, sums)
+        sealed = self._client.copied(job.step, grant, job.persist, delivered.digests)
         self._reached("told", job.step)
         with self._condition:
             self._copied += 1
@@ -313,48 +317,13 @@ class Capturer:
         source, offset = part
         start = self._place(slot, kind) + offset
         target = self._memory[start : start + source.numel()]
-        return list(zip(source.split(self._piece), target.split(self._piece), strict=True))
-
-    def _copy(self, runs: list[Run], job: Job) -> None:
-        half = sum(len(moves) for _, moves in runs) // 2
-        if self._stream is None:
-            for number, (source, target) in enumerate(move for _, moves in runs for move in moves):
-                if number == half:
-                    self._reached("capture", job.step)
-                ctypes.memmove(target.data_ptr(), source.data_ptr(), source.numel())
-            return
-        copied = torch.cuda.Event(blocking=True)  # sleeps; another would spin on a core that launches kernels
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            for after, moves in runs:
-                assert after is not None
-                self._stream.wait_event(after)
-                before = max(half, 0)
-                self._queue(moves[:before])
-                if 0 <= half < len(moves):
-                    self._reached("capture", job.step)
-                self._queue(moves[before:])
-                half -= len(moves)
-            assert job.event is not None
-            self._stream.wait_event(job.event)  # the log's factors are there only then
-            copied.record(self._stream)
-        copied.synchronize()
-
-    def _queue(self, moves: list[Move]) -> None:
-        if not moves:
-            return
-        number, number_again = self._gap
-        sources = [tensor for source, _ in moves for tensor in (source, number)]
-        targets = [tensor for _, target in moves for tensor in (target, number_again)]
-        torch._foreach_copy_(targets, sources, non_blocking=True)
+        return list(zip(source.split(self._copies.piece), target.split(self._copies.piece), strict=True))
 
     # Closing records
 
-    def _close_log(self, grant: Grant, step: int, log: StepLog) -> None:
+    def _close_log(self, grant: Grant, step: int, log: StepLog, delivered: Delivered) -> None:
         assert self._log is not None
-        slot = grant.others[Kind.LOG]
-        # On the side stream: another would wait for the training step that is queued behind it.
-        with torch.cuda.stream(self._stream):
-            meta = log.meta()
+        slot, meta = grant.others[Kind.LOG], log.meta(delivered.numbers)
         if len(meta) > META_BYTES:
             raise RecordError(f"{len(meta):,} bytes of optimizer settings do not fit the log's {META_BYTES:,}")
         view = self._client.arena.slots[slot]

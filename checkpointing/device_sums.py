@@ -1,30 +1,36 @@
-"""Checksums taken by the GPU, of state that still lies there: the keeper's reading of every captured byte shared cores
+"""Digests of chunks of state taken by the GPU where they lie: the keeper's reading of every captured byte shared cores
 and memory with the thread that queues kernels (figures: docs/measurements.md).
 
-Two Triton kernels give what :func:`checkpointing.xxh3.finish` needs. The first adds up each block of 1,024 bytes, all
-blocks at once; the second takes a chunk's blocks in their order, scrambling after each, four chunks in a program. The
-digest is that of the xxhash library, bit for bit, so whoever verifies a record does not know who took its sums. Blocks
-of gradients are added up by the pass that scales them for the optimizer, which must read them anyway.
+Two Triton kernels. The first adds up each block of 1,024 bytes, all blocks at once; the second takes a chunk's blocks
+in their order, scrambling after each, four chunks in a program, and ends the digest. It is that of the xxhash library,
+bit for bit, so whoever verifies a record does not know who took its digests. Blocks of gradients are added up by the
+pass that scales them for the optimizer, which must read them anyway.
+
+Scrambling is a chain, of one chunk as long as the chunk, and multiprocessors that hold it are missed by products of
+matrices beside it: so chunks are small.
 
 Shapes: C chunks, B blocks of a chunk, 16 stripes of a block, 8 lanes of 64 bits of a stripe.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from checkpointing.xxh3 import BLOCK, PRIME32_1, SECRET, START
+from checkpointing.record_sums import Chunks
+from checkpointing.xxh3 import BLOCK, PRIME32_1, PRIME_MX1, SECRET, SUMS, table_of
+from moe.kernels.launching import Quick
 
-_MOST = 64  # chunks of one capture; the keeper sums up the others. They take a 16th of their bytes on the device.
+_MOST = 1024  # chunks added up here in one capture; the keeper reads what is more. They take a 16th of their bytes
 _TOGETHER = 32  # blocks that a program adds up
-_SUMS = 64  # bytes of a block's
-_UNROLLED = (51, 15, 1)  # blocks whose sums are loaded ahead of being scrambled: the most that divides a chunk's
+_UNROLLED = (45, 15, 1)  # blocks whose sums are loaded ahead of being scrambled: the most that divides a chunk's
+# Rows of the table (checkpointing.xxh3.table_of) after the secret's.
+_LAST, _MIX, _START, _BEGUN = (tl.constexpr(8 * row) for row in (3, 4, 6, 7))
 
 
 @triton.jit
@@ -86,109 +92,125 @@ def _scale_blocks(source, secret, factor, out, sums, words, blocks: tl.constexpr
 
 
 @triton.jit
-def _scramble(rows, secret, start, out, prime: tl.constexpr, count, in_chunk: tl.constexpr, unrolled: tl.constexpr):
-    """Four chunks in a warp. Each waits for its block before, so the next sums must be under way meanwhile.
+def _digest(table, chunks, rows, out, in_chunk: tl.constexpr, prime: tl.constexpr, mix: tl.constexpr,
+            unrolled: tl.constexpr):  # fmt: skip
+    """Of four chunks in a warp. Each waits for its block before, so the next sums must be under way meanwhile.
 
     ``rows``: where each chunk's sums of blocks begin.
     """
     chunk = tl.program_id(0).to(tl.int64) * 4 + tl.arange(0, 4)[:, None]
-    there = chunk < count
     lane = tl.arange(0, 8)[None, :]
-    key = tl.load(secret + 16 + lane)
-    total = tl.load(start + lane) + tl.zeros((4, 8), tl.uint64)
-    at = tl.multiple_of(tl.load(rows + chunk, there, 0).to(tl.pointer_type(tl.uint64)), [16, 16]) + lane
+    key = tl.load(table + 16 + lane)
+    total = tl.load(table + _START + lane) + tl.zeros((4, 8), tl.uint64)
+    at = tl.multiple_of(tl.load(rows + chunk).to(tl.pointer_type(tl.uint64)), [16, 16]) + lane
     ahead = ()
     for turn in tl.static_range(unrolled):
-        ahead += (tl.load(at + turn * 8, there, 0),)
-    for block in range(unrolled, in_chunk, unrolled):  # the last block is the host's
+        ahead += (tl.load(at + turn * 8),)
+    for block in range(unrolled, in_chunk, unrolled):  # the last block is not scrambled
         now, ahead = ahead, ()
         at += unrolled * 8
-        more = there & (block < in_chunk - 1)
         for turn in tl.static_range(unrolled):
-            ahead += (tl.load(at + turn * 8, more, 0),)
+            ahead += (tl.load(at + turn * 8, block < in_chunk - 1, 0),)
         for turn in tl.static_range(unrolled):
             total += now[turn]
             total = (total ^ (total >> 47) ^ key) * prime
-    tl.store(out + chunk * 8 + lane, total, there)
+    at = tl.load(chunks + chunk).to(tl.pointer_type(tl.uint64)) + (in_chunk - 1) * 128 + lane
+    for stripe in tl.static_range(16):
+        word = tl.load(at + stripe * 8)
+        total += _product(word ^ tl.load(table + (stripe if stripe < 15 else _LAST) + lane)) + _swapped(word, 4)
+    for half in tl.static_range(2):
+        even, odd = tl.split(tl.reshape(total ^ tl.load(table + _MIX + half * 8 + lane), (4, 4, 2)))
+        word = tl.sum((even * odd) ^ tl.umulhi(even, odd), 1)[:, None] + tl.load(table + _BEGUN + half)
+        word = (word ^ (word >> 37)) * mix
+        tl.store(out + chunk * 2 + half, word ^ (word >> 32))
 
 
 class DeviceSums:
-    """Takes the sums of whole chunks on a stream of its own.
+    """Takes the digests of whole chunks on a stream of its own.
 
     Args:
         chunk: bytes, a multiple of 16 KiB.
     """
 
     def __init__(self, device: torch.device, chunk: int) -> None:
-        self._chunk, self._blocks = chunk, chunk // BLOCK
+        self._chunk, self._blocks, self._device = chunk, chunk // BLOCK, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-        def of_host(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=torch.uint64, pin_memory=device.type == "cuda")
-
-        self._secret = _secret_on(device)
-        self._start = torch.frombuffer(bytearray(struct.pack("<8Q", *START)), dtype=torch.uint64).to(device)
+        self._table = torch.frombuffer(bytearray(table_of(chunk)), dtype=torch.uint64).to(device)
+        self._unrolled = next(n for n in _UNROLLED if (self._blocks - 1) % n == 0)
+        self._together = min(_TOGETHER, self._blocks & -self._blocks)
         self._sums_CB8 = torch.empty(0, dtype=torch.uint64, device=device)
+        self._make_room(_MOST)
+        self._order: list[int] = []
+
+    def _make_room(self, chunks: int) -> None:
+        pin = self._device.type == "cuda"
         # Of each chunk where its bytes lie, and where its blocks' sums do.
-        self._places_2C = torch.empty(2, _MOST, dtype=torch.uint64, device=device)
-        self._found_C8 = torch.empty(_MOST, 8, dtype=torch.uint64, device=device)
-        self._host_places_2C, self._host_found_C8 = of_host(2, _MOST), of_host(_MOST, 8)
+        self._host_places_2C = torch.empty(2, chunks, dtype=torch.uint64, pin_memory=pin)
+        self._host_found_C2 = torch.empty(chunks, 2, dtype=torch.uint64, pin_memory=pin)
+        self._places_2C = torch.empty(2, chunks, dtype=torch.uint64, device=self._device)
+        self._found_C2 = torch.empty(chunks, 2, dtype=torch.uint64, device=self._device)
 
-    def queue(
-        self,
-        starts: Sequence[int],
-        after: torch.cuda.Event | None = None,
-        added: Sequence[int] = (),
-        ready: torch.cuda.Event | None = None,
-    ) -> int:
-        """Begin with as many chunks as there is room for: first those whose blocks are added up after ``ready``, given
-        where the sums lie, then, after ``after``, those whose bytes begin at ``starts``; all addresses of the device.
+    def queue(self, wanted: Sequence[Chunks], after: torch.cuda.Event | None = None) -> list[int]:
+        """Begin, after an event of the device, with as many chunks as there is room for.
 
-        Returns how many those are. Their bytes must stay as they are until :meth:`take`. Raises ValueError if one does
-        not begin at a multiple of 16.
+        Returns how many of each of ``wanted`` those are. All bytes must stay as they are until the device has come to
+        :attr:`done`, and :meth:`take` is called before the next. Raises ValueError if chunks do not begin at a multiple
+        of 16.
         """
-        added = added[:_MOST]
-        starts = starts[: _MOST - len(added)]
-        if any(start % 16 for start in starts):
+        if any(chunks.address % 16 for chunks in wanted):
             raise ValueError("state begins between two multiples of 16 bytes")
-        known, fresh, blocks = len(added), len(starts), self._blocks
         with torch.cuda.stream(self._stream):
-            if self._sums_CB8.numel() < fresh * blocks * 8:  # of this stream's memory: the other's may still be in use
-                self._sums_CB8 = self._secret.new_empty(fresh * blocks * 8)
-            sums, places = self._sums_CB8.data_ptr(), self._host_places_2C.numpy()
-            places[0, :fresh] = starts
-            places[1, : known + fresh] = [*added, *(sums + number * blocks * _SUMS for number in range(fresh))]
-            self._places_2C.copy_(self._host_places_2C, non_blocking=True)
-            if added:
-                self._wait(ready or after)
-                self._scramble(0, known)
-            if starts:
-                self._wait(after)
-                together = min(_TOGETHER, blocks & -blocks)
-                of_all = (self._places_2C[0], self._secret, self._sums_CB8, blocks, together)
-                _add_blocks[(blocks // together, fresh)](*of_all)
-                self._scramble(known, fresh)
-            self._host_found_C8.copy_(self._found_C8, non_blocking=True)
-        return known + fresh
+            if self._stream is not None and after is not None:
+                self._stream.wait_event(after)
+            return self._queue(wanted)
 
-    def _wait(self, event: torch.cuda.Event | None) -> None:
-        if self._stream is not None and event is not None:
-            self._stream.wait_event(event)
+    def _queue(self, wanted: Sequence[Chunks]) -> list[int]:
+        fresh, counts = 0, []
+        for chunks in wanted:
+            counts.append(chunks.count if chunks.sums is not None else min(chunks.count, _MOST - fresh))
+            fresh += counts[-1] if chunks.sums is None else 0
+        total, row = sum(counts), self._blocks * SUMS
+        if not total:
+            return counts
+        whole = -(-total // 4) * 4
+        if whole > self._host_places_2C.shape[1]:
+            self._make_room(whole)
+        if self._sums_CB8.numel() * 8 < fresh * row:  # of this stream's memory: the other's may still be in use
+            self._sums_CB8 = self._table.new_empty(fresh * row // 8)
+        places, at = self._host_places_2C.numpy(), {True: 0, False: fresh}  # fresh ones first
+        self._order = []
+        own = self._sums_CB8.data_ptr()
+        for chunks, count in zip(wanted, counts, strict=True):
+            begin = at[chunks.sums is None]
+            at[chunks.sums is None] += count
+            steps = np.arange(count, dtype=np.uint64)
+            places[0, begin : begin + count] = chunks.address + steps * np.uint64(self._chunk)
+            first = own + begin * row if chunks.sums is None else chunks.sums
+            places[1, begin : begin + count] = first + steps * np.uint64(row)
+            self._order.append(begin)
+        places[:, total:whole] = places[:, :1]  # programs take four
+        self._launch(fresh, whole // 4)
+        return counts
 
-    def _scramble(self, first: int, count: int) -> None:
-        blocks = self._blocks
-        unrolled = next(n for n in _UNROLLED if (blocks - 1) % n == 0)
-        rows, found = self._places_2C[1, first:], self._found_C8[first:]
-        of_all = (rows, self._secret, self._start, found, PRIME32_1, count, blocks, unrolled)
-        _scramble[(-(-count // 4),)](*of_all, num_warps=1)
+    def _launch(self, fresh: int, programs: int) -> None:
+        self._places_2C.copy_(self._host_places_2C, non_blocking=True)
+        starts, rows = self._places_2C.unbind(0)
+        blocks, together = self._blocks, self._together
+        if fresh:
+            _ADD[(blocks // together, fresh)](starts, self._table, self._sums_CB8, blocks, together)
+        of_all = (self._table, starts, rows, self._found_C2, blocks, PRIME32_1, PRIME_MX1, self._unrolled)
+        _DIGEST[(programs,)](*of_all, num_warps=1)
+        self._host_found_C2.copy_(self._found_C2, non_blocking=True)
 
-    def take(self, count: int) -> list[bytes]:
-        """Wait for them; returns each chunk's accumulators."""
-        if self._stream is not None:
-            done = torch.cuda.Event(blocking=True)
-            done.record(self._stream)
-            done.synchronize()
-        return [row.tobytes() for row in self._host_found_C8[:count].numpy()]
+    def done(self) -> torch.cuda.Event | None:
+        """The event of the device after what is queued."""
+        return None if self._stream is None else self._stream.record_event()
+
+    def take(self, counts: Sequence[int]) -> list[bytes]:
+        """What :meth:`queue` returned; the device must have come to :meth:`done`. Returns the digests of each of what
+        was wanted, one after another."""
+        found = self._host_found_C2.numpy().byteswap()
+        return [found[at : at + count].tobytes() for at, count in zip(self._order, counts, strict=True)]
 
 
 def scale_and_add(source: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -203,10 +225,13 @@ def scale_and_add(source: torch.Tensor, factor: torch.Tensor, out: torch.Tensor)
     secret = _secret_on(source.device)
     of_all = (words, secret, factor, out, sums, words.numel(), _TOGETHER)
     # A word for each thread, which stores the four products as one; with two they would change threads before.
-    _scale_blocks[(-(-blocks // _TOGETHER),)](*of_all, num_warps=_TOGETHER // 4)
+    _SCALE[(-(-blocks // _TOGETHER),)](*of_all, num_warps=_TOGETHER // 4)
     return sums
 
 
 @lru_cache(maxsize=8)
 def _secret_on(device: torch.device) -> torch.Tensor:
     return torch.frombuffer(bytearray(SECRET), dtype=torch.uint64).to(device)
+
+
+_ADD, _DIGEST, _SCALE = Quick(_add_blocks), Quick(_digest), Quick(_scale_blocks)

@@ -8,20 +8,46 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from checkpointing.records import CHUNK
-from checkpointing.xxh3 import BLOCK
+from checkpointing.xxh3 import BLOCK, SUMS
 
 if TYPE_CHECKING:
     from checkpointing.device_sums import DeviceSums
 
 Part = tuple[torch.Tensor, int]
-Record = tuple[int, Sequence[Part], Sequence[torch.Tensor | None]]
-"""A slot, the parts of its payload, and of each, if they are taken, the sums of its blocks."""
-Place = tuple[int, int]  # slot, number of a chunk of its payload
+
+
+@dataclass(frozen=True)
+class Record:
+    """A slot, the parts of its payload, and of each, if they are taken already, the sums of its blocks."""
+
+    slot: int
+    parts: Sequence[Part]
+    sums: Sequence[torch.Tensor | None] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """``count`` chunks of a slot's payload, from number ``first`` on."""
+
+    slot: int
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """``count`` whole chunks, one after another from an address of the device on, and where the sums of their blocks
+    lie, one block after another, if they are taken already."""
+
+    address: int
+    count: int
+    sums: int | None = None
 
 
 def device_sums(device: torch.device | None) -> RecordSums | None:
@@ -46,42 +72,44 @@ class RecordSums:
         self._sums: DeviceSums | None = sums
         self._chunk = chunk
 
-    def queue_records(
-        self, records: Iterable[Record], after: torch.cuda.Event | None, ready: torch.cuda.Event | None = None
-    ) -> list[Place]:
-        """Begin after an event of the device, with what is added up after ``ready``; returns which chunks. Their bytes
-        must stay till :meth:`take_records`.
+    def queue_records(self, records: Iterable[Record], after: torch.cuda.Event | None) -> list[Run]:
+        """Begin after an event of the device; returns of which chunks, for :meth:`take_records`. Their bytes must stay
+        until the device has come to :meth:`done`.
 
         A device that cannot, for want of memory or of a compiler, is not asked again: the keeper reads everything then.
         """
         if self._sums is None:
             return []
-        added: list[tuple[Place, int]] = []
-        fresh: list[tuple[Place, int]] = []
-        for slot, parts, taken in records:
-            for number, (source, offset) in enumerate(parts):
-                sums = taken[number] if taken and offset % BLOCK == 0 else None
-                for chunk in whole_chunks((source, offset), self._chunk):
-                    begin = chunk * self._chunk - offset
-                    if sums is None:
-                        fresh.append(((slot, chunk), source.data_ptr() + begin))
-                    else:
-                        added.append(((slot, chunk), sums[begin // BLOCK].data_ptr()))
+        runs = [run for record in records for run in self._runs_of(record)]
         try:
-            count = self._sums.queue([start for _, start in fresh], after, [place for _, place in added], ready)
-            return [place for place, _ in (*added, *fresh)][:count]
+            counts = self._sums.queue([chunks for _, chunks in runs], after)
         except Exception as error:  # Triton and compilers raise whatever they like, and training needs none of them
             _tell("takes no checksums", error, "the keeper takes all")
             self._sums = None
             return []
+        return [Run(run.slot, run.first, count) for (run, _), count in zip(runs, counts, strict=True)]
 
-    def take_records(self, places: Sequence[Place]) -> dict[int, dict[int, bytes]]:
-        """What to tell the keeper, by slot."""
+    def _runs_of(self, record: Record) -> Iterable[tuple[Run, Chunks]]:
+        for number, (source, offset) in enumerate(record.parts):
+            taken = record.sums[number] if record.sums and offset % BLOCK == 0 else None
+            if found := whole_chunks((source, offset), self._chunk):
+                begin = found[0] * self._chunk - offset
+                sums = None if taken is None else taken.data_ptr() + begin // BLOCK * SUMS
+                run = Run(record.slot, found[0], len(found))
+                yield run, Chunks(source.data_ptr() + begin, len(found), sums)
+
+    def done(self) -> torch.cuda.Event | None:
+        """The event of the device after which :meth:`take_records` may be called."""
+        return None if self._sums is None else self._sums.done()
+
+    def take_records(self, runs: Sequence[Run]) -> dict[int, dict[int, bytes]]:
+        """What to tell the keeper, by slot; see :func:`checkpointing.records.seal`."""
         taken: dict[int, dict[int, bytes]] = {}
-        if self._sums is None or not places:
+        if self._sums is None or not runs:
             return taken
-        for (slot, number), lanes in zip(places, self._sums.take(len(places)), strict=True):
-            taken.setdefault(slot, {})[number] = lanes
+        for run, digests in zip(runs, self._sums.take([run.count for run in runs]), strict=True):
+            if digests:
+                taken.setdefault(run.slot, {})[run.first] = digests
         return taken
 
 

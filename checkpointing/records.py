@@ -6,7 +6,7 @@
     next whole page   payload: bytes of state; bytes that no row names are padding
 
 The state word is written last. A reader accepts only SEALED with a matching checksum. The checksum is a two-level
-XXH3-128: the header's own fields, then the digests of all 64 MiB chunks of table and payload, so that chunks can be
+XXH3-128: the header's own fields, then the digests of all 4 MiB chunks of table and payload, so that chunks can be
 hashed in parallel, and by a GPU that still has their bytes.
 """
 
@@ -22,18 +22,18 @@ from enum import IntEnum
 from xxhash import xxh3_128_digest
 
 from checkpointing.units import Range
-from checkpointing.xxh3 import BLOCK
-from checkpointing.xxh3 import finish as finish_digest
+from checkpointing.xxh3 import DIGEST
 
 PAGE = 4096
-VERSION = 1
+VERSION = 2
 _MAGIC = b"PLANREC\x01"
 # magic, version, kind, attempt, reserved, step, sequence, table length, payload offset, payload length
 _FIELDS = struct.Struct("<8sIIIIqQQQQ")
 _CHECKSUM = slice(_FIELDS.size, _FIELDS.size + 16)
 _STATE = struct.Struct("<Q")
 _STATE_AT = _CHECKSUM.stop
-CHUNK = 64 << 20
+CHUNK = 4 << 20
+_TOGETHER = 16  # chunks that a thread reads before it needs the interpreter's lock for more than an instant
 
 DTYPE_BYTES = {
     "float64": 8,
@@ -173,8 +173,8 @@ def finish(record: memoryview, header: Header, table: bytes) -> None:
 def seal(record: memoryview, pool: Executor | None = None, sums: Mapping[int, bytes] | None = None) -> None:
     """Write the checksum of a COPIED record, then SEALED. Raises RecordError for anything that is not one.
 
-    ``sums``: of whole chunks of the payload, by their numbers, the accumulators that the writer took of what it copied;
-    see :func:`checkpointing.xxh3.finish`. They are not read again.
+    ``sums``: the digests of whole chunks of the payload that the writer took of what it copied, by the number of the
+    first of chunks that follow each other, one digest after another. Those are not read again.
     """
     if state_of(record) is not State.COPIED:
         raise RecordError(f"cannot seal a record that is {state_of(record).name}")
@@ -198,20 +198,38 @@ def read_header(record: memoryview) -> Header:
 def checksum(record: memoryview, pool: Executor | None = None, sums: Mapping[int, bytes] | None = None) -> bytes:
     """The 16 bytes that a seal writes, with ``sums`` as there. Raises RecordError as :func:`read_header` does."""
     header = read_header(record)
-    table = _chunks(record, PAGE, header.table_bytes)
-    parts = [*table, *_chunks(record, header.payload_offset, header.payload_bytes)]
-    taken = {len(table) + number: lanes for number, lanes in (sums or {}).items()}
+    spans = [*_spans(PAGE, header.table_bytes, {}), *_spans(header.payload_offset, header.payload_bytes, sums or {})]
 
-    def digest(number: int, part: memoryview) -> bytes:
-        lanes = taken.get(number)
-        return xxh3_128_digest(part) if lanes is None else finish_digest(lanes, part[-BLOCK:], len(part))
+    def digests(span: bytes | range) -> bytes:
+        if isinstance(span, bytes):
+            return span
+        return b"".join(xxh3_128_digest(record[at : min(at + CHUNK, span.stop)]) for at in span)
 
-    digests: Iterable[bytes] = (pool.map if pool else map)(digest, range(len(parts)), parts)
-    return xxh3_128_digest(bytes(record[: _FIELDS.size]) + b"".join(digests))
+    found: Iterable[bytes] = (pool.map if pool else map)(digests, spans)
+    return xxh3_128_digest(bytes(record[: _FIELDS.size]) + b"".join(found))
 
 
-def _chunks(record: memoryview, start: int, nbytes: int) -> Sequence[memoryview]:
-    return [record[at : min(at + CHUNK, start + nbytes)] for at in range(start, start + nbytes, CHUNK)]
+def _spans(start: int, nbytes: int, sums: Mapping[int, bytes]) -> list[bytes | range]:
+    """All chunks from ``start`` on, in their order: digests that are known, and where others begin, of which the last
+    of a span may be cut short. Raises RecordError if digests are not of whole chunks, each once."""
+    spans: list[bytes | range] = []
+    at, end = start, start + nbytes
+
+    def read_until(stop: int) -> None:
+        nonlocal at
+        while at < stop:
+            spans.append(range(at, min(at + _TOGETHER * CHUNK, stop), CHUNK))
+            at = min(at + _TOGETHER * CHUNK, stop)
+
+    for first, known in sorted(sums.items()):
+        begin, count = start + first * CHUNK, len(known) // DIGEST
+        if begin < at or begin + count * CHUNK > end or len(known) % DIGEST:
+            raise RecordError(f"{len(known):,} bytes of digests from chunk {first} on do not fit {nbytes:,} bytes")
+        read_until(begin)
+        spans.append(known)
+        at += count * CHUNK
+    read_until(end)
+    return spans
 
 
 def verify(record: memoryview, pool: Executor | None = None) -> Header:

@@ -1,8 +1,8 @@
-"""The parts of XXH3-128 that let a device take most of a sum, and a host finish it to the same 16 bytes.
+"""The constants of XXH3-128 that let a device take the digest of a chunk, the same 16 bytes as the library's.
 
 XXH3 (Yann Collet, https://github.com/Cyan4973/xxHash, long inputs, seed 0) keeps eight accumulators of 64 bits. Every
-block of 1,024 bytes is added to them, in any order within the block, and then they are scrambled. The last block and
-the last 64 bytes are treated apart: :func:`finish` does that and mixes what is left.
+block of 1,024 bytes is added to them, in any order within the block, and then they are scrambled. The last block is
+not, its last stripe of 64 bytes has a key of its own, and the accumulators are mixed to two words.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import struct
 
 BLOCK = 1024
+DIGEST, SUMS = 16, 64  # bytes: of a digest, and of what a block adds to the accumulators
 _STRIPE = 64
 _MASK = (1 << 64) - 1
 PRIME32_1 = 0x9E3779B1
+PRIME_MX1 = 0x165667919E3779F9
 _PRIME64_1, _PRIME64_2 = 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F
 START = (
     0xC2B2AE3D,
@@ -32,37 +34,14 @@ SECRET = bytes.fromhex(
 )
 
 
-def finish(accumulated: bytes, last_block: memoryview | bytes, length: int) -> bytes:
-    """The digest of ``length`` bytes, a multiple of 1,024.
-
-    Args:
-        accumulated: the eight accumulators after all blocks but the last, 64 bytes, little-endian.
-        last_block: the last 1,024 bytes.
-    """
-    lanes = list(struct.unpack("<8Q", accumulated))
-    for stripe in range(BLOCK // _STRIPE - 1):
-        _add(lanes, last_block[stripe * _STRIPE : (stripe + 1) * _STRIPE], 8 * stripe)
-    _add(lanes, last_block[-_STRIPE:], len(SECRET) - _STRIPE - 7)
-    low = _merged(lanes, 11, length * _PRIME64_1 & _MASK)
-    high = _merged(lanes, len(SECRET) - _STRIPE - 11, ~(length * _PRIME64_2) & _MASK)
-    return struct.pack(">QQ", high, low)
+def table_of(length: int) -> bytes:
+    """All that the digest of ``length`` bytes mixes in, as rows of eight words: three of the secret's own (the key of
+    stripe s begins at word s, that of scrambling at word 16), the last stripe's key, the keys of the digest's high and
+    low word, what the accumulators start with, and what the high and the low word start with."""
+    keys = [_words(len(SECRET) - _STRIPE - 7), _words(len(SECRET) - _STRIPE - 11), _words(11)]
+    begun = [~(length * _PRIME64_2) & _MASK, length * _PRIME64_1 & _MASK]
+    return SECRET + struct.pack("<40Q", *(word for key in keys for word in key), *START, *begun, *[0] * 6)
 
 
-def _add(lanes: list[int], stripe: memoryview | bytes, secret_at: int) -> None:
-    words, keys = struct.unpack("<8Q", stripe), struct.unpack_from("<8Q", SECRET, secret_at)
-    for lane, (word, key) in enumerate(zip(words, keys, strict=True)):
-        mixed = word ^ key
-        lanes[lane ^ 1] = (lanes[lane ^ 1] + word) & _MASK
-        lanes[lane] = (lanes[lane] + (mixed & 0xFFFFFFFF) * (mixed >> 32)) & _MASK
-
-
-def _merged(lanes: list[int], secret_at: int, start: int) -> int:
-    keys = struct.unpack_from("<8Q", SECRET, secret_at)
-    total = start
-    for lane in range(0, 8, 2):
-        product = (lanes[lane] ^ keys[lane]) * (lanes[lane + 1] ^ keys[lane + 1])
-        total += (product & _MASK) ^ (product >> 64)
-    total &= _MASK
-    total ^= total >> 37
-    total = total * 0x165667919E3779F9 & _MASK
-    return total ^ (total >> 32)
+def _words(secret_at: int) -> tuple[int, ...]:
+    return struct.unpack_from("<8Q", SECRET, secret_at)

@@ -248,7 +248,7 @@ class KeeperClient:
             "step": step,
             "slots": indices,
             "persist": None if persist is None else list(persist),
-            "sums": {slot: {n: lanes.hex() for n, lanes in of.items()} for slot, of in (sums or {}).items()},
+            "sums": {slot: {n: known.hex() for n, known in of.items()} for slot, of in (sums or {}).items()},
         }
         self._request(message).add_done_callback(answered)
         return sealed

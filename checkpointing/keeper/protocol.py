@@ -125,4 +125,4 @@ def raise_if_error(answer: Message) -> Message:
 
 def sums_of(request: Message, slot: int) -> dict[int, bytes]:
     """What a worker says of its copied record in a slot, see :func:`checkpointing.records.seal`."""
-    return {int(chunk): bytes.fromhex(lanes) for chunk, lanes in request.get("sums", {}).get(str(slot), {}).items()}
+    return {int(chunk): bytes.fromhex(known) for chunk, known in request.get("sums", {}).get(str(slot), {}).items()}

@@ -36,7 +36,6 @@ class StepLog:
         ready: on a GPU, for each group the event after which its gradients are there: before its update, so that they
             can be copied beside it.
         sums: for each group the sums of its gradients' blocks, see checkpointing.device_sums; None if nobody took them.
-        summed: the event after which they are there.
     """
 
     grads: list[Tensor]
@@ -44,16 +43,15 @@ class StepLog:
     groups: list[dict[str, Any]]
     ready: list[torch.cuda.Event] = field(default_factory=list)
     sums: list[Tensor | None] = field(default_factory=list)
-    summed: torch.cuda.Event | None = None
 
     @property
     def skipped(self) -> bool:
         return not self.grads
 
-    def meta(self) -> bytes:
-        """JSON of everything but the gradients. Waits for the device if factors lie there."""
-        factors = torch.cat(self.factors).tolist() if self.factors else [1.0] * len(self.groups)
-        return json.dumps({"skipped": self.skipped, "factors": factors, "groups": self.groups}).encode()
+    def meta(self, factors: Sequence[float]) -> bytes:
+        """JSON of everything but the gradients. ``factors``: the numbers of the attribute."""
+        found = list(factors) or [1.0] * len(self.groups)
+        return json.dumps({"skipped": self.skipped, "factors": found, "groups": self.groups}).encode()
 
 
 def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
@@ -126,7 +124,6 @@ class GradientTap:
         self._groups: list[dict[str, Any]] = []
         self._ready: list[torch.cuda.Event] = []
         self._sums: list[Tensor | None] = []
-        self._summed: torch.cuda.Event | None = None
 
     def _on_flatten(self, tensors: Any) -> Tensor:
         flat = self._flatten(tensors)
@@ -165,7 +162,6 @@ class GradientTap:
             if self._summing.can(flat, grad):
                 self._clip([grad[:1], factor], total_norm)  # all is overwritten
                 self._sums.append(self._summing.scale(flat, factor, grad, check=new))
-                self._summed = _event(grad)
             else:
                 self._clip([grad, factor], total_norm)
                 self._sums.append(None)
@@ -196,6 +192,6 @@ class GradientTap:
             found = self._zero.optimizer.param_groups
             groups = [settings_of(g) | {"step": count} for g, count in zip(found, self._counts, strict=True)]
         assert len(groups) == len(self._counts), "a step was logged half"
-        log = StepLog(self._grads, self._factors, groups, self._ready, self._sums, self._summed)
+        log = StepLog(self._grads, self._factors, groups, self._ready, self._sums)
         self._reset()
         return log

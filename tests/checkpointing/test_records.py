@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from xxhash import xxh3_128_digest
 
 from checkpointing import records
 from checkpointing.records import PAGE, Entry, Header, Kind, RecordError, State
@@ -85,9 +86,42 @@ def test_no_state_is_one_flip_from_sealed():
 
 def test_chunks_hash_to_the_same_in_parallel(monkeypatch):
     monkeypatch.setattr(records, "CHUNK", 100)
+    monkeypatch.setattr(records, "_TOGETHER", 3)
     record = written()
     with ThreadPoolExecutor(3) as pool:
         assert records.checksum(record, pool) == records.checksum(record)
+
+
+@given(st.data())
+def test_digests_that_the_writer_took_stand_for_the_bytes_that_it_had(data):
+    record, chunk = written(), 100
+    header = records.read_header(record)
+    whole, start = header.payload_bytes // chunk, header.payload_offset
+    known = data.draw(st.lists(st.integers(0, whole - 1), unique=True))
+    sums: dict[int, bytes] = {}
+    for number in sorted(known):
+        digest = xxh3_128_digest(record[start + number * chunk : start + (number + 1) * chunk])
+        joined = next((first for first, run in sums.items() if first + len(run) // 16 == number), None)
+        if joined is None or data.draw(st.booleans()):
+            sums[number] = digest
+        else:
+            sums[joined] += digest
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "CHUNK", chunk)
+        patch.setattr(records, "_TOGETHER", data.draw(st.integers(1, 4)))
+        plain = records.checksum(record)
+        assert records.checksum(record, None, sums) == plain
+        for number in known:
+            record[start + number * chunk] ^= 1
+        assert records.checksum(record, None, sums) == plain, "they are not read again"
+        assert not known or records.checksum(record) != plain
+
+
+@pytest.mark.parametrize("sums", [{0: bytes(15)}, {0: bytes(32), 1: bytes(16)}, {-1: bytes(16)}, {2: bytes(17 * 1600)}])
+def test_digests_that_fit_no_whole_chunks_are_refused(monkeypatch, sums):
+    monkeypatch.setattr(records, "CHUNK", 100)
+    with pytest.raises(RecordError, match="of digests"):
+        records.checksum(written(), None, sums)
 
 
 def test_a_record_too_large_for_its_slot_is_refused():

@@ -62,7 +62,11 @@ def run(optimizer, flats, steps, dtype):
             optimizer.param_groups = every
         kept = [grad.clone() for grad in grads]
         name = str(dtype).removeprefix("torch.")
-        logs.append(LoggedStep(log.meta(), name, lambda index, into, kept=kept: into.copy_(kept[index])))
+        logs.append(
+            LoggedStep(
+                log.meta([float(f) for f in factors]), name, lambda index, into, kept=kept: into.copy_(kept[index])
+            )
+        )
         states.append(snapshot(optimizer, flats))
     return logs, states
 

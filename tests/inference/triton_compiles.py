@@ -23,7 +23,7 @@ POINTERS = {
     "y": "*fp32", "other": "*fp32", "elsewhere_E": "*i32", "out": "*bf16", "x_out": "*fp32", "expert_out": "*i32",
     "score_out": "*fp32", "done": "*i64", "awaited": "*i64", "source": "*i32", "target": "*i32",
     # unpack_kernel, device_sums
-    "packed": "*u8", "block": "*i16", "chunks": "*u64", "secret": "*u64", "sums": "*u64", "start": "*u64",
+    "packed": "*u8", "block": "*i16", "chunks": "*u64", "secret": "*u64", "sums": "*u64",
     "rows": "*u64", "factor": "*fp32",
 }  # fmt: skip
 PARTS = {device_sums._product, device_sums._swapped, device_sums._scaled}  # of kernels
@@ -52,9 +52,9 @@ KERNELS = [
     (device_sums._add_blocks, {"blocks": 32}, {}),
     (device_sums._scale_blocks, {"blocks": 32}, {"source": "*u64", "out": "*fp32"}),
     (
-        device_sums._scramble,
-        {"prime": 0x9E3779B1, "in_chunk": 1024, "unrolled": 51},
-        {"total": "*u64", "out": "*u64"},
+        device_sums._digest,
+        {"prime": 0x9E3779B1, "mix": 0x165667919E3779F9, "in_chunk": 4096, "unrolled": 45},
+        {"table": "*u64", "out": "*u64"},
     ),
 ]  # fmt: skip
 

@@ -1,0 +1,146 @@
+"""Bytes of live state on their way into slots.
+
+On CPU a thread copies with memmove, which releases the GIL and, unlike a tensor copy, starts no second pool of compute
+threads. On CUDA slots are registered as pinned memory, and a side stream copies piece by piece. A copy engine serves
+its queue in order, so a training step that reads a single number back would wait for all pieces; after each of them the
+stream therefore runs a kernel of no other use, and while the engine waits for that it serves others. The stream has
+priority: such a kernel would else wait for room on a busy device, and the copies with it. Queueing a piece takes the
+training thread's time, so pieces are small only where a step reads numbers back in its midst (figures:
+docs/measurements.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from checkpointing.record_sums import Record, Run, device_sums
+
+# So long does a read of the training step wait at most: 0.6 ms over PCIe 5, and 4.9 ms where it rarely reads.
+_PIECE, _LARGE_PIECE = 32 << 20, 256 << 20
+Move = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What to copy after an event of the device: pairs of a source and a target."""
+
+    after: torch.cuda.Event | None
+    moves: Sequence[Move]
+
+
+@dataclass(frozen=True)
+class Freight:
+    """What one capture copies.
+
+    Attributes:
+        batches: bytes, in this order.
+        records: what the bytes are, for whoever takes their digests.
+        numbers: tensors [1] that are wanted as numbers.
+        after: the event of the device after which records and numbers are there.
+    """
+
+    batches: Sequence[Batch]
+    records: Sequence[Record]
+    numbers: Sequence[Tensor]
+    after: torch.cuda.Event | None
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """``numbers`` as wanted, and ``digests`` that need not be taken any more, by slot: see
+    :func:`checkpointing.records.seal`."""
+
+    numbers: list[float]
+    digests: dict[int, dict[int, bytes]] = field(default_factory=dict)
+
+
+class Copies(Protocol):
+    """One freight at a time."""
+
+    piece: int
+    """Bytes of a move at most."""
+
+    def queue(self, freight: Freight) -> None:
+        """Begin; returns at once. Sources must stay as they are until :meth:`finish` returns."""
+
+    def finish(self, halfway: Callable[[], None]) -> Delivered:
+        """Wait until everything is copied. ``halfway`` is called when half of it is, or at least queued."""
+
+
+class HostCopies:
+    """Copies when it is waited for, on the thread that waits."""
+
+    piece = _LARGE_PIECE
+
+    def queue(self, freight: Freight) -> None:
+        self._freight = freight
+
+    def finish(self, halfway: Callable[[], None]) -> Delivered:
+        moves = [move for batch in self._freight.batches for move in batch.moves]
+        for number, (source, target) in enumerate(moves):
+            if number == len(moves) // 2:
+                halfway()
+            ctypes.memmove(target.data_ptr(), source.data_ptr(), source.numel())
+        numbers = torch.cat(list(self._freight.numbers)).tolist() if self._freight.numbers else []
+        del self._freight
+        return Delivered(numbers)
+
+
+class DeviceCopies:
+    """Copies on a side stream of ``device``; the GPU takes digests, too, if it can."""
+
+    def __init__(self, device: torch.device, reads_back: bool) -> None:
+        self.piece = _PIECE if reads_back else _LARGE_PIECE
+        self._device = device
+        self.stream = torch.cuda.Stream(device, priority=-1)
+        # What the kernels between pieces copy: to another dtype, since that takes a kernel.
+        self._gap = (torch.zeros(1, device=device), torch.zeros(1, dtype=torch.int32, device=device))
+        self._sums = device_sums(device)
+        self._digested: list[Run] = []
+        self._numbers = torch.empty(0, pin_memory=True)
+        self._copied = torch.cuda.Event(blocking=True)  # sleeps; another would spin on a core that launches kernels
+
+    def queue(self, freight: Freight) -> None:
+        if self._sums is not None:
+            self._digested = self._sums.queue_records(freight.records, freight.after)
+        with torch.cuda.stream(self.stream):
+            for batch in freight.batches:
+                self._wait(batch.after)
+                self._queue(batch.moves)
+            self._wait(freight.after)
+            self._numbers = self._numbers_of(freight.numbers)
+            if self._digested and self._sums is not None:
+                self._wait(self._sums.done())
+            self._copied.record(self.stream)
+
+    def _wait(self, event: torch.cuda.Event | None) -> None:
+        if event is not None:
+            self.stream.wait_event(event)
+
+    def _queue(self, moves: Sequence[Move]) -> None:
+        if not moves:
+            return
+        number, number_again = self._gap
+        sources = [tensor for source, _ in moves for tensor in (source, number)]
+        targets = [tensor for _, target in moves for tensor in (target, number_again)]
+        torch._foreach_copy_(targets, sources, non_blocking=True)
+
+    def _numbers_of(self, wanted: Sequence[Tensor]) -> Tensor:
+        """On their way to the host."""
+        if len(wanted) != self._numbers.numel():
+            self._numbers = torch.empty(len(wanted), pin_memory=True)
+        if wanted:
+            self._numbers.copy_(torch.cat(list(wanted)), non_blocking=True)
+        return self._numbers
+
+    def finish(self, halfway: Callable[[], None]) -> Delivered:
+        halfway()
+        self._copied.synchronize()
+        digests = self._sums.take_records(self._digested) if self._sums is not None else {}
+        return Delivered(self._numbers.tolist(), digests)
