@@ -31,7 +31,7 @@ from checkpointing.state.gradients import StepLog
 _PLANS = 512  # kept: more than a rotation's parts in all its slots; experts' would be millions
 _SIGN_OF_LIFE_S = 5.0
 Reached = Callable[[str, int], None]
-Plan = tuple[list[Part], list[Move]]
+Plan = tuple[Record, list[Move]]
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -163,7 +163,7 @@ class Capturer:
         assert self._copied == self._started, "call wait_copied() before the next start()"
         event = None
         if self._device is not None:
-            event = torch.cuda.current_stream(self._device).record_event()
+            event = torch.cuda.current_stream(self._device.index).record_event()  # a device takes longer to look up
         self._started += 1
         enough = len(fragments) if least is None else least
         job = Job(step, fragments, enough, log, persist, extras, committed, event)
@@ -258,9 +258,9 @@ class Capturer:
                 batches.append(Batch(event, self._moves(slot, Kind.LOG, part)))
             records.append(Record(slot, parts, job.log.sums))
         for slot, fragment in zip(grant.bases, job.fragments, strict=False):
-            parts, moves = self._base_plan(slot, fragment)
+            record, moves = self._base_plan(slot, fragment)
             batches.append(Batch(job.event, moves))
-            records.append(Record(slot, parts))
+            records.append(record)
         self._copies.queue(Freight(batches, records, job.log.factors if job.log is not None else (), job.event))
         job.grant = grant
 
@@ -303,7 +303,7 @@ class Capturer:
                 self._plans.clear()
             parts = [(bytes_of(self._buffers[p.buffer].tensor[p.lo : p.hi]), p.offset) for p in fragment.pieces]
             moves = [move for part in parts for move in self._moves(slot, Kind.BASE, part)]
-            plan = self._plans[slot, fragment.parts] = parts, moves
+            plan = self._plans[slot, fragment.parts] = Record(slot, parts), moves
         return plan
 
     def _log_parts(self, log: StepLog) -> list[Part]:
@@ -315,9 +315,9 @@ class Capturer:
 
     def _moves(self, slot: int, kind: Kind, part: Part) -> list[Move]:
         source, offset = part
-        start = self._place(slot, kind) + offset
-        target = self._memory[start : start + source.numel()]
-        return list(zip(source.split(self._copies.piece), target.split(self._copies.piece), strict=True))
+        start, piece, size = self._place(slot, kind) + offset, self._copies.piece, source.numel()
+        ends = [(at, min(at + piece, size)) for at in range(0, size, piece)]
+        return [(source[at:end], self._memory[start + at : start + end]) for at, end in ends]
 
     # Closing records
 

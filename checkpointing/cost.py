@@ -44,15 +44,18 @@ class Bandwidths:
         device_to_host: None where state lies in host memory; captures then run at ``host_copy``.
         hash: of the keeper's checksums, all its threads together, as this worker's share.
         disk: written and synced, as this worker's share; None if it was not measured.
+        device_sums: whether the device takes a capture's checksums; the keeper then reads hardly any of it.
     """
 
     device_to_host: float | None
     host_copy: float
     hash: float
     disk: float | None = None
+    device_sums: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
+        for name in ("device_to_host", "host_copy", "hash", "disk"):
+            value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"bandwidth {name}={value} bytes/s must be more than 0; measure it again")
 
@@ -171,7 +174,7 @@ def capture_cost(
         redone: optimizer steps done again at recovery.
         early_bytes: of the capture, copied while the optimizer still runs.
     """
-    copy_s, hash_s = nbytes / rates.capture, nbytes / rates.hash
+    copy_s, hash_s = nbytes / rates.capture, 0.0 if rates.device_sums else nbytes / rates.hash
     early_s = min(early_bytes / rates.capture, times.optimizer)
     stall = max(0.0, copy_s - early_s - times.forward_backward, hash_s - every * times.step) / every
     recovery = replay_bytes / rates.restore + redone * times.optimizer

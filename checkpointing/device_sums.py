@@ -126,90 +126,85 @@ def _digest(table, chunks, rows, out, in_chunk: tl.constexpr, prime: tl.constexp
 
 
 class DeviceSums:
-    """Takes the digests of whole chunks on a stream of its own.
+    """Takes the digests of whole chunks, on whatever stream is current.
 
     Args:
         chunk: bytes, a multiple of 16 KiB.
     """
 
     def __init__(self, device: torch.device, chunk: int) -> None:
-        self._chunk, self._blocks, self._device = chunk, chunk // BLOCK, device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._device, self._blocks = device, chunk // BLOCK
         self._table = torch.frombuffer(bytearray(table_of(chunk)), dtype=torch.uint64).to(device)
         self._unrolled = next(n for n in _UNROLLED if (self._blocks - 1) % n == 0)
         self._together = min(_TOGETHER, self._blocks & -self._blocks)
+        self._row = self._blocks * SUMS
         self._sums_CB8 = torch.empty(0, dtype=torch.uint64, device=device)
+        # How far a chunk's bytes, and its blocks' sums, lie from those of the first of several.
+        self._steps_2C = np.array([[chunk], [self._row]], np.uint64) * np.arange(_MOST, dtype=np.uint64)
         self._make_room(_MOST)
         self._order: list[int] = []
 
     def _make_room(self, chunks: int) -> None:
         pin = self._device.type == "cuda"
         # Of each chunk where its bytes lie, and where its blocks' sums do.
-        self._host_places_2C = torch.empty(2, chunks, dtype=torch.uint64, pin_memory=pin)
-        self._host_found_C2 = torch.empty(chunks, 2, dtype=torch.uint64, pin_memory=pin)
-        self._places_2C = torch.empty(2, chunks, dtype=torch.uint64, device=self._device)
-        self._found_C2 = torch.empty(chunks, 2, dtype=torch.uint64, device=self._device)
+        self._host_places = torch.empty(2, chunks, dtype=torch.uint64, pin_memory=pin)
+        self._host_found = torch.empty(chunks, 2, dtype=torch.uint64, pin_memory=pin)
+        self._places_2C, self._found_C2 = self._host_places.numpy(), self._host_found.numpy()
+        self._places = torch.empty(2, chunks, dtype=torch.uint64, device=self._device)
+        self._found = torch.empty(chunks, 2, dtype=torch.uint64, device=self._device)
+        self._starts, self._rows = self._places.unbind(0)
 
-    def queue(self, wanted: Sequence[Chunks], after: torch.cuda.Event | None = None) -> list[int]:
-        """Begin, after an event of the device, with as many chunks as there is room for.
+    def queue(self, wanted: Sequence[Chunks]) -> list[int]:
+        """Begin with as many chunks as there is room for.
 
         Returns how many of each of ``wanted`` those are. All bytes must stay as they are until the device has come to
-        :attr:`done`, and :meth:`take` is called before the next. Raises ValueError if chunks do not begin at a multiple
-        of 16.
+        what is queued now, and :meth:`take` is called before the next. Raises ValueError if chunks do not begin at a
+        multiple of 16.
         """
         if any(chunks.address % 16 for chunks in wanted):
             raise ValueError("state begins between two multiples of 16 bytes")
-        with torch.cuda.stream(self._stream):
-            if self._stream is not None and after is not None:
-                self._stream.wait_event(after)
-            return self._queue(wanted)
-
-    def _queue(self, wanted: Sequence[Chunks]) -> list[int]:
         fresh, counts = 0, []
         for chunks in wanted:
             counts.append(chunks.count if chunks.sums is not None else min(chunks.count, _MOST - fresh))
             fresh += counts[-1] if chunks.sums is None else 0
-        total, row = sum(counts), self._blocks * SUMS
-        if not total:
-            return counts
-        whole = -(-total // 4) * 4
-        if whole > self._host_places_2C.shape[1]:
-            self._make_room(whole)
-        if self._sums_CB8.numel() * 8 < fresh * row:  # of this stream's memory: the other's may still be in use
-            self._sums_CB8 = self._table.new_empty(fresh * row // 8)
-        places, at = self._host_places_2C.numpy(), {True: 0, False: fresh}  # fresh ones first
-        self._order = []
-        own = self._sums_CB8.data_ptr()
-        for chunks, count in zip(wanted, counts, strict=True):
-            begin = at[chunks.sums is None]
-            at[chunks.sums is None] += count
-            steps = np.arange(count, dtype=np.uint64)
-            places[0, begin : begin + count] = chunks.address + steps * np.uint64(self._chunk)
-            first = own + begin * row if chunks.sums is None else chunks.sums
-            places[1, begin : begin + count] = first + steps * np.uint64(row)
-            self._order.append(begin)
-        places[:, total:whole] = places[:, :1]  # programs take four
-        self._launch(fresh, whole // 4)
+        programs = -(-sum(counts) // 4)
+        if programs:
+            if 4 * programs > len(self._found_C2):
+                self._make_room(4 * programs)
+                self._steps_2C = self._steps_2C[:, 1:2] * np.arange(4 * programs, dtype=np.uint64)
+            if self._sums_CB8.numel() * 8 < fresh * self._row:
+                self._sums_CB8 = self._table.new_empty(fresh * self._row // 8)
+            self._note(wanted, counts, fresh)
+            self._launch(fresh, programs)
         return counts
 
+    def _note(self, wanted: Sequence[Chunks], counts: Sequence[int], fresh: int) -> None:
+        """Where everything lies: first those whose blocks are added up here."""
+        at, place, own = 0, fresh, self._sums_CB8.data_ptr()
+        self._order = []
+        for chunks, count in zip(wanted, counts, strict=True):
+            if chunks.sums is None:
+                begin, first, at = at, own + at * self._row, at + count
+            else:
+                begin, first, place = place, chunks.sums, place + count
+            for row, start in enumerate((chunks.address, first)):
+                np.add(self._steps_2C[row, :count], start, out=self._places_2C[row, begin : begin + count])
+            self._order.append(begin)
+        self._places_2C[:, place : place + 3] = self._places_2C[:, :1]  # programs take four
+
     def _launch(self, fresh: int, programs: int) -> None:
-        self._places_2C.copy_(self._host_places_2C, non_blocking=True)
-        starts, rows = self._places_2C.unbind(0)
+        self._places.copy_(self._host_places, non_blocking=True)
         blocks, together = self._blocks, self._together
         if fresh:
-            _ADD[(blocks // together, fresh)](starts, self._table, self._sums_CB8, blocks, together)
-        of_all = (self._table, starts, rows, self._found_C2, blocks, PRIME32_1, PRIME_MX1, self._unrolled)
+            _ADD[(blocks // together, fresh)](self._starts, self._table, self._sums_CB8, blocks, together)
+        of_all = (self._table, self._starts, self._rows, self._found, blocks, PRIME32_1, PRIME_MX1, self._unrolled)
         _DIGEST[(programs,)](*of_all, num_warps=1)
-        self._host_found_C2.copy_(self._found_C2, non_blocking=True)
-
-    def done(self) -> torch.cuda.Event | None:
-        """The event of the device after what is queued."""
-        return None if self._stream is None else self._stream.record_event()
+        self._host_found.copy_(self._found, non_blocking=True)
 
     def take(self, counts: Sequence[int]) -> list[bytes]:
-        """What :meth:`queue` returned; the device must have come to :meth:`done`. Returns the digests of each of what
-        was wanted, one after another."""
-        found = self._host_found_C2.numpy().byteswap()
+        """What :meth:`queue` returned, once the device has come to it. Returns the digests of each of what was wanted,
+        one after another."""
+        found = self._found_C2.byteswap()
         return [found[at : at + count].tobytes() for at, count in zip(self._order, counts, strict=True)]
 
 

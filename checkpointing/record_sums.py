@@ -9,6 +9,7 @@ import importlib.util
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,15 +21,6 @@ if TYPE_CHECKING:
     from checkpointing.device_sums import DeviceSums
 
 Part = tuple[torch.Tensor, int]
-
-
-@dataclass(frozen=True)
-class Record:
-    """A slot, the parts of its payload, and of each, if they are taken already, the sums of its blocks."""
-
-    slot: int
-    parts: Sequence[Part]
-    sums: Sequence[torch.Tensor | None] = ()
 
 
 @dataclass(frozen=True)
@@ -50,13 +42,42 @@ class Chunks:
     sums: int | None = None
 
 
-def device_sums(device: torch.device | None) -> RecordSums | None:
+@dataclass(frozen=True)
+class Record:
+    """A slot, the parts of its payload, and of each, if they are taken already, the sums of its blocks. ``chunk``: its
+    bytes."""
+
+    slot: int
+    parts: Sequence[Part]
+    sums: Sequence[torch.Tensor | None] = ()
+    chunk: int = CHUNK
+
+    @cached_property
+    def runs(self) -> list[tuple[Run, Chunks]]:
+        """Of the payload's chunks those that lie in one part, and where."""
+        found = []
+        for number, (source, offset) in enumerate(self.parts):
+            taken = self.sums[number] if self.sums and offset % BLOCK == 0 else None
+            if numbers := whole_chunks((source, offset), self.chunk):
+                begin = numbers[0] * self.chunk - offset
+                sums = None if taken is None else taken.data_ptr() + begin // BLOCK * SUMS
+                run = Run(self.slot, numbers[0], len(numbers))
+                found.append((run, Chunks(source.data_ptr() + begin, len(numbers), sums)))
+        return found
+
+
+def has_device_sums(device: torch.device) -> bool:
+    """Whether the keeper need not read everything itself."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def device_sums(device: torch.device) -> RecordSums | None:
     """None where the keeper must read everything itself."""
-    if device is None or importlib.util.find_spec("triton") is None:
+    if not has_device_sums(device):
         return None
     from checkpointing.device_sums import DeviceSums
 
-    return RecordSums(DeviceSums(device, CHUNK), CHUNK)
+    return RecordSums(DeviceSums(device, CHUNK))
 
 
 def whole_chunks(part: Part, chunk: int) -> range:
@@ -66,44 +87,28 @@ def whole_chunks(part: Part, chunk: int) -> range:
 
 
 class RecordSums:
-    """``chunk`` is that of the records, in bytes."""
-
-    def __init__(self, sums: DeviceSums, chunk: int) -> None:
+    def __init__(self, sums: DeviceSums) -> None:
         self._sums: DeviceSums | None = sums
-        self._chunk = chunk
 
-    def queue_records(self, records: Iterable[Record], after: torch.cuda.Event | None) -> list[Run]:
-        """Begin after an event of the device; returns of which chunks, for :meth:`take_records`. Their bytes must stay
-        until the device has come to :meth:`done`.
+    def queue_records(self, records: Iterable[Record]) -> list[Run]:
+        """Begin on the current stream; returns of which chunks, for :meth:`take_records`. Their bytes must stay until
+        the device has come to what is queued now.
 
         A device that cannot, for want of memory or of a compiler, is not asked again: the keeper reads everything then.
         """
         if self._sums is None:
             return []
-        runs = [run for record in records for run in self._runs_of(record)]
+        runs = [run for record in records for run in record.runs]
         try:
-            counts = self._sums.queue([chunks for _, chunks in runs], after)
+            counts = self._sums.queue([chunks for _, chunks in runs])
         except Exception as error:  # Triton and compilers raise whatever they like, and training needs none of them
             _tell("takes no checksums", error, "the keeper takes all")
             self._sums = None
             return []
         return [Run(run.slot, run.first, count) for (run, _), count in zip(runs, counts, strict=True)]
 
-    def _runs_of(self, record: Record) -> Iterable[tuple[Run, Chunks]]:
-        for number, (source, offset) in enumerate(record.parts):
-            taken = record.sums[number] if record.sums and offset % BLOCK == 0 else None
-            if found := whole_chunks((source, offset), self._chunk):
-                begin = found[0] * self._chunk - offset
-                sums = None if taken is None else taken.data_ptr() + begin // BLOCK * SUMS
-                run = Run(record.slot, found[0], len(found))
-                yield run, Chunks(source.data_ptr() + begin, len(found), sums)
-
-    def done(self) -> torch.cuda.Event | None:
-        """The event of the device after which :meth:`take_records` may be called."""
-        return None if self._sums is None else self._sums.done()
-
     def take_records(self, runs: Sequence[Run]) -> dict[int, dict[int, bytes]]:
-        """What to tell the keeper, by slot; see :func:`checkpointing.records.seal`."""
+        """What to tell the keeper, by slot, once the device has come to it; see :func:`checkpointing.records.seal`."""
         taken: dict[int, dict[int, bytes]] = {}
         if self._sums is None or not runs:
             return taken

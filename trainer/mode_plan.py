@@ -33,7 +33,7 @@ _GIB = 1 << 30
 _UNLIMITED = 1 << 62
 # Assumed where nothing was measured, bytes and floating-point operations per second and worker.
 _CPU = Bandwidths(device_to_host=None, host_copy=5e9, hash=10e9, disk=0.5e9)
-_GPU = Bandwidths(device_to_host=50e9, host_copy=10e9, hash=20e9, disk=1e9)
+_GPU = Bandwidths(device_to_host=50e9, host_copy=10e9, hash=20e9, disk=1e9, device_sums=True)
 _CPU_FLOPS, _GPU_FLOPS = 25e9, 50e12
 _FORWARD_BACKWARD = 0.9  # of a step, assumed
 _WARM = 5  # steps of an attempt that are not yet typical
@@ -86,7 +86,8 @@ def _measured_rates(rows: list[Mapping[str, Any]]) -> Bandwidths | None:
     """The last row of kind ``bandwidth``."""
     for row in reversed(rows):
         if row.get("kind") == "bandwidth":
-            return Bandwidths(row["device_to_host"], row["host_copy"], row["hash"], row.get("disk"))
+            known = [row[name] for name in ("device_to_host", "host_copy", "hash")]
+            return Bandwidths(known[0], known[1], known[2], row.get("disk"), bool(row.get("device_sums")))
     return None
 
 

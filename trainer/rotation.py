@@ -16,6 +16,7 @@ import torch.distributed as dist
 from checkpointing.bandwidth import keeper_hashers, measure
 from checkpointing.cost import Bandwidths, Partition, choose_rotation
 from checkpointing.keeper.memory import available_bytes
+from checkpointing.record_sums import has_device_sums
 from trainer.events import EventLog, read_events
 from trainer.mode_plan import Basis, basis_of, budget_of, pec_schedule
 from trainer.plan import plan_run
@@ -94,6 +95,7 @@ def _slowest(process: Process) -> Bandwidths:
         None if mine.device_to_host is None else min(rates.device_to_host for rates in everyone),
         min(rates.host_copy for rates in everyone),
         min(rates.hash for rates in everyone),
+        device_sums=has_device_sums(process.device),
     )
 
 

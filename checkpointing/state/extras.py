@@ -20,7 +20,7 @@ def capture_rng() -> dict[str, bytes]:
         "rng.python": _python_stream(random.getstate()),
         "rng.numpy": _numpy_stream(name, keys.tobytes(), *rest),
     }
-    if torch.cuda.is_initialized():  # is_available() asks the driver, which takes longer than all of this
+    if torch.cuda.is_available():
         extras["rng.cuda"] = torch.cuda.get_rng_state().numpy().tobytes()
     return extras
 
@@ -42,7 +42,7 @@ def restore_rng(extras: dict[str, bytes]) -> None:
     version, words, gauss = json.loads(extras["rng.python"])
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(tuple(json.loads(extras["rng.numpy"])))
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         torch.cuda.set_rng_state(torch.frombuffer(bytearray(extras["rng.cuda"]), dtype=torch.uint8))
 
 

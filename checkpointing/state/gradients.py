@@ -71,7 +71,7 @@ def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _event(tensor: Tensor) -> torch.cuda.Event | None:
     """After what is queued so far on the tensor's GPU, if it lies on one."""
-    return torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+    return torch.cuda.current_stream(tensor.device.index).record_event() if tensor.is_cuda else None
 
 
 def _is_plain(value: Any) -> bool:

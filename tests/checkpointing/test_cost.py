@@ -97,6 +97,15 @@ def test_what_no_rotation_can_hide_is_named() -> None:
     assert "checksums" in sums.reason
 
 
+def test_slow_checksums_want_no_longer_rotation_where_the_device_takes_them() -> None:
+    """They did: a keeper at 20 instead of 27 GB/s, and 23 parts instead of 10, took 2.9 s to restore instead of 1.7."""
+    quick, slow = (choose_rotation(BILLION, STEP, Bandwidths(50e9, 10e9, rate, 1e9), PLENTY) for rate in (27e9, 15e9))
+    assert slow.rotation > quick.rotation
+    taken = [choose_rotation(BILLION, STEP, Bandwidths(50e9, 10e9, rate, 1e9, True), PLENTY) for rate in (27e9, 20e9)]
+    assert taken[0] == taken[1]
+    assert taken[0].cost.recovery_s <= 1.75
+
+
 def test_the_recipes_rotation_is_kept_or_refused() -> None:
     kept = choose_rotation(BILLION, STEP, H200, PLENTY, fixed=9)
     assert (kept.rotation, kept.binds) == (9, "recipe")

@@ -130,10 +130,10 @@ def test_gradients_are_scaled_as_torch_scales_them_and_their_sums_are_those_of_t
     blocks = scale_and_add(flat, factor, grad)
     assert torch.equal(grad, flat.float().mul_(factor))
     state = torch.randn(2 * CHUNK // 4, device="cuda")
-    sums = RecordSums(DeviceSums(flat.device, CHUNK), CHUNK)
+    sums = RecordSums(DeviceSums(flat.device, CHUNK))
     records = [Record(7, [(flat.view(torch.uint8), 0)], [blocks]), Record(8, [(state.view(torch.uint8), 0)])]
-    runs = sums.queue_records(records, torch.cuda.current_stream().record_event())
-    sums.done().synchronize()
+    runs = sums.queue_records(records)
+    torch.cuda.synchronize()
     taken = sums.take_records(runs)
     for slot, tensor, count in ((7, flat, chunks), (8, state, 2)):
         plain = tensor.view(torch.uint8).cpu().numpy().tobytes()

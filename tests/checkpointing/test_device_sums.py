@@ -43,13 +43,9 @@ from checkpointing.records import PAGE, Header, Kind
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def now():
-    return torch.cuda.current_stream().record_event() if device.type == "cuda" else None
-
-
 def take(sums, given):
-    if (done := sums.done()) is not None:
-        done.synchronize()
+    if device.type == "cuda":
+        torch.cuda.current_stream().synchronize()
     return (sums.take if isinstance(sums, DeviceSums) else sums.take_records)(given)
 
 
@@ -64,7 +60,7 @@ for blocks in (16, 32, 48, 64):
     data = [torch.randint(0, 256, (n * chunk,), dtype=torch.uint8, device=device) for n in (3, 1, 2)]
     sums = DeviceSums(device, chunk)
     for _ in range(2):
-        counts = sums.queue([Chunks(d.data_ptr(), d.numel() // chunk) for d in data], now())
+        counts = sums.queue([Chunks(d.data_ptr(), d.numel() // chunk) for d in data])
         assert counts == [3, 1, 2]
         assert take(sums, counts) == [plainly(d, chunk) for d in data], blocks
         data[1].add_(1)
@@ -78,9 +74,9 @@ slot[:] = bytes(range(256)) * (len(slot) // 256)  # gaps hold what was there bef
 for part, at in parts:
     slot[2 * PAGE + at : 2 * PAGE + at + part.numel()] = bytes(part.numpy())
 records.finish(slot, Header(Kind.BASE, 3, 0, 0, 4, 2 * PAGE, 98_304), b"[0]" + bytes([10]))
-sums = RecordSums(DeviceSums(device, chunk), chunk)
+sums = RecordSums(DeviceSums(device, chunk))
 on_device = [(p.to(device), at) for p, at in parts]
-taken = take(sums, sums.queue_records([Record(7, on_device)], now()))
+taken = take(sums, sums.queue_records([Record(7, on_device, chunk=chunk)]))
 assert {first: len(known) // 16 for first, known in taken[7].items()} == {0: 3, 4: 1}, taken
 assert records.checksum(slot, None, taken[7]) == records.checksum(slot)
 records.seal(slot, None, taken[7])
@@ -103,7 +99,7 @@ log = flat.view(torch.uint8)
 slot[2 * PAGE : 2 * PAGE + log.numel()] = bytes(log.cpu().numpy())
 records.finish(slot, Header(Kind.LOG, 3, 0, 0, 4, 2 * PAGE, log.numel()), b"[0]" + bytes([10]))
 other = torch.randint(0, 256, (chunk,), dtype=torch.uint8).to(device)
-taken = take(sums, sums.queue_records([Record(7, [(log, 0)], [blocks]), Record(8, [(other, 0)])], now()))
+taken = take(sums, sums.queue_records([Record(7, [(log, 0)], [blocks], chunk), Record(8, [(other, 0)], (), chunk)]))
 assert len(taken[7][0]) == 3 * 16, taken
 assert records.checksum(slot, None, taken[7]) == records.checksum(slot)
 assert taken[8] == {0: plainly(other, chunk)}
@@ -111,10 +107,11 @@ assert taken[8] == {0: plainly(other, chunk)}
 # More than there is room for: of what lies there the rest is left to the keeper, of what is added up nothing.
 from checkpointing import device_sums
 device_sums._MOST = 4
-sums = RecordSums(DeviceSums(device, chunk), chunk)
+sums = RecordSums(DeviceSums(device, chunk))
 long = torch.randint(0, 256, (3 * chunk,), dtype=torch.uint8).to(device)
-given = [Record(1, [(long, 0)]), Record(7, [(log, 0)], [blocks]), Record(2, [(long, 0)]), Record(3, [(long, 0)])]
-found = take(sums, sums.queue_records(given, now()))
+given = [Record(n, [(long, 0)], (), chunk) for n in (1, 2, 3)]
+given.insert(1, Record(7, [(log, 0)], [blocks], chunk))
+found = take(sums, sums.queue_records(given))
 assert {slot: len(of[0]) // 16 for slot, of in found.items()} == {1: 3, 7: 3, 2: 1}, found
 assert found[7] == taken[7] and found[1][0] == plainly(long, chunk) and found[2][0] == found[1][0][:16]
 print("equal")
@@ -149,16 +146,16 @@ class Without:
 
     asked = 0
 
-    def queue(self, *_: object) -> int:
+    def queue(self, _: object) -> list[int]:
         self.asked += 1
         raise RuntimeError("CUDA out of memory\nand much more")
 
 
 def test_a_device_that_cannot_leaves_all_sums_to_the_keeper(capsys: pytest.CaptureFixture[str]) -> None:
     device = Without()
-    sums = RecordSums(device, 1024)  # type: ignore[arg-type]
+    sums = RecordSums(device)  # type: ignore[arg-type]
     records = [Record(3, [(torch.zeros(4096, dtype=torch.uint8), 0)])]
     for _ in range(2):
-        assert sums.take_records(sums.queue_records(records, None)) == {}
+        assert sums.take_records(sums.queue_records(records)) == {}
     assert device.asked == 1
     assert capsys.readouterr().err == "the GPU takes no checksums (CUDA out of memory); the keeper takes all\n"
