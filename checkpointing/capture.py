@@ -94,8 +94,8 @@ class Capturer:
         buffers: the buffers that fragments point into.
         log: the layout of log records; None if steps are not logged.
         reached: a drill's failpoint, called with ("copy", step) before a capture's first byte is copied, ("capture",
-            step) when half of them are (on a GPU both when they are queued), ("copied", step) when all are and the
-            records say so, ("told", step) when the keeper has been told.
+            step) when half of them are, ("copied", step) when all are and the records say so, ("told", step) when the
+            keeper has been told. On a GPU "capture" is reached when all is queued, as is "copy" if memory was reserved.
         reads_back: whether the training step reads numbers back from the device while it computes.
     """
 
@@ -157,7 +157,7 @@ class Capturer:
             fragments: if memory for all is not to be had at once, the first ``least`` will do.
             log: what the step consumed.
             persist: the parts that a checkpoint on disk of this step holds anew, see ``KeeperClient.copied``.
-        Raises the error of an earlier capture.
+        Raises the error of an earlier capture; this one's is raised by :meth:`wait_copied`.
         """
         self._raise_error()
         assert self._copied == self._started, "call wait_copied() before the next start()"
@@ -170,7 +170,7 @@ class Capturer:
         try:
             if (grant := self._take_reserved(job.wanted)) is not None:
                 self._queue(job, grant)
-        except BaseException as error:
+        except Exception as error:
             self._fail(error)
         else:
             self._jobs.put(job)
@@ -194,6 +194,7 @@ class Capturer:
         """
         self._jobs.put(None)
         self._thread.join()
+        self._copies.close()
         self.pinning.close()
         # These views would keep the arena mapped.
         self._plans.clear()
@@ -220,6 +221,7 @@ class Capturer:
                 if isinstance(job, Wanted):
                     reserved = job, self._acquire(job)
                     with self._condition:
+                        assert self._reserved is None, "what was reserved is not captured yet"
                         self._reserved = reserved
                 else:
                     self._capture(job)

@@ -9,7 +9,8 @@ the state, so that
 
 where a device's log, which is there before the optimizer changes the state, is copied beside the optimizer already
 (O_save of MoC-System, ASPLOS'25, arXiv 2408.04307; CheckFreq, FAST'21, pipelines the same way). The keeper hashes
-what was copied; it may lag, but not for ever, so a step cannot be shorter than the hashing of what it captures.
+what was copied; it may lag, but not for ever, so a step cannot be shorter than the hashing of what it captures. A GPU
+takes nearly all checksums itself.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class Cost:
     """What a schedule takes.
 
     Attributes:
-        bytes_per_step: copied and hashed, mean over steps.
+        bytes_per_step: copied, mean over steps.
         memory_bytes: slots that the keeper must own for this worker.
         copy_s, hash_s: seconds for the bytes of one capture.
         stall_s: seconds per step that training waits, mean over steps.

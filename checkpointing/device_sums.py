@@ -26,7 +26,7 @@ from checkpointing.record_sums import Chunks
 from checkpointing.xxh3 import BLOCK, PRIME32_1, PRIME_MX1, SECRET, SUMS, table_of
 from moe.kernels.launching import Quick
 
-_MOST = 1024  # chunks added up here in one capture; the keeper reads what is more. They take a 16th of their bytes
+_MOST = 1024  # chunks whose sums are kept at once, which take a 16th of their bytes; a multiple of 4
 _TOGETHER = 32  # blocks that a program adds up
 _UNROLLED = (45, 15, 1)  # blocks whose sums are loaded ahead of being scrambled: the most that divides a chunk's
 # Rows of the table (checkpointing.xxh3.table_of) after the secret's.
@@ -133,16 +133,14 @@ class DeviceSums:
     """
 
     def __init__(self, device: torch.device, chunk: int) -> None:
-        self._device, self._blocks = device, chunk // BLOCK
+        self._device, self._chunk, self._blocks = device, chunk, chunk // BLOCK
         self._table = torch.frombuffer(bytearray(table_of(chunk)), dtype=torch.uint64).to(device)
         self._unrolled = next(n for n in _UNROLLED if (self._blocks - 1) % n == 0)
         self._together = min(_TOGETHER, self._blocks & -self._blocks)
         self._row = self._blocks * SUMS
         self._sums_CB8 = torch.empty(0, dtype=torch.uint64, device=device)
-        # How far a chunk's bytes, and its blocks' sums, lie from those of the first of several.
-        self._steps_2C = np.array([[chunk], [self._row]], np.uint64) * np.arange(_MOST, dtype=np.uint64)
         self._make_room(_MOST)
-        self._order: list[int] = []
+        self._order: list[tuple[int, int]] = []  # where the digests begin of what is wanted, and how many they are
 
     def _make_room(self, chunks: int) -> None:
         pin = self._device.type == "cuda"
@@ -152,60 +150,66 @@ class DeviceSums:
         self._places_2C, self._found_C2 = self._host_places.numpy(), self._host_found.numpy()
         self._places = torch.empty(2, chunks, dtype=torch.uint64, device=self._device)
         self._found = torch.empty(chunks, 2, dtype=torch.uint64, device=self._device)
-        self._starts, self._rows = self._places.unbind(0)
+        self._numbers_C = np.arange(chunks, dtype=np.uint64)
 
-    def queue(self, wanted: Sequence[Chunks]) -> list[int]:
-        """Begin with as many chunks as there is room for.
-
-        Returns how many of each of ``wanted`` those are. All bytes must stay as they are until the device has come to
-        what is queued now, and :meth:`take` is called before the next. Raises ValueError if chunks do not begin at a
-        multiple of 16.
-        """
-        if any(chunks.address % 16 for chunks in wanted):
-            raise ValueError("state begins between two multiples of 16 bytes")
-        fresh, counts = 0, []
-        for chunks in wanted:
-            counts.append(chunks.count if chunks.sums is not None else min(chunks.count, _MOST - fresh))
-            fresh += counts[-1] if chunks.sums is None else 0
-        programs = -(-sum(counts) // 4)
+    def queue(self, wanted: Sequence[Chunks]) -> None:
+        """Begin. All bytes must stay as they are until the device has come to what is queued now, and :meth:`take` is
+        called before the next."""
+        fresh = sum(chunks.count for chunks in wanted if chunks.sums is None)
+        programs = -(-sum(chunks.count for chunks in wanted) // 4)
+        if 4 * programs > len(self._found_C2):
+            self._make_room(4 * programs)
+        if self._sums_CB8.numel() * 8 < min(fresh, _MOST) * self._row:
+            self._sums_CB8 = self._table.new_empty(min(fresh, _MOST) * self._row // 8)
+        self._note(wanted, fresh)
         if programs:
-            if 4 * programs > len(self._found_C2):
-                self._make_room(4 * programs)
-                self._steps_2C = self._steps_2C[:, 1:2] * np.arange(4 * programs, dtype=np.uint64)
-            if self._sums_CB8.numel() * 8 < fresh * self._row:
-                self._sums_CB8 = self._table.new_empty(fresh * self._row // 8)
-            self._note(wanted, counts, fresh)
             self._launch(fresh, programs)
-        return counts
 
-    def _note(self, wanted: Sequence[Chunks], counts: Sequence[int], fresh: int) -> None:
+    def _note(self, wanted: Sequence[Chunks], fresh: int) -> None:
         """Where everything lies: first those whose blocks are added up here."""
-        at, place, own = 0, fresh, self._sums_CB8.data_ptr()
+        at, place, (starts_C, rows_C), numbers_C = 0, fresh, self._places_2C, self._numbers_C
         self._order = []
-        for chunks, count in zip(wanted, counts, strict=True):
+        for chunks in wanted:
+            begin = at if chunks.sums is None else place
+            end = begin + chunks.count
+            np.multiply(numbers_C[: chunks.count], self._chunk, out=starts_C[begin:end])
+            starts_C[begin:end] += chunks.address
             if chunks.sums is None:
-                begin, first, at = at, own + at * self._row, at + count
+                at = end
             else:
-                begin, first, place = place, chunks.sums, place + count
-            for row, start in enumerate((chunks.address, first)):
-                np.add(self._steps_2C[row, :count], start, out=self._places_2C[row, begin : begin + count])
-            self._order.append(begin)
+                np.multiply(numbers_C[: chunks.count], self._row, out=rows_C[begin:end])
+                rows_C[begin:end] += chunks.sums
+                place = end
+            self._order.append((begin, chunks.count))
+        np.multiply(numbers_C[:fresh] % _MOST, self._row, out=rows_C[:fresh])
+        rows_C[:fresh] += self._sums_CB8.data_ptr()
         self._places_2C[:, place : place + 3] = self._places_2C[:, :1]  # programs take four
 
     def _launch(self, fresh: int, programs: int) -> None:
         self._places.copy_(self._host_places, non_blocking=True)
-        blocks, together = self._blocks, self._together
+        begun = 0
+        while fresh - begun > _MOST:
+            self._add(begun, _MOST)
+            self._digest(begun, _MOST // 4)
+            begun += _MOST
         if fresh:
-            _ADD[(blocks // together, fresh)](self._starts, self._table, self._sums_CB8, blocks, together)
-        of_all = (self._table, self._starts, self._rows, self._found, blocks, PRIME32_1, PRIME_MX1, self._unrolled)
-        _DIGEST[(programs,)](*of_all, num_warps=1)
+            self._add(begun, fresh - begun)
+        self._digest(begun, programs - begun // 4)
         self._host_found.copy_(self._found, non_blocking=True)
 
-    def take(self, counts: Sequence[int]) -> list[bytes]:
-        """What :meth:`queue` returned, once the device has come to it. Returns the digests of each of what was wanted,
-        one after another."""
+    def _add(self, begin: int, count: int) -> None:
+        grid = (self._blocks // self._together, count)
+        _ADD[grid](self._places[0, begin:], self._table, self._sums_CB8, self._blocks, self._together)
+
+    def _digest(self, begin: int, programs: int) -> None:
+        starts, rows = self._places[:, begin:].unbind(0)
+        of_all = (self._table, starts, rows, self._found[begin:], self._blocks, PRIME32_1, PRIME_MX1, self._unrolled)
+        _DIGEST[(programs,)](*of_all, num_warps=1)
+
+    def take(self) -> list[bytes]:
+        """The digests of each of what :meth:`queue` was given, one after another, once the device has come to it."""
         found = self._found_C2.byteswap()
-        return [found[at : at + count].tobytes() for at, count in zip(self._order, counts, strict=True)]
+        return [found[at : at + count].tobytes() for at, count in self._order]
 
 
 def scale_and_add(source: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

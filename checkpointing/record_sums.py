@@ -20,16 +20,16 @@ from checkpointing.xxh3 import BLOCK, SUMS
 if TYPE_CHECKING:
     from checkpointing.device_sums import DeviceSums
 
+_ALIGNED = 16  # bytes that a thread of the kernels loads at once
 Part = tuple[torch.Tensor, int]
 
 
 @dataclass(frozen=True)
 class Run:
-    """``count`` chunks of a slot's payload, from number ``first`` on."""
+    """Chunks of a slot's payload, from number ``first`` on."""
 
     slot: int
     first: int
-    count: int
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,15 @@ class Record:
 
     @cached_property
     def runs(self) -> list[tuple[Run, Chunks]]:
-        """Of the payload's chunks those that lie in one part, and where."""
+        """Of the payload's chunks those that lie in one part, where kernels can read them, and where that is."""
         found = []
         for number, (source, offset) in enumerate(self.parts):
             taken = self.sums[number] if self.sums and offset % BLOCK == 0 else None
             if numbers := whole_chunks((source, offset), self.chunk):
                 begin = numbers[0] * self.chunk - offset
                 sums = None if taken is None else taken.data_ptr() + begin // BLOCK * SUMS
-                run = Run(self.slot, numbers[0], len(numbers))
-                found.append((run, Chunks(source.data_ptr() + begin, len(numbers), sums)))
+                if (address := source.data_ptr() + begin) % _ALIGNED == 0:
+                    found.append((Run(self.slot, numbers[0]), Chunks(address, len(numbers), sums)))
         return found
 
 
@@ -89,6 +89,7 @@ def whole_chunks(part: Part, chunk: int) -> range:
 class RecordSums:
     def __init__(self, sums: DeviceSums) -> None:
         self._sums: DeviceSums | None = sums
+        self._failed: DeviceSums | None = None  # kept, since what it has queued reads its memory
 
     def queue_records(self, records: Iterable[Record]) -> list[Run]:
         """Begin on the current stream; returns of which chunks, for :meth:`take_records`. Their bytes must stay until
@@ -100,21 +101,20 @@ class RecordSums:
             return []
         runs = [run for record in records for run in record.runs]
         try:
-            counts = self._sums.queue([chunks for _, chunks in runs])
+            self._sums.queue([chunks for _, chunks in runs])
         except Exception as error:  # Triton and compilers raise whatever they like, and training needs none of them
             _tell("takes no checksums", error, "the keeper takes all")
-            self._sums = None
+            self._failed, self._sums = self._sums, None
             return []
-        return [Run(run.slot, run.first, count) for (run, _), count in zip(runs, counts, strict=True)]
+        return [run for run, _ in runs]
 
     def take_records(self, runs: Sequence[Run]) -> dict[int, dict[int, bytes]]:
         """What to tell the keeper, by slot, once the device has come to it; see :func:`checkpointing.records.seal`."""
         taken: dict[int, dict[int, bytes]] = {}
         if self._sums is None or not runs:
             return taken
-        for run, digests in zip(runs, self._sums.take([run.count for run in runs]), strict=True):
-            if digests:
-                taken.setdefault(run.slot, {})[run.first] = digests
+        for run, digests in zip(runs, self._sums.take(), strict=True):
+            taken.setdefault(run.slot, {})[run.first] = digests
         return taken
 
 

@@ -16,7 +16,7 @@ _MASK = (1 << 64) - 1
 PRIME32_1 = 0x9E3779B1
 PRIME_MX1 = 0x165667919E3779F9
 _PRIME64_1, _PRIME64_2 = 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F
-START = (
+_START = (
     0xC2B2AE3D,
     _PRIME64_1,
     _PRIME64_2,
@@ -40,7 +40,7 @@ def table_of(length: int) -> bytes:
     low word, what the accumulators start with, and what the high and the low word start with."""
     keys = [_words(len(SECRET) - _STRIPE - 7), _words(len(SECRET) - _STRIPE - 11), _words(11)]
     begun = [~(length * _PRIME64_2) & _MASK, length * _PRIME64_1 & _MASK]
-    return SECRET + struct.pack("<40Q", *(word for key in keys for word in key), *START, *begun, *[0] * 6)
+    return SECRET + struct.pack("<40Q", *(word for key in keys for word in key), *_START, *begun, *[0] * 6)
 
 
 def _words(secret_at: int) -> tuple[int, ...]:

@@ -86,8 +86,13 @@ def _measured_rates(rows: list[Mapping[str, Any]]) -> Bandwidths | None:
     """The last row of kind ``bandwidth``."""
     for row in reversed(rows):
         if row.get("kind") == "bandwidth":
-            known = [row[name] for name in ("device_to_host", "host_copy", "hash")]
-            return Bandwidths(known[0], known[1], known[2], row.get("disk"), bool(row.get("device_sums")))
+            return Bandwidths(
+                device_to_host=row["device_to_host"],
+                host_copy=row["host_copy"],
+                hash=row["hash"],
+                disk=row.get("disk"),
+                device_sums=bool(row.get("device_sums")),
+            )
     return None
 
 

@@ -89,13 +89,14 @@ def _slowest(process: Process) -> Bandwidths:
     """What every worker can count on."""
     threads = keeper_hashers(max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     mine = measure(threads, nbytes=32 << 20, device_to_host=_device_copy if process.device.type == "cuda" else None)
+    mine = replace(mine, device_sums=has_device_sums(process.device))
     everyone: list[Any] = [None] * process.world
     dist.all_gather_object(everyone, mine)
     return Bandwidths(
         None if mine.device_to_host is None else min(rates.device_to_host for rates in everyone),
         min(rates.host_copy for rates in everyone),
         min(rates.hash for rates in everyone),
-        device_sums=has_device_sums(process.device),
+        device_sums=all(rates.device_sums for rates in everyone),
     )
 
 

@@ -2,7 +2,7 @@
 
 keeper.lock    held for a keeper's life: makes it single in a run folder
 keeper.start   held while one starts or ends, so that a second starter sees it ready or gone, never half way
-keeper.json    pid, process start time, node, socket, recipe fingerprint, token (mode 0600)
+keeper.json    pid, process start time, node, socket, recipe fingerprint, token, version of records (mode 0600)
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from checkpointing.keeper.protocol import KeeperError, KeeperRefused
+from checkpointing.records import VERSION
 
 _LONGEST_PATH = 107
 _START_TIMEOUT_S = 60.0
@@ -38,6 +39,7 @@ class KeeperInfo:
     socket: str
     fingerprint: str
     token: str
+    records: int = 1  # the version of the records that it reads
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,8 @@ def read_info(run_dir: Path) -> KeeperInfo | None:
     """The keeper that the run folder names, alive or not; None if there is none."""
     try:
         values = json.loads((run_dir / "keeper.json").read_text())
-        return KeeperInfo(**{name: values[name] for name in KeeperInfo.__dataclass_fields__})
-    except (OSError, ValueError, KeyError):
+        return KeeperInfo(**{name: values[name] for name in KeeperInfo.__dataclass_fields__ if name in values})
+    except (OSError, ValueError, TypeError):
         return None
 
 
@@ -152,6 +154,13 @@ def connect_or_start(run_dir: Path, fingerprint: str, linger_s: float) -> tuple[
         found = connect(run_dir)
         if found is not None:
             sock, info = found
+            if info.records != VERSION:
+                sock.close()
+                raise KeeperRefused(
+                    f"{run_dir}: the live keeper (pid {info.pid}) is another planaria's, whose records are of version "
+                    f"{info.records}, not {VERSION}: 'planaria keeper stop {run_dir}' has it write its newest step to "
+                    "disk, from where the run goes on, if the recipe has a disk; else go on with that planaria"
+                )
             if info.fingerprint != fingerprint:
                 sock.close()
                 raise KeeperRefused(

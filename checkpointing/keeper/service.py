@@ -28,7 +28,7 @@ from checkpointing.keeper.protocol import KeeperRefused, Message, OtherMemory, T
 from checkpointing.keeper.quiet import Quiet
 from checkpointing.keeper.reshaping import Reshaping
 from checkpointing.keeper.watch import Watch
-from checkpointing.records import State, seal, state_of
+from checkpointing.records import VERSION, State, seal, state_of
 from checkpointing.schedule import Rules
 from checkpointing.slots import Arena, ArenaShape
 
@@ -98,7 +98,7 @@ class Service:
         started = launch.process_start_time(os.getpid())
         launch.write_info(
             self.run_dir,
-            launch.KeeperInfo(os.getpid(), started, launch.node_id(), str(path), self.fingerprint, self.token),
+            launch.KeeperInfo(os.getpid(), started, launch.node_id(), str(path), self.fingerprint, self.token, VERSION),
         )
         return listener
 

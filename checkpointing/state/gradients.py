@@ -50,6 +50,7 @@ class StepLog:
 
     def meta(self, factors: Sequence[float]) -> bytes:
         """JSON of everything but the gradients. ``factors``: the numbers of the attribute."""
+        assert len(factors) == len(self.factors), "a factor is missing, and would be taken for 1"
         found = list(factors) or [1.0] * len(self.groups)
         return json.dumps({"skipped": self.skipped, "factors": found, "groups": self.groups}).encode()
 

@@ -153,6 +153,7 @@ class WalJob(Job):
 
     rotation: int = 3
     whole: tuple[int, ...] = ()  # steps that are captured whole
+    dtype: str = "float32"  # of logged gradients; others are clipped by a factor, too
 
     def make_state(self) -> None:
         self.optimizers, self.buffers = [], []
@@ -170,7 +171,7 @@ class WalJob(Job):
                 for kind, tensor in [("master", flat.data), *list(optimizer.state[flat].items())[1:]]
             ])  # fmt: skip
         disk = bool(self.disk)
-        self.protections = [wal(buffers, self.rotation, "float32", disk) for buffers in self.buffers]
+        self.protections = [wal(buffers, self.rotation, self.dtype, disk) for buffers in self.buffers]
 
     def _spans(self, rank: int, group: int, kind: str, numel: int) -> tuple[StateSpan, ...]:
         if group == 1:
@@ -208,7 +209,11 @@ class WalJob(Job):
                 settings_of(group) | {"step": float(optimizer.state[group["params"][0]]["step"])}
                 for group in optimizer.param_groups
             ]
-            log = StepLog([group["params"][0].grad for group in optimizer.param_groups], [], groups)
+            grads = [group["params"][0].grad.to(getattr(torch, self.dtype)) for group in optimizer.param_groups]
+            factors = [torch.tensor([0.5 + 0.1 * i]) for i in range(len(grads))] if self.dtype != "float32" else []
+            for group, grad, factor in zip(optimizer.param_groups, grads, factors, strict=False):
+                group["params"][0].grad = grad.float().mul_(factor)
+            log = StepLog(grads, factors, groups)
             optimizer.step()
             fragments = self.protections[rank].due(step)
             fragments = fragments if step in self.whole else fragments[:1]

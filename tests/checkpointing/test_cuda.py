@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from xxhash import xxh3_128_digest
@@ -9,13 +11,15 @@ from xxhash import xxh3_128_digest
 from checkpointing.capture import Capturer
 from checkpointing.keeper.client import KeeperClient
 from checkpointing.pinning import Pinning
-from checkpointing.protection import dense
+from checkpointing.protection import dense, wal
 from checkpointing.record_sums import Record, RecordSums
 from checkpointing.records import CHUNK
 from checkpointing.recover import Recovery
 from checkpointing.recovery import plan_recovery
+from checkpointing.redo import Redo
 from checkpointing.restore import Target
 from checkpointing.state.buffers import StateBuffer, StateSpan
+from checkpointing.state.gradients import StepLog, settings_of
 from checkpointing.units import Range
 
 pytestmark = [
@@ -63,6 +67,67 @@ def test_what_is_captured_is_the_state_at_the_start_and_it_restores(run_dir):
     client.close()
 
 
+def test_a_log_that_is_copied_while_the_step_goes_on_is_redone_exactly(run_dir):
+    """Everything is queued behind slow work, in the order in which training queues it, and overwritten once copied."""
+    from checkpointing.device_sums import scale_and_add
+
+    torch.manual_seed(0)
+    flats = [torch.nn.Parameter(torch.randn(numel, device="cuda")) for numel in (9_000_004, 3_000_000)]
+    optimizer = torch.optim.AdamW([{"params": [flat]} for flat in flats], lr=1e-2, fused=True)
+    for flat in flats:
+        moments = {name: torch.zeros_like(flat.data) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[flat] = {"step": torch.zeros((), device="cuda"), **moments}
+    buffers = [
+        StateBuffer(f"group{i}.{kind}", tensor, (StateSpan(Range(f"w{i}", kind, 0, flat.numel()), 0),))
+        for i, flat in enumerate(flats)
+        for kind, tensor in [("master", flat.data), *list(optimizer.state[flat].items())[1:]]
+    ]
+    protection = wal(buffers, 3, "bfloat16", False)
+    client = KeeperClient.attach(
+        run_dir, "dp0000", ["dp0000"], protection.shape, "0123456789abcdef", rules=protection.rules
+    )
+    capturer = Capturer(client, buffers, protection.log)
+    capturer.start(0, {"rng": b"0"}, -1, protection.fragments)
+    capturer.wait_copied()
+    for step in range(1, 9):
+        committed = capturer.sealed_step
+        capturer.reserve(step, committed, log=True)
+        log = StepLog([], [], [settings_of(g) | {"step": step - 1.0} for g in optimizer.param_groups])
+        torch.cuda._sleep(20_000_000)
+        for flat in flats:
+            grad = torch.randn_like(flat).to(torch.bfloat16)
+            log.grads.append(grad)
+            log.ready.append(torch.cuda.current_stream().record_event())
+            log.factors.append(torch.rand(1, device="cuda"))
+            flat.grad = torch.empty_like(flat)
+            log.sums.append(scale_and_add(grad, log.factors[-1], flat.grad))
+        optimizer.step()
+        if step % 2:
+            time.sleep(0.05)  # memory is found in time, or late
+        capturer.start(step, {"rng": bytes([step])}, committed, protection.due(step)[:1], log, least=1)
+        capturer.wait_copied()
+        for tensor in (*log.grads, *log.factors):
+            tensor.fill_(7)
+    capturer.wait_sealed(8)
+    lost = [buffer.tensor.clone() for buffer in buffers]
+    for buffer in buffers:
+        buffer.tensor.fill_(0.5)
+    client.close()
+    capturer.close()
+    client = KeeperClient.attach(
+        run_dir, "dp0000", ["dp0000"], protection.shape, "0123456789abcdef", rules=protection.rules, attempt=1
+    )
+    target = Target(buffers, "dp0000", Redo(optimizer), pinning=Pinning(client.arena, flats[0].device))
+    with Recovery(client, run_dir, target) as rank:
+        plan = plan_recovery([rank.report()])
+        assert (plan.step, plan.tier) == (8, "memory")
+        assert rank.apply(plan) == {"rng": b"\x08"}
+    assert target.applied == [7, 8]
+    assert all(torch.equal(buffer.tensor, was) for buffer, was in zip(buffers, lost, strict=True))
+    target.pinning.close()
+    client.close()
+
+
 def test_a_training_step_that_reads_a_number_does_not_wait_for_the_capture(run_dir):
     elements = 512 << 20
     tensor = torch.ones(elements, device="cuda")
@@ -80,6 +145,7 @@ def test_a_training_step_that_reads_a_number_does_not_wait_for_the_capture(run_d
             all_was_copied.append(end.query())
 
     capturer = Capturer(client, buffers, reached=read)
+    capturer._copies._sums = None  # kernels that come first would keep the copies from beginning
     for step in range(1, 4):
         capturer.start(step, {}, capturer.sealed_step, protection.fragments)
         capturer.wait_copied()

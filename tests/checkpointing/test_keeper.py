@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpointing import records
 from checkpointing.keeper import launch, memory
 from checkpointing.keeper.client import KeeperClient
 from checkpointing.keeper.control import stop_keeper
@@ -59,6 +61,20 @@ def test_the_keeper_outlives_its_starters_group_and_imports_no_torch(run_dir):
     assert os.getsid(info.pid) not in (os.getsid(0), info.pid)
     for fd in (0, 1, 2):
         assert os.readlink(f"/proc/{info.pid}/fd/{fd}") in (os.devnull, str(run_dir / "keeper.log"))
+
+
+@pytest.mark.parametrize("theirs", [{}, {"records": 3}])
+def test_a_keeper_of_other_records_is_refused_with_what_to_do(run_dir, make_job, theirs):
+    make_job().run(1)
+    file = run_dir / "keeper.json"
+    values = json.loads(file.read_text())
+    assert values.pop("records") == records.VERSION == 2
+    file.write_text(json.dumps(values | theirs))
+    try:
+        with pytest.raises(KeeperRefused, match=r"of version [13], not 2: 'planaria keeper stop "):
+            launch.connect_or_start(run_dir, FINGERPRINT, 60)
+    finally:
+        launch.write_info(run_dir, launch.KeeperInfo(**values, records=records.VERSION))
 
 
 def test_a_wrong_token_and_another_recipe_are_refused(run_dir, make_job):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 
 import pytest
 import torch
 
 from checkpointing import records
 from checkpointing.keeper.control import stop_keeper
+from checkpointing.keeper.protocol import KeeperError
 from checkpointing.materialise import whole
 from checkpointing.records import Kind, State
 from checkpointing.recover import Recovery
@@ -55,6 +57,72 @@ def test_the_newest_step_is_redone_from_bases_of_different_steps(make_wal_job, r
     assert job.state() == job.history[last]
     steps = [float(opt.state[g["params"][0]]["step"]) for opt in job.optimizers for g in opt.param_groups]
     assert steps == [last] * 4
+
+
+def test_gradients_that_were_clipped_after_they_were_logged_are_clipped_again(make_wal_job):
+    job = make_wal_job(rotation=4, dtype="bfloat16")
+    job.run(*range(1, 8))
+    assert recovered(job).step == 7
+    assert job.state() == job.history[7]
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+def test_memory_that_was_reserved_is_taken_in_time_or_late(make_wal_job, monkeypatch, wait_until, in_time):
+    """In time the thread that starts the capture queues its copies; late, the capture's own does. None is lost."""
+    job = make_wal_job(world=1, rotation=3)
+    job.run(1)
+    (capturer,), (client,) = job.capturers, job.clients
+    started, queued = threading.Event(), []
+    acquire, queue, start = client.acquire, capturer._copies.queue, capturer.start
+
+    def acquire_late(*args):
+        assert in_time or started.wait(30)
+        return acquire(*args)
+
+    def start_then(*args, **options):
+        if in_time:
+            wait_until(lambda: capturer._reserved is not None)
+        start(*args, **options)
+        started.set()
+
+    def noted(freight):
+        queued.append(threading.current_thread().name)
+        queue(freight)
+
+    monkeypatch.setattr(client, "acquire", acquire_late)
+    monkeypatch.setattr(capturer, "start", start_then)
+    monkeypatch.setattr(capturer._copies, "queue", noted)
+    for step in range(2, 12):
+        started.clear()
+        capturer.reserve(step, capturer.sealed_step, log=True)
+        job.run(step)
+    assert queued == [threading.current_thread().name if in_time else "capture"] * 10
+    monkeypatch.undo()
+    assert recovered(job).step == 11
+    assert job.state() == job.history[11]
+
+
+def test_what_goes_wrong_when_copies_are_queued_is_told_by_the_wait(make_wal_job, wait_until):
+    job = make_wal_job(world=1)
+    job.run(1)
+    (capturer,) = job.capturers
+    capturer.reserve(2, 1, log=True)
+    wait_until(lambda: capturer._reserved is not None)
+    groups = [{"step": 1.0}] * 2
+    short = StepLog([torch.zeros(3), torch.zeros(77)], [], groups)
+    capturer.start(2, {}, 1, job.protections[0].due(2)[:1], short, least=1)
+    with pytest.raises(KeeperError, match=r"a gradient of 3 x torch\.float32 is not of the log's layout"):
+        capturer.wait_copied()
+
+
+def test_memory_is_not_reserved_twice(make_wal_job):
+    job = make_wal_job(world=1)
+    job.run(1)
+    (capturer,) = job.capturers
+    capturer.reserve(2, 1, log=True)
+    capturer.reserve(3, 1, log=True)
+    with pytest.raises(KeeperError, match="not captured yet"):
+        capturer.wait_sealed(2)
 
 
 def test_training_goes_on_from_a_redone_step_as_if_nothing_had_happened(make_wal_job):
