@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 from xxhash import xxh3_128_digest
@@ -67,7 +65,7 @@ def test_what_is_captured_is_the_state_at_the_start_and_it_restores(run_dir):
     client.close()
 
 
-def test_a_log_that_is_copied_while_the_step_goes_on_is_redone_exactly(run_dir):
+def test_a_log_that_is_copied_while_the_step_goes_on_is_redone_exactly(run_dir, wait_until):
     """Everything is queued behind slow work, in the order in which training queues it, and overwritten once copied."""
     from checkpointing.device_sums import scale_and_add
 
@@ -103,7 +101,7 @@ def test_a_log_that_is_copied_while_the_step_goes_on_is_redone_exactly(run_dir):
             log.sums.append(scale_and_add(grad, log.factors[-1], flat.grad))
         optimizer.step()
         if step % 2:
-            time.sleep(0.05)  # memory is found in time, or late
+            wait_until(lambda: capturer._reserved is not None)  # else it is found in time or late
         capturer.start(step, {"rng": bytes([step])}, committed, protection.due(step)[:1], log, least=1)
         capturer.wait_copied()
         for tensor in (*log.grads, *log.factors):
