@@ -104,7 +104,6 @@ class DeviceCopies:
 
     def __init__(self, device: torch.device, reads_back: bool) -> None:
         self.piece = _PIECE if reads_back else _LARGE_PIECE
-        self._device = device
         self.stream = torch.cuda.Stream(device, priority=-1)
         # What the kernels between pieces copy: to another dtype, since that takes a kernel.
         self._gap = (torch.zeros(1, device=device), torch.zeros(1, dtype=torch.int32, device=device))
