@@ -96,7 +96,7 @@ class HostCopies:
         return Delivered(numbers)
 
     def close(self) -> None:
-        pass
+        """Nothing is ever under way while nobody waits."""
 
 
 class DeviceCopies:
@@ -107,7 +107,7 @@ class DeviceCopies:
         self.stream = torch.cuda.Stream(device, priority=-1)
         # What the kernels between pieces copy: to another dtype, since that takes a kernel.
         self._gap = (torch.zeros(1, device=device), torch.zeros(1, dtype=torch.int32, device=device))
-        self._since_gap = 0  # bytes queued
+        self._since_gap = 0  # bytes queued since such a kernel
         self._sums = device_sums(device)
         self._digested: list[Run] = []
         self._numbers = torch.empty(0, dtype=torch.float32, pin_memory=True)

@@ -117,7 +117,7 @@ class Cost:
     Attributes:
         bytes_per_step: copied, mean over steps.
         memory_bytes: slots that the keeper must own for this worker.
-        copy_s, hash_s: seconds for the bytes of one capture.
+        copy_s, hash_s: seconds for the bytes of one capture; hash_s is 0 where the device takes its checksums.
         stall_s: seconds per step that training waits, mean over steps.
         recovery_s: expected seconds to verify, copy back and redo, after the workers are there again.
         lost_s: expected seconds of work to be done again.

@@ -33,7 +33,7 @@ _CHECKSUM = slice(_FIELDS.size, _FIELDS.size + 16)
 _STATE = struct.Struct("<Q")
 _STATE_AT = _CHECKSUM.stop
 CHUNK = 4 << 20
-_TOGETHER = 16  # chunks that a thread reads before it needs the interpreter's lock for more than an instant
+_TOGETHER = 16  # chunks that one task of a pool hashes
 
 DTYPE_BYTES = {
     "float64": 8,

@@ -135,10 +135,11 @@ def mode_rows(recipe: Recipe, share: Share, basis: Basis, budget: int) -> list[t
     chosen = recipe.checkpoint.mode
     times, rates = basis.times, basis.rates
     link, disk = rates.capture / 1e9, recipe.checkpoint.disk
+    hashed = "hashed by the GPU" if rates.device_sums else f"{rates.hash / 1e9:.3g} GB/s hashed"
     rows = [
         (
             "capture",
-            f"per worker, at {link:.3g} GB/s copied, {rates.hash / 1e9:.3g} GB/s hashed, a step of "
+            f"per worker, at {link:.3g} GB/s copied, {hashed}, a step of "
             f"{seconds(times.step)} ({seconds(times.forward_backward)} forward and backward): {basis.note}",
         )
     ]

@@ -71,6 +71,8 @@ def test_what_was_not_measured_is_said_to_be_assumed() -> None:
     assert basis_of(recipe, share, on_device).rates == Bandwidths(5e10, 2e9, 4e9, 1e8, device_sums=True)
     assert not basis_of(recipe, share).rates.device_sums
     assert basis_of(quickstart("parallel.device=cuda"), share).rates.device_sums
+    assert "4 GB/s hashed" in rows_of(recipe, events=[MEASURED])["capture"]
+    assert "hashed by the GPU" in rows_of(recipe, events=on_device)["capture"]
     # Without the stall a step takes 1.1 s; the first steps of a run are not typical.
     assert basis.times.step == pytest.approx(1.1)
     assert basis.times.forward_backward == pytest.approx(1.0)
