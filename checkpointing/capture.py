@@ -30,6 +30,9 @@ from checkpointing.state.gradients import StepLog
 
 _PLANS = 512  # kept: more than a rotation's parts in all its slots; experts' would be millions
 _SIGN_OF_LIFE_S = 5.0
+# How long a capture from a device waits for memory that is being found, most often a millisecond: less than a device is
+# busy with the update that was queued before.
+_NEARLY_RESERVED_S = 0.005
 Reached = Callable[[str, int], None]
 Plan = tuple[Record, list[Move]]
 
@@ -121,6 +124,7 @@ class Capturer:
         self._started = 0  # captures; a step may have several
         self._copied = 0
         self._error: BaseException | None = None
+        self._reserving = False
         self._reserved: tuple[Wanted, Grant] | None = None
         self._jobs: queue.SimpleQueue[Job | Wanted | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="capture", daemon=True)
@@ -134,9 +138,10 @@ class Capturer:
     def reserve(self, step: int, committed: int, log: bool) -> None:
         """Have the slots found for the capture of one fragment that starts next, and return; arguments as of ``start``.
 
-        Meant for a moment at which the training thread waits for the device: what is done here in the background takes
-        the interpreter lock, which a step that queues kernels would miss.
+        Meant for a moment at which the device is busy for a while: what is done here in the background takes the
+        interpreter lock, which a step that queues kernels would miss.
         """
+        self._reserving = True
         self._jobs.put(Wanted(step, committed, 1, 1, _kinds(log)))
 
     def start(
@@ -223,6 +228,7 @@ class Capturer:
                     with self._condition:
                         assert self._reserved is None, "what was reserved is not captured yet"
                         self._reserved = reserved
+                        self._condition.notify_all()
                 else:
                     self._capture(job)
             except BaseException as error:
@@ -240,9 +246,11 @@ class Capturer:
         return grant
 
     def _take_reserved(self, wanted: Wanted) -> Grant | None:
-        """What was found for this capture, if anything was by now."""
+        """What was found for this capture, if anything was by now, or on a device soon is."""
         with self._condition:
-            found, self._reserved = self._reserved, None
+            if self._reserving and self._device is not None:
+                self._condition.wait_for(lambda: self._reserved or self._error, _NEARLY_RESERVED_S)
+            found, self._reserved, self._reserving = self._reserved, None, False
         if found is None:
             return None
         reserved, grant = found

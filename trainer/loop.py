@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from lora.watch import AdapterWatch
 from moe.bias import BiasBalance
@@ -20,6 +19,7 @@ from trainer.data import DataBundle
 from trainer.engine import set_learning_rate
 from trainer.evaluation import is_evaluated, report_heldout
 from trainer.events import EventLog
+from trainer.exchange import Exchange
 from trainer.failpoints import Failpoints
 from trainer.phases import Phases
 from trainer.progress import Progress
@@ -107,16 +107,18 @@ def train_step(run: Run, step: int) -> float:
         if micro == run.recipe.accumulation - 1:
             run.phases.enter("exchange", step)
             run.tape.flush()
-            mean = _exchange(run, total)
-            _check_finite(run, step, "loss", mean)
+            exchange = Exchange(total, run.snapshots.settle(), run.process.world)
             run.events.write("optimizer", step=step)
             run.phases.enter("optimizer", step)
-            run.snapshots.reserve(step)
         engine.step()
     if run.bias is not None:
         run.bias.commit()
     run.progress.step = step
     run.labels = labels
+    # Not before the update is queued: a GPU would stand idle from its last gradient on until the host has read this.
+    mean, run.snapshots.committed = exchange.read()
+    run.snapshots.reserve(step)
+    _check_finite(run, step, "loss", mean)
     _check_finite(run, step, "gradient norm", engine.get_global_grad_norm())
     return mean
 
@@ -134,20 +136,6 @@ def next_batch(run: Run, step: int, micro: int, labels: int | None) -> Batch:
     run.progress.consume(global_ids, batch.consumed)
     run.progress.samples += len(global_ids) * process.world
     return batch
-
-
-def _exchange(run: Run, loss: torch.Tensor) -> float:
-    """The step's one small collective, just before the optimizer: every rank's loss and newest sealed step.
-
-    After it all ranks know which step all have sealed, so a kill in the optimizer step loses no completed step. Returns
-    the mean loss.
-    """
-    mine = torch.tensor([float(loss), float(run.snapshots.settle())], dtype=torch.float64, device=run.process.device)
-    everyone = [torch.empty_like(mine) for _ in range(run.process.world)]
-    dist.all_gather(everyone, mine)
-    losses_R, sealed_R = torch.stack(everyone).cpu().unbind(1)
-    run.snapshots.committed = int(sealed_R.min())
-    return float(losses_R.mean())
 
 
 def _check_finite(run: Run, step: int, what: str, value: float) -> None:

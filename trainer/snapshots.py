@@ -4,11 +4,11 @@ The order within step t, on every rank:
 
 1. forward and backward, while the capture of step t-1 is copied;
 2. before the optimizer changes the state: wait until it is copied (the keeper seals it, whatever becomes of this
-   process), then one collective carries every rank's newest sealed step; the least of them is the committed step;
-3. the optimizer step;
-4. the capture of step t starts: in mode ``wal`` one part of the state and the gradients that the step consumed. Found
-   in 3, its memory is what restoring the committed step or a later one does not need: one complete step always lies
-   in memory on all ranks.
+   process), then one collective carries every rank's newest sealed step;
+3. the optimizer step; on a GPU it is queued, and the host waits for what the collective brought: the least of the
+   sealed steps is the committed step. Memory for the capture of step t is what restoring that one or a later one
+   does not need: one complete step always lies in memory on all ranks;
+4. the capture of step t starts: in mode ``wal`` one part of the state and the gradients that the step consumed.
 """
 
 from __future__ import annotations
