@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -78,6 +79,12 @@ def switch_loss(probs_TE: Tensor, top_k_index_TK: Tensor, mask_T: Tensor | None 
         return num_experts * (counts_E / num_tokens * probs_TE.mean(0)).sum()
     real = mask_T.sum().clamp(min=1)
     return num_experts * (counts_E / real * (probs_TE * mask_T[:, None]).sum(0) / real).sum()
+
+
+def _switch_gradient(counts_E: Tensor, real: Tensor | int) -> Tensor:
+    """Of :func:`switch_loss` for the summed probabilities of so many real tokens, in fp64."""
+    tokens = max(real, 1) if isinstance(real, int) else real.clamp(min=1)
+    return counts_E.double() * len(counts_E) / tokens / tokens
 
 
 def z_loss(logits_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
@@ -208,27 +215,36 @@ class BalanceLosses:
         self._running: dict[int, _Running] = {}
 
     def inject(
-        self, weights_TK: Tensor, layer: int, logits_TE: Tensor, probs_TE: Tensor, index_TK: Tensor, first: bool
-    ) -> Tensor:
+        self, weights_TK: Tensor, layer: int, logits_TE: Tensor, probs_TE: Tensor, index_TK: Tensor, first: bool,
+        counts_E: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """``weights_TK``, through which backward reaches every loss of this layer.
 
         Args:
             first: whether this is no recompute: what is counted over ranks or layers is counted then, and kept.
+            counts_E: how often real tokens chose each expert, if that is known.
         """
         spec, context = self.spec, current()
         if not spec.has_losses:
             return weights_TK
+        if spec.aux_coef and counts_E is None and (spec.aux == "micro_batch" or (first and spec.aux != "sequence")):
+            counts_E = choice_counts(index_TK, probs_TE.shape[1], context.mask_T)
         if first and spec.aux_coef and spec.aux in ("global_batch", "hf"):
-            self._count(layer, index_TK, probs_TE.shape, context)
+            assert counts_E is not None
+            self._count(layer, counts_E, probs_TE.shape[0], context)
         if not torch.is_grad_enabled():
             return weights_TK
         loss = self._own(layer, logits_TE, probs_TE, index_TK, context)
         if loss is not None:
             weights_TK = inject(weights_TK, loss)
-        if spec.aux == "hf" and spec.aux_coef:
+        if spec.aux in ("hf", "micro_batch") and spec.aux_coef:
             mask_T = context.mask_T
             sum_E = (probs_TE if mask_T is None else probs_TE * mask_T[:, None]).sum(0)
-            weights_TK = inject_late(weights_TK, sum_E, lambda: self._all_layers(context), spec.aux_coef)
+            # The gradient alone: the loss itself is nobody's, and a step has this in each layer.
+            gradient = partial(_switch_gradient, counts_E, probs_TE.shape[0] if mask_T is None else mask_T.sum())
+            if spec.aux == "hf":
+                gradient = partial(self._all_layers, context)
+            weights_TK = inject_late(weights_TK, sum_E, gradient, spec.aux_coef)
         return weights_TK
 
     def _own(
@@ -236,8 +252,6 @@ class BalanceLosses:
     ) -> Tensor | None:
         """The losses that need nothing of other layers."""
         spec, mask_T, terms = self.spec, context.mask_T, []
-        if spec.aux_coef and spec.aux == "micro_batch":
-            terms.append(spec.aux_coef * switch_loss(probs_TE, index_TK, mask_T))
         if spec.aux_coef and spec.aux == "global_batch":
             terms.append(spec.aux_coef * self._global(layer, probs_TE, context))
         if spec.z_coef:
@@ -257,9 +271,8 @@ class BalanceLosses:
             ]
         return sum(terms[1:], terms[0]) if terms else None
 
-    def _count(self, layer: int, index_TK: Tensor, size: torch.Size, context: BatchContext) -> None:
-        counts_E = choice_counts(index_TK, size[1], context.mask_T)
-        real = counts_E.new_full((1,), size[0]) if context.mask_T is None else context.mask_T.sum().view(1)
+    def _count(self, layer: int, counts_E: Tensor, tokens: int, context: BatchContext) -> None:
+        real = counts_E.new_full((1,), tokens) if context.mask_T is None else context.mask_T.sum().view(1)
         counts_X = torch.cat([counts_E, real])
         if self.spec.aux == "hf":
             context.kept.setdefault("hf", []).append(counts_X)

@@ -177,29 +177,41 @@ class Observer:
         self.layer, self.spec, self.by_experts = layer, spec, by_experts
         self.meter, self.losses, self.bias = meter, losses, bias
 
-    def __call__(self, logits_TE: Tensor, weights_TK: Tensor, index_TK: Tensor, kept_TK: Tensor | None) -> Tensor:
-        """Acts on counts and losses only inside a :func:`~moe.context.batch_context` with ``balance`` set."""
+    def __call__(
+        self, logits_TE: Tensor, weights_TK: Tensor, index_TK: Tensor, kept_TK: Tensor | None,
+        probs_TE: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Acts on counts and losses only inside a :func:`~moe.context.batch_context` with ``balance`` set.
+
+        Args:
+            probs_TE: the router's probabilities, if they are known.
+        """
         context = current()
         first = context.first(self.layer) if context.balance else True
         if first and context.record is not None:
             context.record(self.layer, index_TK.detach(), weights_TK.detach())
         if not context.balance:
             return weights_TK
-        if first:
-            self._count(index_TK.detach(), kept_TK, context.mask_T)
+        counts_E = self._count(index_TK.detach(), kept_TK, context.mask_T) if first else None
         if not self.losses.spec.has_losses:
             return weights_TK
-        probs_TE = probabilities(logits_TE, self.spec)
-        return self.losses.inject(weights_TK, self.layer, logits_TE, probs_TE, index_TK, first)
+        if probs_TE is None:
+            probs_TE = probabilities(logits_TE, self.spec)
+        return self.losses.inject(weights_TK, self.layer, logits_TE, probs_TE, index_TK, first, counts_E)
 
-    def _count(self, index_TK: Tensor, kept_TK: Tensor | None, mask_T: Tensor | None) -> None:
+    def _count(self, index_TK: Tensor, kept_TK: Tensor | None, mask_T: Tensor | None) -> Tensor:
+        """How often real tokens chose each expert [E], dropped choices among them."""
         experts = self.spec.num_experts
+        counts_E = choice_counts(index_TK, experts, mask_T)
         if self.bias is not None:
-            self.bias.add(self.layer, choice_counts(index_TK, experts, mask_T))
-        # In the meter's terms E is a choice that was dropped, and E + 1 one that nobody made.
-        if kept_TK is not None:
+            self.bias.add(self.layer, counts_E)
+        if kept_TK is None:
+            self.meter.add_counts(self.layer, counts_E)
+        else:
+            # In the meter's terms E is a choice that was dropped, and E + 1 one that nobody made.
             index_TK = index_TK.masked_fill(~kept_TK, experts + 1 if self.by_experts else experts)
-        self.meter.add(self.layer, index_TK, experts, mask_T)
+            self.meter.add(self.layer, index_TK, experts, mask_T)
+        return counts_E
 
 
 def observe_gates(
@@ -232,11 +244,12 @@ def observe_gates(
 def _hook(observer: Observer) -> Any:
     def hook(gate: nn.Module, _args: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         logits_TE, weights_TK, index_TK = output
-        replay_TK = replayed(observer.layer, *index_TK.shape)
+        replay_TK, spec, scores_TE = replayed(observer.layer, *index_TK.shape), observer.spec, None
         if replay_TK is not None:
-            weights_TK, index_TK = route(logits_TE, observer.spec, None, replay_TK)
+            weights_TK, index_TK = route(logits_TE, spec, None, replay_TK)
         elif weights_TK.is_cuda and weights_TK.requires_grad:  # the same weights, with a shorter way back
-            weights_TK, index_TK = route(logits_TE, observer.spec, None, index_TK)
-        return logits_TE, observer(logits_TE, weights_TK, index_TK, None), index_TK
+            scores_TE = scores(logits_TE, spec) if spec.score == "softmax" else None
+            weights_TK, index_TK = route(logits_TE, spec, None, index_TK, scores_TE)
+        return logits_TE, observer(logits_TE, weights_TK, index_TK, None, scores_TE), index_TK
 
     return hook

@@ -137,19 +137,21 @@ def config_fields(family: str, spec: RouterSpec) -> dict[str, Any]:
 
 
 def route(
-    logits_TE: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, index_TK: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    logits_TE: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, index_TK: Tensor | None = None,
+    scores_TE: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Weights [T,K] and experts [T,K] of each token.
 
     Args:
         bias_E: added to the scores when experts are chosen, never to the weights (DeepSeek-V3, section 2.1.2).
         index_TK: choices to take instead of the router's own (routing replay).
+        scores_TE: :func:`scores` of the logits, if they are known.
     """
     if spec.score == "topk_softmax":
         chosen_by_TE = logits_TE.detach() if bias_E is None else logits_TE.detach().float() + bias_E
         scores_TE = logits_TE
     else:
-        scores_TE = scores(logits_TE, spec)
+        scores_TE = scores(logits_TE, spec) if scores_TE is None else scores_TE
         chosen_by_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
     if index_TK is None:
         if spec.topk_group < spec.n_group:

@@ -112,8 +112,15 @@ class RoutingMeter:
         self._counts: dict[int, Tensor] = {}
         self._undrained: dict[int, Tensor] = {}
 
+    def add_counts(self, layer: int, counts_E: Tensor) -> None:
+        """Count one forward pass of one layer in which nothing was dropped: how often each expert was chosen."""
+        for kept in self._keepers:
+            if layer not in kept:
+                kept[layer] = counts_E.new_zeros(counts_E.numel() + 1)
+            kept[layer][:-1].add_(counts_E)
+
     def add(self, layer: int, top_k_index_TK: Tensor, num_experts: int, valid_T: Tensor | None = None) -> None:
-        """Count one forward pass of one layer.
+        """Count one forward pass of one layer, as :meth:`add_counts` does, of which some choices may be dropped.
 
         Args:
             top_k_index_TK: global experts; ``num_experts`` for a choice that was dropped.
@@ -123,8 +130,13 @@ class RoutingMeter:
             top_k_index_TK = top_k_index_TK.masked_fill(~valid_T.bool().view(-1, 1), num_experts + 1)
         # Behind the experts' own counts: dropped choices, and padding if there is any.
         counts = expert_counts(top_k_index_TK, num_experts + 2)[: num_experts + 1]
-        for kept in (self._counts, self._undrained) if self._drained else (self._counts,):
-            kept[layer] = kept[layer] + counts if layer in kept else counts
+        for kept in self._keepers:
+            kept[layer] = kept[layer] + counts if layer in kept else counts.clone()
+
+    @property
+    def _keepers(self) -> tuple[dict[int, Tensor], ...]:
+        """Each with tensors of its own."""
+        return (self._counts, self._undrained) if self._drained else (self._counts,)
 
     def drain(self, layers: Sequence[int], num_experts: int) -> Tensor:
         """Counts [M,E] since the last drain, zero for layers in which nothing was routed."""

@@ -24,6 +24,7 @@ from moe.merging import MergedExperts
 from moe.mtp import attach_mtp
 from moe.norms import fuse_norms
 from moe.overlap import set_exchange
+from moe.rotary import fuse_rotary
 from moe.selected import train_experts
 from moe.soft import SoftMoE, replace_blocks
 from trainer.dense_rules import dense_problem, is_dense
@@ -39,6 +40,7 @@ def build_model(recipe: Recipe, process: Process, vocab_size: int) -> tuple[nn.M
     model, blocks = _built(recipe, process, vocab_size)
     if process.device.type == "cuda":
         fuse_norms(model)
+        fuse_rotary(model)
     return model, blocks
 
 

@@ -12,6 +12,7 @@ import torch
 
 from moe.form import PLAIN, ExpertForm
 from moe.kernels import activation
+from tests.moe import rotary_case
 from tests.moe.layers import Case, compare, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -292,3 +293,10 @@ def test_the_activations_gradient_of_some_pairs_is_written_to_their_places():
     assert torch.equal(a, want_a)
     assert torch.equal(dh, want_dh)
     assert torch.equal(ds, want_ds)
+
+
+@pytest.mark.parametrize("case", rotary_case.cases())
+def test_rotary_embedding_has_the_familys_bits(case):
+    from transformers.models.qwen3_moe import modeling_qwen3_moe
+
+    rotary_case.compare(modeling_qwen3_moe, case, torch.float16, DEVICE)  # the interpreter does not round bfloat16

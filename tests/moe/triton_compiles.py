@@ -7,7 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe.kernels import elementwise, sorting
+from moe.kernels import elementwise, rotary, sorting
 
 POINTERS = {
     "x": "*bf16", "y": "*bf16", "out": "*bf16", "h": "*bf16", "a": "*bf16", "da": "*bf16", "dh": "*bf16",
@@ -16,9 +16,11 @@ POINTERS = {
     "pair_out": "*i64", "counts_out": "*i64", "ends_out": "*i32", "others": "*i32",
     "slot_there": "*i64", "pair_there": "*i64", "totals": "*i64", "counts": "*i32", "before": "*i32", "ends": "*i32",
     "ends_there": "*i32", "index": "*i64",
+    "q": "*bf16", "k": "*bf16", "cos": "*bf16", "sin": "*bf16", "q_out": "*bf16", "k_out": "*bf16",
 }  # fmt: skip
 ROWS = {"block": 2048, "choices": 8}
 SORT = {"top_k": 8, "block": 128, "step": 64}
+HEADS = {"queries": 16, "keys": 8, "half": 32, "block": 64, "width": 32}
 KERNELS = [
     (elementwise._gather_sum, ROWS | {"base": None}, {}),
     (elementwise._gather_sum, ROWS, {}),
@@ -36,6 +38,8 @@ KERNELS = [
     (sorting._join, {"behind": False, "block": 128, "step": 64}, {}),
     (sorting._join, {"behind": True, "block": 128, "step": 64}, {}),
     (sorting._count_choices, {"rows": 16, "columns": 8, "step": 64}, {}),
+    (rotary._rotate, HEADS | {"back": False}, {}),
+    (rotary._rotate, HEADS | {"back": True}, {}),
     (sorting._place_choices, {"rows": 16, "columns": 8, "step": 64}, {}),
 ]
 
