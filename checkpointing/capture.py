@@ -122,6 +122,7 @@ class Capturer:
         self._condition = threading.Condition()
         self._sealed_step = client.restored_step
         self._started = 0  # captures; a step may have several
+        self._sent = 0  # those of which nobody reads the log any more, and the rest is queued
         self._copied = 0
         self._error: BaseException | None = None
         self._reserving = False
@@ -154,7 +155,7 @@ class Capturer:
         least: int | None = None,
         persist: Sequence[int] | None = None,
     ) -> None:
-        """Begin to capture these fragments of the state as it is now, and return.
+        """Begin to capture these fragments of the state as it is now, once the capture before is copied, and return.
 
         Args:
             extras: this rank's small state.
@@ -164,8 +165,7 @@ class Capturer:
             persist: the parts that a checkpoint on disk of this step holds anew, see ``KeeperClient.copied``.
         Raises the error of an earlier capture; this one's is raised by :meth:`wait_copied`.
         """
-        self._raise_error()
-        assert self._copied == self._started, "call wait_copied() before the next start()"
+        self.wait_copied()
         event = None
         if self._device is not None:
             event = torch.cuda.current_stream(self._device.index).record_event()  # a device takes longer to look up
@@ -180,8 +180,22 @@ class Capturer:
         else:
             self._jobs.put(job)
 
+    def hold(self) -> float:
+        """Call before state is changed: nothing changes it before the last started capture holds its own copy.
+
+        On a device that is the device's affair: it waits there, the host only until the log's gradients are copied,
+        so that no more than one step's are kept. Returns the seconds that the host waited; :meth:`held_s` tells the
+        device's. Raises as :meth:`wait_copied` does.
+        """
+        waited_s = self._wait(lambda: self._sent >= self._started)
+        return waited_s if self._copies.hold() else waited_s + self.wait_copied()
+
+    def held_s(self) -> float:
+        """Seconds that the device stood still for the last :meth:`hold`. Waits until it has gone on."""
+        return self._copies.held_s()
+
     def wait_copied(self) -> float:
-        """Wait until the last started capture holds its own copy of everything: call before state is changed.
+        """Wait until the last started capture holds its own copy of everything.
 
         The keeper knows of it then, and seals it even if this process dies at once. Returns the seconds waited. Raises
         the error of the capture, or KeeperError if the keeper is silent for minutes.
@@ -279,12 +293,17 @@ class Capturer:
         self._reached("copy", job.step)
         if job.grant is None:
             self._queue(job, grant)
+        self._copies.finish_early()
+        if job.log is not None:
+            job.log.release()
+        with self._condition:
+            self._sent += 1
+            self._condition.notify_all()
         delivered = self._copies.finish(lambda: self._reached("capture", job.step))
         for slot, fragment in zip(grant.bases, job.fragments, strict=False):
             self._close_record(slot, Kind.BASE, grant, job.step, fragment.table, fragment.nbytes)
         if job.log is not None:
             self._close_log(grant, job.step, job.log, delivered)
-            job.log = None  # gradients stay in memory only until they are copied
         self._write_extras(grant, job.step, job.extras)
         self._reached("copied", job.step)
         sealed = self._client.copied(job.step, grant, job.persist, delivered.digests)

@@ -70,6 +70,16 @@ class Copies(Protocol):
     def queue(self, freight: Freight) -> None:
         """Begin; returns at once. Sources must stay as they are until :meth:`finish` returns."""
 
+    def hold(self) -> bool:
+        """Have the device go no further in its current stream before all is copied. False if there is none: the host
+        must wait then."""
+
+    def held_s(self) -> float:
+        """How long the device stood still for the last :meth:`hold`; waits for its end. 0 if nothing held it."""
+
+    def finish_early(self) -> None:
+        """Wait until nobody needs the early batches' sources any more."""
+
     def finish(self, halfway: Callable[[], None]) -> Delivered:
         """Wait until everything is copied. ``halfway`` is called when half of it is, or all is queued on a device."""
 
@@ -84,6 +94,15 @@ class HostCopies:
 
     def queue(self, freight: Freight) -> None:
         self._freight = freight
+
+    def hold(self) -> bool:
+        return False
+
+    def held_s(self) -> float:
+        return 0.0
+
+    def finish_early(self) -> None:
+        """Everything is copied at once."""
 
     def finish(self, halfway: Callable[[], None]) -> Delivered:
         moves = [move for batch in self._freight.batches for move in batch.moves]
@@ -111,7 +130,10 @@ class DeviceCopies:
         self._sums = device_sums(device)
         self._digested: list[Run] = []
         self._numbers = torch.empty(0, dtype=torch.float32, pin_memory=True)
-        self._copied = torch.cuda.Event(blocking=True)  # sleeps; another would spin on a core that launches kernels
+        # They sleep; others would spin on a core that launches kernels.
+        self._early, self._copied = torch.cuda.Event(blocking=True), torch.cuda.Event(blocking=True)
+        self._hold = tuple(torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
+        self._holds = False
 
     def queue(self, freight: Freight) -> None:
         early = [batch for batch in freight.batches if batch.after is not freight.after]
@@ -122,6 +144,7 @@ class DeviceCopies:
             # Then the digests, or copies would be done before they are.
             self._wait(freight.after)
             self._digested = self._sums.queue_records(freight.records) if self._sums is not None else []
+            self._early.record(self.stream)
             if len(freight.numbers) != len(self._numbers):
                 self._numbers = torch.empty(len(freight.numbers), dtype=torch.float32, pin_memory=True)
             numbers = zip(freight.numbers, self._numbers.split(1), strict=False)
@@ -144,6 +167,26 @@ class DeviceCopies:
         if pairs := [*through, *last]:
             sources, targets = zip(*pairs, strict=True)
             torch._foreach_copy_(targets, sources, non_blocking=True)
+
+    def hold(self) -> bool:
+        current = torch.cuda.current_stream(self.stream.device)
+        begin, end = self._hold
+        begin.record(current)
+        current.wait_event(self._copied)
+        end.record(current)
+        self._holds = True
+        return True
+
+    def held_s(self) -> float:
+        if not self._holds:
+            return 0.0
+        begin, end = self._hold
+        end.synchronize()
+        self._holds = False
+        return float(begin.elapsed_time(end)) / 1000
+
+    def finish_early(self) -> None:
+        self._early.synchronize()
 
     def finish(self, halfway: Callable[[], None]) -> Delivered:
         halfway()

@@ -3,12 +3,13 @@
 The order within step t, on every rank:
 
 1. forward and backward, while the capture of step t-1 is copied;
-2. before the optimizer changes the state: wait until it is copied (the keeper seals it, whatever becomes of this
-   process), then one collective carries every rank's newest sealed step;
-3. the optimizer step; on a GPU it is queued, and the host waits for what the collective brought: the least of the
-   sealed steps is the committed step. Memory for the capture of step t is what restoring that one or a later one
-   does not need: one complete step always lies in memory on all ranks;
-4. the capture of step t starts: in mode ``wal`` one part of the state and the gradients that the step consumed.
+2. before the optimizer changes the state: wait until it is copied, then one collective carries every rank's newest
+   sealed step. A GPU does the waiting itself, so that the host can queue what follows;
+3. the optimizer step, and the host waits for what the collective brought: the least of the sealed steps is the
+   committed step. Memory for the capture of step t is what restoring that one or a later one does not need: one
+   complete step always lies in memory on all ranks;
+4. wait until the keeper knows of step t-1, which it seals then, whatever becomes of this process. The capture of
+   step t starts: in mode ``wal`` one part of the state and the gradients that the step consumed.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ from trainer.schema import Recipe
 
 @dataclass
 class Stall:
-    """Seconds the training thread waited for checkpointing in the current step."""
+    """Seconds for which the current step stood still for checkpointing: its device, or without one its thread."""
 
     copied_s: float = 0.0
 
@@ -203,14 +204,14 @@ class Snapshots:
     # -- the training step ---------------------------------------------------------------------------------------
 
     def settle(self) -> int:
-        """Wait until the last capture is copied; afterwards the state may change.
+        """Call before the state changes: nothing changes it before the last capture is copied.
 
         Returns this rank's newest sealed step, which travels with the step's collective.
         """
         self.stall = Stall()
         if self.capturer is None or self._captured < 0:
             return self.committed  # nothing captured yet in this attempt: what was restored still stands
-        self.stall.copied_s = self.capturer.wait_copied()
+        self.stall.copied_s = self.capturer.hold()
         return self.capturer.sealed_step
 
     def reserve(self, step: int) -> None:
@@ -224,6 +225,7 @@ class Snapshots:
         log = self.tap.take() if self.tap is not None else None
         if self.capturer is None or self.protection is None:
             return
+        self.stall.copied_s += self.capturer.held_s()
         if self._lossy:
             self._capture_experts(step, progress)
         elif fragments := self._due(self.protection, step):

@@ -43,10 +43,16 @@ class StepLog:
     groups: list[dict[str, Any]]
     ready: list[torch.cuda.Event] = field(default_factory=list)
     sums: list[Tensor | None] = field(default_factory=list)
+    _released: bool = False
 
     @property
     def skipped(self) -> bool:
-        return not self.grads
+        return not self.grads and not self._released
+
+    def release(self) -> None:
+        """Let the gradients' memory go, once they are copied. What else the log tells stays."""
+        self._released = self._released or bool(self.grads)
+        self.grads, self.ready, self.sums = [], [], []
 
     def meta(self, factors: Sequence[float]) -> bytes:
         """JSON of everything but the gradients. ``factors``: the numbers of the attribute."""

@@ -44,9 +44,11 @@ def test_what_is_captured_is_the_state_at_the_start_and_it_restores(run_dir):
                 work = torch.tanh(work @ work)
             buffer.tensor.fill_(step)
         capturer.start(step, {"rng": bytes([step])}, capturer.sealed_step, protection.fragments)
-        capturer.wait_copied()
+        capturer.hold()
         for buffer in buffers:
             buffer.tensor.fill_(-step)
+    assert capturer.held_s() > 0
+    assert capturer.held_s() == 0.0
     capturer.wait_sealed(5)
     client.close()
     capturer.close()
@@ -102,9 +104,11 @@ def test_a_log_that_is_copied_while_the_step_goes_on_is_redone_exactly(run_dir, 
         optimizer.step()
         if step % 2:
             wait_until(lambda: capturer._reserved is not None)  # else it is found in time or late
+        logged = [*log.grads, *log.factors]
         capturer.start(step, {"rng": bytes([step])}, committed, protection.due(step)[:1], log, least=1)
-        capturer.wait_copied()
-        for tensor in (*log.grads, *log.factors):
+        capturer.hold()
+        assert not log.grads  # their memory is free for the next step's
+        for tensor in logged:
             tensor.fill_(7)
     capturer.wait_sealed(8)
     lost = [buffer.tensor.clone() for buffer in buffers]

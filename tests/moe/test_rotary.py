@@ -12,10 +12,11 @@ from tests.moe.rotary_case import cases, compare, module_of
 
 @pytest.fixture(autouse=True)
 def _theirs_again():
-    before = {name: m.apply_rotary_pos_emb for name, m in sys.modules.items() if hasattr(m, "apply_rotary_pos_emb")}
     yield
-    for name, function in before.items():
-        sys.modules[name].apply_rotary_pos_emb = function
+    for module in list(sys.modules.values()):
+        function = getattr(module, "__dict__", {}).get("apply_rotary_pos_emb")
+        if isinstance(function, _Fused):
+            module.apply_rotary_pos_emb = function.theirs
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
