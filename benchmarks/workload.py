@@ -15,6 +15,7 @@ from checkpointing.state.extras import seed_streams
 from moe.stats import RoutingMeter
 from trainer.build import build_model, training_dtype
 from trainer.data import PackedDataset
+from trainer.determinism import make_deterministic
 from trainer.engine import create_engine, prepare_deepspeed
 from trainer.events import EventLog
 from trainer.failpoints import Failpoints
@@ -26,7 +27,6 @@ from trainer.rendezvous import Process
 from trainer.routing import prepare_gates
 from trainer.schema import Recipe
 from trainer.snapshots import Snapshots, open_snapshots
-from trainer.worker import _make_deterministic as make_deterministic
 
 _SAMPLES = 512
 
@@ -163,7 +163,7 @@ NO_CHECKPOINTS = {"memory": {"enabled": False}, "disk": {"every": 0, "final": Fa
 
 def build_job(config: Config, process: Process, folder: Path) -> Job:
     """Model and engine as a worker of `planaria train` makes them, without checkpoints."""
-    make_deterministic(process)
+    make_deterministic(process.device)
     prepare_deepspeed()
     recipe = recipe_of(config, "off", folder, process, NO_CHECKPOINTS)
     model, blocks = build_model(recipe, process, config.vocab)

@@ -26,6 +26,7 @@ from trainer import data as data_module
 from trainer.admission import admitted
 from trainer.build import build_model, training_dtype
 from trainer.clipping import GroupClip
+from trainer.determinism import make_deterministic
 from trainer.engine import create_engine, prepare_deepspeed
 from trainer.events import EventLog, read_events
 from trainer.failpoints import Failpoints, place_failpoints
@@ -138,7 +139,7 @@ def prepare(
     recipe: Recipe, process: Process, run_dir: Path, events: EventLog, failpoints: Failpoints, phases: Phases
 ) -> Run:
     """Data, model, engine and checkpoints of this worker, everything but the state."""
-    _make_deterministic(process)
+    make_deterministic(process.device)
     prepare_deepspeed()
     _admit(recipe, process, events)
     members = load_members(recipe, process)
@@ -192,17 +193,6 @@ def _admit(recipe: Recipe, process: Process, events: EventLog) -> None:
     dist.barrier()  # nobody takes memory before everybody has looked
     if process.rank == 0:
         events.write("admitted", needed=found.total, free=found.free)
-
-
-def _make_deterministic(process: Process) -> None:
-    """Same recipe, same bits: on CUDA only kernels without atomics."""
-    if process.device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        # A debugging aid that costs a kernel for every new tensor, a tenth of a small model's step.
-        torch.utils.deterministic.fill_uninitialized_memory = False
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward has no deterministic form
 
 
 def _enter_folder(recipe: Recipe, process: Process) -> tuple[Path, int, bool]:

@@ -66,5 +66,6 @@ def rotate(q_TND: Tensor, k_TMD: Tensor, cos_SD: Tensor, sin_SD: Tensor, back: b
     rows = tokens * (queries + keys)
     if rows:
         sizes = (rows, cos_SD.shape[0], queries, keys, size // 2, back, _HEADS, power_of_two(size // 2))
-        _rotate[(ceil_div(rows, _HEADS),)](q_TND, k_TMD, cos_SD, sin_SD, *out, *sizes)
+        # A product and a sum made into one operation would be rounded once.
+        _rotate[(ceil_div(rows, _HEADS),)](q_TND, k_TMD, cos_SD, sin_SD, *out, *sizes, enable_fp_fusion=False)
     return out
