@@ -37,8 +37,8 @@ from benchmarks.machine import describe_machine, result_path, save, say
 from moe.dispatch import EXCHANGES, AllToAll, Routed
 from moe.exchange import arrive, come_back, send, send_back
 from moe.experts import Experts
+from trainer.determinism import make_deterministic
 from trainer.rendezvous import Process, die_with_launcher, join
-from trainer.worker import _make_deterministic as make_deterministic
 
 # NCCL's multicast needs rights that containers often lack; it must be off before NCCL starts.
 _ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}

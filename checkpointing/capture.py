@@ -122,7 +122,7 @@ class Capturer:
         self._condition = threading.Condition()
         self._sealed_step = client.restored_step
         self._started = 0  # captures; a step may have several
-        self._sent = 0  # those of which nobody reads the log any more, and the rest is queued
+        self._queued = 0  # those whose copies a device will come to
         self._copied = 0
         self._error: BaseException | None = None
         self._reserving = False
@@ -183,11 +183,11 @@ class Capturer:
     def hold(self) -> float:
         """Call before state is changed: nothing changes it before the last started capture holds its own copy.
 
-        On a device that is the device's affair: it waits there, the host only until the log's gradients are copied,
-        so that no more than one step's are kept. Returns the seconds that the host waited; :meth:`held_s` tells the
-        device's. Raises as :meth:`wait_copied` does.
+        On a device that is the device's affair: it waits there. A log's gradients, which nobody changes, may be on
+        their way still. Returns the seconds that the host waited; :meth:`held_s` tells the device's. Raises as
+        :meth:`wait_copied` does.
         """
-        waited_s = self._wait(lambda: self._sent >= self._started)
+        waited_s = self._wait(lambda: self._queued >= self._started)
         return waited_s if self._copies.hold() else waited_s + self.wait_copied()
 
     def held_s(self) -> float:
@@ -286,19 +286,18 @@ class Capturer:
             batches.append(Batch(job.event, moves))
             records.append(record)
         self._copies.queue(Freight(batches, records, job.log.factors if job.log is not None else (), job.event))
+        if job.log is not None:
+            job.log.release()
         job.grant = grant
+        with self._condition:
+            self._queued += 1
+            self._condition.notify_all()
 
     def _capture(self, job: Job) -> None:
         grant = job.grant or self._take_reserved(job.wanted) or self._acquire(job.wanted)
         self._reached("copy", job.step)
         if job.grant is None:
             self._queue(job, grant)
-        self._copies.finish_early()
-        if job.log is not None:
-            job.log.release()
-        with self._condition:
-            self._sent += 1
-            self._condition.notify_all()
         delivered = self._copies.finish(lambda: self._reached("capture", job.step))
         for slot, fragment in zip(grant.bases, job.fragments, strict=False):
             self._close_record(slot, Kind.BASE, grant, job.step, fragment.table, fragment.nbytes)

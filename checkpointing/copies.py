@@ -12,9 +12,10 @@ docs/measurements.md).
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,7 +41,8 @@ class Freight:
     """What one capture copies.
 
     Attributes:
-        batches: bytes, in this order; those that are there before ``after`` first.
+        batches: bytes. Those that are there before ``after`` are a log's: nobody changes them, so that others may be
+            copied between them.
         records: what the bytes are, for whoever takes their digests.
         numbers: tensors [1] that are wanted as numbers.
         after: the event of the device after which records and numbers are there.
@@ -68,17 +70,15 @@ class Copies(Protocol):
     """Bytes of a move at most."""
 
     def queue(self, freight: Freight) -> None:
-        """Begin; returns at once. Sources must stay as they are until :meth:`finish` returns."""
+        """Begin; returns at once. Sources must stay as they are: those that are there before the freight's ``after``
+        until :meth:`finish` returns, the others until then or behind :meth:`hold`. Nobody needs to hold on to them."""
 
     def hold(self) -> bool:
-        """Have the device go no further in its current stream before all is copied. False if there is none: the host
-        must wait then."""
+        """Have the device go no further in its current stream before all that may change is copied. False if there is
+        no device: the host must wait then."""
 
     def held_s(self) -> float:
         """How long the device stood still for the last :meth:`hold`; waits for its end. 0 if nothing held it."""
-
-    def finish_early(self) -> None:
-        """Wait until nobody needs the early batches' sources any more."""
 
     def finish(self, halfway: Callable[[], None]) -> Delivered:
         """Wait until everything is copied. ``halfway`` is called when half of it is, or all is queued on a device."""
@@ -100,9 +100,6 @@ class HostCopies:
 
     def held_s(self) -> float:
         return 0.0
-
-    def finish_early(self) -> None:
-        """Everything is copied at once."""
 
     def finish(self, halfway: Callable[[], None]) -> Delivered:
         moves = [move for batch in self._freight.batches for move in batch.moves]
@@ -130,35 +127,46 @@ class DeviceCopies:
         self._sums = device_sums(device)
         self._digested: list[Run] = []
         self._numbers = torch.empty(0, dtype=torch.float32, pin_memory=True)
-        # They sleep; others would spin on a core that launches kernels.
-        self._early, self._copied = torch.cuda.Event(blocking=True), torch.cuda.Event(blocking=True)
+        self._late = torch.cuda.Event()
+        self._copied = torch.cuda.Event(blocking=True)  # sleeps; another would spin on a core that launches kernels
         self._hold = tuple(torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
         self._holds = False
 
     def queue(self, freight: Freight) -> None:
-        early = [batch for batch in freight.batches if batch.after is not freight.after]
+        early = [(batch.after, move) for batch in freight.batches if batch.after is not freight.after
+                 for move in batch.moves]  # fmt: skip
         late = [move for batch in freight.batches if batch.after is freight.after for move in batch.moves]
+        # As much as is copied while the device comes to ``after``; the rest when what may not wait is done.
+        now, then = _parted(early)
         with torch.cuda.stream(self.stream):
-            for batch in early:
-                self._copy(batch.after, batch.moves)
+            self._copy_in_turn(now)
             # Then the digests, or copies would be done before they are.
             self._wait(freight.after)
             self._digested = self._sums.queue_records(freight.records) if self._sums is not None else []
-            self._early.record(self.stream)
+            for sums in (sums for record in freight.records for sums in record.sums if sums is not None):
+                sums.record_stream(self.stream)
+            self._copy(late)
+            self._late.record(self.stream)
             if len(freight.numbers) != len(self._numbers):
                 self._numbers = torch.empty(len(freight.numbers), dtype=torch.float32, pin_memory=True)
             numbers = zip(freight.numbers, self._numbers.split(1), strict=False)
-            self._copy(None, late, list(numbers))
+            self._copy([move for _, move in then], list(numbers))
             self._copied.record(self.stream)
+
+    def _copy_in_turn(self, moves: Sequence[tuple[torch.cuda.Event | None, Move]]) -> None:
+        """Each after its event; those of one event at once."""
+        for after, group in itertools.groupby(moves, lambda one: one[0]):
+            self._wait(after)
+            self._copy([move for _, move in group])
 
     def _wait(self, event: torch.cuda.Event | None) -> None:
         if event is not None:
             self.stream.wait_event(event)
 
-    def _copy(self, after: torch.cuda.Event | None, moves: Sequence[Move], last: Sequence[Move] = ()) -> None:
-        self._wait(after)
+    def _copy(self, moves: Sequence[Move], last: Sequence[Move] = ()) -> None:
         through: list[Move] = []
         for move in moves:
+            move[0].record_stream(self.stream)  # its memory is not given to others before
             if self._since_gap + move[0].numel() > self.piece:
                 through.append(self._gap)
                 self._since_gap = 0
@@ -172,7 +180,7 @@ class DeviceCopies:
         current = torch.cuda.current_stream(self.stream.device)
         begin, end = self._hold
         begin.record(current)
-        current.wait_event(self._copied)
+        current.wait_event(self._late)
         end.record(current)
         self._holds = True
         return True
@@ -185,9 +193,6 @@ class DeviceCopies:
         self._holds = False
         return float(begin.elapsed_time(end)) / 1000
 
-    def finish_early(self) -> None:
-        self._early.synchronize()
-
     def finish(self, halfway: Callable[[], None]) -> Delivered:
         halfway()
         self._copied.synchronize()
@@ -196,3 +201,17 @@ class DeviceCopies:
 
     def close(self) -> None:
         self.stream.synchronize()
+
+
+def _parted(moves: Sequence[tuple[torch.cuda.Event | None, Move]]) -> tuple[list[Any], list[Any]]:
+    """The first half of the bytes, as near as moves allow, and the rest.
+
+    An update reads and writes some 30 bytes of device memory for each number of a log's two: a copy over PCIe moves a
+    third to a half of the log meanwhile.
+    """
+    total, at = sum(source.numel() for _, (source, _) in moves), 0
+    for number, (_, (source, _)) in enumerate(moves):
+        if 2 * at + source.numel() > total:
+            return list(moves[:number]), list(moves[number:])
+        at += source.numel()
+    return list(moves), []

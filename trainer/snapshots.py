@@ -5,9 +5,8 @@ The order within step t, on every rank:
 1. forward and backward, while the capture of step t-1 is copied;
 2. before the optimizer changes the state: wait until it is copied, then one collective carries every rank's newest
    sealed step. A GPU does the waiting itself, so that the host can queue what follows;
-3. the optimizer step, and the host waits for what the collective brought: the least of the sealed steps is the
-   committed step. Memory for the capture of step t is what restoring that one or a later one does not need: one
-   complete step always lies in memory on all ranks;
+3. the optimizer step, and the host waits for what the collective brought: the least of the sealed steps is committed.
+   The capture of step t may have what restoring that or a later step does not need: one always is in memory, complete;
 4. wait until the keeper knows of step t-1, which it seals then, whatever becomes of this process. The capture of
    step t starts: in mode ``wal`` one part of the state and the gradients that the step consumed.
 """

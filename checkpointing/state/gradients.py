@@ -50,7 +50,7 @@ class StepLog:
         return not self.grads and not self._released
 
     def release(self) -> None:
-        """Let the gradients' memory go, once they are copied. What else the log tells stays."""
+        """Let go of the gradients, once their copies hold them. What else the log tells stays."""
         self._released = self._released or bool(self.grads)
         self.grads, self.ready, self.sums = [], [], []
 

@@ -67,10 +67,24 @@ def test_what_is_captured_is_the_state_at_the_start_and_it_restores(run_dir):
     client.close()
 
 
-def test_a_log_that_is_copied_while_the_step_goes_on_is_redone_exactly(run_dir, wait_until):
-    """Everything is queued behind slow work, in the order in which training queues it, and overwritten once copied."""
+def logged_step(optimizer, flats, step):
+    """One update, queued behind slow work as training queues it, and what it consumed."""
     from checkpointing.device_sums import scale_and_add
 
+    log = StepLog([], [], [settings_of(g) | {"step": step - 1.0} for g in optimizer.param_groups])
+    torch.cuda._sleep(20_000_000)
+    for flat in flats:
+        log.grads.append(torch.randn_like(flat).to(torch.bfloat16))
+        log.ready.append(torch.cuda.current_stream().record_event())
+        log.factors.append(torch.rand(1, device="cuda"))
+        flat.grad = torch.empty_like(flat)
+        log.sums.append(scale_and_add(log.grads[-1], log.factors[-1], flat.grad))
+    optimizer.step()
+    return log
+
+
+def test_a_log_that_is_copied_while_the_step_goes_on_is_redone_exactly(run_dir, wait_until):
+    """Everything is queued behind slow work, in the order in which training queues it."""
     torch.manual_seed(0)
     flats = [torch.nn.Parameter(torch.randn(numel, device="cuda")) for numel in (9_000_004, 3_000_000)]
     optimizer = torch.optim.AdamW([{"params": [flat]} for flat in flats], lr=1e-2, fused=True)
@@ -82,6 +96,7 @@ def test_a_log_that_is_copied_while_the_step_goes_on_is_redone_exactly(run_dir, 
         for i, flat in enumerate(flats)
         for kind, tensor in [("master", flat.data), *list(optimizer.state[flat].items())[1:]]
     ]
+    states = [buffer.tensor for buffer in buffers]
     protection = wal(buffers, 3, "bfloat16", False)
     client = KeeperClient.attach(
         run_dir, "dp0000", ["dp0000"], protection.shape, "0123456789abcdef", rules=protection.rules
@@ -92,24 +107,16 @@ def test_a_log_that_is_copied_while_the_step_goes_on_is_redone_exactly(run_dir, 
     for step in range(1, 9):
         committed = capturer.sealed_step
         capturer.reserve(step, committed, log=True)
-        log = StepLog([], [], [settings_of(g) | {"step": step - 1.0} for g in optimizer.param_groups])
-        torch.cuda._sleep(20_000_000)
-        for flat in flats:
-            grad = torch.randn_like(flat).to(torch.bfloat16)
-            log.grads.append(grad)
-            log.ready.append(torch.cuda.current_stream().record_event())
-            log.factors.append(torch.rand(1, device="cuda"))
-            flat.grad = torch.empty_like(flat)
-            log.sums.append(scale_and_add(grad, log.factors[-1], flat.grad))
-        optimizer.step()
+        log = logged_step(optimizer, flats, step)
         if step % 2:
             wait_until(lambda: capturer._reserved is not None)  # else it is found in time or late
-        logged = [*log.grads, *log.factors]
+        sizes = [(t.shape, t.dtype) for t in (*log.grads, *log.sums)]
         capturer.start(step, {"rng": bytes([step])}, committed, protection.due(step)[:1], log, least=1)
         capturer.hold()
-        assert not log.grads  # their memory is free for the next step's
-        for tensor in logged:
-            tensor.fill_(7)
+        # The state changes at once, and is as it was; the log's memory is nobody's before it is copied.
+        torch._foreach_mul_(states, 2.0)
+        assert [torch.full(*size, 7, dtype=dtype, device="cuda") for *size, dtype in sizes]
+        torch._foreach_mul_(states, 0.5)
     capturer.wait_sealed(8)
     lost = [buffer.tensor.clone() for buffer in buffers]
     for buffer in buffers:
