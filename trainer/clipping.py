@@ -9,14 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.readback import Readback
+
 
 class NormClip:
     """Scales all gradients by their common norm as DeepSpeed does, without the host waiting for the device.
 
     DeepSpeed asks in every parameter group whether the norm is a number and waits for all that is queued; on a GPU that
     is the optimizer's update of the group before. The answer is known: a norm that is none has become infinity where
-    the groups' norms were combined, and the loop ends the run for it. On a GPU the norm is in host memory before the
-    first update, and is taken in one pass over all gradients in the dtype they have, instead of three for each.
+    the groups' norms were combined, and the loop ends the run for it. On a GPU the norm is on its way to the host before
+    the first update, and is taken in one pass over all gradients in the dtype they have, instead of three for each.
 
     DeepSpeed's engine gives :meth:`norm` as its own from here on.
     """
@@ -25,26 +27,20 @@ class NormClip:
         self._zero = zero = engine.optimizer
         self._most = float(zero.clip_grad)
         self._combined = zero.scaled_global_norm
-        on_gpu = zero.single_partition_of_fp32_groups[0].is_cuda
-        self._norm = torch.zeros(1, pin_memory=on_gpu)
-        self._known = torch.cuda.Event(blocking=True) if on_gpu else None
+        self._norm = Readback(torch.zeros(1))
         zero.scaled_global_norm = self._measure
         zero.unscale_and_clip_grads = self._apply
         engine.get_global_grad_norm = self.norm
-        if on_gpu:
+        if zero.single_partition_of_fp32_groups[0].is_cuda:
             zero.get_grad_norm_direct = self._norm_of_group
 
     def norm(self) -> float:
         """Of the last step's gradients, before clipping; infinity or NaN if one of them is no number."""
-        if self._known is not None:
-            self._known.synchronize()
-        return float(self._norm)
+        return float(self._norm.read())
 
     def _measure(self) -> Tensor:
         norm: Tensor = self._combined()
-        self._norm.copy_(norm.reshape(1), non_blocking=True)
-        if self._known is not None:
-            self._known.record()
+        self._norm = Readback(norm.reshape(1))
         return norm
 
     def _norm_of_group(self, gradients: Sequence[Tensor], _params: object) -> Tensor:

@@ -6,13 +6,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.readback import Readback
+
 
 class Exchange:
     """Every rank's loss and newest sealed step, on their way to all ranks.
 
-    A rank begins it when its last capture is copied, and no rank's device goes on to the optimizer's update before all
-    have begun: after :meth:`read` all know which step all have sealed, and a kill amid the update loses no completed
-    step. Nothing waits for the device here, so that the update can be queued behind the last gradients.
+    A rank begins it when its last capture is copied, or its device when it is, and nobody's goes on to the optimizer's
+    update before all have begun. After :meth:`read` all know which step all have sealed. Nothing waits for the device
+    before, so that the update can be queued behind the last gradients.
 
     Args:
         loss: a number on the device.
@@ -24,17 +26,9 @@ class Exchange:
         mine_2 = torch.stack([loss.detach().double(), loss.new_full((), sealed, dtype=torch.float64)])
         everyone_R2 = mine_2.new_empty(world, 2)
         dist.all_gather(list(everyone_R2), mine_2)
-        self._known = None
-        self._everyone_R2 = everyone_R2
-        if loss.is_cuda:
-            self._everyone_R2 = torch.empty(world, 2, dtype=torch.float64, pin_memory=True)
-            self._everyone_R2.copy_(everyone_R2, non_blocking=True)
-            self._known = torch.cuda.Event(blocking=True)
-            self._known.record()
+        self._everyone_R2 = Readback(everyone_R2)
 
     def read(self) -> tuple[float, int]:
         """The mean loss and the oldest of the newest sealed steps; waits for the device."""
-        if self._known is not None:
-            self._known.synchronize()
-        losses_R, sealed_R = self._everyone_R2.unbind(1)
+        losses_R, sealed_R = self._everyone_R2.read().unbind(1)
         return float(losses_R.mean()), int(sealed_R.min())
