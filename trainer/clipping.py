@@ -17,8 +17,8 @@ class NormClip:
 
     DeepSpeed asks in every parameter group whether the norm is a number and waits for all that is queued; on a GPU that
     is the optimizer's update of the group before. The answer is known: a norm that is none has become infinity where
-    the groups' norms were combined, and the loop ends the run for it. On a GPU the norm is on its way to the host before
-    the first update, and is taken in one pass over all gradients in the dtype they have, instead of three for each.
+    the groups' norms were combined, and the loop ends the run for it. On a GPU it is on its way to the host before the
+    first update, and is taken in one pass over all gradients in the dtype they have, instead of three for each.
 
     DeepSpeed's engine gives :meth:`norm` as its own from here on.
     """
