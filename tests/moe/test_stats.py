@@ -71,6 +71,21 @@ def test_readers_are_independent_and_start_again_from_zero():
     assert meter.take().counts_ME.tolist() == [[0, 1, 1]]
 
 
+def test_counts_that_are_known_add_to_those_of_choices():
+    """In any order, for both readers, and the caller's own tensor stays as it is."""
+    meter, known = RoutingMeter(drained=True), torch.tensor([3, 0, 1])
+    for _ in range(2):
+        meter.add_counts(5, known)
+        meter.add(5, torch.tensor([[0, 3]]), 3)
+    assert known.tolist() == [3, 0, 1]
+    assert meter.drain([5], 3).tolist() == [[8, 0, 2]]
+    meter.add(5, torch.tensor([[1, 2]]), 3)
+    meter.add_counts(5, known)
+    assert meter.drain([5], 3).tolist() == [[3, 1, 2]]
+    stats = meter.take()
+    assert (stats.counts_ME.tolist(), stats.dropped) == ([[11, 1, 4]], 2)
+
+
 def test_ranks_are_summed_in_one_call():
     meter = RoutingMeter()
     for layer in (0, 1):
