@@ -1,8 +1,8 @@
 """The ways of checkpointing that are compared. Each stands in the training loop where the product's snapshots stand.
 
 ``settle`` runs before the optimizer changes the state and returns the newest step that this rank knows to be safe; the
-step's own collective then sets ``committed``, the least of all ranks; ``reserve`` runs just before the optimizer does,
-``after_step`` when the step is done.
+step's own collective then sets ``committed``, the least of all ranks; ``reserve`` runs when the update is queued and
+``committed`` known, ``after_step`` when the step is done.
 """
 
 from __future__ import annotations

@@ -27,7 +27,10 @@ class BenchmarkError(RuntimeError):
 
 
 class Clocked:
-    """An arm in the training loop's seat for snapshots, with a clock on what the training thread gives to it."""
+    """An arm in the training loop's seat for snapshots, with a clock on what the training thread gives to it.
+
+    On a GPU ``settle`` is called while the device computes: what a thread waits there need not cost the step as much.
+    """
 
     def __init__(self, arm: Arm, job: Job) -> None:
         self._arm, self._job = arm, job

@@ -154,7 +154,7 @@ class Capturer:
         log: StepLog | None = None,
         least: int | None = None,
         persist: Sequence[int] | None = None,
-    ) -> None:
+    ) -> float:
         """Begin to capture these fragments of the state as it is now, once the capture before is copied, and return.
 
         Args:
@@ -163,9 +163,9 @@ class Capturer:
             fragments: if memory for all is not to be had at once, the first ``least`` will do.
             log: what the step consumed.
             persist: the parts that a checkpoint on disk of this step holds anew, see ``KeeperClient.copied``.
-        Raises the error of an earlier capture; this one's is raised by :meth:`wait_copied`.
+        Returns the seconds waited. Raises the error of an earlier capture; this one's is raised by :meth:`wait_copied`.
         """
-        self.wait_copied()
+        waited_s = self.wait_copied()
         event = None
         if self._device is not None:
             event = torch.cuda.current_stream(self._device.index).record_event()  # a device takes longer to look up
@@ -179,6 +179,7 @@ class Capturer:
             self._fail(error)
         else:
             self._jobs.put(job)
+        return waited_s
 
     def hold(self) -> float:
         """Call before state is changed: nothing changes it before the last started capture holds its own copy.
@@ -272,7 +273,7 @@ class Capturer:
         return grant
 
     def _queue(self, job: Job, grant: Grant) -> None:
-        """Begin to copy; the bytes of the log first, since they were there before the optimizer changed the state."""
+        """Begin to copy. The bytes of the log were there before the optimizer changed the state."""
         batches: list[Batch] = []
         records: list[Record] = []
         if job.log is not None:

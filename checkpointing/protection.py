@@ -52,7 +52,8 @@ def dense(buffers: Sequence[StateBuffer], generations: int) -> Protection:
 
     ``generations`` base slots: 3 for a memory tier (the committed step, one being sealed, one being copied), 4 with
     writes to disk during the run, so that a running one blocks no capture. 2 are enough if only steps for the disk are
-    captured: one holds the newest sealed step, the other is free as soon as its own write ends. 1 never would be.
+    captured: one holds the newest sealed step, the other is free as soon as its own write ends. 1 never would be. On a
+    GPU a request may name a committed step that is two behind; a keeper that sees all workers knows the newer one.
     """
     fragments = rotation(buffers, 1)
     shape = arena_shape(fragments, None, bases=generations, logs=0, extras=generations)

@@ -118,6 +118,12 @@ class RecordSums:
         return taken
 
 
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether they are equal where they are numbers, and none where the other is none: whoever looks for gradients that
+    are no numbers must get that far."""
+    return torch.equal(one, other) or torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
 class GradientSums:
     """The sums of gradients' blocks, taken in the pass that scales the gradients, if the device can."""
 
@@ -142,7 +148,7 @@ class GradientSums:
             if check:  # it may hold the product already, if the factor is 1
                 out.fill_(float("nan"))
             sums = scale_and_add(source, factor, out)
-            if check and not torch.equal(out, source.to(out.dtype).mul_(factor)):
+            if check and not same(out, source.to(out.dtype).mul_(factor)):
                 raise ArithmeticError("another product than torch's")
         except Exception as error:
             _tell("takes no checksums with gradients", error, "they are taken later")

@@ -241,9 +241,11 @@ class BalanceLosses:
             mask_T = context.mask_T
             sum_E = (probs_TE if mask_T is None else probs_TE * mask_T[:, None]).sum(0)
             # The gradient alone: the loss itself is nobody's, and a step has this in each layer.
-            gradient = partial(_switch_gradient, counts_E, probs_TE.shape[0] if mask_T is None else mask_T.sum())
             if spec.aux == "hf":
                 gradient = partial(self._all_layers, context)
+            else:
+                assert counts_E is not None
+                gradient = partial(_switch_gradient, counts_E, probs_TE.shape[0] if mask_T is None else mask_T.sum())
             weights_TK = inject_late(weights_TK, sum_E, gradient, spec.aux_coef)
         return weights_TK
 

@@ -199,10 +199,11 @@ class Observer:
             probs_TE = probabilities(logits_TE, self.spec)
         return self.losses.inject(weights_TK, self.layer, logits_TE, probs_TE, index_TK, first, counts_E)
 
-    def _count(self, index_TK: Tensor, kept_TK: Tensor | None, mask_T: Tensor | None) -> Tensor:
-        """How often real tokens chose each expert [E], dropped choices among them."""
-        experts = self.spec.num_experts
-        counts_E = choice_counts(index_TK, experts, mask_T)
+    def _count(self, index_TK: Tensor, kept_TK: Tensor | None, mask_T: Tensor | None) -> Tensor | None:
+        """How often real tokens chose each expert [E], if that was to be known."""
+        experts, counts_E = self.spec.num_experts, None
+        if kept_TK is None or self.bias is not None:
+            counts_E = choice_counts(index_TK, experts, mask_T)
         if self.bias is not None:
             self.bias.add(self.layer, counts_E)
         if kept_TK is None:

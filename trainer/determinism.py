@@ -26,11 +26,13 @@ def _settle_cublas(device: torch.device) -> None:
 
     While the variable is set, torch reads it by a regular expression in every product: 41 of the host's 56 us
     (docs/measurements.md). Products repeat because each handle and stream has a workspace of its own, which torch
-    gives them in any case. Whoever sets the variable keeps it.
+    gives them in any case, on Hopper as large a one as the variable asks for. Whoever sets the variable keeps it.
     """
     if _CUBLAS in os.environ:
         return
     os.environ[_CUBLAS] = _REPEATS
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return
     one = torch.ones(8, 8, device=device)
     torch.mm(one, one)
     del os.environ[_CUBLAS]

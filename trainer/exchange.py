@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,6 +22,9 @@ class Exchange:
         loss: a number on the device.
         sealed: this rank's newest sealed step.
         world: ranks, R.
+
+    Attributes:
+        ended: when this rank's gradients were there (unix seconds), on a device known once it is read.
     """
 
     def __init__(self, loss: Tensor, sealed: int, world: int) -> None:
@@ -27,8 +32,11 @@ class Exchange:
         everyone_R2 = mine_2.new_empty(world, 2)
         dist.all_gather(list(everyone_R2), mine_2)
         self._everyone_R2 = Readback(everyone_R2)
+        self.ended, self._waits = time.time(), loss.is_cuda
 
     def read(self) -> tuple[float, int]:
         """The mean loss and the oldest of the newest sealed steps; waits for the device."""
         losses_R, sealed_R = self._everyone_R2.read().unbind(1)
+        if self._waits:
+            self.ended = time.time()
         return float(losses_R.mean()), int(sealed_R.min())

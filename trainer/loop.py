@@ -55,6 +55,7 @@ class Run:
     tape: Tape = field(default_factory=Tape)
     tenants: Tenants | None = None
     progress: Progress = field(default_factory=Progress)
+    gradients_there: float | None = None  # when, in unix seconds, in the last step
     labels: int | None = None  # chat: tokens with loss of the last step's global batch
 
 
@@ -117,6 +118,7 @@ def train_step(run: Run, step: int) -> float:
     run.labels = labels
     # Not before the update is queued: a GPU would stand idle from its last gradient on until the host has read this.
     mean, run.snapshots.committed = exchange.read()
+    run.gradients_there = exchange.ended
     run.snapshots.reserve(step)
     _check_finite(run, step, "loss", mean)
     _check_finite(run, step, "gradient norm", engine.get_global_grad_norm())
@@ -175,6 +177,7 @@ def _report_step(run: Run, step: int, loss: float, seconds: float) -> None:
         consumed=run.progress.consumed,
         committed=run.snapshots.committed,
         stall_copied_s=stall.copied_s,
+        gradients_there=run.gradients_there,
     )
     if printed:
         age = step - run.snapshots.committed if run.snapshots.committed > 0 else "-"

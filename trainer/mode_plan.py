@@ -97,7 +97,8 @@ def _measured_rates(rows: list[Mapping[str, Any]]) -> Bandwidths | None:
 
 
 def _measured_times(rows: list[Mapping[str, Any]]) -> StepTimes | None:
-    """Medians over the steps of rank 0, each from its ``step`` row and the ``optimizer`` row before it."""
+    """Medians over the steps of rank 0, each from its ``step`` row and the ``optimizer`` row before it, or when its
+    gradients were there if it says so: a GPU comes to the update later than the host that queues it."""
     began: dict[tuple[int, int], float] = {}
     steps: list[tuple[float, float]] = []
     for row in rows:
@@ -106,7 +107,7 @@ def _measured_times(rows: list[Mapping[str, Any]]) -> StepTimes | None:
             began[key] = row["time"]
         elif row.get("rank") == 0 and row.get("kind") == "step" and key in began:
             whole = row["seconds"] - row.get("stall_copied_s", 0.0)
-            steps.append((whole, whole - (row["time"] - began[key])))
+            steps.append((whole, whole - (row["time"] - (row.get("gradients_there") or began[key]))))
     typical = [pair for pair in steps[_WARM:] if 0 < pair[1] <= pair[0]]
     if not typical:
         return None

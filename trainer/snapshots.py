@@ -58,7 +58,7 @@ from trainer.schema import Recipe
 
 @dataclass
 class Stall:
-    """Seconds for which the current step stood still for checkpointing: its device, or without one its thread."""
+    """Seconds for which the current step's thread waited for checkpointing, and its device."""
 
     copied_s: float = 0.0
 
@@ -228,7 +228,7 @@ class Snapshots:
         if self._lossy:
             self._capture_experts(step, progress)
         elif fragments := self._due(self.protection, step):
-            self.capturer.start(step, self._extras(progress), self.committed, fragments, log, least=1)
+            self.stall.copied_s += self.capturer.start(step, self._extras(progress), self.committed, fragments, log, 1)
             self._captured = step
 
     @property
@@ -251,7 +251,7 @@ class Snapshots:
         fragments = protection.experts.of(chosen)
         self.events.write("pec_bytes", step, bytes=protection.experts.nbytes(chosen), experts=len(chosen))
         self._last_extras = self._extras(progress)
-        self.capturer.start(step, self._last_extras, self.committed, fragments, persist=on_disk)
+        self.stall.copied_s += self.capturer.start(step, self._last_extras, self.committed, fragments, persist=on_disk)
         self._captured = step
 
     def _capture_the_rest(self, progress: Progress) -> None:

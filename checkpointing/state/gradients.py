@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from checkpointing.moments import MOMENTS
-from checkpointing.record_sums import GradientSums
+from checkpointing.record_sums import GradientSums, same
 from checkpointing.state.zero import optimizer_steps
 
 
@@ -188,7 +188,7 @@ class GradientTap:
                 "without loss; choose checkpoint.mode: dense"
             )
         if index not in self._checked:
-            if not torch.equal(flat.to(grad.dtype), grad):
+            if not same(flat.to(grad.dtype), grad):
                 raise LogError(f"group {index}: the optimizer consumes other gradients than were reduced")
             self._checked.add(index)
 

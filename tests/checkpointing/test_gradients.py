@@ -118,6 +118,16 @@ def test_a_product_that_is_not_torchs_is_made_again_also_where_nothing_is_clippe
         assert torch.equal(ours, theirs)
 
 
+def test_gradients_that_are_no_numbers_are_none_of_the_logs_business():
+    """The loop ends the run for them, with other advice."""
+    zero = Zero()
+    NormClip(SimpleNamespace(optimizer=zero))
+    tap = GradientTap(zero)
+    flat = tap._on_flatten([torch.full((SIZES[0],), float("nan")).bfloat16()])
+    tap._on_clip([flat.float()], torch.tensor(float("inf")))
+    assert len(tap._grads) == 1
+
+
 def test_other_gradients_than_were_reduced_are_refused():
     zero = Zero()
     NormClip(SimpleNamespace(optimizer=zero))

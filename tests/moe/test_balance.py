@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from moe.balance import BalanceLosses, BalanceSpec, SequenceLoads, inject, switch_loss, z_loss
+from moe.balance import BalanceLosses, BalanceSpec, SequenceLoads, choice_counts, inject, switch_loss, z_loss
 from moe.context import BatchContext, batch_context
 from moe.convert import convert
 from moe.gates import observe_gates
@@ -238,6 +238,28 @@ def test_the_running_count_starts_anew_in_every_optimizer_step():
 def test_the_reported_loss_does_not_contain_the_injected_one():
     losses = [gate_gradients(tiny("qwen3_moe"), BalanceSpec(aux_coef=c))[0] for c in (0.0, 0.5)]
     assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+def test_the_injected_switch_gradient_is_that_of_the_loss(padded, known):
+    generator = torch.Generator().manual_seed(2)
+    mask_T = torch.arange(12) % 3 > 0 if padded else None
+    logits_TE = torch.randn(12, 5, generator=generator)
+    index_TK = logits_TE.topk(2).indices
+    counts_E = choice_counts(index_TK, 5, mask_T) if known else None
+    gradients = []
+    for injected in (True, False):
+        probs_TE = logits_TE.softmax(-1).requires_grad_()
+        weights_TK = torch.ones(12, 2, requires_grad=True)
+        with batch_context(BatchContext(aux_scale=0.5, mask_T=mask_T)):
+            if injected:
+                losses = BalanceLosses(BalanceSpec(aux_coef=0.3))
+                losses.inject(weights_TK, 0, logits_TE, probs_TE, index_TK, True, counts_E).sum().backward()
+            else:
+                (0.5 * 0.3 * switch_loss(probs_TE, index_TK, mask_T)).backward()
+        gradients.append(probs_TE.grad)
+    torch.testing.assert_close(*gradients)
 
 
 def test_padding_counts_nowhere():

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero import stage_1_and_2
 
 from checkpointing.state.hash import state_hash
 from checkpointing.state.zero import after_restore, optimizer_steps, zero_buffers
@@ -15,6 +16,7 @@ from moe.deepspeed_ep import bind_expert_parallel
 from moe.layout import Layout
 from trainer.clipping import NormClip
 from trainer.engine import create_engine, prepare_deepspeed
+from trainer.exchange import Exchange
 from trainer.recipe import load_recipe
 from trainer.rendezvous import Process
 
@@ -65,6 +67,9 @@ def report(rank, world, out, ep, zero, accumulation):
     steps = optimizer_steps(engine.optimizer)
     losses += train(engine, process, batches, 10, STEPS)
     final = state_hash(buffers, {}, process.coordinate)
+    # DeepSpeed has asked us, in every backward pass.
+    asked = len(stage_1_and_2.count_used_parameters_in_backward._nodes)
+    exchange = Exchange(torch.tensor(float(rank)), 10 - rank, world).read()
     norm = engine.get_global_grad_norm()
     parts = [torch.randn(n, generator=generator).bfloat16() for n in (1, 70_000, 3)]
     theirs = engine.optimizer.get_grad_norm_direct(parts, list(model.parameters()))
@@ -91,6 +96,7 @@ def report(rank, world, out, ep, zero, accumulation):
         units = {span.unit: span.stop - span.start for p in model.parameters() for span in p.address.units()}
         report = {
             "losses": losses, "again": again, "norm": norm, "norms": norms, "final": final, "replayed": before_flip,
+            "asked": [asked, len(list(model.parameters()))], "exchange": exchange,
             "clipped": norm > recipe.train.max_grad_norm, "flipped": flipped, "ranges": gathered, "local_units": units,
         }  # fmt: skip
         out.write_text(json.dumps(report))

@@ -88,3 +88,15 @@ def test_partial_checkpoints_load_the_ranks_equally_where_deepspeed_puts_the_exp
     }
     for checkpoint in range(count):
         assert imbalance(bytes_per_rank(select(experts, checkpoint, 2), placed).values()) <= 1.05
+
+
+@pytest.mark.parametrize("name", [1, 2, 4, ACCUMULATED])
+def test_ranks_learn_the_mean_loss_and_the_oldest_sealed_step(reports, name):
+    world = 1 if name == ACCUMULATED else name
+    assert reports[name]["exchange"] == [(world - 1) / 2, 10 - (world - 1)]
+
+
+@pytest.mark.parametrize("name", [1, 2, 4, ACCUMULATED])
+def test_deepspeed_counts_participants_our_way(reports, name):
+    asked, parameters = reports[name]["asked"]
+    assert asked == parameters > 0
