@@ -319,7 +319,7 @@ def main() -> None:
     if options.rounds:
         config = dataclasses.replace(config, rounds=options.rounds)
     process = join(config.device)
-    make_deterministic(process)
+    make_deterministic(process.device)
     if process.world < 2:
         sys.exit("give torchrun --nproc-per-node 2: with one worker no token travels")
     result: dict[str, Any] = {
