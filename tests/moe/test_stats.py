@@ -84,6 +84,9 @@ def test_counts_that_are_known_add_to_those_of_choices():
     assert meter.drain([5], 3).tolist() == [[3, 1, 2]]
     stats = meter.take()
     assert (stats.counts_ME.tolist(), stats.dropped) == ([[11, 1, 4]], 2)
+    meter.add(5, torch.tensor([[1, 2]]), 3)  # the first of both readers
+    meter.add_counts(5, known)
+    assert meter.take().counts_ME.tolist() == meter.drain([5], 3).tolist() == [[3, 1, 2]]
 
 
 def test_ranks_are_summed_in_one_call():

@@ -76,6 +76,9 @@ def test_what_was_not_measured_is_said_to_be_assumed() -> None:
     # Without the stall a step takes 1.1 s; the first steps of a run are not typical.
     assert basis.times.step == pytest.approx(1.1)
     assert basis.times.forward_backward == pytest.approx(1.0)
+    # A GPU's host queues the update before the gradients are there.
+    late = [row | {"gradients_there": 100.0 * row["step"] + 0.04} if row["kind"] == "step" else row for row in steps]
+    assert basis_of(recipe, share, late).times.forward_backward == pytest.approx(1.04)
 
 
 def test_steps_are_paired_within_their_attempt() -> None:
